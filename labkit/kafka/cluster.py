@@ -1,0 +1,137 @@
+"""Where a Kafka cluster is, how to log in to it, and its administration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
+
+# A lab's clients sit beside the broker: a broker that restarts is found again within a tenth of a second.
+_NEAR = {
+    "socket.connection.setup.timeout.ms": 5000,
+    "reconnect.backoff.ms": 20,
+    "reconnect.backoff.max.ms": 200,
+    "log_level": 0,  # librdkafka prints to stderr; what matters comes back as an error
+}
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What a broker says of its cluster."""
+
+    cluster_id: str
+    brokers: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The coordinates of a cluster: plain data, so it can travel to another process.
+
+    `security` holds librdkafka client properties (SASL, TLS), left out of the repr because they carry passwords.
+    """
+
+    bootstrap: str
+    security: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    def config(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Client properties: how to reach the cluster, with `own` on top."""
+        return {"bootstrap.servers": self.bootstrap, **_NEAR, **dict(self.security), **own}
+
+    def describe(self, timeout: float = 5.0) -> ClusterInfo:
+        """Ask for the cluster's id, waiting at most `timeout` seconds.
+
+        Raises ClusterUnreachable.
+        """
+        try:
+            answer = admin(self).describe_cluster(request_timeout=timeout).result(timeout + 1)
+        except (KafkaException, TimeoutError) as error:
+            raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {_reason(error)}") from error
+        return ClusterInfo(str(answer.cluster_id), len(answer.nodes))
+
+    def topics(self) -> dict[str, int]:
+        """Every topic's name and number of partitions."""
+        found = self._call(lambda admin: admin.list_topics(timeout=10)).topics
+        return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
+
+    def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
+        """Make a topic; one that already exists with as many partitions is left as it is.
+
+        Raises TopicMismatch when it exists with another number of partitions.
+        """
+        new = NewTopic(name, num_partitions=partitions, replication_factor=-1, config=dict(config or {}))
+        try:
+            self._wait(admin(self).create_topics([new], operation_timeout=10))
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise LabkitError(f"topic {name} could not be created: {_reason(error)}") from error
+            there = self.topics().get(name, partitions)
+            if there != partitions:
+                raise TopicMismatch(
+                    f"topic {name} exists with {there} partitions, not {partitions}: use that number or another name"
+                ) from error
+
+    def topic_id(self, name: str) -> str:
+        """The topic's UUID, which a topic deleted and made anew does not share. Raises TopicMissing."""
+        try:
+            futures = admin(self).describe_topics(TopicCollection([name]), request_timeout=10)
+            return str(futures[name].result(11).topic_id)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
+            raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
+
+    def delete_topics(self, names: Collection[str]) -> None:
+        """Delete topics; those that are already gone are passed over."""
+        if names:
+            futures = admin(self).delete_topics(list(names), operation_timeout=10)
+            self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
+
+    def delete_groups(self, names: Collection[str]) -> None:
+        """Delete consumer groups; those that are unknown, or still have a member, are passed over."""
+        if names:
+            futures = admin(self).delete_consumer_groups(list(names), request_timeout=10)
+            self._wait(futures, ignore={KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP})
+
+    def groups(self) -> list[str]:
+        """Every consumer group's name."""
+        listing = self._call(lambda admin: admin.list_consumer_groups(request_timeout=10).result(11))
+        return [group.group_id for group in listing.valid]
+
+    def _call(self, ask: Any) -> Any:
+        try:
+            return ask(admin(self))
+        except (KafkaException, TimeoutError) as error:
+            raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
+
+    @staticmethod
+    def _wait(futures: Mapping[str, Future[Any]], ignore: Iterable[int] = ()) -> None:
+        for future in futures.values():
+            try:
+                future.result(15)
+            except KafkaException as error:
+                if error.args[0].code() not in ignore:
+                    raise
+
+
+@lru_cache(maxsize=8)
+def _admin(cluster: Cluster, _process: int) -> AdminClient:
+    """One admin client for each cluster and process."""
+    return AdminClient(cluster.config({}))
+
+
+def admin(cluster: Cluster) -> AdminClient:
+    """The process's admin client for `cluster`."""
+    return _admin(cluster, os.getpid())
+
+
+def _reason(error: Exception) -> str:
+    first = error.args[0] if error.args else error
+    return first.str() if isinstance(first, KafkaError) else str(error) or type(error).__name__

@@ -1,0 +1,549 @@
+"""The one consumer loop: one thread owns the client and only polls, dispatches, pauses and commits.
+
+Records go to lanes (see `lanes`), lanes run on a bounded thread pool, or on one event loop if the handler is a
+coroutine function. A commit is five named steps, always in this order:
+
+1. finish:   the position of each partition is its lowest unfinished offset;
+2. flush:    all that handlers sent is confirmed by the broker, else nothing is committed;
+3. commit:   the positions are sent, without waiting, so that a broker that is away holds up no polling;
+4. confirm:  the broker's answer is noted; a refused commit is sent again with the next one;
+5. release:  on a revoke or at the end: wait for what runs, up to a bound, then commit once more and let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import heapq
+import inspect
+import itertools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, cast
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMissing
+from labkit.kafka.lanes import Lane, LaneState, Partition
+from labkit.kafka.producer import handling, producer
+from labkit.kafka.records import Message, Record, decoder
+from labkit.kafka.steps import Done, Failure, OnFailure, Report, Retry, Step, Stop, keep_trying
+from labkit.kafka.topics import Topic
+
+BATCH = 500  # records taken at once from what the client has fetched
+TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
+STAY = 256  # records a lane may handle before it lets other lanes have its worker
+EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
+
+Place: TypeAlias = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Reads topics as a member of a consumer group and calls `handler` with each record, at least once, in lane order.
+
+    It is plain data until `run`. `Lab.deploy` fills in `group`, runs it in pods and keeps them alive.
+    """
+
+    topics: Topic[Any] | Sequence[Topic[Any]]
+    handler: Callable[[Record[Any]], Any]
+    """A function or a coroutine function. If it raises, `on_failure` decides."""
+    group: str = ""
+    order: Literal["partition", "key"] = "partition"
+    """What is kept in order: all records of a partition, or only those of one key (more run at once)."""
+    on_failure: OnFailure = field(default_factory=keep_trying)
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a group without a committed offset begins."""
+    workers: int = 16
+    """How many records may be handled at once."""
+    max_ahead: int = 1000
+    """How far beyond its lowest unfinished offset a partition is read; bounds what is read again after a crash."""
+    deadline: float = 60.0
+    """Seconds one call of the handler may take; past it the process dumps its stacks and exits."""
+    drain: float = 5.0
+    """Seconds that running handlers get when partitions are revoked or the consumer stops."""
+    commit_interval: float = 0.2
+    on_step: Report | None = None
+    """A hook called at every step (see `Step`): where tests and baselines crash."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise LabkitError("a Consumer needs at least one topic")
+        if len({topic.cluster for topic in self.sources}) > 1:
+            raise LabkitError("the topics of one Consumer must be on one cluster")
+        if self.order not in ("partition", "key"):
+            raise LabkitError(f"order is 'partition' or 'key', not {self.order!r}")
+        if self.start not in ("earliest", "latest"):
+            raise LabkitError(f"start is 'earliest' or 'latest', not {self.start!r}")
+        if not callable(self.handler):
+            raise LabkitError(f"the handler must be a function that takes a record, not {self.handler!r}")
+        for name in ("workers", "max_ahead", "deadline", "drain", "commit_interval"):
+            if getattr(self, name) <= 0:
+                raise LabkitError(f"{name} must be positive, not {getattr(self, name)!r}")
+
+    @property
+    def sources(self) -> tuple[Topic[Any], ...]:
+        """The topics it reads."""
+        return (self.topics,) if isinstance(self.topics, Topic) else tuple(self.topics)
+
+    @property
+    def cluster(self) -> Cluster:
+        """Where they are."""
+        return self.sources[0].cluster
+
+    def run(self, stop: threading.Event, report: Report | None = None) -> None:
+        """Consume until `stop` is set, then drain, commit and leave the group.
+
+        Raises TopicMissing for a topic that does not exist or is deleted meanwhile, DeliveryFailed when what handlers
+        sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy says Stop.
+        """
+        if not self.group:
+            raise LabkitError(
+                "a Consumer needs a group to run: Consumer(..., group='billing'), or let Lab.deploy name it"
+            )
+        there = self.cluster.topics()
+        for topic in self.sources:
+            if topic.name not in there:
+                raise TopicMissing(
+                    f"topic {topic.short} ({topic.name}) does not exist at {self.cluster.bootstrap}: create it first"
+                )
+        _Loop(self, stop, report).run()
+
+
+class _Loop:
+    """One run of a Consumer."""
+
+    def __init__(self, consumer: Consumer, stop: threading.Event, report: Report | None) -> None:
+        self.spec, self.stop = consumer, stop
+        self.hooks = [hook for hook in (consumer.on_step, report) if hook is not None]
+        self.by_key = consumer.order == "key"
+        self.decode = {topic.name: decoder(topic.value) for topic in consumer.sources}
+        self.producer = producer(consumer.cluster)
+        self.partitions: dict[Place, Partition] = {}
+        self.arrived: set[Place] = set()  # assigned during the consume call that runs now
+        self.back_offs: list[tuple[float, int, Lane]] = []
+        self.back_offs_lock = threading.Lock()
+        self.tie = itertools.count()
+        self.wake = threading.Event()  # a lane ran empty
+        self.fatal: BaseException | None = None
+        self.clock = 0.0  # seconds this loop has been alive: a frozen process does not age
+        self.next_commit = 0.0
+        self.pool = ThreadPoolExecutor(consumer.workers, thread_name_prefix="lane")
+        self.coroutines: asyncio.AbstractEventLoop | None = None
+        if inspect.iscoroutinefunction(inspect.unwrap(consumer.handler)):
+            self.coroutines = asyncio.new_event_loop()
+            self.slots = asyncio.Semaphore(consumer.workers)
+            threading.Thread(target=self.coroutines.run_forever, name="coroutines", daemon=True).start()
+        self.client = Client(
+            consumer.cluster.config(
+                {
+                    "group.id": consumer.group,
+                    "auto.offset.reset": consumer.start,
+                    "enable.auto.commit": False,
+                    "enable.auto.offset.store": False,
+                    "enable.partition.eof": True,  # so that committed positions pass commit markers
+                    "partition.assignment.strategy": "cooperative-sticky",
+                    "session.timeout.ms": 6000,  # a stock broker refuses less
+                    "heartbeat.interval.ms": 300,  # how soon a member hears of a rebalance
+                    "topic.metadata.refresh.interval.ms": 1000,  # else a deleted topic stays unnoticed for 40 s
+                    "fetch.queue.backoff.ms": 1,  # with the default 1000 the same loop reaches 0.15 of the speed
+                    "queued.min.messages": 300_000,
+                    "queued.max.messages.kbytes": 65_536,  # bounds the prefetch in memory
+                }
+            )
+        )
+
+    # -- the thread that polls ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self.client.subscribe(
+            [topic.name for topic in self.spec.sources],
+            on_assign=self.assigned,
+            on_revoke=self.revoked,
+            on_lost=self.lost,
+        )
+        before = time.monotonic()
+        try:
+            while not self.stop.is_set() and self.fatal is None:
+                now = time.monotonic()
+                self.clock += min(now - before, 1.0)
+                before = now
+                self.resubmit(now)
+                self.watch_deadlines()
+                self.dispatch(self.fetch())
+                self.relieve(now)
+                self.commit(now)
+            self.release(list(self.partitions.values()))
+        finally:
+            self.close()
+        if self.fatal is not None:
+            raise self.fatal
+
+    def fetch(self) -> list[Message]:
+        """One record, waiting a little, then whatever is there already: asking for many at once waits to fill."""
+        self.arrived.clear()
+        messages = self.client.consume(1, self.patience())
+        if messages:
+            messages += self.client.consume(BATCH - 1, 0)
+        return cast(list[Message], messages)
+
+    def patience(self) -> float:
+        with self.back_offs_lock:
+            due = self.back_offs[0][0] if self.back_offs else None
+        return TURN if due is None else min(TURN, max(0.0, due - time.monotonic()))
+
+    def dispatch(self, messages: list[Message]) -> None:
+        batches: dict[Place, list[Message]] = {}
+        ends: list[Message] = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                batches.setdefault((message.topic(), message.partition()), []).append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                ends.append(message)
+            else:
+                self.client_error(message, error)
+        for place, batch in batches.items():
+            partition = self.partitions.get(place)
+            if partition is None:
+                continue  # revoked meanwhile: uncommitted, so its next owner gets these
+            if place in self.arrived:
+                # Taken away and given back within this very call: what was fetched before must not run ahead of what
+                # the committed offset will bring again.
+                with suppress(KafkaException):
+                    self.client.seek(TopicPartition(*place, partition.next_offset))
+                    continue
+            for lane in partition.add(batch, self.by_key):
+                self.submit(lane)
+        for end in ends:  # only after the records before it, which would look as if they were fetched twice
+            place = (end.topic(), end.partition())
+            if place in self.partitions and place not in self.arrived:
+                self.partitions[place].reached(end.offset())
+
+    def client_error(self, message: Message, error: KafkaError) -> None:
+        code = error.code()
+        if code in (
+            KafkaError.UNKNOWN_TOPIC_OR_PART,
+            KafkaError._UNKNOWN_TOPIC,
+            KafkaError.UNKNOWN_TOPIC_ID,
+        ):
+            self.fatal = TopicMissing(
+                f"topic {message.topic() or ', '.join(t.name for t in self.spec.sources)} was deleted while group "
+                f"{self.spec.group} was reading it: create a topic of another name and deploy again"
+            )
+        elif error.fatal() or code in (
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+            KafkaError._AUTHENTICATION,
+        ):
+            self.fatal = LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}")
+        # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
+
+    def relieve(self, now: float) -> None:
+        """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch."""
+        for partition in self.partitions.values():
+            if partition.paused:
+                if not partition.lanes:
+                    self.client.resume([TopicPartition(partition.topic, partition.number)])
+                    partition.paused, partition.full_since = False, None
+            elif partition.ahead() < self.spec.max_ahead:
+                partition.full_since = None
+            elif partition.full_since is None:
+                partition.full_since = now
+        full = [p for p in self.partitions.values() if p.full_since is not None and not p.paused]
+        until = now + 0.1
+        while full and time.monotonic() < until and not self.stop.is_set():
+            self.wake.clear()
+            if all(p.ahead() < self.spec.max_ahead for p in full):
+                break
+            self.wake.wait(0.002)
+        for partition in full:
+            if partition.ahead() < self.spec.max_ahead:
+                partition.full_since = None
+            elif time.monotonic() >= until:
+                self.client.pause([TopicPartition(partition.topic, partition.number)])
+                partition.paused = True
+
+    def resubmit(self, now: float) -> None:
+        """Give lanes whose back-off is over to a worker."""
+        while True:
+            with self.back_offs_lock:
+                if not self.back_offs or self.back_offs[0][0] > now:
+                    return
+                _, _, lane = heapq.heappop(self.back_offs)
+            with lane.partition.lock:
+                if lane.state is not LaneState.BACKING_OFF or not lane.partition.active:
+                    continue
+                lane.to(LaneState.RUNNING)
+            self.submit(lane)
+
+    def watch_deadlines(self) -> None:
+        for partition in self.partitions.values():
+            for lane in list(partition.lanes.values()):
+                began = lane.began
+                if began is not None and self.clock - began > self.spec.deadline:
+                    place = f"{partition.topic}/{partition.number}/{lane.queue[0].offset()}"
+                    _log(
+                        f"handler of {place} has run for more than its deadline of {self.spec.deadline:g} s; "
+                        "the process ends, the record will be delivered again. Stacks:"
+                    )
+                    faulthandler.dump_traceback(all_threads=True)
+                    os._exit(EXIT_DEADLINE)
+
+    # -- commits --------------------------------------------------------------------------------------------------
+
+    def commit(self, now: float) -> None:
+        if now < self.next_commit:
+            return
+        positions = {
+            place: at for place, p in self.partitions.items() if (at := p.position()) > p.committed and at != p.asked
+        }
+        if not positions:
+            self.next_commit = now + self.spec.commit_interval
+            return
+        if self.producer.unconfirmed(0.5):
+            return  # tried again at the next turn; no lane gets more work while we wait here
+        self.next_commit = now + self.spec.commit_interval
+        self.tell(Step.FLUSHED, None)
+        self.tell(Step.COMMITTING, positions)
+        for place, offset in positions.items():
+            self.partitions[place].asked = offset
+        with suppress(KafkaException):
+            self.client.commit(offsets=_offsets(positions), asynchronous=True)
+
+    def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        stored: dict[Place, int] = {}
+        for one in offsets:
+            partition = self.partitions.get((one.topic, one.partition))
+            if partition is None:
+                continue
+            if error is not None or one.error is not None:
+                partition.asked = partition.committed  # refused, say by a rebalance: goes with the next commit
+            else:
+                partition.committed = max(partition.committed, one.offset)
+                stored[one.topic, one.partition] = one.offset
+        if stored:
+            self.tell(Step.COMMITTED, stored)
+
+    def release(self, partitions: Sequence[Partition]) -> None:
+        """Let partitions go: start nothing more, wait for what runs, flush, commit. Nothing is committed late."""
+        for partition in partitions:
+            partition.active = False
+        until = time.monotonic() + self.spec.drain
+        while any(lane.began is not None for p in partitions for lane in list(p.lanes.values())):
+            if time.monotonic() > until:
+                break
+            self.wake.clear()
+            self.wake.wait(0.01)
+        positions = {(p.topic, p.number): at for p in partitions if (at := p.position()) > p.committed}
+        for partition in partitions:
+            self.partitions.pop((partition.topic, partition.number), None)
+            for lane in list(partition.lanes.values()):
+                if lane.failure is not None:
+                    self.tell(Step.RECOVERED, lane.failure)
+        if not positions:
+            return
+        self.producer.flush(self.spec.drain)
+        self.tell(Step.FLUSHED, None)
+        self.tell(Step.COMMITTING, positions)
+        try:
+            self.client.commit(offsets=_offsets(positions), asynchronous=False)
+        except KafkaException as error:
+            # Not lost: the next owner starts at the older offset and gets these records again.
+            _log(f"{self.spec.group}: last commit refused: {error.args[0].str()}")
+        else:
+            self.tell(Step.COMMITTED, positions)
+
+    # -- the group ------------------------------------------------------------------------------------------------
+
+    def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
+        if not partitions:
+            client.incremental_assign([])
+            return
+        starts: list[TopicPartition] = []
+        fresh: dict[Place, int] = {}
+        for one in client.committed(partitions, timeout=30):
+            offset = one.offset
+            if offset < 0:
+                low, high = client.get_watermark_offsets(TopicPartition(one.topic, one.partition), timeout=10)
+                offset = high if self.spec.start == "latest" else low
+                if self.spec.start == "latest":
+                    fresh[one.topic, one.partition] = offset
+            starts.append(TopicPartition(one.topic, one.partition, offset))
+        client.incremental_assign(starts)
+        client.resume(starts)  # a pause from before outlives a rebalance in librdkafka
+        for one in starts:
+            place = (one.topic, one.partition)
+            self.partitions[place] = Partition(one.topic, one.partition, one.offset)
+            self.arrived.add(place)
+        if fresh:
+            # "latest" means from now on: without this, what is produced while the member restarts would be lost.
+            client.commit(offsets=_offsets(fresh), asynchronous=False)
+        self.tell(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
+
+    def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
+        held = self.held(partitions)
+        self.release(held)
+        client.incremental_unassign(partitions)
+        self.tell(Step.REVOKED, [(p.topic, p.number) for p in held])
+
+    def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
+        held = self.held(partitions)
+        for partition in held:
+            partition.active = False
+            self.partitions.pop((partition.topic, partition.number), None)
+            for lane in list(partition.lanes.values()):
+                if lane.failure is not None:
+                    self.tell(Step.RECOVERED, lane.failure)
+        client.incremental_unassign(partitions)
+        self.tell(Step.LOST, [(p.topic, p.number) for p in held])
+
+    def held(self, partitions: Iterable[TopicPartition]) -> list[Partition]:
+        places = ((one.topic, one.partition) for one in partitions)
+        return [self.partitions[place] for place in places if place in self.partitions]
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.coroutines is not None:
+            self.coroutines.call_soon_threadsafe(self.coroutines.stop)
+        self.partitions.clear()
+        self.client.close()
+
+    # -- the workers ----------------------------------------------------------------------------------------------
+
+    def submit(self, lane: Lane) -> None:
+        if self.coroutines is not None:
+            asyncio.run_coroutine_threadsafe(self.work_async(lane), self.coroutines)
+        else:
+            self.pool.submit(self.work, lane)
+
+    def work(self, lane: Lane) -> None:
+        """Handle a lane's records until it is empty, fails, or has had its turn."""
+        queue, partition, handler = lane.queue, lane.partition, self.spec.handler
+        for _ in range(STAY):
+            if not (queue and partition.active) and partition.rest(lane):
+                self.wake.set()
+                return
+            message = queue[0]
+            lane.began = self.clock
+            try:
+                record = self.decode[message.topic()](message)
+                handling.set(record)
+                if self.hooks:
+                    self.tell(Step.HANDLING, record)
+                handler(record)
+            except BaseException as error:
+                if not self.failed(lane, message, error):
+                    return
+                continue
+            self.handled(lane, record)
+        self.submit(lane)
+
+    async def work_async(self, lane: Lane) -> None:
+        """The same for a coroutine handler."""
+        queue, partition, handler = lane.queue, lane.partition, self.spec.handler
+        async with self.slots:
+            for _ in range(STAY):
+                if not (queue and partition.active) and partition.rest(lane):
+                    self.wake.set()
+                    return
+                message = queue[0]
+                lane.began = self.clock
+                try:
+                    record = self.decode[message.topic()](message)
+                    handling.set(record)
+                    if self.hooks:
+                        self.tell(Step.HANDLING, record)
+                    await handler(record)
+                except BaseException as error:
+                    if not self.failed(lane, message, error):
+                        return
+                    continue
+                self.handled(lane, record)
+        self.submit(lane)
+
+    def handled(self, lane: Lane, record: Record[Any]) -> None:
+        if self.hooks:
+            self.tell(Step.HANDLED, record)
+        if lane.failure is not None:
+            self.tell(Step.RECOVERED, lane.failure)
+            lane.failure = None
+        lane.queue.popleft()
+        lane.began = None
+
+    def failed(self, lane: Lane, message: Message, error: BaseException) -> bool:
+        """Ask the policy about a failed record. True when the lane goes on with its next one at once."""
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            place = f"{message.topic()}/{message.partition()}/{message.offset()}"
+            return self.end(
+                lane, HandlerExit(f"the handler ended the process ({error!r}) on {place}, which is not committed")
+            )
+        failure = lane.next_failure(_failure(message, error))
+        try:
+            decision = self.spec.on_failure(failure)
+        except Exception as broken:
+            # A policy that cannot do its work (its dead-letter topic is away) must neither lose the record nor spin.
+            traceback.print_exception(broken)
+            decision = keep_trying(0.5)(failure)
+        failure = replace(failure, decision=decision)
+        _log_failure(failure)
+        self.tell(Step.FAILED, failure)
+        match decision:
+            case Retry(after):
+                lane.failure, lane.began = failure, None
+                lane.due = time.monotonic() + after
+                with lane.partition.lock:
+                    lane.to(LaneState.BACKING_OFF)
+                with self.back_offs_lock:
+                    heapq.heappush(self.back_offs, (lane.due, next(self.tie), lane))
+                return False
+            case Done():
+                self.tell(Step.RECOVERED, failure)
+                lane.failure = None
+                lane.queue.popleft()
+                lane.began = None
+                return True
+            case Stop():
+                return self.end(lane, error)
+
+    def end(self, lane: Lane, error: BaseException) -> bool:
+        self.fatal = error
+        lane.began = None
+        self.wake.set()
+        return False
+
+    def tell(self, step: Step, subject: Any) -> None:
+        for hook in self.hooks:
+            hook(step, subject)
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
+
+
+def _log_failure(failure: Failure) -> None:
+    """The whole traceback of a first failure, below the loop's own frame; one line for each further attempt."""
+    error = failure.error
+    _log(f"{failure.place} failed, attempt {failure.attempt}: {type(error).__name__}: {error}")
+    if failure.attempt == 1 and not isinstance(error, PoisonRecord):
+        traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+
+
+def _failure(message: Message, error: BaseException) -> Failure:
+    raw = message.key()
+    key = None if raw is None else raw.decode(errors="replace")
+    record = None if isinstance(error, PoisonRecord) else Record(message, key, None)
+    return Failure(message.topic(), message.partition(), message.offset(), key, record, error, 1, 0.0)
+
+
+def _offsets(positions: dict[Place, int]) -> list[TopicPartition]:
+    return [TopicPartition(topic, number, offset) for (topic, number), offset in positions.items()]

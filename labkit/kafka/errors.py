@@ -1,0 +1,38 @@
+"""Every error labkit raises on purpose. Each message names the thing and what to do about it."""
+
+from __future__ import annotations
+
+
+class LabkitError(Exception):
+    """Base of all: catch this to tell a mistake in the set-up from a bug."""
+
+
+class ClusterUnreachable(LabkitError):
+    """No broker answered in time."""
+
+
+class TopicMissing(LabkitError):
+    """A topic that should be read or written does not exist (any more)."""
+
+
+class TopicMismatch(LabkitError):
+    """A topic exists, but not as it was asked for (partitions, compaction)."""
+
+
+class DeliveryFailed(LabkitError):
+    """The broker did not confirm records that were sent; what depends on them must not be committed."""
+
+
+class PoisonRecord(LabkitError):
+    """A record whose key or value does not decode. Carries its place, so that a policy can set it aside."""
+
+    def __init__(self, topic: str, partition: int, offset: int, reason: str) -> None:
+        super().__init__(f"{topic}/{partition}/{offset} does not decode: {reason}")
+        self.topic, self.partition, self.offset, self.reason = topic, partition, offset, reason
+
+    def __reduce__(self) -> tuple[type[PoisonRecord], tuple[str, int, int, str]]:
+        return PoisonRecord, (self.topic, self.partition, self.offset, self.reason)
+
+
+class HandlerExit(LabkitError):
+    """A handler called `sys.exit` or was interrupted: its record is not committed and the pod ends."""

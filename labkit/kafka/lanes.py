@@ -1,0 +1,143 @@
+"""Lanes: the unit of order. A partition is one lane, or one lane for each of its keys.
+
+The thread that polls appends to a lane, one worker at a time takes from it. A record leaves its queue only once it is
+finished, so what may be committed follows from the queues alone: the lowest offset still in one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from enum import Enum
+
+from labkit.kafka.records import Message
+from labkit.kafka.steps import Failure
+
+
+class LaneState(Enum):
+    """What a lane does now."""
+
+    IDLE = "idle"
+    """Nothing to do."""
+    RUNNING = "running"
+    """A worker has it, or will take it next."""
+    BACKING_OFF = "backing off"
+    """Its first record failed; it waits for the next attempt."""
+
+
+_ALLOWED = {
+    (LaneState.IDLE, LaneState.RUNNING),
+    (LaneState.RUNNING, LaneState.IDLE),
+    (LaneState.RUNNING, LaneState.BACKING_OFF),
+    (LaneState.BACKING_OFF, LaneState.RUNNING),
+}
+
+
+class Lane:
+    """Records that must be handled one after the other."""
+
+    __slots__ = ("began", "due", "failure", "key", "partition", "queue", "state")
+
+    def __init__(self, partition: Partition, key: bytes | None) -> None:
+        self.partition = partition
+        self.key = key
+        self.queue: deque[Message] = deque()
+        self.state = LaneState.IDLE
+        self.failure: Failure | None = None  # of the first record, while it keeps failing
+        self.began: float | None = None  # consumer's clock at which the running handler was called
+        self.due = 0.0  # monotonic time of the next attempt
+
+    def to(self, state: LaneState) -> None:
+        """Change state; a change that makes no sense is a bug and raises."""
+        if (self.state, state) not in _ALLOWED:
+            raise AssertionError(f"a lane cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+    def next_failure(self, failure: Failure) -> Failure:
+        """Count this attempt on top of the earlier ones at the same record."""
+        before = self.failure
+        if before is not None and before.offset == failure.offset:
+            failure = replace(failure, attempt=before.attempt + 1, since=before.since)
+        else:
+            failure = replace(failure, attempt=1, since=time.time())
+        return failure
+
+
+class Partition:
+    """One assigned partition: its lanes, and how far it has got."""
+
+    __slots__ = (
+        "active",
+        "asked",
+        "committed",
+        "full_since",
+        "lanes",
+        "lock",
+        "next_offset",
+        "number",
+        "paused",
+        "topic",
+    )
+
+    def __init__(self, topic: str, number: int, start: int) -> None:
+        self.topic, self.number = topic, number
+        self.next_offset = start  # after the last one fetched
+        self.committed = start  # what the broker has, as far as we know
+        self.asked = start  # what we last asked it to store
+        self.lanes: dict[bytes | None, Lane] = {}
+        self.lock = threading.Lock()  # guards lanes and their states against the workers
+        self.active = True  # False once revoked or lost: no further record is started, no result committed
+        self.paused = False
+        self.full_since: float | None = None
+
+    def add(self, messages: Iterable[Message], by_key: bool) -> list[Lane]:
+        """Queue fetched messages; returns the lanes that were idle and now want a worker."""
+        woken: list[Lane] = []
+        with self.lock:
+            for message in messages:
+                offset = message.offset()
+                if offset < self.next_offset:
+                    continue  # fetched twice (a seek, a rebalance): it is queued or done already
+                self.next_offset = offset + 1
+                key = message.key() if by_key else None
+                lane = self.lanes.get(key)
+                if lane is None:
+                    lane = self.lanes[key] = Lane(self, key)
+                lane.queue.append(message)
+                if lane.state is LaneState.IDLE:
+                    lane.to(LaneState.RUNNING)
+                    woken.append(lane)
+        return woken
+
+    def reached(self, end: int) -> None:
+        """Note the partition's end: a commit then passes commit markers and compacted records, which nobody sees."""
+        self.next_offset = max(self.next_offset, end)
+
+    def rest(self, lane: Lane) -> bool:
+        """Let a worker give up a lane that is empty, or whose partition is gone. False when there is more to do."""
+        with self.lock:
+            if lane.queue and self.active:
+                return False
+            lane.to(LaneState.IDLE)
+            self.lanes.pop(lane.key, None)
+            return True
+
+    def position(self) -> int:
+        """The lowest unfinished offset, or the next to be fetched: all before it is finished and may be committed.
+
+        Only the thread that appends may ask: then a queue seen empty stays empty.
+        """
+        lowest = self.next_offset
+        for lane in list(self.lanes.values()):
+            try:
+                lowest = min(lowest, lane.queue[0].offset())
+            except IndexError:
+                continue
+        return lowest
+
+    def ahead(self) -> int:
+        """How far beyond the lowest unfinished offset has been fetched."""
+        return self.next_offset - self.position() if self.lanes else 0

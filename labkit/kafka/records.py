@@ -1,0 +1,91 @@
+"""Records, and how their keys and values are written on the wire.
+
+Values are JSON, so that `kafka-console-consumer` reads them; keys are raw UTF-8, because quoted JSON would change the
+partition they are placed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from labkit.kafka.errors import PoisonRecord
+
+T = TypeVar("T")
+
+
+class Message(Protocol):
+    """A record as the client delivers it: raw bytes, with a place that is always known."""
+
+    def topic(self) -> str: ...
+    def partition(self) -> int: ...
+    def offset(self) -> int: ...
+    def key(self) -> bytes | None: ...
+    def value(self) -> bytes | None: ...
+    def timestamp(self) -> tuple[int, int]: ...
+    def headers(self) -> list[tuple[str, bytes | None]] | None: ...
+    def error(self) -> Any: ...
+
+
+encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+
+
+class Record(Generic[T]):
+    """One record as a handler sees it: decoded key and value, with its place.
+
+    A null value (a tombstone on a compacted topic) arrives as `None`. Timestamp and headers are read when asked for,
+    because most handlers never look.
+    """
+
+    __slots__ = ("_message", "key", "offset", "partition", "topic", "value")
+
+    def __init__(self, message: Message, key: str | None, value: T) -> None:
+        self._message = message
+        self.topic = message.topic()
+        self.partition = message.partition()
+        self.offset = message.offset()
+        self.key = key
+        self.value = value
+
+    @property
+    def timestamp(self) -> float:
+        """When it was produced, in seconds since 1970."""
+        return float(self._message.timestamp()[1]) / 1000
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers as text; bytes that are not UTF-8 are shown with replacement characters. The last of a name wins."""
+        found = self._message.headers() or []
+        return {name: (value or b"").decode(errors="replace") for name, value in found}
+
+    @property
+    def place(self) -> str:
+        """`topic/partition/offset`, the name under which logs and audits know the record."""
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+    def __repr__(self) -> str:
+        return f"Record({self.place}, key={self.key!r}, value={self.value!r})"
+
+
+def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
+    """A function from a client's message to a `Record`; it raises PoisonRecord, naming the place.
+
+    `value` is anything msgspec can check: a Struct, a dataclass, a TypedDict, `dict`, `list`, `str`, `int` … Unknown
+    fields are ignored, missing ones take their default, so producers and consumers can be upgraded one by one.
+    """
+    parse: Callable[[bytes], T] = msgspec.json.Decoder(value).decode
+
+    def decode(message: Message) -> Record[T]:
+        raw_key, raw = message.key(), message.value()
+        try:
+            return Record(
+                message,
+                None if raw_key is None else raw_key.decode(),
+                None if raw is None else parse(raw),  # type: ignore[arg-type]
+            )
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise PoisonRecord(message.topic(), message.partition(), message.offset(), str(error)) from error
+
+    return decode

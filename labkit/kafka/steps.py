@@ -1,0 +1,100 @@
+"""The named steps of consuming: what a running consumer tells whoever runs it.
+
+Tests and baselines crash a process *at a step*, so a failure happens where it is meant to, never by luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+from labkit.kafka.records import Record
+
+
+class Step(Enum):
+    """Where a record, or the member that holds it, has got to."""
+
+    ASSIGNED = "assigned"
+    """Partitions came to this member. Subject: list of (topic, partition, first offset to be read)."""
+    HANDLING = "handling"
+    """The handler is about to be called. Subject: the record."""
+    HANDLED = "handled"
+    """The handler returned; nothing is committed yet. Subject: the record."""
+    FAILED = "failed"
+    """The handler raised, or the record did not decode. Subject: the Failure, decision included."""
+    RECOVERED = "recovered"
+    """A lane that had failed goes on: its record was handled, set aside, or taken away. Subject: the Failure."""
+    FLUSHED = "flushed"
+    """Everything the handlers sent is confirmed. Subject: None."""
+    COMMITTING = "committing"
+    """Offsets are about to be committed. Subject: {(topic, partition): offset}."""
+    COMMITTED = "committed"
+    """The broker has the offsets. Subject: {(topic, partition): offset}."""
+    REVOKED = "revoked"
+    """Partitions left this member, after its drain. Subject: list of (topic, partition)."""
+    LOST = "lost"
+    """Partitions were taken while this member was away; nothing is committed. Subject: list of (topic, partition)."""
+
+
+Report: TypeAlias = Callable[[Step, Any], None]
+"""Called from the thread in which the step happens, handler threads included: be quick and thread-safe."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Call the handler again after `after` seconds; the lane waits, its order is kept."""
+
+    after: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """The record counts as finished: it was set aside somewhere else (confirmed before the commit)."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The consumer stops with the handler's error; the record stays uncommitted."""
+
+
+Decision: TypeAlias = Retry | Done | Stop
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt at one record.
+
+    `record` is None for a poison record, which has no value to show; `key` is then what could be read of it.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    key: str | None
+    record: Record[Any] | None
+    error: BaseException
+    attempt: int
+    """1 for the first call."""
+    since: float
+    """When the first attempt failed, in seconds since 1970."""
+    decision: Decision | None = None
+
+    @property
+    def place(self) -> str:
+        """`topic/partition/offset`."""
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+OnFailure: TypeAlias = Callable[[Failure], Decision]
+"""What becomes of a failed record. Called in the handler's thread; if it raises, the lane backs off and asks again."""
+
+
+def keep_trying(first: float = 0.1, cap: float = 10.0) -> OnFailure:
+    """The default: keep the lane and its order, back off from `first` seconds, doubling up to `cap`, without end."""
+
+    def decide(failure: Failure) -> Decision:
+        return Retry(min(cap, first * 2.0 ** min(failure.attempt - 1, 60)))
+
+    return decide

@@ -1,0 +1,44 @@
+"""A topic with the type of its values: what producers send to and consumers read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.producer import producer
+from labkit.kafka.records import T, encode
+
+
+@dataclass(frozen=True)
+class Topic(Generic[T]):
+    """The coordinates of a topic: plain data, so it can travel to a pod. `value` is the type its values decode to."""
+
+    cluster: Cluster
+    name: str
+    partitions: int
+    value: type[T]
+
+    @property
+    def short(self) -> str:
+        """The name without the lab's namespace: what pictures and messages show."""
+        return self.name.rsplit(".", 1)[-1]
+
+    def create(self, config: Mapping[str, str] | None = None) -> None:
+        """Make the topic unless it is there. Raises TopicMismatch when it is there with other partitions."""
+        self.cluster.create_topic(self.name, self.partitions, config)
+
+    def send(self, value: T | None, key: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        """Queue one record through the process's producer; `flush` confirms it. A `None` value is a tombstone.
+
+        Inside a handler no flush is needed: the consumer flushes before it commits.
+        """
+        producer(self.cluster).send(self.name, None if value is None else encode(value), key, headers)
+
+    def flush(self, timeout: float = 30.0) -> None:
+        """Wait until everything this process sent is confirmed. Raises DeliveryFailed."""
+        producer(self.cluster).flush(timeout)
+
+    def __repr__(self) -> str:
+        return f"Topic({self.short}, {self.partitions} partitions of {getattr(self.value, '__name__', self.value)})"
