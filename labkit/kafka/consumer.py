@@ -134,6 +134,8 @@ class _Loop:
         self.back_offs_lock = threading.Lock()
         self.tie = itertools.count()
         self.wake = threading.Event()  # a lane ran empty
+        self.gate = threading.Event()  # open, except while a commit waits for what handlers sent
+        self.gate.set()
         self.fatal: BaseException | None = None
         self.clock = 0.0  # seconds this loop has been alive: a frozen process does not age
         self.next_commit = 0.0
@@ -150,6 +152,7 @@ class _Loop:
                     "auto.offset.reset": consumer.start,
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
+                    "on_commit": self.confirmed,
                     "enable.partition.eof": True,  # so that committed positions pass commit markers
                     "partition.assignment.strategy": "cooperative-sticky",
                     "session.timeout.ms": 6000,  # a stock broker refuses less
@@ -310,8 +313,8 @@ class _Loop:
         if not positions:
             self.next_commit = now + self.spec.commit_interval
             return
-        if self.producer.unconfirmed(0.5):
-            return  # tried again at the next turn; no lane gets more work while we wait here
+        if self.unconfirmed():
+            return  # tried again at the next turn
         self.next_commit = now + self.spec.commit_interval
         self.tell(Step.FLUSHED, None)
         self.tell(Step.COMMITTING, positions)
@@ -319,6 +322,17 @@ class _Loop:
             self.partitions[place].asked = offset
         with suppress(KafkaException):
             self.client.commit(offsets=_offsets(positions), asynchronous=True)
+
+    def unconfirmed(self) -> int:
+        """How much of what handlers sent is still on its way. Lanes stand still meanwhile: a busy handler's next send
+        would keep the producer from ever being empty, and uncommitted work would pile up."""
+        if not self.producer.unconfirmed(0):
+            return 0
+        self.gate.clear()
+        try:
+            return self.producer.unconfirmed(0.5)
+        finally:
+            self.gate.set()
 
     def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
         stored: dict[Place, int] = {}
@@ -433,6 +447,8 @@ class _Loop:
             if not (queue and partition.active) and partition.rest(lane):
                 self.wake.set()
                 return
+            if not self.gate.is_set():
+                self.gate.wait()
             message = queue[0]
             lane.began = self.clock
             try:
@@ -456,6 +472,8 @@ class _Loop:
                 if not (queue and partition.active) and partition.rest(lane):
                     self.wake.set()
                     return
+                while not self.gate.is_set():
+                    await asyncio.sleep(0.001)
                 message = queue[0]
                 lane.began = self.clock
                 try:

@@ -1,0 +1,87 @@
+"""Reading a topic without a group: from its beginning, every partition, nothing committed.
+
+Audits, counts and stores read this way: what they see does not depend on who else reads.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Generic, cast
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from labkit.kafka.errors import ClusterUnreachable, PoisonRecord
+from labkit.kafka.lag import end_offsets
+from labkit.kafka.records import Message, Record, T, decoder
+from labkit.kafka.topics import Topic
+
+
+class Reader(Generic[T]):
+    """Reads committed records of one topic from its beginning on. Not for use by several threads at once."""
+
+    def __init__(self, topic: Topic[T]) -> None:
+        self.topic = topic
+        self.poison: list[PoisonRecord] = []
+        """Records that did not decode, passed over."""
+        self._decode = decoder(topic.value)
+        self._client = Client(
+            topic.cluster.config(
+                {
+                    "group.id": f"labkit-reader-{uuid.uuid4().hex}",  # the client wants one; it joins no group
+                    "enable.auto.commit": False,
+                    "enable.auto.offset.store": False,
+                    "auto.offset.reset": "earliest",
+                    "fetch.queue.backoff.ms": 1,
+                    "fetch.wait.max.ms": 100,
+                    "topic.metadata.refresh.interval.ms": 1000,
+                }
+            )
+        )
+        self._client.assign([TopicPartition(topic.name, number, 0) for number in range(topic.partitions)])
+
+    def take(self, timeout: float) -> list[Record[T]]:
+        """What is there: waits at most `timeout` seconds for a first record."""
+        messages = self._client.consume(1, timeout)
+        if messages:
+            messages += self._client.consume(1000, 0)
+        return list(self._records(cast(list[Message], messages)))
+
+    def rest(self, timeout: float = 30.0) -> list[Record[T]]:
+        """Everything up to the end the topic has now. Raises ClusterUnreachable when that takes too long."""
+        ends = end_offsets(self.topic.cluster, [self.topic.name])
+        until = time.monotonic() + timeout
+        found: list[Record[T]] = []
+        while self._behind(ends):
+            if time.monotonic() > until:
+                raise ClusterUnreachable(f"topic {self.topic.short} could not be read to its end within {timeout:g} s")
+            found += self.take(0.1)
+        return found
+
+    def close(self) -> None:
+        """Let the client go."""
+        self._client.close()
+
+    def __enter__(self) -> Reader[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _behind(self, ends: dict[tuple[str, int], int]) -> bool:
+        # The position also passes commit markers and compacted records, which no one is handed.
+        here = self._client.position([TopicPartition(name, number) for name, number in ends])
+        return any(max(one.offset, 0) < ends[one.topic, one.partition] for one in here)
+
+    def _records(self, messages: list[Message]) -> Iterator[Record[T]]:
+        for message in messages:
+            error: Any = message.error()
+            if error is None:
+                try:
+                    yield self._decode(message)
+                except PoisonRecord as poison:
+                    self.poison.append(poison)
+            elif error.fatal() or error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise KafkaException(error)

@@ -1,0 +1,262 @@
+"""How an audit judges: every deviation of what took effect from what was sent, told apart by evidence.
+
+- In a partition the offset says what came first, whatever the clocks say. Between two partitions only clocks
+  can tell: the logs themselves show how far those disagree, and nothing nearer than that is claimed.
+- A redelivery has a cause: something (a crash, a freeze, a rebalance …) between a record's two handlings.
+- A send that was never confirmed may have arrived or not: it is neither lost nor unexpected.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from labkit.lab.metrics import Fault
+
+WRONG = ("lost", "duplicated", "out of order", "unexpected")
+# Seconds after its end in which a fault still moves partitions: the group's session has to end (6 s), then
+# the pod is restarted with back-off and joins again, each with a rebalance.
+AFTERMATH = 30.0
+# One pod does a record twice only if it was restarted, or lost its partition, in between; otherwise one
+# handling sent twice. So the fault has to lie between the two; a second more: it is noted first, then acts.
+SAME_POD = 1.0
+
+
+class Sent(NamedTuple):
+    """One send; an id sent twice is listed twice. `order` counts the sends; `key=None` expects no order."""
+
+    id: str
+    key: str | None
+    order: int
+    confirmed: bool = True  # False: the broker never answered, so it may have arrived or not
+
+
+class Effect(NamedTuple):
+    """One thing that took effect: a record or a database row.
+
+    `place`: "done/0/17" (topic/partition/offset), or a row ("charges/17": its number tells no order). `time`:
+    unix seconds. `cause`: the source record handled ("orders/2/118"). `where`: the place in words.
+    """
+
+    id: str
+    key: str | None
+    place: str
+    time: float
+    cause: str | None
+    pod: str | None
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Anomaly:
+    """One deviation. `place`, `pod`, `time`: of the effect in question; `first_…`: of that compared with."""
+
+    kind: str  # one of WRONG (as "maybe lost" … in an unknown audit), or "redelivered", "resent"
+    id: str
+    key: str | None
+    explanation: str
+    place: str | None = None
+    first_place: str | None = None
+    pod: str | None = None
+    first_pod: str | None = None
+    time: float | None = None
+    fault: Fault | None = None  # what explains a redelivery
+    accounted: bool = False  # a resent one: `sent` lists its id often enough
+
+    def __str__(self) -> str:
+        places = [self.place, self.first_place and f"first {self.first_place}"]
+        return f"{self.id} ({', '.join(filter(None, places))})" if self.place else self.id
+
+
+class _Moment(NamedTuple):
+    """An effect's place in time: these sort in the order things took effect."""
+
+    at: float  # never before what has a lower offset in the same log
+    log: str
+    offset: int
+    effect: int  # its index
+
+
+class Timeline:
+    """Effects in time: the first of each id, and all of the ids that have several."""
+
+    def __init__(self, effects: Sequence[Effect]) -> None:
+        self.effects, self.gap = effects, 0.0  # gap: the most seconds by which they disagree
+        self.first: dict[str, _Moment] = {}
+        self.several: dict[str, list[_Moment]] = {}
+        logs: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        rows = []
+        for index, effect in enumerate(effects):
+            log, _, offset = effect.place.rpartition("/")
+            if offset.isdecimal() and log.rpartition("/")[2].isdecimal():
+                logs[log].append((int(offset), index))
+            else:
+                rows.append((effect.place, [(0, index)]))  # a log of its own
+        for log, entries in chain(logs.items(), rows):
+            entries.sort()
+            latest = float("-inf")
+            for number, index in entries:
+                effect = effects[index]
+                at = effect.time
+                if at < latest:
+                    self.gap = max(self.gap, latest - at)
+                else:
+                    latest = at
+                moment = _Moment(latest, log, number, index)
+                if (first := self.first.setdefault(effect.id, moment)) is not moment:
+                    self.several.setdefault(effect.id, [first]).append(moment)
+        for name, moments in self.several.items():
+            moments[:] = sorted({effects[moment.effect].place: moment for moment in moments}.values())
+            self.first[name] = moments[0]
+
+    def of(self, name: str) -> list[_Moment]:
+        return self.several.get(name) or [self.first[name]]
+
+
+def find(
+    wanted: Mapping[str, Sent],
+    repeats: Mapping[str, int],
+    confirmed: set[str],
+    line: Timeline,
+    faults: Iterable[Fault],
+) -> list[Anomaly]:
+    """All anomalies. `wanted`: the first send of each id, in order; `repeats`: how often more."""
+    missing = (send for send in wanted.values() if send.id in confirmed and send.id not in line.first)
+    found = [Anomaly("lost", send.id, send.key, "confirmed, never took effect") for send in missing]
+    found += _extras(line, wanted, repeats, sorted(faults, key=lambda fault: fault.start))
+    found += _disorder(line, wanted)
+    strange = sorted(moment for name in line.first.keys() - wanted.keys() for moment in line.of(name))
+    never = "an id that was never sent"
+    return found + [_anomaly("unexpected", line.effects[moment.effect], never) for moment in strange]
+
+
+def _extras(
+    line: Timeline, wanted: Mapping[str, Sent], repeats: Mapping[str, int], faults: Sequence[Fault]
+) -> list[Anomaly]:
+    """Every effect but the first of its id, told apart by its cause and by what happened in between."""
+    effects, found = line.effects, []
+    made: defaultdict[str | None, set[str]] = defaultdict(set)  # the ids that came of one source record
+    suspects = {effects[moment.effect].cause for moments in line.several.values() for moment in moments}
+    suspects.discard(None)
+    for effect in effects if suspects else ():
+        if effect.cause in suspects:
+            made[effect.cause].add(effect.id)
+    for name in sorted(line.several.keys() & wanted.keys(), key=lambda name: wanted[name].order):
+        first, *extras = line.several[name]
+        last, seen, spare = first, {effects[first.effect].cause: first}, repeats[name]
+        for moment in extras:
+            effect = effects[moment.effect]
+            # Where a cause is not known, nothing shows that it was another record: it is taken for the same.
+            earlier = last if effect.cause is None else seen.get(effect.cause, seen.get(None))
+            before = effects[(earlier or first).effect]
+            if earlier is None:
+                spare -= 1
+                why = f"source records {before.cause} and {effect.cause}"
+                if spare < 0 and made[before.cause] != made[effect.cause]:
+                    why = f"mixed up: {why} made different ids"
+                    found.append(_anomaly("duplicated", effect, why, before))
+                else:
+                    found.append(_anomaly("resent", effect, why, before, accounted=spare >= 0))
+            else:
+                at = moment.at if moment.log == earlier.log else moment.at + line.gap
+                if fault := _explaining(faults, before, effect, at):
+                    found.append(_anomaly("redelivered", effect, _since(fault, effect), before, fault))
+                else:
+                    why = f"pod {effect.pod}, {effect.time - before.time:.1f} s later: no fault in between"
+                    found.append(_anomaly("duplicated", effect, why, before))
+            seen[effect.cause] = last = moment
+    return found
+
+
+def _explaining(faults: Sequence[Fault], before: Effect, effect: Effect, at: float) -> Fault | None:
+    """The last fault before the extra effect that could have made the record be handled again."""
+    reach = SAME_POD if effect.pod is not None and effect.pod == before.pod else AFTERMATH
+    since = min(before.time, effect.time)
+    for fault in reversed(faults[: bisect_right(faults, at, key=lambda fault: fault.start)]):
+        if fault.end is None or fault.end + reach >= since:
+            return fault
+    return None
+
+
+def _since(fault: Fault, effect: Effect) -> str:
+    over = fault.end is not None and fault.start < fault.end < effect.time
+    after, since = ("after the end of", fault.end or 0.0) if over else ("after", fault.start)
+    return f"pod {effect.pod}, {max(effect.time - since, 0.0):.1f} s {after}: {fault.text}"
+
+
+def _disorder(line: Timeline, wanted: Mapping[str, Sent]) -> list[Anomaly]:
+    """The fewest first effects that have to be moved to put each key into the order of sending."""
+    keys: defaultdict[str, list[_Moment]] = defaultdict(list)
+    for send in wanted.values():
+        if send.key is not None and send.confirmed and send.id in line.first:
+            keys[send.key].append(line.first[send.id])
+    found = []
+
+    def claim(key: str, moment: _Moment, other: _Moment, late: bool) -> None:
+        effect, before = line.effects[moment.effect], line.effects[other.effect]
+        than = f"done after {before.id}, sent later" if late else f"done before {before.id}, sent earlier"
+        found.append(_anomaly("out of order", effect._replace(key=key), than, before))
+
+    for key, moments in keys.items():
+        logs: defaultdict[str, list[_Moment]] = defaultdict(list)
+        for moment in moments:
+            logs[moment.log].append(moment)
+        wrong = set()
+        for part in logs.values():
+            for moment, other, late in _misplaced(part, [moment.offset for moment in part]):
+                wrong.add(moment)
+                claim(key, moment, other, late)
+        rest = [moment for moment in moments if moment not in wrong] if len(logs) > 1 else []
+        for moment, other, late in _misplaced(rest, [moment.at for moment in rest]):
+            if abs(moment.at - other.at) > line.gap:
+                claim(key, moment, other, late)
+    return found
+
+
+def _misplaced(moments: Sequence[_Moment], ranks: Sequence[float]) -> Iterator[tuple[_Moment, _Moment, bool]]:
+    """What the longest rising run of `ranks` leaves out, each with one in it that it is late or early for."""
+    if all(a <= b for a, b in pairwise(ranks)):
+        return
+    tops: list[float] = []  # the lowest rank that ends a run of each length, and who has it
+    ends: list[int] = []
+    previous = []
+    for index, rank in enumerate(ranks):
+        length = bisect_right(tops, rank)
+        previous.append(ends[length - 1] if length else -1)
+        tops[length : length + 1], ends[length : length + 1] = [rank], [index]
+    run = [ends[-1]]
+    while previous[run[-1]] >= 0:
+        run.append(previous[run[-1]])
+    run.reverse()
+    for index in sorted(set(range(len(ranks))) - set(run)):
+        place = bisect_left(run, index)
+        late = place < len(run) and ranks[run[place]] < ranks[index]
+        yield moments[index], moments[run[place if late else place - 1]], late
+
+
+def _anomaly(
+    kind: str,
+    effect: Effect,
+    why: str,
+    first: Effect | None = None,
+    fault: Fault | None = None,
+    accounted: bool = False,
+) -> Anomaly:
+    return Anomaly(
+        kind=kind,
+        id=effect.id,
+        key=effect.key,
+        explanation=f"{effect.where}: {why}" if effect.where else why,
+        place=effect.place,
+        first_place=first and first.place,
+        pod=effect.pod,
+        first_pod=first and first.pod,
+        time=effect.time,
+        fault=fault,
+        accounted=accounted,
+    )

@@ -1,0 +1,459 @@
+"""The board: a live picture of a lab, the buttons that break it, and what its pods print."""
+
+from __future__ import annotations
+
+import html
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import ipywidgets
+from IPython import display
+
+from labkit.lab import picture
+from labkit.lab.metrics import History
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PodState: TypeAlias = Literal["starting", "running", "frozen", "restarting", "slow", "stopped"]
+
+_FRAME = 1 / 3
+"""Seconds from frame to frame."""
+_LONGEST_SNAPSHOT = 600.0
+_SILENT = 5.0
+"""Seconds without a sample after which the status line says so."""
+_LOG_LINES = 200
+_LINE_LENGTH = 2_000
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
+
+@dataclass(frozen=True)
+class PodView:
+    """What a board shows of a pod."""
+
+    name: str
+    index: int
+    state: PodState
+    restarts: int
+
+
+class Controls(Protocol):
+    """The faults of one deployment: what the buttons call, and what a learner calls in code.
+
+    They may block, and raise when they cannot do it; the board runs them in a thread of their own. `pods()` is asked
+    at every frame, so it must answer at once.
+    """
+
+    def pods(self) -> list[PodView]: ...
+    def crash(self, index: int) -> None: ...
+    def freeze(self, index: int) -> None: ...
+    def thaw(self, index: int) -> None: ...
+    def slow(self, index: int, seconds: float) -> None: ...
+    def drain(self, index: int) -> None: ...
+    def scale(self, n: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Action:
+    """A button of the board: verb and object ("Stop the provider"), what it does in a tooltip, and when it may.
+
+    `available` answers None when the action makes sense, else the reason why not, which becomes the tooltip.
+    """
+
+    label: str
+    tooltip: str
+    run: Callable[[], object]
+    available: Callable[[], str | None] = lambda: None
+
+
+class Board:
+    """Shows itself at the end of a cell, and redraws in a thread of its own until `close()`.
+
+    `status` says in one line what runs. `log` gives the newest lines of the pods, each with the pod's name in front.
+    `controls` brings the buttons for pods, `actions` further ones. `slow_seconds` is what "Slow down" adds to each
+    record. `window` is the width of the picture in seconds.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        panels: Sequence[picture.Panel],
+        status: Callable[[], str],
+        controls: Controls | None = None,
+        log: Callable[[], Sequence[str]] = list,
+        actions: Sequence[Action] = (),
+        *,
+        window: float = 60.0,
+        slow_seconds: float = 0.5,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not panels:
+            raise ValueError("a board needs at least one panel")
+        self._history, self._panels, self._status, self._log = history, tuple(panels), status, log
+        self._window, self._clock = window, clock
+        self._closed = threading.Event()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        # Frames, clicks and finished actions come from different threads.
+        self._lock = threading.RLock()
+        self._drawn_version = -1
+        self._drawn_at_rest = False
+        self._newest: float | None = None
+        self._failed_action = ""
+        self.frames = 0
+        """How many frames were drawn."""
+
+        self._picture = ipywidgets.Image(format="png")
+        self._picture.layout = ipywidgets.Layout(width="100%", max_width=f"{picture.WIDTH}px")
+        self._says = ipywidgets.HTML()
+        self._lines = ipywidgets.HTML()
+        self._pods = (
+            None if controls is None else _PodButtons(controls, slow_seconds, self._start, self._lock)
+        )
+        self._buttons = [_Button(lambda a=action: a, self._start) for action in actions]  # type: ignore[misc]
+        rows: list[Any] = [self._picture, self._says]
+        if self._pods is not None:
+            rows.append(self._pods.widget)
+        if self._buttons:
+            rows.append(_row([button.widget for button in self._buttons]))
+        rows.append(self._lines)
+        self.widget = ipywidgets.VBox(rows, layout=ipywidgets.Layout(max_width=f"{picture.WIDTH + 24}px"))
+        """The widget that is shown."""
+
+    # -- what a notebook uses
+
+    def table(self) -> pd.DataFrame:
+        """The numbers of now: metric, label, now, highest."""
+        return self._history.table()
+
+    def snapshot(self, window: float | None = None) -> display.Image:
+        """A picture that stays in the saved notebook: the last `window` seconds, by default the whole run.
+
+        "Whole" ends at ten minutes: of a longer run it shows the last ten.
+        """
+        seen = self._history.snapshot()
+        now = seen.samples[-1].time if seen.samples else self._clock()
+        if window is None:
+            first = seen.samples[0].time if seen.samples else now
+            window = min(max(now - first, 10.0), _LONGEST_SNAPSHOT)
+        caption = self._status()
+        png = picture.static(self._panels, seen.samples, seen.faults, now, window, caption)
+        titles = ", ".join(panel.title for panel in self._panels)
+        # Shown at the size of the live one; `alt` is for those who do not see it.
+        image: display.Image = display.Image(  # type: ignore[no-untyped-call]
+            data=png, format="png", width=picture.WIDTH, alt=f"{titles}. {caption}"
+        )
+        return image
+
+    def close(self) -> None:
+        """End the redrawing. What was drawn last stays on the page, its buttons disabled."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._wake.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=5)
+        with self._lock:
+            for button in self._all_buttons():
+                button.refresh("This board is closed.")
+            self._say("This board is closed: run its cell again for a live one.")
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def start(self) -> None:
+        """Draw the first frame and begin to redraw. Displaying the board does this."""
+        with self._lock:
+            if self._thread is not None or self.closed:
+                return
+            self.redraw()
+            self._thread = threading.Thread(
+                target=self._redraw_until_closed, name="labkit-board", daemon=True
+            )
+            self._thread.start()
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        self.start()
+        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
+        bundle["text/plain"] = repr(self)
+        return bundle
+
+    def __repr__(self) -> str:
+        titles = " · ".join(panel.title for panel in self._panels)
+        return f"Board({titles}): a live picture. Run this cell to see it; board.table() has its numbers."
+
+    # -- the redraw thread
+
+    def _redraw_until_closed(self) -> None:
+        while not self.closed:
+            begun = time.monotonic()
+            self.redraw()
+            took = time.monotonic() - begun
+            # On a slow machine fewer frames, not a busy core.
+            self._wake.wait(max(_FRAME - took, 2 * took))
+            self._wake.clear()
+
+    def redraw(self) -> None:
+        """Bring all parts up to date. It never raises: what went wrong is in the status line."""
+        with self._lock:
+            if self.closed:
+                return
+            parts: list[tuple[str, Callable[[], None]]] = [("log", self._redraw_log)]
+            if self._pods is not None:
+                parts.append(("pods", self._pods.refresh))
+            parts += [(button.widget.description, button.refresh) for button in self._buttons]
+            parts.append(("picture", self._redraw_picture))
+            trouble = [self._failed_action] if self._failed_action else []
+            for name, part in parts:
+                try:
+                    part()
+                except Exception as error:
+                    trouble.append(f"{name}: {_of(error)}")
+            try:
+                status = self._status()
+            except Exception as error:
+                status = f"status: {_of(error)}"
+            if self._newest is not None and self._clock() - self._newest > _SILENT:
+                since = time.strftime("%H:%M:%S", time.localtime(self._newest))
+                trouble.append(f"no new figures since {since}")
+            self._say(status, trouble)
+
+    def _redraw_picture(self) -> None:
+        now = self._clock()
+        seen = self._history.snapshot(since=now - self._window - 5)
+        self._newest = seen.samples[-1].time if seen.samples else self._newest
+        # Nothing new, or nothing but the same figures for the whole width of the picture.
+        visible = [fault for fault in seen.faults if fault.end is None or fault.end > now - self._window - 1]
+        at_rest = seen.changed < now - self._window - 1 and not visible
+        if seen.version == self._drawn_version or (at_rest and self._drawn_at_rest):
+            return
+        png = picture.draw(self._panels, seen.samples, seen.faults, now, self._window)
+        self._drawn_version, self._drawn_at_rest = seen.version, at_rest
+        self.frames += 1
+        if png != self._picture.value:
+            self._picture.value = png
+
+    def _redraw_log(self) -> None:
+        _set(self._lines, "value", _log_html(list(self._log())[-_LOG_LINES:]))
+
+    def _say(self, status: str, trouble: Sequence[str] = ()) -> None:
+        bad = "".join(f' <span style="color:{_BAD}">· {html.escape(each)}</span>' for each in trouble)
+        text = f'<div role="status" style="{_STATUS_STYLE}">{html.escape(status)}{bad}</div>'
+        _set(self._says, "value", text)
+
+    # -- clicks
+
+    def _all_buttons(self) -> list[_Button]:
+        return [*self._buttons, *(self._pods.buttons if self._pods is not None else [])]
+
+    def _start(self, button: _Button, action: Action) -> None:
+        """Run an action in a thread of its own: a click must not hold up the messages behind it."""
+        with self._lock:
+            if self.closed or button.busy:
+                return
+            button.busy = True
+            button.refresh()
+            self._failed_action = ""
+
+        def run() -> None:
+            failed = ""
+            try:
+                action.run()
+            except Exception as error:
+                failed = f"{action.label}: {_of(error)}"
+            finally:
+                with self._lock:
+                    button.busy = False
+                    self._failed_action = failed
+                self.redraw()
+
+        threading.Thread(target=run, name=f"labkit-board: {action.label}", daemon=True).start()
+
+
+class _Button:
+    """A button whose action may change with what is chosen beside it."""
+
+    def __init__(self, action: Callable[[], Action], start: Callable[[_Button, Action], None]) -> None:
+        self._action = action
+        self.busy = False
+        self.widget = ipywidgets.Button(layout=ipywidgets.Layout(width="auto"))
+        self.widget.on_click(lambda _: start(self, self._action()))
+
+    def refresh(self, closed: str | None = None) -> None:
+        action = self._action()
+        why_not = closed or ("Under way …" if self.busy else action.available())
+        _set(self.widget, "description", action.label)
+        _set(self.widget, "tooltip", why_not or action.tooltip)
+        _set(self.widget, "disabled", why_not is not None)
+
+
+class _PodButtons:
+    """A pod to choose, and what can be done to it."""
+
+    def __init__(
+        self,
+        controls: Controls,
+        slow_seconds: float,
+        start: Callable[[_Button, Action], None],
+        lock: threading.RLock,
+    ) -> None:
+        self._controls, self._slow_seconds, self._lock = controls, slow_seconds, lock
+        self._pods: list[PodView] = []
+        self._chosen = 0
+        self._choice = ipywidgets.ToggleButtons(
+            options=[], style={"button_width": "auto"}, tooltips=[], layout=ipywidgets.Layout(width="auto")
+        )
+        self._choice.observe(self._choose, "value")
+        made = (self._crash, self._freeze, self._thaw, self._slow, self._drain, self._add, self._remove)
+        self.buttons = [_Button(action, start) for action in made]
+        on_pod, on_all = self.buttons[:5], self.buttons[5:]
+        self.widget = ipywidgets.VBox(
+            [
+                _row([self._choice, *(button.widget for button in on_all)]),
+                _row([button.widget for button in on_pod]),
+            ]
+        )
+
+    def refresh(self) -> None:
+        pods = self._controls.pods()
+        self._pods = pods
+        options = [(_named(pod), pod.index) for pod in pods]
+        if options != list(self._choice.options):
+            if pods and self._chosen not in {pod.index for pod in pods}:
+                self._chosen = pods[0].index
+            chosen = self._chosen
+            # New options reset the choice; the learner's stays.
+            self._choice.tooltips = [_about(pod) for pod in pods]
+            self._choice.options = options
+            if pods:
+                self._choice.value = self._chosen = chosen
+        for button in self.buttons:
+            button.refresh()
+
+    def _choose(self, change: dict[str, Any]) -> None:
+        with self._lock:
+            if change["new"] is not None:
+                self._chosen = change["new"]
+                for button in self.buttons:
+                    button.refresh()
+
+    def _state(self) -> PodState:
+        return next((pod.state for pod in self._pods if pod.index == self._chosen), "stopped")
+
+    def _only(self, *states: PodState) -> Callable[[], str | None]:
+        def why_not() -> str | None:
+            state = self._state()
+            return None if state in states else f"Pod {self._chosen} is {state}."
+
+        return why_not
+
+    def _crash(self) -> Action:
+        i = self._chosen
+        about = f"Kill pod {i} at once (SIGKILL), in the middle of what it does; it is started again."
+        alive = self._only("starting", "running", "frozen", "slow")
+        return Action(f"Crash pod {i}", about, lambda: self._controls.crash(i), alive)
+
+    def _freeze(self) -> Action:
+        i = self._chosen
+        about = (
+            f"Stop pod {i} in its tracks (SIGSTOP), as a long pause of its machine would, until it is thawed."
+        )
+        return Action(
+            f"Freeze pod {i}", about, lambda: self._controls.freeze(i), self._only("running", "slow")
+        )
+
+    def _thaw(self) -> Action:
+        i = self._chosen
+        about = f"Let pod {i} go on (SIGCONT)."
+        return Action(f"Thaw pod {i}", about, lambda: self._controls.thaw(i), self._only("frozen"))
+
+    def _slow(self) -> Action:
+        i, seconds = self._chosen, self._slow_seconds
+        may = self._only("running", "slow")
+        if self._state() == "slow":
+            about = f"Take the delay from pod {i} again."
+            return Action(f"Speed up pod {i}", about, lambda: self._controls.slow(i, 0.0), may)
+        about = f"Make pod {i} wait {seconds:g} s at each record."
+        return Action(f"Slow down pod {i}", about, lambda: self._controls.slow(i, seconds), may)
+
+    def _drain(self) -> Action:
+        i = self._chosen
+        about = f"Ask pod {i} to stop in good order (SIGTERM): it finishes, commits and leaves."
+        return Action(f"Drain pod {i}", about, lambda: self._controls.drain(i), self._only("running", "slow"))
+
+    def _wanted(self) -> int:
+        return sum(pod.state != "stopped" for pod in self._pods)
+
+    def _add(self) -> Action:
+        n = self._wanted() + 1
+        return Action("Add a pod", f"Scale to {n}.", lambda: self._controls.scale(n))
+
+    def _remove(self) -> Action:
+        n = self._wanted() - 1
+        enough = "The last pod stays." if n < 1 else None
+        return Action("Remove a pod", f"Scale to {n}.", lambda: self._controls.scale(n), lambda: enough)
+
+
+# -- Text ------------------------------------------------------------------------------------------------------------
+
+_BAD = "#B84F00"
+# JupyterLab's own variables where there are some, so that the text fits a dark theme.
+_STATUS_STYLE = (
+    "margin:0 0 2px 42px;line-height:20px;min-height:20px;font-size:13px;color:var(--jp-ui-font-color1,#444)"
+)
+# Reversed, so that the pane stays at its newest line.
+_LOG_STYLE = (
+    "display:flex;flex-direction:column-reverse;height:170px;overflow:auto;margin-top:4px;padding:4px 8px;"
+    "border:1px solid var(--jp-border-color2,#ddd);border-radius:3px;background:var(--jp-layout-color1,#fff)"
+)
+_PRE_STYLE = (
+    "flex:none;margin:0 0 auto 0;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;"
+    "font-size:12px;line-height:16px;"
+    "font-family:var(--jp-code-font-family,monospace);color:var(--jp-ui-font-color1,#222)"
+)
+_NAMED = re.compile(r"^([A-Za-z0-9][\w.-]*-\d+)(?=[\s:|│])")
+
+
+def _log_html(lines: Sequence[str]) -> str:
+    """The log pane. What pods print is anybody's text: control sequences go, all else is escaped."""
+    shown = []
+    for line in lines:
+        text = _ANSI.sub("", line.rstrip("\n"))
+        if len(text) > _LINE_LENGTH:
+            text = f"{text[:_LINE_LENGTH]} … ({len(text) - _LINE_LENGTH:,} characters more)"
+        shown.append(_NAMED.sub(r"<b>\1</b>", html.escape(text)))
+    body = (
+        "\n".join(shown) or '<span style="opacity:.6">Here is what pods print, and their tracebacks.</span>'
+    )
+    return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
+
+
+def _named(pod: PodView) -> str:
+    return f"pod {pod.index}" if pod.state == "running" else f"pod {pod.index} · {pod.state}"
+
+
+def _about(pod: PodView) -> str:
+    times = {0: "never restarted", 1: "restarted once"}.get(pod.restarts, f"restarted {pod.restarts} times")
+    return f"{pod.name}: {pod.state}, {times}"
+
+
+def _of(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _row(widgets: Sequence[Any]) -> Any:
+    layout = ipywidgets.Layout(margin="0 0 0 40px", flex_flow="row wrap", align_items="center")
+    return ipywidgets.HBox(list(widgets), layout=layout)
+
+
+def _set(widget: Any, name: str, value: object) -> None:
+    """Set a trait when it differs: each assignment may be a message to the browser."""
+    if getattr(widget, name) != value:
+        setattr(widget, name, value)

@@ -1,0 +1,385 @@
+"""Deployments: n pods kept running, as in Kubernetes, and the faults that can be done to them.
+
+A pod that dies is started again under its name, with back-off. One thread for each deployment does all of it; what a
+learner does to a pod only states a wish or sends a signal, so that buttons and cells return at once.
+"""
+
+from __future__ import annotations
+
+import html
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+
+from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.topics import Topic
+from labkit.lab.metrics import Fault, History
+from labkit.lab.pod import Runnable, message
+from labkit.lab.telemetry import PodReport, Waiting
+from labkit.runtime.child import Child
+
+GRACE = 10.0  # seconds a pod gets to drain before it is killed
+FIRST_RESTART, LONGEST_RESTART = 0.1, 10.0  # seconds before a dead pod is started again, doubling
+STABLE = 10.0  # seconds of life after which a pod's earlier deaths are forgiven
+
+
+class PodState(Enum):
+    """What a pod is doing."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    SLOW = "slow"
+    FROZEN = "frozen"
+    DRAINING = "draining"
+    RESTARTING = "restarting"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line that a pod printed."""
+
+    time: float
+    pod: str
+    text: str
+
+
+class Pod:
+    """One pod of a deployment. Its name stays when its process is replaced."""
+
+    _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
+
+    def __init__(self, deployment: Deployment, index: int) -> None:
+        self.deployment, self.index = deployment, index
+        self.name = f"{deployment.name}-{index}"
+        self.restarts = 0
+        self.child: Child | None = None
+        self.report: PodReport | None = None
+        self.exit_code: int | None = None
+        self._lock = threading.Lock()
+        self._wanted = True  # False: not started again
+        self._kill_at: float | None = None  # monotonic; when draining takes too long
+        self._frozen = False
+        self._crashed = False
+        self._slow = 0.0
+        self._born = 0.0  # monotonic
+        self._deaths = 0  # in a row
+        self._again_at = 0.0  # monotonic; when a dead pod is to be started again
+
+    @property
+    def state(self) -> PodState:
+        """What it is doing."""
+        child = self.child
+        if child is None:
+            return PodState.RESTARTING if self._wanted else PodState.STOPPED
+        if self._frozen:
+            return PodState.FROZEN
+        if self._kill_at is not None:
+            return PodState.DRAINING
+        if self.report is None or self.report.process != child.pid:
+            return PodState.STARTING
+        return PodState.SLOW if self._slow else PodState.RUNNING
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        """Records it has in a back-off."""
+        return self.report.waiting if self.report is not None and self.child is not None else []
+
+    def crash(self) -> None:
+        """kill -9: nothing is drained, nothing committed. The deployment starts it again."""
+        with self._lock:
+            self._alive("crash").kill()
+            self._crashed = True
+        self._fault("crash")
+        if self._frozen:
+            self._frozen = False
+            self._over("freeze")
+
+    def freeze(self) -> None:
+        """SIGSTOP: it keeps its connections and its partitions, but does nothing, until `thaw` or `crash`."""
+        with self._lock:
+            self._alive("freeze").signal(signal.SIGSTOP)
+            if self._frozen:
+                return
+            self._frozen = True
+        self._fault("freeze", stands=True)
+
+    def thaw(self) -> None:
+        """SIGCONT: it goes on as if no time had passed. Its partitions may be somebody else's by now."""
+        with self._lock:
+            if not self._frozen:
+                raise LabkitError(f"{self.name} is not frozen: there is nothing to thaw")
+            self._alive("thaw").signal(signal.SIGCONT)
+            self._frozen = False
+        self._over("freeze")
+
+    def slow(self, seconds: float = 0.1) -> None:
+        """Hold up every record by `seconds`; 0 ends it."""
+        if seconds < 0:
+            raise LabkitError(f"a record cannot be held up by {seconds!r} s: give 0 or more")
+        with self._lock:
+            self._tell(self._alive("slow down"), f"slow {seconds}")
+            before, self._slow = self._slow, seconds
+        if before:
+            self._over("slow")
+        if seconds:
+            self._fault("slow", f"slow pod {self.index}", stands=True)
+
+    def drain(self) -> None:
+        """SIGTERM: it finishes what it has in hand, commits and leaves; the deployment starts it again."""
+        with self._lock:
+            self._drain(self._alive("drain"))
+        self._fault("drain")
+
+    def __repr__(self) -> str:
+        again = f", restarted {self.restarts}×" if self.restarts else ""
+        return f"{self.name}: {self.state.value}{again}"
+
+    # -- what follows is called by the deployment's thread ---------------------------------------------------------
+
+    def step(self, now: float, payload: bytes) -> None:
+        """Bring it closer to what is wanted."""
+        with self._lock:
+            if self.child is None:
+                if self._wanted and now >= self._again_at:
+                    self._start(now, payload)
+            elif (code := self.child.poll()) is not None:
+                self._bury(code, now)
+            elif self._kill_at is not None and now > self._kill_at:
+                self.child.kill()
+                self._kill_at = None
+
+    def retire(self) -> None:
+        """Drain it and do not start it again."""
+        with self._lock:
+            self._wanted = False
+            if self.child is not None:
+                if self._frozen:
+                    self.child.kill()  # it cannot drain
+                else:
+                    self._drain(self.child)
+
+    def end(self) -> None:
+        """End it now."""
+        with self._lock:
+            self._wanted = False
+            if self.child is not None:
+                self.child.close()
+                self.child = None
+
+    def _start(self, now: float, payload: bytes) -> None:
+        self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pod", self.name])
+        self._born, self._kill_at, self._frozen, self._slow, self.report = now, None, False, 0.0, None
+        threading.Thread(target=self._read, args=(self.child,), name=f"log {self.name}", daemon=True).start()
+        try:
+            self.child.stdin.write(payload)
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died at birth; the next step buries it
+
+    def _bury(self, code: int, now: float) -> None:
+        child, self.child = self.child, None
+        if child is not None:
+            child.close()
+        self.exit_code, self._kill_at = code, None
+        for kind, stood in (("freeze", self._frozen), ("slow", bool(self._slow))):
+            if stood:
+                self._over(kind)
+        crashed, self._frozen, self._slow, self._crashed = self._crashed, False, 0.0, False
+        if code and not crashed:
+            self._fault("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
+        if not self._wanted:
+            return
+        self._deaths = 1 if now - self._born > STABLE else self._deaths + 1
+        wait = min(LONGEST_RESTART, FIRST_RESTART * 2.0 ** min(self._deaths - 1, 20))
+        self._again_at = now + wait
+        self.restarts += 1
+        self.deployment.note(self.name, f"{_ended(code)}; starts again in {wait:g} s")
+
+    def _drain(self, child: Child) -> None:
+        child.terminate()
+        self._kill_at = time.monotonic() + GRACE
+
+    def _read(self, child: Child) -> None:
+        if child.output is None:
+            return
+        try:
+            for line in child.output:
+                self.deployment.note(self.name, line.decode(errors="replace").rstrip("\n"))
+        except ValueError:
+            pass  # closed under us: the pod is gone
+
+    def _alive(self, verb: str) -> Child:
+        if self.child is None or self.child.poll() is not None:
+            raise LabkitError(f"cannot {verb} {self.name}: it is {self.state.value}")
+        return self.child
+
+    @staticmethod
+    def _tell(child: Child, line: str) -> None:
+        try:
+            child.stdin.write(line.encode() + b"\n")
+            child.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has just died; so did what it should have done
+
+    def _fault(self, kind: str, text: str = "", stands: bool = False) -> None:
+        now = time.time()
+        fault = Fault(now, None if stands else now, kind, self.name, text or f"{kind} pod {self.index}")
+        self.deployment.history.begin(fault)
+
+    def _over(self, kind: str) -> None:
+        self.deployment.history.end(kind, self.name, time.time())
+
+
+class Deployment:
+    """A named number of pods that run the same thing. `scale` changes the number; dead pods are replaced."""
+
+    _stays_in_the_notebook = "a handler runs inside one of its pods; send a record to a topic instead"
+
+    def __init__(
+        self,
+        name: str,
+        runnable: Runnable,
+        replicas: int,
+        telemetry: Topic[PodReport],
+        history: History,
+        replaces: Deployment | None = None,
+    ) -> None:
+        _check(replicas)
+        self.name, self.runnable, self.history = name, runnable, history
+        self._payload = message(runnable, name, telemetry)  # raises CannotTravel before anything is started
+        self._replaces = replaces
+        self._lock = threading.Lock()
+        self._retired: list[Pod] = []
+        self._pods = [Pod(self, index) for index in range(replicas)]
+        self._log: deque[LogLine] = deque(maxlen=5000)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"deployment {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pods(self) -> list[Pod]:
+        """Its pods, in the order of their index."""
+        with self._lock:
+            return list(self._pods)
+
+    @property
+    def log(self) -> list[LogLine]:
+        """What its pods printed, prints and tracebacks of handlers included, oldest first."""
+        return list(self._log)
+
+    @property
+    def group(self) -> str | None:
+        """Its consumer group, if it is a consumer."""
+        return self.runnable.group if isinstance(self.runnable, Consumer) else None
+
+    @property
+    def topics(self) -> list[Topic[object]]:
+        """The topics it consumes."""
+        return list(self.runnable.sources) if isinstance(self.runnable, Consumer) else []
+
+    @property
+    def restarts(self) -> int:
+        """How often one of its pods was started again."""
+        return sum(pod.restarts for pod in self.pods)
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        """Records in a back-off, in any of its pods."""
+        return [one for pod in self.pods for one in pod.waiting]
+
+    def scale(self, replicas: int) -> None:
+        """Run this many pods from now on: the highest indexes go first."""
+        _check(replicas)
+        with self._lock:
+            before = len(self._pods)
+            gone, self._pods = self._pods[replicas:], self._pods[:replicas]
+            self._pods += [Pod(self, index) for index in range(len(self._pods), replicas)]
+            self._retired += gone
+        for pod in gone:
+            pod.retire()
+        if replicas != before:
+            now = time.time()
+            self.history.begin(Fault(now, now, "scale", self.name, f"scale to {replicas}"))
+
+    def ready(self) -> bool:
+        """Whether every pod runs."""
+        return all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in self.pods)
+
+    def note(self, pod: str, text: str) -> None:
+        """Add a line to the log."""
+        self._log.append(LogLine(time.time(), pod, text))
+
+    def heard(self, report: PodReport) -> None:
+        """Take in what a pod said of itself."""
+        for pod in self.pods:
+            if pod.name == report.pod and (pod.child is not None and pod.child.pid == report.process):
+                pod.report = report
+
+    def drain(self, timeout: float = GRACE + 2) -> None:
+        """Stop all pods: they finish what they have in hand, commit and leave. Not started again."""
+        self.scale_down()
+        until = time.monotonic() + timeout
+        while any(pod.child is not None for pod in self._retired) and time.monotonic() < until:
+            self._ended.wait(0.02)
+        self.close()
+
+    def scale_down(self) -> None:
+        """Begin to drain all pods, without waiting."""
+        with self._lock:
+            gone, self._pods = self._pods, []
+            self._retired += gone
+        for pod in gone:
+            pod.retire()
+
+    def close(self) -> None:
+        """End everything now. May be called again."""
+        self._ended.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(5)
+        for pod in (*self.pods, *self._retired):
+            pod.end()
+
+    def __repr__(self) -> str:
+        states = ", ".join(repr(pod) for pod in self.pods) or "no pods"
+        return f"Deployment {self.name} ({states})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td></tr>"
+            for pod in self.pods
+        )
+        return f"<table><tr><th>{html.escape(self.name)}</th><th>state</th><th>restarts</th></tr>{rows}</table>"
+
+    def _run(self) -> None:
+        if self._replaces is not None:
+            self._replaces.drain()  # its group's partitions are free, and its work is committed, before we start
+            self._replaces = None
+        while not self._ended.is_set():
+            now = time.monotonic()
+            with self._lock:
+                pods = [*self._pods, *self._retired]
+            for pod in pods:
+                try:
+                    pod.step(now, self._payload)
+                except LabkitError as error:
+                    self.note(pod.name, str(error))
+            self._ended.wait(0.02)
+
+
+def _ended(code: int) -> str:
+    if code == EXIT_DEADLINE:
+        return "ended: a handler overran its deadline"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return "drained" if code == 0 else f"ended with exit code {code}"
+
+
+def _check(replicas: int) -> None:
+    if not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= 64:
+        raise LabkitError(f"replicas must be a number from 0 to 64, not {replicas!r}")

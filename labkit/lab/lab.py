@@ -1,0 +1,413 @@
+"""The lab: what a notebook holds. It connects, names a run, and makes topics, deployments, load, board and audit."""
+
+from __future__ import annotations
+
+import atexit
+import html
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+import psutil
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.lag import lag
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import T
+from labkit.kafka.topics import Topic
+from labkit.lab import picture, runs
+from labkit.lab.audit import Audit, Effect, Sent, audit
+from labkit.lab.board import Board, PodView
+from labkit.lab.deployment import Deployment, Pod, PodState
+from labkit.lab.load import Load, identifier
+from labkit.lab.metrics import Fault, History
+from labkit.lab.pod import Runnable
+from labkit.lab.sampler import Sampler
+from labkit.lab.telemetry import PodReport
+from labkit.runtime.connect import connect
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
+
+_open: weakref.WeakValueDictionary[str, Lab] = weakref.WeakValueDictionary()  # by notebook: a cell may run again
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Whether a lab has come to rest: everything sent is handled, nothing waits. If not, why not."""
+
+    ok: bool
+    reason: str = ""
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __repr__(self) -> str:
+        return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
+
+
+class Lab:
+    """A run of one notebook on a Kafka: names of its own, and everything that happens in it.
+
+    `notebook` is its name, used in the names of topics and groups. `pace` makes loads faster and fault windows shorter
+    (2: twice as fast); the number of records stays. Making a Lab of the same name again closes the one before.
+
+    Raises LabkitError when no Kafka can be had.
+    """
+
+    _stays_in_the_notebook = "a handler runs in a pod: use topics, stores and plain values there, not the lab"
+
+    def __init__(self, notebook: str, pace: float | None = None) -> None:
+        if not runs.plain(notebook, "notebook"):
+            raise LabkitError(f"{notebook!r} cannot be a notebook's name: use letters, digits and '-'")
+        if (before := _open.get(notebook)) is not None:
+            before.close()
+        self.notebook = notebook
+        self.pace = pace if pace is not None else float(os.environ.get(PACE) or 1)
+        if self.pace <= 0:
+            raise LabkitError(f"pace must be positive, not {self.pace!r}")
+        self.connection = connect()
+        self.cluster = self.connection.cluster
+        self.collected = runs.collect(self.cluster, self.connection.cluster_id)
+        self.run = runs.Run(notebook, self.connection.cluster_id)
+        self.deployments: dict[str, Deployment] = {}
+        self.loads: list[Load[Any]] = []
+        self.topics: dict[str, Topic[Any]] = {}
+        self._history = History()
+        self._boards: dict[tuple[str, ...], Board] = {}
+        telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
+        telemetry.create({"retention.ms": "3600000"})
+        self._telemetry = telemetry
+        self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads)
+        self._closed = False
+        _open[notebook] = self
+        atexit.register(_close_at_exit, weakref.ref(self))
+
+    # -- making things ---------------------------------------------------------------------------------------------
+
+    def topic(self, name: str, partitions: int = 4, value: type[T] = dict, compacted: bool = False) -> Topic[T]:  # type: ignore[assignment]
+        """A topic of this run, made if it is not there. `value` is the type its values decode to.
+
+        Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions.
+        """
+        self._check_open()
+        if not 1 <= partitions <= 1000:
+            raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
+        topic = Topic(self.cluster, self.run.topic(name), partitions, value)
+        topic.create({"cleanup.policy": "compact"} if compacted else None)
+        self.topics[name] = topic
+        return topic
+
+    def deploy(self, name: str, runnable: Runnable, replicas: int = 1) -> Deployment:
+        """Keep `replicas` pods running `runnable`, under this name. One of that name is drained and replaced.
+
+        A Consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
+        stopped. Returns at once. Raises CannotTravel when the handler uses what cannot live in another process.
+        """
+        self._check_open()
+        self.run.name(name)
+        if isinstance(runnable, Consumer):
+            runnable = replace(runnable, group=runnable.group or self.run.group(name))
+        before = self.deployments.get(name)
+        made = Deployment(name, runnable, replicas, self._telemetry, self._history, before)
+        if before is not None:
+            now = time.time()
+            self._history.begin(Fault(now, now, "redeploy", name, f"redeploy {name}"))
+        self.deployments[name] = made
+        return made
+
+    def load(
+        self,
+        topic: Topic[T],
+        values: Iterable[T],
+        rate: float = 100.0,
+        by: str | Callable[[T], str] = "id",
+        key: str | Callable[[T], str | None] | None = None,
+    ) -> Load[T]:
+        """Send `values` to `topic`, `rate` a second (times the lab's pace), from a thread. Returns at once.
+
+        `by` is the business id the audit goes by, `key` the record's key: names of fields, or functions. Without a key
+        the id is the key.
+        """
+        self._check_open()
+        if rate <= 0:
+            raise LabkitError(f"rate must be positive, not {rate!r}")
+        made = Load(topic, values, rate * self.pace, identifier(by), identifier(by if key is None else key))
+        self.loads.append(made)
+        return made
+
+    def board(
+        self,
+        lag: Deployment,
+        retries: Deployment | None = None,
+        completed: Topic[Any] | None = None,
+        by: str | Callable[[Any], str] = "id",
+    ) -> Board:
+        """A live picture of a deployment: its lag, what it tries again, what took effect, with buttons for faults.
+
+        `completed` is the topic in which work takes effect; `by` its business id. A cell that runs again replaces its
+        board.
+        """
+        self._check_open()
+        retries = lag if retries is None else retries
+        panels = [
+            picture.lag_panel([topic.short for topic in lag.topics]),
+            picture.retries_panel([retries.name], None if completed is None else [completed.short]),
+        ]
+        if completed is not None:
+            self._sampler.tally(completed, identifier(by))
+            panels.append(picture.completed_panel(completed.short, [topic.short for topic in lag.topics]))
+        name = lag.name
+        made = Board(
+            self._history,
+            panels,
+            lambda: self._status(name),
+            _Controls(self.deployments, name),
+            lambda: [f"{line.pod}: {line.text}" for line in self.deployments[name].log[-200:]],
+            slow_seconds=0.1,
+        )
+        place = (name, retries.name, completed.short if completed else "")
+        if (before := self._boards.get(place)) is not None:
+            before.close()
+        self._boards[place] = made
+        return made
+
+    # -- looking at what happened ----------------------------------------------------------------------------------
+
+    def seconds(self, told: float) -> float:
+        """A length of time at this lab's pace."""
+        return told / self.pace
+
+    def settle(self, timeout: float = 60.0) -> Settled:
+        """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
+
+        While a fault stands (a frozen pod) it answers at once: waiting would keep the button that ends it from working.
+        """
+        begun, calm, reason = time.monotonic(), 0, "nothing was looked at"
+        while True:
+            if standing := self._standing():
+                return Settled(False, standing, time.monotonic() - begun)
+            reason = self.unsettled() or ""
+            # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
+            calm = 0 if reason else calm + 1
+            spent = time.monotonic() - begun
+            if calm >= 2:
+                return Settled(True, "", spent)
+            if spent > timeout:
+                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}", spent)
+            time.sleep(0.05)
+
+    def unsettled(self) -> str | None:
+        """Why this lab is not at rest now; None when it is."""
+        for load in self.loads:
+            if not load.done:
+                return f"the load on {load.topic.short} still sends"
+            if load.error:
+                return f"the load on {load.topic.short} failed: {load.error}"
+        for name, deployment in self.deployments.items():
+            if waiting := deployment.waiting:
+                first = waiting[0]
+                return f"{len(waiting)} records of {name} wait for a retry, first {_short(first.place)}: {first.error}"
+            if deployment.group:
+                try:
+                    behind = sum(lag(self.cluster, deployment.group, [t.name for t in deployment.topics]).values())
+                except LabkitError as error:
+                    return str(error)
+                if behind:
+                    return f"{name} is {behind:,} records behind"
+        return None
+
+    def audit(
+        self,
+        sent: Load[Any] | Iterable[Load[Any]],
+        done: Topic[Any] | Iterable[Effect],
+        by: str | Callable[[Any], str] = "id",
+    ) -> Audit:
+        """Compare what was sent with what took effect, by business id.
+
+        `done` is the topic in which work takes effect, or effects read from elsewhere (a database). The answer is
+        `unknown`, with its reason, while the lab has not settled.
+        """
+        loads = [sent] if isinstance(sent, Load) else list(sent)
+        ledger: list[Sent] = []
+        for load in loads:
+            ledger += [one._replace(order=len(ledger) + number) for number, one in enumerate(load.sent)]
+        effects = self._effects(done, identifier(by)) if isinstance(done, Topic) else list(done)
+        unknown = self._standing() or self.unsettled()
+        return audit(ledger, effects, self._history.faults, unknown=unknown)
+
+    def history(self) -> pd.DataFrame:
+        """Everything the sampler saw, tidy: time, seconds, metric, label, value."""
+        return self._history.frame()
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What was done to this lab, oldest first."""
+        return self._history.faults
+
+    def logs(self, name: str, lines: int = 20) -> None:
+        """Print the last lines a deployment's pods printed."""
+        for line in self.deployments[name].log[-lines:]:
+            print(f"{time.strftime('%H:%M:%S', time.localtime(line.time))} {line.pod}: {line.text}")  # noqa: T201
+
+    def close(self) -> None:
+        """End pods, loads and boards; delete this run's topics and groups; let go of Kafka. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for load in self.loads:
+            load._stop.set()
+        for board in self._boards.values():
+            board.close()
+        for deployment in self.deployments.values():
+            deployment.scale_down()
+        for deployment in self.deployments.values():
+            deployment.drain(timeout=5)
+        self._sampler.close()
+        self.run.end(self.cluster)
+        self.connection.close()
+        if _open.get(self.notebook) is self:
+            del _open[self.notebook]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}"
+        return f"Lab {self.notebook} (run {self.run.id}): {state}"
+
+    def _repr_html_(self) -> str:
+        memory = psutil.Process().memory_info().rss + sum(
+            child.memory_info().rss for child in _processes(self.deployments.values())
+        )
+        rows: Mapping[str, str] = {
+            "Kafka": f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}",
+            "run": f"{self.run.id}: topics and groups are named <code>{html.escape(self.run.prefix)}…</code>",
+            "running": ", ".join(map(repr, self.deployments.values())) or "nothing yet",
+            "memory": f"{memory / 1e6:,.0f} MB in this notebook and its pods",
+            "other labs": ", ".join(prefix.split(".")[2] for prefix, _ in self._others()) or "none",
+        }
+        lines = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td>{text}</td></tr>" for name, text in rows.items()
+        )
+        return (
+            f"<table><caption style='text-align:left'><b>Lab {html.escape(self.notebook)}</b></caption>{lines}</table>"
+        )
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _others(self) -> list[tuple[str, int]]:
+        return [(prefix, process) for prefix, process in runs.living() if prefix != self.run.prefix]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LabkitError(f"this lab is closed: run the cell with Lab({self.notebook!r}) again")
+
+    def _standing(self) -> str | None:
+        for deployment in self.deployments.values():
+            for pod in deployment.pods:
+                if pod.state is PodState.FROZEN:
+                    return f"{pod.name} is frozen: thaw it first"
+        return None
+
+    def _status(self, name: str) -> str:
+        deployment = self.deployments[name]
+        pods = deployment.pods
+        running = sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods)
+        again = [f"pod {pod.index} restarted {_times(pod.restarts)}" for pod in pods if pod.restarts]
+        kafka = "Kafka up" if self._sampler.trouble is None else self._sampler.trouble
+        rate = f"{self._sampler.rate.get(name, 0.0):,.0f} records/s"
+        more = f" ({', '.join(again)})" if again else ""
+        return f"{name}: {running} of {len(pods)} pods running{more} · {rate} · {kafka}"
+
+    def _effects(self, topic: Topic[Any], identify: Callable[[Any], str]) -> list[Effect]:
+        with Reader(topic) as reader:
+            records = reader.rest()
+        effects = []
+        for record in records:
+            headers = record.headers
+            cause = headers.get("cause")
+            effects.append(
+                Effect(
+                    identify(record.value),
+                    record.key,
+                    _short(record.place),
+                    record.timestamp,
+                    cause and _short(cause),
+                    headers.get("pod"),
+                    topic.short,
+                )
+            )
+        return effects
+
+
+class _Controls:
+    """A board's buttons, for whatever runs under the deployment's name now."""
+
+    def __init__(self, deployments: Mapping[str, Deployment], name: str) -> None:
+        self._deployments, self._name = deployments, name
+
+    def pods(self) -> list[PodView]:
+        pods = self._deployments[self._name].pods
+        return [PodView(pod.name, pod.index, cast(Any, pod.state.value), pod.restarts) for pod in pods]
+
+    def crash(self, index: int) -> None:
+        self._pod(index).crash()
+
+    def freeze(self, index: int) -> None:
+        self._pod(index).freeze()
+
+    def thaw(self, index: int) -> None:
+        self._pod(index).thaw()
+
+    def slow(self, index: int, seconds: float) -> None:
+        self._pod(index).slow(seconds)
+
+    def drain(self, index: int) -> None:
+        self._pod(index).drain()
+
+    def scale(self, n: int) -> None:
+        self._deployments[self._name].scale(n)
+
+    def _pod(self, index: int) -> Pod:
+        return self._deployments[self._name].pods[index]
+
+
+_ORIGIN: Mapping[Literal["external", "compose", "embedded"], str] = {
+    "external": "your own cluster",
+    "compose": "the broker of docker-compose.yml",
+    "embedded": "embedded Apache Kafka",
+}
+
+
+def _short(place: str) -> str:
+    """A record's place without the run's namespace."""
+    return place.rsplit(".", 1)[-1]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else "twice" if count == 2 else f"{count} times"
+
+
+def _processes(deployments: Iterable[Deployment]) -> list[psutil.Process]:
+    found = []
+    for deployment in deployments:
+        for pod in deployment.pods:
+            if (child := pod.child) is not None and psutil.pid_exists(child.pid):
+                found.append(psutil.Process(child.pid))
+    return found
+
+
+def _close_at_exit(reference: weakref.ref[Lab]) -> None:
+    if (lab := reference()) is not None:
+        lab.close()

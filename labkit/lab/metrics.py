@@ -1,0 +1,152 @@
+"""What a lab saw over time: samples of its metrics, and the faults that were injected into it."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_time_of = attrgetter("time")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One metric at one moment. `time` is in Unix seconds; `label` says whose value it is ("orders/0")."""
+
+    time: float
+    metric: str
+    label: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault that was injected: a window of time, or an instant.
+
+    `end` is None while the fault still stands, and equals `start` for an instant (a crash). `text` is what the
+    picture writes beside it ("crash pod 1").
+    """
+
+    start: float
+    end: float | None
+    kind: str
+    target: str
+    text: str
+
+    @property
+    def instant(self) -> bool:
+        return self.end == self.start
+
+
+class Snapshot(NamedTuple):
+    """A consistent copy of a history. `version` grows whenever the history does."""
+
+    samples: list[Sample]
+    faults: list[Fault]
+    version: int
+    changed: float
+    """Time of the newest sample that differed from the one before it: what is older has come to rest."""
+
+
+class History:
+    """Samples and faults of one lab, written by its sampler, read by its board and by the learner.
+
+    A sampler records every series at every tick, in the order of time: a series that is silent for some seconds is
+    shown as a gap, since a picture must not draw what nobody measured.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._samples: list[Sample] = []
+        self._faults: list[Fault] = []
+        self._last: dict[tuple[str, str], float] = {}
+        self._highest: dict[tuple[str, str], float] = {}
+        self._version = 0
+        self._changed = 0.0
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples so far (a copy)."""
+        return self.snapshot().samples
+
+    @property
+    def faults(self) -> list[Fault]:
+        """All faults so far (a copy); those that still stand have `end` None."""
+        return self.snapshot().faults
+
+    def record(self, samples: Iterable[Sample]) -> None:
+        """Append samples, not older than those before them."""
+        with self._lock:
+            for sample in samples:
+                series = (sample.metric, sample.label)
+                if self._last.get(series) != sample.value:
+                    self._changed = sample.time
+                self._last[series] = sample.value
+                self._highest[series] = max(sample.value, self._highest.get(series, sample.value))
+                self._samples.append(sample)
+            self._version += 1
+
+    def begin(self, fault: Fault) -> Fault:
+        """Note a fault: an instant, a window already over, or one that stands (`end` None) until `end()`."""
+        with self._lock:
+            self._faults.append(fault)
+            self._version += 1
+            self._changed = max(self._changed, fault.start)
+        return fault
+
+    def end(self, kind: str, target: str, at: float) -> Fault | None:
+        """End the standing fault of this kind on this target; None when none stands."""
+        with self._lock:
+            for i, fault in enumerate(self._faults):
+                if fault.end is None and (fault.kind, fault.target) == (kind, target):
+                    # A window of no length would read as an instant.
+                    self._faults[i] = ended = replace(fault, end=max(at, fault.start + 0.001))
+                    self._version += 1
+                    self._changed = max(self._changed, at)
+                    return ended
+        return None
+
+    def standing(self) -> list[Fault]:
+        """The faults that have not ended."""
+        return [fault for fault in self.faults if fault.end is None]
+
+    def snapshot(self, since: float = 0.0) -> Snapshot:
+        """Copy the samples from `since` (Unix seconds) on, and all faults, in one moment."""
+        with self._lock:
+            first = bisect_left(self._samples, since, key=_time_of)
+            return Snapshot(self._samples[first:], list(self._faults), self._version, self._changed)
+
+    def frame(self) -> pd.DataFrame:
+        """All samples, tidy: time (UTC), seconds (since the first sample), metric, label, value."""
+        # Imported here: pods import this package too, and have no use for pandas' half second.
+        import pandas as pd
+
+        samples = self.samples
+        start = samples[0].time if samples else 0.0
+        return pd.DataFrame(
+            {
+                "time": pd.to_datetime([s.time for s in samples], unit="s"),
+                "seconds": pd.Series([s.time - start for s in samples], dtype="float64"),
+                "metric": pd.Series([s.metric for s in samples], dtype="str"),
+                "label": pd.Series([s.label for s in samples], dtype="str"),
+                "value": pd.Series([s.value for s in samples], dtype="float64"),
+            }
+        )
+
+    def table(self) -> pd.DataFrame:
+        """The numbers of now: one row a series, its newest value and the highest so far."""
+        import pandas as pd
+
+        with self._lock:
+            rows = [(m, label, value, self._highest[m, label]) for (m, label), value in self._last.items()]
+        return (
+            pd.DataFrame(rows, columns=["metric", "label", "now", "highest"])
+            .sort_values(["metric", "label"])
+            .reset_index(drop=True)
+        )

@@ -1,0 +1,81 @@
+"""A pod: one OS process that runs one thing until it is told to stop. `python -m labkit.lab.pod NAME`.
+
+It gets what to run through its stdin (length, then pickled bytes), then commands, one a line: `drain`, `slow SECONDS`.
+SIGTERM drains too. Exit code 0: drained. 1: what it runs raised. 70: a handler overran its deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import sys
+import threading
+import traceback
+from typing import Any, BinaryIO, Protocol
+
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.producer import POD
+from labkit.kafka.steps import Report
+from labkit.kafka.topics import Topic
+from labkit.lab.telemetry import PodReport, Telemetry
+from labkit.lab.travel import pack, unpack
+
+HEADER = struct.Struct(">Q")
+
+
+class Runnable(Protocol):
+    """What a pod can run: a consumer, an HTTP service, a JVM."""
+
+    def run(self, stop: threading.Event, report: Report) -> None:
+        """Work until `stop` is set, then drain and return."""
+
+
+def message(runnable: Runnable, deployment: str, telemetry: Topic[PodReport]) -> bytes:
+    """What a pod's stdin starts with. Raises CannotTravel."""
+    packed = pack((runnable, deployment, telemetry))
+    return HEADER.pack(len(packed)) + packed
+
+
+def main() -> int:
+    """Run what comes through stdin."""
+    name = sys.argv[1]
+    os.environ[POD] = name
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    pipe = sys.stdin.buffer
+    (size,) = HEADER.unpack(pipe.read(HEADER.size))
+    runnable, deployment, topic = unpack(pipe.read(size))
+    telemetry = Telemetry(topic, deployment, name, os.getpid())
+    threading.Thread(target=_obey, args=(pipe, stop, telemetry), name="commands", daemon=True).start()
+    try:
+        runnable.run(stop, telemetry)
+    except LabkitError as error:
+        _say(f"{type(error).__name__}: {error}")
+    except BaseException:
+        traceback.print_exc()
+    else:
+        telemetry.close("stopped")
+        return 0
+    telemetry.close("failed")
+    return 1
+
+
+def _obey(pipe: BinaryIO, stop: threading.Event, telemetry: Telemetry) -> None:
+    for line in pipe:
+        word, _, rest = line.decode().strip().partition(" ")
+        if word == "drain":
+            stop.set()
+        elif word == "slow":
+            telemetry.slow = float(rest)
+
+
+def _say(text: Any) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a handler that hangs in a thread must not keep a drained pod

@@ -1,0 +1,146 @@
+"""A run of a lab: a name for everything it makes, and a record of it, so that what a dead run left can be collected.
+
+Names are `labkit.<learner>.<notebook>.<run id>.<short name>` and never used again: a topic deleted and made anew
+under a running consumer silently loses records.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import os
+import re
+import time
+from pathlib import Path
+
+import msgspec
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.home import state_dir
+
+LEARNER = "LABKIT_LEARNER"
+CAPS = {"learner": 20, "notebook": 30, "name": 40}  # a retry topic holds a group and a topic: 249 characters in all
+
+
+class _Made(msgspec.Struct):
+    cluster_id: str
+    prefix: str
+    process: int
+    started: float
+    topics: list[str] = []
+    groups: list[str] = []
+
+
+class Run:
+    """One run's names. Its file is locked for as long as this process lives."""
+
+    def __init__(self, notebook: str, cluster_id: str) -> None:
+        learner = plain(os.environ.get(LEARNER) or getpass.getuser(), "learner")
+        self.id = time.strftime("%y%m%d%H%M%S") + os.urandom(2).hex()
+        self.prefix = f"labkit.{learner}.{plain(notebook, 'notebook')}.{self.id}."
+        self._made = _Made(cluster_id, self.prefix, os.getpid(), time.time())
+        self._path = _folder() / f"{self.id}.json"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._write()
+
+    def name(self, short: str) -> str:
+        """The full name of `short`. Raises LabkitError for one that Kafka would not take."""
+        if short != plain(short, "name"):
+            raise LabkitError(
+                f"{short!r} cannot be a name: use lower-case letters, digits and '-', at most {CAPS['name']} of them"
+            )
+        return self.prefix + short
+
+    def topic(self, short: str) -> str:
+        """The same, and noted as this run's topic before it is made."""
+        name = self.name(short)
+        if name not in self._made.topics:
+            self._made.topics.append(name)
+            self._write()
+        return name
+
+    def group(self, short: str) -> str:
+        """The same for a consumer group."""
+        name = self.name(short)
+        if name not in self._made.groups:
+            self._made.groups.append(name)
+            self._write()
+        return name
+
+    def end(self, cluster: Cluster) -> None:
+        """Delete the topics and groups this run made, and its record. Best effort: the next run collects the rest."""
+        try:
+            _delete(cluster, self._made)
+            self._path.unlink(missing_ok=True)
+        except LabkitError:
+            pass
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Let the record's lock go: from now on the run counts as dead."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self) -> None:
+        # Locked files are written in place: a renamed one would be another file, and unlocked.
+        os.pwrite(self._file, (data := msgspec.json.encode(self._made)), 0)
+        os.ftruncate(self._file, len(data))
+
+
+def collect(cluster: Cluster, cluster_id: str) -> list[str]:
+    """Delete what dead runs left on this cluster; returns their prefixes. Only what a run recorded is touched."""
+    collected = []
+    for path in _folder().glob("*.json"):
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made = msgspec.json.decode(path.read_bytes(), type=_Made)
+            if made.cluster_id == cluster_id:
+                _delete(cluster, made)
+                path.unlink(missing_ok=True)
+                collected.append(made.prefix)
+            elif time.time() - made.started > 30 * 86400:
+                path.unlink(missing_ok=True)  # its cluster has not been seen for a month
+        except (BlockingIOError, msgspec.DecodeError, LabkitError):
+            continue  # alive, or being written, or not to be had now
+        finally:
+            os.close(file)
+    return collected
+
+
+def living() -> list[tuple[str, int]]:
+    """Other runs that live now: prefix and process id."""
+    found = []
+    for path in _folder().glob("*.json"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            made = msgspec.json.decode(path.read_bytes(), type=_Made)
+            found.append((made.prefix, made.process))
+        except (FileNotFoundError, msgspec.DecodeError):
+            continue
+    return found
+
+
+def plain(text: str, what: str) -> str:
+    """`text` as a part of a Kafka name: lower-case letters, digits and dashes, capped."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
+
+
+def _delete(cluster: Cluster, made: _Made) -> None:
+    cluster.delete_topics([name for name in made.topics if name.startswith(made.prefix)])
+    cluster.delete_groups([name for name in made.groups if name.startswith(made.prefix)])
+
+
+def _folder() -> Path:
+    folder = state_dir() / "runs"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

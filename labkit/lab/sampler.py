@@ -1,0 +1,157 @@
+"""The sampler: one thread of a lab that reads its metrics, from Kafka itself wherever Kafka knows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.lag import lag
+from labkit.kafka.reader import Reader
+from labkit.kafka.topics import Topic
+from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.load import Load
+from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.telemetry import PodReport
+
+TICK = 0.33  # seconds between two samples
+ASLEEP = 5.0  # seconds that the wall clock runs ahead of this process's before we say that the machine slept
+
+
+class Tally:
+    """Counts what took effect in a topic: distinct ids, and what came again."""
+
+    def __init__(self, topic: Topic[Any], identify: Callable[[Any], str]) -> None:
+        self.topic = topic
+        self._reader = Reader(topic)
+        self._identify = identify
+        self._seen: set[str] = set()
+        self.records = 0
+
+    @property
+    def completed(self) -> int:
+        """Distinct ids so far."""
+        return len(self._seen)
+
+    @property
+    def again(self) -> int:
+        """Records whose id had been there before."""
+        return self.records - len(self._seen)
+
+    def read(self) -> None:
+        """Take in what is new."""
+        while records := self._reader.take(0):
+            self.records += len(records)
+            self._seen.update(self._identify(record.value) for record in records)
+
+    def close(self) -> None:
+        """Let the client go."""
+        self._reader.close()
+
+
+class Sampler:
+    """Takes a sample of everything, three times a second, into `history`."""
+
+    def __init__(
+        self,
+        history: History,
+        telemetry: Topic[PodReport],
+        deployments: Mapping[str, Deployment],
+        loads: Sequence[Load[Any]],
+    ) -> None:
+        self.history = history
+        self.trouble: str | None = None
+        """Why the last sample is not complete, for the status line."""
+        self.rate: dict[str, float] = {}
+        """Records handled a second, by deployment, over the last seconds."""
+        self._deployments, self._loads = deployments, loads
+        self._reports = Reader(telemetry)
+        self._tallies: dict[str, Tally] = {}
+        self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
+        self._recent: dict[str, list[tuple[float, int]]] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._thread.start()
+
+    def tally(self, topic: Topic[Any], identify: Callable[[Any], str]) -> None:
+        """Count what takes effect in `topic` from now on (it is read from its beginning)."""
+        with self._lock:
+            if topic.short not in self._tallies:
+                self._tallies[topic.short] = Tally(topic, identify)
+
+    def close(self) -> None:
+        """End the thread and its clients."""
+        self._stop.set()
+        self._thread.join(15)
+        if not self._thread.is_alive():
+            self._reports.close()
+            for tally in self._tallies.values():
+                tally.close()
+
+    def _run(self) -> None:
+        wall, mono = time.time(), time.monotonic()
+        while not self._stop.is_set():
+            slept = (time.time() - wall) - (time.monotonic() - mono)
+            if slept > ASLEEP:
+                # Sessions ended meanwhile: without this, what was redelivered would have no explanation.
+                self.history.begin(Fault(wall, time.time(), "sleep", "machine", f"the machine slept {slept:.0f} s"))
+            wall, mono = time.time(), time.monotonic()
+            try:
+                self._sample()
+                self.trouble = None
+            except LabkitError as error:
+                self.trouble = str(error)
+            except Exception as error:  # a thread has nobody to raise to; the status line shows it
+                self.trouble = f"{type(error).__name__}: {error}"
+            self._stop.wait(max(0.0, TICK - (time.monotonic() - mono)))
+
+    def _sample(self) -> None:
+        for record in self._reports.take(0):
+            report = record.value
+            self._handled[report.deployment, report.pod, report.process] = report
+            if report.deployment in self._deployments:
+                self._deployments[report.deployment].heard(report)
+        with self._lock:
+            tallies = list(self._tallies.values())
+        for tally in tallies:
+            tally.read()
+        values: list[tuple[str, str, float]] = []
+        for name, deployment in list(self._deployments.items()):
+            values += self._of_deployment(name, deployment)
+        for topic, count in self._sent().items():
+            values.append(("sent", topic, count))
+        for tally in tallies:
+            values.append(("completed", tally.topic.short, tally.completed))
+            values.append(("redelivered", tally.topic.short, tally.again))
+        now = time.time()
+        self.history.record(Sample(now, metric, label, value) for metric, label, value in values)
+
+    def _of_deployment(self, name: str, deployment: Deployment) -> list[tuple[str, str, float]]:
+        reports = [report for (of, _, _), report in self._handled.items() if of == name]
+        handled = sum(report.handled for report in reports)
+        recent = self._recent.setdefault(name, [])
+        recent.append((time.monotonic(), handled))
+        del recent[:-10]
+        (begun, before), (ended, after) = recent[0], recent[-1]
+        self.rate[name] = (after - before) / (ended - begun) if ended > begun else 0.0
+        values: list[tuple[str, str, float]] = [
+            ("pods", name, sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in deployment.pods)),
+            ("restarts", name, deployment.restarts),
+            ("waiting", name, len(deployment.waiting)),
+            ("failed", name, sum(report.failed for report in reports)),
+            ("rate", name, self.rate[name]),
+        ]
+        if deployment.group and deployment.topics:
+            short = {topic.name: topic.short for topic in deployment.topics}
+            behind = lag(deployment.topics[0].cluster, deployment.group, list(short))
+            values += [("lag", f"{short[topic]}/{number}", count) for (topic, number), count in sorted(behind.items())]
+        return values
+
+    def _sent(self) -> dict[str, int]:
+        sent: dict[str, int] = {}
+        for load in list(self._loads):
+            sent[load.topic.short] = sent.get(load.topic.short, 0) + load.count
+        return sent

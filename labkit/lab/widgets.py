@@ -1,0 +1,227 @@
+"""What a learner fills in and asks for: predictions, exercises, hints and solutions.
+
+None of them raises because of what a learner did or left out, and each reads as plain text where no widget is drawn.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+
+_OK, _MISSING = "#00835F", "#B84F00"
+
+
+# -- Predict ---------------------------------------------------------------------------------------------------------
+
+
+class Prediction:
+    """A question asked before a fault, and the learner's guess."""
+
+    def __init__(self, question: str, options: Sequence[str], answer: str | None = None) -> None:
+        if len(options) < 2:
+            raise ValueError(f"a prediction needs two options or more: {question!r}")
+        if answer is not None and answer not in options:
+            raise ValueError(f"the answer {answer!r} is not among the options of {question!r}")
+        self.question, self.options, self.answer = question, tuple(options), answer
+        self._radio = ipywidgets.RadioButtons(
+            options=self.options,
+            index=None,
+            layout=ipywidgets.Layout(width="max-content", margin="0 0 0 12px"),
+        )
+        self._noted = ipywidgets.HTML()
+        self._radio.observe(self._note, "value")
+        asked = ipywidgets.HTML(f"<b>Predict.</b> {html.escape(question)}")
+        self.widget = ipywidgets.VBox([asked, self._radio, self._noted])
+
+    @property
+    def guess(self) -> str | None:
+        """The option chosen, or None so far."""
+        guess: str | None = self._radio.value
+        return guess
+
+    def repeat(self, happened: str | None = None) -> str:
+        """The guess beside what happened (by default: the answer), for a verdict to print."""
+        guessed = f"you guessed: {self.guess}" if self.guess is not None else "you made no guess"
+        result = happened if happened is not None else self.answer
+        return guessed if result is None else f"{guessed}; what happened: {result}"
+
+    def _note(self, change: dict[str, Any]) -> None:
+        # Not whether it is right: the fault says that.
+        self._noted.value = "" if change["new"] is None else "Noted. Now see what happens."
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        return {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
+
+    def __repr__(self) -> str:
+        # The same whatever was chosen: saved notebooks must not differ from learner to learner.
+        return "\n".join([f"Predict. {self.question}", *(f"  ( ) {option}" for option in self.options)])
+
+
+def predict(question: str, options: Sequence[str], answer: str | None = None) -> Prediction:
+    """Ask before the fault. No option is chosen at first; `.guess` is the choice, `.repeat()` goes into the verdict.
+
+    Raises ValueError for fewer than two options, or an answer that is none of them.
+    """
+    return Prediction(question, options, answer)
+
+
+# -- Exercise --------------------------------------------------------------------------------------------------------
+
+
+class Exercise:
+    """Whether an exercise is filled in, and right. True when it is both."""
+
+    def __init__(self, task: str, missing: Sequence[str], wrong: str | None) -> None:
+        self.task, self.missing, self.wrong = task, tuple(missing), wrong
+
+    def __bool__(self) -> bool:
+        return not self.missing and self.wrong is None
+
+    def __repr__(self) -> str:
+        if self.missing:
+            return f"Exercise: {self.task} Still to fill in: {', '.join(self.missing)}."
+        if self.wrong is not None:
+            return f"Exercise: {self.task} Not yet: {self.wrong}"
+        return f"Exercise: {self.task} Done."
+
+    def _repr_html_(self) -> str:
+        if self.missing:
+            names = ", ".join(f"<code>{html.escape(name)}</code>" for name in self.missing)
+            colour, state = _MISSING, f"Still to fill in: {names}."
+        elif self.wrong is not None:
+            colour, state = _MISSING, f"Not yet: {html.escape(self.wrong)}"
+        else:
+            colour, state = _OK, "Done."
+        return (
+            f'<div style="border-left:3px solid {colour};padding:2px 10px"><b>Exercise.</b> '
+            f'{html.escape(self.task)} <span style="color:{colour}">{state}</span></div>'
+        )
+
+
+def exercise(task: str, check: Callable[..., object] | None = None, **answers: object) -> Exercise:
+    """Say what is still missing of an exercise; never raises.
+
+    An answer counts as missing while it is `...`, holds one, or is a function with nothing but one in it. When all are
+    there, `check(**answers)` may judge them: None or True is right, False wrong, a text says what is wrong.
+    """
+    missing = [name for name, answer in answers.items() if _unfilled(answer)]
+    wrong = None
+    if not missing and check is not None:
+        try:
+            result = check(**answers)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        else:
+            if result is not None and result is not True:
+                wrong = str(result) if result else "this is not what was asked for."
+    return Exercise(task, missing, wrong)
+
+
+def _blank(*_: object) -> object: ...
+
+
+def _blank_documented(*_: object) -> object:
+    """Nothing but this line."""
+
+
+async def _blank_coroutine(*_: object) -> object: ...
+
+
+_EMPTY_BODIES = {f.__code__.co_code for f in (_blank, _blank_documented, _blank_coroutine)}
+
+
+def _unfilled(answer: object) -> bool:
+    if answer is ...:
+        return True
+    if isinstance(answer, dict):
+        return any(_unfilled(value) for value in answer.values())
+    if isinstance(answer, list | tuple | set | frozenset):
+        return any(_unfilled(value) for value in answer)
+    code = getattr(answer, "__code__", None)
+    return code is not None and code.co_code in _EMPTY_BODIES
+
+
+# -- Hint and solution -----------------------------------------------------------------------------------------------
+
+
+class Hint:
+    """A text that opens at a click."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return f"Hint: {self.text}"
+
+    def _repr_html_(self) -> str:
+        # `code` is all the Markdown a hint needs.
+        text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.text)).replace("\n", "<br>")
+        return f"<details><summary>Hint</summary><p>{text}</p></details>"
+
+
+def hint(text: str) -> Hint:
+    """A hint that stays folded until it is clicked. `code` in backticks is set as code."""
+    return Hint(text)
+
+
+class Solution:
+    """The source of a solved cell, or why there is none."""
+
+    def __init__(self, source: str | None, trouble: str = "") -> None:
+        self.source, self.trouble = source, trouble
+
+    def __repr__(self) -> str:
+        return self.trouble if self.source is None else self.source
+
+    def _repr_markdown_(self) -> str:
+        return self.trouble if self.source is None else f"```python\n{self.source}\n```"
+
+
+_CELL = re.compile(r"^# %% *(\S+) *$", re.MULTILINE)
+
+
+def read_solutions(path: Path) -> dict[str, str]:
+    """Cell id → source of one solutions file, in which a line `# %% <cell id>` stands above each cell."""
+    parts = _CELL.split(path.read_text(encoding="utf-8"))
+    # Split by one group: text before the first cell, then id and source in turn.
+    return {parts[i]: parts[i + 1].strip("\n") for i in range(1, len(parts), 2)}
+
+
+def solution(cell_id: str) -> Solution:
+    """Show the solution of an exercise. Never raises: what is missing is said in place.
+
+    Solutions are in `notebooks/solutions/<notebook>.py`, looked for from the working folder upwards.
+    """
+    folder = _solutions_folder(Path.cwd())
+    if folder is None:
+        return Solution(
+            None, f"No folder notebooks/solutions here or above {Path.cwd().name}: is this a full clone?"
+        )
+    # The server says which notebook this is; where it does not, the cell's id alone has to do.
+    notebook = Path(os.environ.get("JPY_SESSION_NAME", "")).stem
+    files = sorted(folder.glob("*.py"), key=lambda file: (file.stem != notebook, file.name))
+    known: list[str] = []
+    for file in files:
+        try:
+            cells = read_solutions(file)
+        except (OSError, UnicodeDecodeError) as error:
+            return Solution(None, f"notebooks/solutions/{file.name} cannot be read: {error}")
+        if cell_id in cells:
+            return Solution(cells[cell_id])
+        known += cells
+    listed = ", ".join(known) if known else "none"
+    return Solution(None, f"No solution with the cell id {cell_id!r}. There are: {listed}.")
+
+
+def _solutions_folder(start: Path) -> Path | None:
+    for folder in (start, *start.parents):
+        for candidate in (folder / "solutions", folder / "notebooks" / "solutions"):
+            if candidate.is_dir():
+                return candidate
+    return None

@@ -1,0 +1,331 @@
+"""How one broker is made: its folder, its settings, the command that runs it, and when it is ready.
+
+Who owns the process, and how long it lives, is decided elsewhere (`shared`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import os
+import random
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.runtime.child import Child
+from labkit.runtime.home import cache_dir, locked
+from labkit.runtime.jars import KAFKA, jar_files
+from labkit.runtime.java import Java, find_java
+
+HOST = "127.0.0.1"
+# Below the ports systems hand out by themselves: no client's own port can be the one a broker wants back after a
+# restart, and a client that tries to reach a dead broker cannot end up connected to itself.
+PORTS = range(20_000, 29_000)
+NODE = 1
+START_SECONDS = 60.0  # for a slow machine without the AOT cache; 0.6 s is usual
+
+PROPERTIES = f"""\
+process.roles=broker,controller
+node.id={NODE}
+controller.quorum.voters={NODE}@{HOST}:{{controller_port}}
+listeners=PLAINTEXT://{HOST}:{{port}},CONTROLLER://{HOST}:{{controller_port}}
+advertised.listeners=PLAINTEXT://{HOST}:{{port}}
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={{data}}
+# A topic is made on purpose, or not at all.
+auto.create.topics.enable=false
+num.partitions=4
+# One node: one replica of everything.
+default.replication.factor=1
+min.insync.replicas=1
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=4
+# The first member of a group does not wait for others.
+group.initial.rebalance.delay.ms=0
+# The default of 128 MB is zeroed at every start.
+log.cleaner.dedupe.buffer.size=16777216
+# After kill -9 the broker is let back in when the session of its predecessor is over. It asks 0.1, 0.3, 0.7 and 1.5 s
+# after its start: below 0.7 it is back in 2 s, between 0.7 and 1.5 in 3 s, with the default of 9 s in 12.
+broker.session.timeout.ms=600
+broker.heartbeat.interval.ms=100
+"""
+
+LOGGING = """\
+status=error
+appender.c.type=Console
+appender.c.name=c
+appender.c.layout.type=PatternLayout
+appender.c.layout.pattern=%d{yyyy-MM-dd HH:mm:ss.SSS} %p %c{1} %m%n
+rootLogger.level=WARN
+rootLogger.appenderRef.c.ref=c
+"""
+
+
+class PortTaken(LabkitError):
+    """Another process took the port between its choice and the start of the broker."""
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """Kafka on this machine, prepared: the Java, the checked jars, the formatted template and the AOT cache if any."""
+
+    java: Java
+    jars: tuple[Path, ...]
+    home: Path
+
+    @property
+    def template(self) -> Path:
+        """A formatted data folder, without what tells one cluster from another."""
+        return self.home / f"template-{KAFKA}"
+
+    @cached_property
+    def flags(self) -> list[str]:
+        """What every JVM gets: a fast start and little memory rather than throughput, and no warnings."""
+        flags = [
+            "-XX:+UseSerialGC",
+            "-XX:TieredStopAtLevel=1",
+            "-Xmx512m",
+            "-Xms256m",  # with room for young objects, so that a start needs no collection
+            "-Xmn160m",
+            "-Xlog:all=error",
+            "--enable-native-access=ALL-UNNAMED",
+        ]
+        if self.java.version >= 23:
+            flags.append("--sun-misc-unsafe-memory-access=allow")
+        return flags
+
+    @property
+    def class_path(self) -> str:
+        return ":".join(map(str, self.jars))
+
+    @cached_property
+    def aot_cache(self) -> Path:
+        """Where the AOT cache for exactly this Java, these flags and these jars is, or would be."""
+        outside = [os.environ.get(name, "") for name in ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")]
+        jars = [f"{jar} {jar.stat().st_size} {jar.stat().st_mtime_ns}" for jar in self.jars]
+        system = os.uname()
+        facts = [self.java.identity, system.sysname, system.machine, *self.flags, *outside, *jars]
+        return self.home / f"{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:24]}.aot"
+
+    def command(self, folder: Path, extra: list[str] | None = None) -> list[str]:
+        """The command of the broker in `folder`. `extra` are JVM flags that take the AOT cache's place."""
+        if extra is None:
+            extra = [f"-XX:AOTCache={self.aot_cache}"] if self.aot_cache.exists() else []
+        return self._java(
+            [*extra, f"-XX:ErrorFile={folder}/hs_err.log"], "kafka.Kafka", str(folder / "server.properties")
+        )
+
+    def format_template(self) -> None:
+        """Run Kafka's own formatting tool, once for each version of Kafka."""
+        with tempfile.TemporaryDirectory(dir=self.home) as made:
+            config = Path(made) / "server.properties"
+            config.write_text(PROPERTIES.format(port=9092, controller_port=9093, data=f"{made}/data"))
+            log = Path(made) / "log"
+            with Child(
+                self._java([], "kafka.tools.StorageTool", "format", "-t", new_uuid(), "-c", str(config)),
+                output=log,
+            ) as tool:
+                code = tool.wait(START_SECONDS)
+            if code:
+                raise LabkitError(f"Kafka could not format a data folder:\n{log_tail(log)}")
+            (Path(made) / "data" / "meta.properties").unlink()
+            os.rename(Path(made) / "data", self.template)
+
+    def build_aot_cache(self) -> None:
+        """Run a broker that records which classes it uses, do a little work with it, and let Java write the cache.
+
+        Raises LabkitError when no cache came of it.
+        """
+        with tempfile.TemporaryDirectory(dir=self.home) as made:
+            folder, cache = Path(made) / "broker", Path(made) / "cache.aot"
+            broker = Broker.create(folder, self)
+            command = self.command(folder, [f"-XX:AOTCacheOutput={cache}"])
+            with Child(command, cwd=folder, output=broker.log) as training:
+                broker.wait_until_ready(lambda: training.poll() is None)
+                _exercise(broker.cluster)
+                training.terminate()
+                training.wait(START_SECONDS)
+            if not cache.exists():
+                raise LabkitError(f"Java made no AOT cache:\n{log_tail(broker.log)}")
+            os.rename(cache, self.aot_cache)
+
+    def _java(self, extra: list[str], main: str, *arguments: str) -> list[str]:
+        logging = f"-Dlog4j2.configurationFile={self.home / 'log4j2.properties'}"
+        return [str(self.java.path), *self.flags, *extra, logging, "-cp", self.class_path, main, *arguments]
+
+
+def prepare() -> Kafka:
+    """Everything a broker needs on this machine: 50 ms, but 20 s the first time, which shows its progress.
+
+    Raises LabkitError when there is no suitable Java, or the jars can be neither found nor fetched.
+    """
+    home = cache_dir() / "kafka"
+    home.mkdir(exist_ok=True)
+    kafka = Kafka(find_java(), tuple(jar_files()), home)
+    failed = kafka.aot_cache.with_suffix(".failed")
+    can_cache = kafka.java.version >= 25
+    if kafka.template.exists() and (not can_cache or kafka.aot_cache.exists() or failed.exists()):
+        return kafka
+    from rich.console import Console
+
+    with (
+        locked(home / "lock"),
+        Console().status(f"Preparing Apache Kafka {KAFKA} on Java {kafka.java.version} (once)"),
+    ):
+        (home / "log4j2.properties").write_text(LOGGING)
+        if not kafka.template.exists():
+            kafka.format_template()
+        if can_cache and not kafka.aot_cache.exists() and not failed.exists():
+            try:
+                kafka.build_aot_cache()
+            except (LabkitError, TimeoutError) as error:
+                failed.write_text(
+                    str(error)
+                )  # the broker starts in 2 s without it; trying each time would cost more
+            for old in sorted(home.glob("*.aot"), key=lambda path: path.stat().st_mtime)[:-3]:
+                old.unlink()  # 65 MB each, for Javas that may be gone
+    return kafka
+
+
+@dataclass(frozen=True)
+class Broker:
+    """One broker's folder (settings, data, log) and where it answers."""
+
+    folder: Path
+    cluster_id: str
+    port: int
+    controller_port: int
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(f"{HOST}:{self.port}")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "broker.log"
+
+    @classmethod
+    def create(cls, folder: Path, kafka: Kafka, ports: tuple[int, int] | None = None) -> Broker:
+        """Make `folder` with the settings and the empty, formatted data of a new cluster."""
+        port, controller_port = ports or free_ports()
+        broker = cls(folder, new_uuid(), port, controller_port)
+        folder.mkdir(mode=0o700)
+        shutil.copytree(kafka.template, folder / "data")
+        meta = f"version=1\ncluster.id={broker.cluster_id}\nnode.id={NODE}\ndirectory.id={new_uuid()}\n"
+        (folder / "data" / "meta.properties").write_text(meta)
+        broker.write_settings()
+        return broker
+
+    def write_settings(self) -> None:
+        text = PROPERTIES.format(
+            port=self.port, controller_port=self.controller_port, data=self.folder / "data"
+        )
+        (self.folder / "server.properties").write_text(text)
+
+    def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        """Wait until the broker answers metadata requests; `lives` tells whether its process still runs.
+
+        Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason,
+        ClusterUnreachable when it is still silent after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not lives():
+                kind = PortTaken if "Address already in use" in log_tail(self.log, 400) else LabkitError
+                raise kind(f"the embedded Kafka broker ended at once. Its log says:\n{log_tail(self.log)}")
+            try:
+                socket.create_connection((HOST, self.port), 1).close()
+            except OSError:
+                time.sleep(0.01)  # nothing tells when another process opens a port
+                continue
+            try:
+                if self.cluster.describe(2).brokers:
+                    return
+            except ClusterUnreachable:
+                continue
+        raise ClusterUnreachable(
+            f"the embedded Kafka broker did not answer at {self.cluster.bootstrap} within {seconds:g} s. "
+            f"Its log says:\n{log_tail(self.log)}"
+        )
+
+
+def free_ports() -> tuple[int, int]:
+    """Two ports that nobody listens on now. One may be taken before a broker binds it: see PortTaken."""
+    candidates = iter(random.sample(PORTS, len(PORTS)))
+    found = list(itertools.islice(filter(is_free, candidates), 2))
+    if len(found) == 2:
+        return found[0], found[1]
+    raise LabkitError(f"no free port between {PORTS.start} and {PORTS.stop} on {HOST}")
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody has this port on the loopback interface right now."""
+    with socket.socket() as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as Java does: closed connections do not count
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def new_uuid() -> str:
+    """A random id as Kafka writes them: 22 characters of URL-safe base64, none of them leading dashes."""
+    while (text := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+        pass
+    return text
+
+
+def log_tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, or a note that there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 100_000))
+            return b"\n".join(file.read().splitlines()[-lines:]).decode(errors="replace")
+    except OSError:
+        return f"(no log at {path})"
+
+
+def _exercise(cluster: Cluster) -> None:
+    """What labs do most, so that its classes get into the AOT cache: a topic, records, a group, its offsets."""
+    import threading
+
+    from labkit.kafka.consumer import Consumer
+    from labkit.kafka.topics import Topic
+
+    topic = Topic(cluster, "training", 4, dict)
+    topic.create()
+    for number in range(1000):
+        topic.send({"number": number}, key=str(number % 10))
+    topic.flush()
+    stop, left = threading.Event(), iter(range(999))
+
+    def handle(_record: object) -> None:
+        if next(left, None) is None:
+            stop.set()
+
+    bound = threading.Timer(10, stop.set)
+    bound.start()
+    Consumer(topic, handle, group="training").run(stop)
+    bound.cancel()
+    cluster.delete_groups(["training"])
+    cluster.delete_topics([topic.name])

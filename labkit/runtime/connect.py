@@ -1,0 +1,128 @@
+"""Which Kafka: the one that is named, else the compose file's, else the embedded one."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+
+if TYPE_CHECKING:
+    from labkit.runtime.shared import Lease
+
+BOOTSTRAP = "KAFKA_BOOTSTRAP_SERVERS"
+CLIENT_CONFIG = "KAFKA_CLIENT_CONFIG"
+COMPOSE = Cluster("127.0.0.1:29092")
+COMPOSE_CLUSTER_ID = (
+    "labkit-compose-000000A"  # 16 bytes in base64url, as Kafka wants it; docker-compose.yml has the same
+)
+PATIENCE = 6.0  # seconds for a cluster that was named: TLS, a login and a distant continent included
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A cluster that answered, and where it comes from. Close it to let go of a shared embedded broker."""
+
+    cluster: Cluster
+    origin: Literal["external", "compose", "embedded"]
+    cluster_id: str
+    lease: Lease | None = field(default=None, repr=False)
+    """The hold on the embedded broker, to pin or stop it; None for the others."""
+
+    def close(self) -> None:
+        """Let go. May be called again."""
+        if self.lease is not None:
+            self.lease.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def connect() -> Connection:
+    """The first Kafka that answers.
+
+    1. `KAFKA_BOOTSTRAP_SERVERS`, with the client settings in the file `KAFKA_CLIENT_CONFIG`. If it is set, nothing else
+       is tried: ClusterUnreachable names the address.
+    2. The broker of labkit's docker-compose.yml, known by its cluster id.
+    3. The embedded broker, shared with the other processes of this user; started if need be.
+
+    Raises LabkitError when none can be had.
+    """
+    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
+        return _external()
+    if _is_compose():
+        return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID)
+    from labkit.runtime.shared import shared_broker
+
+    lease = shared_broker()
+    return Connection(lease.cluster, "embedded", lease.cluster_id, lease)
+
+
+def _external() -> Connection:
+    file = os.environ.get(CLIENT_CONFIG)
+    settings = read_client_config(Path(file).expanduser()) if file else {}
+    in_file = settings.pop("bootstrap.servers", "")
+    bootstrap = os.environ.get(BOOTSTRAP) or in_file
+    if not bootstrap:
+        raise LabkitError(
+            f"{CLIENT_CONFIG} is set, but no address: set {BOOTSTRAP}, or bootstrap.servers in {file}"
+        )
+    cluster = Cluster(bootstrap, tuple(settings.items()))
+    try:
+        return Connection(cluster, "external", cluster.describe(PATIENCE).cluster_id)
+    except ClusterUnreachable as error:
+        source = BOOTSTRAP if os.environ.get(BOOTSTRAP) else CLIENT_CONFIG
+        raise ClusterUnreachable(
+            f"{source} says that Kafka is at {bootstrap}, but: {error}\n"
+            f"Correct it ({CLIENT_CONFIG} is {file or 'not set'}), or unset it to use the embedded broker."
+        ) from error
+
+
+def _is_compose() -> bool:
+    host, port = COMPOSE.bootstrap.split(":")
+    try:
+        socket.create_connection((host, int(port)), 0.5).close()
+        return COMPOSE.describe(2.0).cluster_id == COMPOSE_CLUSTER_ID
+    except (OSError, ClusterUnreachable):
+        return False
+
+
+def read_client_config(path: Path) -> dict[str, str]:
+    """Client settings from a properties file, for librdkafka: `name=value` lines, comments with `#` or `!`.
+
+    A Java client's `sasl.jaas.config` becomes `sasl.username` and `sasl.password`; serializers, which are Java classes,
+    are left out. Raises LabkitError naming file and line.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LabkitError(f"{CLIENT_CONFIG} names {path}, which cannot be read: {reason}") from error
+    settings: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text[0] in "#!":
+            continue
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise LabkitError(f"{path}, line {number}: expected name=value, as in security.protocol=SASL_SSL")
+        settings[name.strip()] = value.strip()
+    jaas = settings.pop("sasl.jaas.config", None)
+    if jaas is not None:
+        login = dict(re.findall(r"""\b(username|password)\s*=\s*["']([^"']*)["']""", jaas))
+        if len(login) != 2:
+            raise LabkitError(
+                f"{path}: sasl.jaas.config has no login: set sasl.username and sasl.password instead"
+            )
+        settings = {"sasl.username": login["username"], "sasl.password": login["password"]} | settings
+    return {
+        name: value for name, value in settings.items() if not name.endswith(("serializer", "deserializer"))
+    }

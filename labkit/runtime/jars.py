@@ -1,0 +1,144 @@
+"""Kafka's jars: fetched once by exact Maven coordinates, checked against committed SHA-256s on every start."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.home import cache_dir, locked
+
+KAFKA = "4.3.1"
+MTIME = 1_000_000_000  # any fixed one: Java's AOT cache depends on it, and a jar fetched anew is still the same jar
+LIST = Path(__file__).with_name(f"kafka-{KAFKA}.jars")
+
+
+@dataclass(frozen=True)
+class Jar:
+    """One line of the list: Maven coordinates and the SHA-256 of the file."""
+
+    group: str
+    artifact: str
+    version: str
+    classifier: str
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        return "-".join(filter(None, (self.artifact, self.version, self.classifier))) + ".jar"
+
+    def is_intact(self, path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        except OSError:
+            return False
+
+
+Fetch = Callable[[Jar, Path], Path]  # puts the jar somewhere below the folder, and says where
+
+
+def read_list(path: Path = LIST) -> list[Jar]:
+    """The jars of the class path, in its order."""
+    jars = []
+    for line in path.read_text().splitlines():
+        coordinates, sha256 = line.split()
+        group, artifact, version, *classifier = coordinates.split(":")
+        jars.append(Jar(group, artifact, version, "".join(classifier), sha256))
+    return jars
+
+
+def jar_files(
+    folder: Path | None = None, jars: Sequence[Jar] | None = None, fetch: Fetch | None = None
+) -> list[Path]:
+    """The jars on this disk, every one checked (0.1 s); those that are missing or not intact are fetched first.
+
+    Raises LabkitError when that is impossible, saying what to do instead.
+    """
+    folder = folder or cache_dir() / "jars" / f"kafka-{KAFKA}"
+    jars = read_list() if jars is None else jars
+    paths = [folder / jar.file_name for jar in jars]
+    if _broken(jars, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):  # another process may be fetching them right now
+            if broken := _broken(jars, folder):
+                _fetch_all(broken, folder, fetch or _maven())
+    return paths
+
+
+def _broken(jars: Sequence[Jar], folder: Path) -> list[Jar]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        intact = pool.map(lambda jar: jar.is_intact(folder / jar.file_name), jars)
+        return [jar for jar, good in zip(jars, intact, strict=True) if not good]
+
+
+def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    def get(jar: Jar) -> None:
+        fetched = fetch(jar, below)
+        if not jar.is_intact(fetched):
+            raise ValueError("its SHA-256 is not the one in labkit's list: refused")
+        os.utime(fetched, (MTIME, MTIME))
+        os.replace(fetched, folder / jar.file_name)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("jars"))
+    below = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
+    pool = ThreadPoolExecutor(8)
+    try:
+        with Progress(*columns, transient=True) as progress, _quiet("jgo", "urllib3"):
+            task = progress.add_task(f"Fetching Apache Kafka {KAFKA} (once)", total=len(jars))
+            futures = {pool.submit(get, jar): jar for jar in jars}
+            for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(error, Exception):
+                    raise LabkitError(_what_to_do(futures[future], error, folder)) from error
+                future.result()
+                progress.advance(task)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        shutil.rmtree(below, ignore_errors=True)
+
+
+def _maven() -> Fetch:
+    """Download from Maven Central through jgo: the files themselves, with no POM and no resolving."""
+    from jgo.maven import MavenContext
+
+    def fetch(jar: Jar, below: Path) -> Path:
+        component = MavenContext(repo_cache=below).project(jar.group, jar.artifact).at_version(jar.version)
+        return Path(component.artifact(classifier=jar.classifier, packaging="jar").resolve())
+
+    return fetch
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """What these loggers would say is said by our own error, once."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _what_to_do(jar: Jar, error: Exception, folder: Path) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"Apache Kafka could not be fetched: {jar.file_name} ({jar.group}): {reason}\n"
+        "Instead of the embedded broker you can\n"
+        "  · start one with Docker: docker compose up -d\n"
+        "  · name one that runs: KAFKA_BOOTSTRAP_SERVERS=host:port\n"
+        f"  · copy the jars listed in {LIST} into {folder}"
+    )

