@@ -122,7 +122,8 @@ class Partition:
             if lane.queue and self.active:
                 return False
             lane.to(LaneState.IDLE)
-            self.lanes.pop(lane.key, None)
+            if not lane.queue:  # what is left in a revoked one still says how far it got
+                self.lanes.pop(lane.key, None)
             return True
 
     def position(self) -> int:

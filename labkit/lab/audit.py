@@ -143,14 +143,18 @@ class Audit:
         return self.verdict()
 
     def _repr_html_(self) -> str:
-        frame = self.anomalies.drop(columns=["key", "pod", "time"])
-        harmless = frame["kind"].isin(["redelivered", "resent"]).sort_values(kind="stable")  # they come last
-        table = frame.loc[harmless.index[:NAMED]].to_html(index=False, na_rep="") if self.found else ""
+        names = ["kind", "id", "place", "first_place", "explanation"]
+        # What is wrong first, then what is only worth knowing.
+        shown = sorted(self.found, key=lambda one: one.kind in ("redelivered", "resent"))[:NAMED]
+        cells = [names] if shown else []
+        cells += [[str(getattr(one, name) or "") for name in names] for one in shown]
+        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells)
         colour = COLOURS[self.result]
         return (
             f'<div style="border-left:4px solid {colour};padding-left:8px">'
             f'<b style="color:{colour}">{self.result}</b>'
-            f'<pre style="white-space:pre-wrap">{html.escape(self.verdict())}</pre>{table}</div>'
+            f'<pre style="white-space:pre-wrap">{html.escape(self.verdict())}</pre>'
+            f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></div>"
         )
 
 

@@ -111,9 +111,7 @@ class Board:
         self._picture.layout = ipywidgets.Layout(width="100%", max_width=f"{picture.WIDTH}px")
         self._says = ipywidgets.HTML()
         self._lines = ipywidgets.HTML()
-        self._pods = (
-            None if controls is None else _PodButtons(controls, slow_seconds, self._start, self._lock)
-        )
+        self._pods = None if controls is None else _PodButtons(controls, slow_seconds, self._start, self._lock)
         self._buttons = [_Button(lambda a=action: a, self._start) for action in actions]  # type: ignore[misc]
         rows: list[Any] = [self._picture, self._says]
         if self._pods is not None:
@@ -173,9 +171,7 @@ class Board:
             if self._thread is not None or self.closed:
                 return
             self.redraw()
-            self._thread = threading.Thread(
-                target=self._redraw_until_closed, name="labkit-board", daemon=True
-            )
+            self._thread = threading.Thread(target=self._redraw_until_closed, name="labkit-board", daemon=True)
             self._thread.start()
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
@@ -361,12 +357,8 @@ class _PodButtons:
 
     def _freeze(self) -> Action:
         i = self._chosen
-        about = (
-            f"Stop pod {i} in its tracks (SIGSTOP), as a long pause of its machine would, until it is thawed."
-        )
-        return Action(
-            f"Freeze pod {i}", about, lambda: self._controls.freeze(i), self._only("running", "slow")
-        )
+        about = f"Stop pod {i} in its tracks (SIGSTOP), as a long pause of its machine would, until it is thawed."
+        return Action(f"Freeze pod {i}", about, lambda: self._controls.freeze(i), self._only("running", "slow"))
 
     def _thaw(self) -> Action:
         i = self._chosen
@@ -428,9 +420,7 @@ def _log_html(lines: Sequence[str]) -> str:
         if len(text) > _LINE_LENGTH:
             text = f"{text[:_LINE_LENGTH]} … ({len(text) - _LINE_LENGTH:,} characters more)"
         shown.append(_NAMED.sub(r"<b>\1</b>", html.escape(text)))
-    body = (
-        "\n".join(shown) or '<span style="opacity:.6">Here is what pods print, and their tracebacks.</span>'
-    )
+    body = "\n".join(shown) or '<span style="opacity:.6">Here is what pods print, and their tracebacks.</span>'
     return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
 
 

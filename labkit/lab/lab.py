@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import html
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -80,6 +81,7 @@ class Lab:
         self.deployments: dict[str, Deployment] = {}
         self.loads: list[Load[Any]] = []
         self.topics: dict[str, Topic[Any]] = {}
+        self._planned: list[Planned] = []
         self._history = History()
         self._boards: dict[tuple[str, ...], Board] = {}
         telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
@@ -170,7 +172,7 @@ class Lab:
             panels,
             lambda: self._status(name),
             _Controls(self.deployments, name),
-            lambda: [f"{line.pod}: {line.text}" for line in self.deployments[name].log[-200:]],
+            lambda: [f"{line.pod} | {line.text}" for line in self.deployments[name].log[-200:]],
             slow_seconds=0.1,
         )
         place = (name, retries.name, completed.short if completed else "")
@@ -178,6 +180,16 @@ class Lab:
             before.close()
         self._boards[place] = made
         return made
+
+    def when(self, condition: Callable[[], bool], action: Callable[[], object]) -> Planned:
+        """Do `action`, a fault say, once `condition` holds, from a thread. Returns at once, so buttons keep working.
+
+        The condition is looked at every 20 ms. The lab does not count as settled before the action was done.
+        """
+        self._check_open()
+        planned = Planned(condition, action)
+        self._planned.append(planned)
+        return planned
 
     # -- looking at what happened ----------------------------------------------------------------------------------
 
@@ -206,6 +218,9 @@ class Lab:
 
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
+        for planned in self._planned:
+            if planned.state != "done":
+                return f"{planned!r}"
         for load in self.loads:
             if not load.done:
                 return f"the load on {load.topic.short} still sends"
@@ -243,6 +258,31 @@ class Lab:
         unknown = self._standing() or self.unsettled()
         return audit(ledger, effects, self._history.faults, unknown=unknown)
 
+    def verdict(
+        self,
+        sent: Load[Any] | Iterable[Load[Any]],
+        done: Topic[Any] | Iterable[Effect],
+        by: str | Callable[[Any], str] = "id",
+        timeout: float = 60.0,
+    ) -> Audit:
+        """Wait until the lab has settled, then audit. If that is not `valid`, the pods' last lines are printed."""
+        self.settle(timeout)
+        found = self.audit(sent, done, by)
+        if found.result != "valid":
+            for name in self.deployments:
+                self.logs(name)
+        return found
+
+    def records(self, topic: Topic[Any], last: int = 10) -> pd.DataFrame:
+        """The newest records of a topic as a table: partition, offset, key, value, time (UTC)."""
+        import pandas as pd
+
+        with Reader(topic) as reader:
+            found = sorted(reader.rest(), key=lambda record: record.timestamp)[-last:]
+        rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]
+        table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])
+        return table.assign(time=pd.to_datetime(table["time"], unit="s"))
+
     def history(self) -> pd.DataFrame:
         """Everything the sampler saw, tidy: time, seconds, metric, label, value."""
         return self._history.frame()
@@ -262,8 +302,10 @@ class Lab:
         if self._closed:
             return
         self._closed = True
+        for planned in self._planned:
+            planned.cancel()
         for load in self.loads:
-            load._stop.set()
+            load.cancel()
         for board in self._boards.values():
             board.close()
         for deployment in self.deployments.values():
@@ -349,6 +391,33 @@ class Lab:
                 )
             )
         return effects
+
+
+class Planned:
+    """Something that will be done once a condition holds."""
+
+    def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
+        self.state = "waits for its condition"
+        self._condition, self._action = condition, action
+        self._cancelled = threading.Event()
+        threading.Thread(target=self._run, name="planned", daemon=True).start()
+
+    def cancel(self) -> None:
+        """Do not do it any more."""
+        self._cancelled.set()
+
+    def __repr__(self) -> str:
+        return f"what was planned ({getattr(self._action, '__name__', 'an action')}) {self.state}"
+
+    def _run(self) -> None:
+        try:
+            while not self._condition():
+                if self._cancelled.wait(0.02):
+                    return
+            self._action()
+            self.state = "done"
+        except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
+            self.state = f"failed: {type(error).__name__}: {error}"
 
 
 class _Controls:

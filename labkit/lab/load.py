@@ -64,8 +64,12 @@ class Load(Generic[T]):
 
     def stop(self) -> None:
         """Send no more; what was sent is confirmed."""
-        self._stop.set()
+        self.cancel()
         self._thread.join(35)
+
+    def cancel(self) -> None:
+        """The same, without waiting."""
+        self._stop.set()
 
     def __repr__(self) -> str:
         return f"Load: {self._confirmed:,} sent to {self.topic.short}, {'done' if self.done else f'{self._rate:g}/s'}"

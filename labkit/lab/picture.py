@@ -220,9 +220,7 @@ def completed_panel(label: str | None = None, topics: Iterable[str] | None = Non
     def name(metric: str, of: str) -> str:
         return of if metric == "completed" and label is None and of else metric
 
-    return Panel(
-        "Completed", "records", "progress", ("completed",), words, target="sent", keep=keep, name=name
-    )
+    return Panel("Completed", "records", "progress", ("completed",), words, target="sent", keep=keep, name=name)
 
 
 # -- Scene: what is drawn, in pixels, origin at the bottom left ------------------------------------------------------
@@ -367,9 +365,7 @@ def compose(
     for i, panel in enumerate(panels):
         row, column = divmod(i, columns)
         left = column * (cell + _CELL_GAP)
-        frame = _Frame(
-            scene, now, window, left, left + cell, below + HEIGHT * (rows - 1 - row), newest, column == 0
-        )
+        frame = _Frame(scene, now, window, left, left + cell, below + HEIGHT * (rows - 1 - row), newest, column == 0)
         _draw_panel(frame, panel, series, faults)
     if caption:
         text = _shorten(caption, 14.0, WIDTH - 2 * _LEFT)
@@ -491,9 +487,7 @@ def _curves(panel: Panel, kept: Mapping[Series, tuple[Floats, Floats]], frame: _
             targets = [points for (metric, _), points in kept.items() if metric == panel.target]
             if targets:
                 times, values = _sum(targets)
-                curves.append(
-                    _Curve(panel.target, *_broken(times, values, frame.start), _GREY, 1.6, "dotted")
-                )
+                curves.append(_Curve(panel.target, *_broken(times, values, frame.start), _GREY, 1.6, "dotted"))
         colours: tuple[str, ...] = (GREEN, BLUE, PURPLE, SKY)
     else:
         colours = LINE_COLOURS
@@ -565,9 +559,7 @@ def _furniture(frame: _Frame, panel: Panel, ticks: Sequence[float]) -> None:
     """What stays from frame to frame: title, unit, grid and scales."""
     marks = frame.scene.marks
     marks.append(Text(frame.left, frame.ceiling - 20, panel.title, _TITLE_SIZE, _TITLE, "title", bold=True))
-    marks.append(
-        Text(frame.cell_right, frame.ceiling - 20, panel.unit, _TICK_SIZE, _GREY, "unit", align="right")
-    )
+    marks.append(Text(frame.cell_right, frame.ceiling - 20, panel.unit, _TICK_SIZE, _GREY, "unit", align="right"))
     for value in ticks:
         y = round(frame.one_y(value)) + 0.5
         if y > frame.top + 1:

@@ -147,7 +147,10 @@ class Sampler:
         if deployment.group and deployment.topics:
             short = {topic.name: topic.short for topic in deployment.topics}
             behind = lag(deployment.topics[0].cluster, deployment.group, list(short))
-            values += [("lag", f"{short[topic]}/{number}", count) for (topic, number), count in sorted(behind.items())]
+            stuck = {one.place.rpartition("/")[0] for one in deployment.waiting}
+            for (topic, number), count in sorted(behind.items()):
+                label = f"{short[topic]}/{number}"
+                values += [("lag", label, count), ("blocked", label, f"{topic}/{number}" in stuck)]
         return values
 
     def _sent(self) -> dict[str, int]:

@@ -200,9 +200,7 @@ def solution(cell_id: str) -> Solution:
     """
     folder = _solutions_folder(Path.cwd())
     if folder is None:
-        return Solution(
-            None, f"No folder notebooks/solutions here or above {Path.cwd().name}: is this a full clone?"
-        )
+        return Solution(None, f"No folder notebooks/solutions here or above {Path.cwd().name}: is this a full clone?")
     # The server says which notebook this is; where it does not, the cell's id alone has to do.
     notebook = Path(os.environ.get("JPY_SESSION_NAME", "")).stem
     files = sorted(folder.glob("*.py"), key=lambda file: (file.stem != notebook, file.name))

@@ -111,10 +111,6 @@ class Kafka:
             flags.append("--sun-misc-unsafe-memory-access=allow")
         return flags
 
-    @property
-    def class_path(self) -> str:
-        return ":".join(map(str, self.jars))
-
     @cached_property
     def aot_cache(self) -> Path:
         """Where the AOT cache for exactly this Java, these flags and these jars is, or would be."""
@@ -129,19 +125,17 @@ class Kafka:
         if extra is None:
             extra = [f"-XX:AOTCache={self.aot_cache}"] if self.aot_cache.exists() else []
         return self._java(
-            [*extra, f"-XX:ErrorFile={folder}/hs_err.log"], "kafka.Kafka", str(folder / "server.properties")
+            folder / "server.properties", [*extra, f"-XX:ErrorFile={folder}/hs_err.log"], "kafka.Kafka"
         )
 
     def format_template(self) -> None:
         """Run Kafka's own formatting tool, once for each version of Kafka."""
-        with tempfile.TemporaryDirectory(dir=self.home) as made:
-            config = Path(made) / "server.properties"
+        with tempfile.TemporaryDirectory(prefix="making-", dir=self.home) as made:
+            config, log = Path(made) / "server.properties", Path(made) / "log"
             config.write_text(PROPERTIES.format(port=9092, controller_port=9093, data=f"{made}/data"))
-            log = Path(made) / "log"
-            with Child(
-                self._java([], "kafka.tools.StorageTool", "format", "-t", new_uuid(), "-c", str(config)),
-                output=log,
-            ) as tool:
+            config.with_name("log4j2.properties").write_text(LOGGING)
+            command = self._java(config, [], "kafka.tools.StorageTool", "format", "-t", new_uuid(), "-c")
+            with Child(command, output=log) as tool:
                 code = tool.wait(START_SECONDS)
             if code:
                 raise LabkitError(f"Kafka could not format a data folder:\n{log_tail(log)}")
@@ -153,7 +147,7 @@ class Kafka:
 
         Raises LabkitError when no cache came of it.
         """
-        with tempfile.TemporaryDirectory(dir=self.home) as made:
+        with tempfile.TemporaryDirectory(prefix="making-", dir=self.home) as made:
             folder, cache = Path(made) / "broker", Path(made) / "cache.aot"
             broker = Broker.create(folder, self)
             command = self.command(folder, [f"-XX:AOTCacheOutput={cache}"])
@@ -166,9 +160,10 @@ class Kafka:
                 raise LabkitError(f"Java made no AOT cache:\n{log_tail(broker.log)}")
             os.rename(cache, self.aot_cache)
 
-    def _java(self, extra: list[str], main: str, *arguments: str) -> list[str]:
-        logging = f"-Dlog4j2.configurationFile={self.home / 'log4j2.properties'}"
-        return [str(self.java.path), *self.flags, *extra, logging, "-cp", self.class_path, main, *arguments]
+    def _java(self, config: Path, extra: list[str], main: str, *arguments: str) -> list[str]:
+        logging = f"-Dlog4j2.configurationFile={config.with_name('log4j2.properties')}"
+        jvm = [str(self.java.path), *self.flags, *extra, logging, "-cp", ":".join(map(str, self.jars))]
+        return [*jvm, main, *arguments, str(config)]
 
 
 def prepare() -> Kafka:
@@ -189,7 +184,8 @@ def prepare() -> Kafka:
         locked(home / "lock"),
         Console().status(f"Preparing Apache Kafka {KAFKA} on Java {kafka.java.version} (once)"),
     ):
-        (home / "log4j2.properties").write_text(LOGGING)
+        for unfinished in home.glob("making-*/"):  # by a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         if not kafka.template.exists():
             kafka.format_template()
         if can_cache and not kafka.aot_cache.exists() and not failed.exists():
@@ -230,6 +226,7 @@ class Broker:
         shutil.copytree(kafka.template, folder / "data")
         meta = f"version=1\ncluster.id={broker.cluster_id}\nnode.id={NODE}\ndirectory.id={new_uuid()}\n"
         (folder / "data" / "meta.properties").write_text(meta)
+        (folder / "log4j2.properties").write_text(LOGGING)
         broker.write_settings()
         return broker
 
@@ -256,7 +253,9 @@ class Broker:
                 time.sleep(0.01)  # nothing tells when another process opens a port
                 continue
             try:
-                if self.cluster.describe(2).brokers:
+                found = self.cluster.describe(2)
+                # Whoever took the port before our broker did may be a Kafka too.
+                if found.brokers and found.cluster_id == self.cluster_id:
                     return
             except ClusterUnreachable:
                 continue

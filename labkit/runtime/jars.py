@@ -68,7 +68,10 @@ def jar_files(
     paths = [folder / jar.file_name for jar in jars]
     if _broken(jars, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):  # another process may be fetching them right now
+        with (
+            locked(folder / "lock"),
+            _quiet("jgo", "urllib3"),
+        ):  # another process may be fetching them right now
             if broken := _broken(jars, folder):
                 _fetch_all(broken, folder, fetch or _maven())
     return paths
@@ -91,10 +94,12 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch) -> None:
         os.replace(fetched, folder / jar.file_name)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("jars"))
+    for unfinished in folder.glob(".fetch-*/"):  # by a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     below = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
     pool = ThreadPoolExecutor(8)
     try:
-        with Progress(*columns, transient=True) as progress, _quiet("jgo", "urllib3"):
+        with Progress(*columns, transient=True) as progress:
             task = progress.add_task(f"Fetching Apache Kafka {KAFKA} (once)", total=len(jars))
             futures = {pool.submit(get, jar): jar for jar in jars}
             for future in as_completed(futures):

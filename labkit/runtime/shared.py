@@ -303,7 +303,7 @@ def _sweep(state: dict[str, Any] | None) -> Broker | None:
             if not (is_free(kept.port) and is_free(kept.controller_port)):
                 port, controller_port = free_ports()
                 kept = replace(kept, port=port, controller_port=controller_port)
-                kept.write_settings()
+            kept.write_settings()
         else:
             _state_file().unlink(missing_ok=True)
     for folder in state_dir().glob("broker-*/"):

@@ -1,0 +1,8 @@
+# %% exercise
+most = 4  # a partition has one reader at a time in its group: a fifth pod stands by
+
+exercise(
+    "How many pods can work on 4 partitions at once?",
+    check=lambda most: True if most == 4 else "Scale the deployment on the board and see which pods get work.",
+    most=most,
+)
