@@ -1,0 +1,204 @@
+"""What a notebook's kernel goes through: kill -9, interrupts, two at once, cells that run again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+
+SETUP = """
+import json, os, time, psutil
+from msgspec import Struct
+from labkit.lab import Consumer, Lab
+
+class Order(Struct):
+    id: int
+
+lab = Lab("kernels")
+orders = lab.topic("orders", value=Order)
+done = lab.topic("done", value=Order)
+
+def work(record):
+    time.sleep(0.01)
+    done.send(record.value, key=record.key)
+
+shop = lab.deploy("shop", Consumer(orders, work), replicas=2)
+load = lab.load(orders, (Order(n) for n in range(100_000)), rate=100)
+while not shop.ready():
+    time.sleep(0.02)
+"""
+FACTS = """
+print(json.dumps({
+    "pods": [pod.child.pid for pod in shop.pods],
+    "children": [child.pid for child in psutil.Process().children(recursive=True)],
+    "bootstrap": lab.cluster.bootstrap,
+}))
+"""
+
+
+@contextlib.contextmanager
+def kernel(state: Path) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env={**os.environ, "LABKIT_STATE": str(state)}, cwd=str(ROOT / "notebooks"))
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def run(client: BlockingKernelClient, code: str) -> str:
+    """What a cell prints. Fails with the cell's traceback."""
+    printed: list[str] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
+            printed.append(message["content"]["text"])
+
+    reply = client.execute_interactive(code, timeout=60, output_hook=hear)
+    content = reply["content"]
+    assert content["status"] == "ok", "\n".join(content.get("traceback", []))
+    return "".join(printed)
+
+
+def until(true: Callable[[], bool], seconds: float) -> bool:
+    """Whether it becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if true():
+            return True
+        time.sleep(0.02)
+    return true()
+
+
+def open_port(bootstrap: str) -> bool:
+    host, _, port = bootstrap.rpartition(":")
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def of_this_lab(state: Path) -> list[psutil.Process]:
+    """Every process that was started with this state folder: pods, supervisors, the broker."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("LABKIT_STATE") == str(state) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing_after_5_s(tmp_path: Path) -> None:
+    """correctness 30"""
+    with kernel(tmp_path) as (manager, client):
+        run(client, SETUP)
+        run(client, "shop.pods[0].freeze()")
+        facts = json.loads(run(client, FACTS))
+        assert open_port(facts["bootstrap"])
+        assert manager.provisioner is not None
+        pid: int = manager.provisioner.process.pid  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGKILL)
+        assert until(lambda: all(map(gone, facts["pods"])), 2), "pods outlive their kernel"
+        assert until(lambda: not of_this_lab(tmp_path), 5), of_this_lab(tmp_path)
+        assert not open_port(facts["bootstrap"])
+        with kernel(tmp_path) as (_, again):  # and the next run works, and collects what the dead one left
+            run(again, SETUP)
+            assert "True" in run(again, "print(len(lab.collected) >= 0 and sum(lab.cluster.topics().values()) < 20)")
+
+
+def test_interrupting_a_cell_harms_no_broker_and_no_pod(tmp_path: Path) -> None:
+    """correctness 30: Jupyter's interrupt goes to the kernel's whole process group."""
+    with kernel(tmp_path) as (manager, client):
+        run(client, SETUP)
+        before = json.loads(run(client, FACTS))
+        client.execute("print('busy', flush=True); time.sleep(60)")
+        while client.get_iopub_msg(timeout=10)["msg_type"] != "stream":
+            pass
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=10)
+        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        after = json.loads(run(client, FACTS))
+        assert after["pods"] == before["pods"]
+        assert open_port(after["bootstrap"])
+        assert "lives" in run(client, "load.stop()\nassert lab.settle(30), lab.settle(0)\nprint('lives')")
+
+
+def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> None:
+    """correctness 31"""
+    with kernel(tmp_path) as (_, one), kernel(tmp_path) as (_, two):
+        code = "from labkit.lab import Lab; lab = Lab('twin'); print(lab.cluster.bootstrap, lab.run.id)"
+        for client in (one, two):
+            client.execute(code)
+        told = []
+        for client in (one, two):
+            while (message := client.get_iopub_msg(timeout=60))["msg_type"] != "stream":
+                assert message["msg_type"] != "error", message["content"]["traceback"]
+            told.append(message["content"]["text"].split())
+        assert told[0][0] == told[1][0]
+        assert told[0][1] != told[1][1]
+
+
+def notebook(name: str, twice: bool = False) -> nbformat.NotebookNode:
+    book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    if twice:
+        cells = []
+        for cell in book.cells:
+            cells.append(cell)
+            if cell.cell_type == "code":
+                cells.append(again := copy.deepcopy(cell))
+                again.id = f"{cell.id}-again"
+        book.cells = cells
+    return book
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["00_start_here.ipynb"])
+def test_every_cell_can_be_run_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
+    monkeypatch.setenv("LABKIT_PACE", "4")
+    book = notebook(name, twice=True)
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(book, timeout=90, kernel_name="python3", resources=resources).execute()
+    cells = [cell for cell in book.cells if cell.id in ("verdict", "verdict-again")]
+    verdicts = [out.text for cell in cells for out in cell.outputs]
+    assert len(verdicts) == 2
+    assert all("lost 0" in text and "duplicated 0" in text for text in verdicts), verdicts
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["00_start_here.ipynb"])
+def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
+    monkeypatch.setenv("LABKIT_PACE", "4")
+    client = NotebookClient(
+        notebook(name), timeout=90, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    )
+    for _ in range(2):  # execute() starts a kernel of its own each time
+        client.execute()
+    assert until(lambda: not of_this_lab(tmp_path), 10), of_this_lab(tmp_path)
