@@ -90,14 +90,21 @@ class Pod:
         """Records it has in a back-off."""
         return self.report.waiting if self.report is not None and self.child is not None else []
 
+    @property
+    def handled(self) -> int:
+        """How many records its process has handled since it started."""
+        return self.report.handled if self.report is not None and self.child is not None else 0
+
     def crash(self) -> None:
-        """kill -9: nothing is drained, nothing committed. The deployment starts it again."""
+        """kill -9: nothing is drained, nothing committed. The deployment starts it again. A dead pod is left as it is."""
         with self._lock:
-            self._alive("crash").kill()
+            if self.child is None or self.child.poll() is not None:
+                return
+            self.child.kill()
             self._crashed = True
+            frozen, self._frozen = self._frozen, False
         self._fault("crash")
-        if self._frozen:
-            self._frozen = False
+        if frozen:
             self._over("freeze")
 
     def freeze(self) -> None:

@@ -281,7 +281,7 @@ class Lab:
             found = sorted(reader.rest(), key=lambda record: record.timestamp)[-last:]
         rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]
         table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])
-        return table.assign(time=pd.to_datetime(table["time"], unit="s"))
+        return table.assign(time=pd.to_datetime(table["time"], unit="s").dt.round("ms"))
 
     def history(self) -> pd.DataFrame:
         """Everything the sampler saw, tidy: time, seconds, metric, label, value."""
