@@ -24,6 +24,8 @@ PodState: TypeAlias = Literal["starting", "running", "frozen", "restarting", "sl
 _FRAME = 1 / 3
 """Seconds from frame to frame."""
 _LONGEST_SNAPSHOT = 600.0
+_NARROWEST = 20.0
+"""Seconds a live picture shows at least."""
 _SILENT = 5.0
 """Seconds without a sample after which the status line says so."""
 _LOG_LINES = 200
@@ -75,7 +77,7 @@ class Board:
 
     `status` says in one line what runs. `log` gives the newest lines of the pods, each with the pod's name in front.
     `controls` brings the buttons for pods, `actions` further ones. `slow_seconds` is what "Slow down" adds to each
-    record. `window` is the width of the picture in seconds.
+    record. `window` is the width of the picture in seconds, once the run is that old.
     """
 
     def __init__(
@@ -222,14 +224,16 @@ class Board:
 
     def _redraw_picture(self) -> None:
         now = self._clock()
-        seen = self._history.snapshot(since=now - self._window - 5)
+        # A young run fills the picture too.
+        window = min(self._window, max(_NARROWEST, now - (self._history.begun or now)))
+        seen = self._history.snapshot(since=now - window - 5)
         self._newest = seen.samples[-1].time if seen.samples else self._newest
         # Nothing new, or nothing but the same figures for the whole width of the picture.
-        visible = [fault for fault in seen.faults if fault.end is None or fault.end > now - self._window - 1]
-        at_rest = seen.changed < now - self._window - 1 and not visible
+        visible = [fault for fault in seen.faults if fault.end is None or fault.end > now - window - 1]
+        at_rest = seen.changed < now - window - 1 and not visible
         if seen.version == self._drawn_version or (at_rest and self._drawn_at_rest):
             return
-        png = picture.draw(self._panels, seen.samples, seen.faults, now, self._window)
+        png = picture.draw(self._panels, seen.samples, seen.faults, now, window)
         self._drawn_version, self._drawn_at_rest = seen.version, at_rest
         self.frames += 1
         if png != self._picture.value:
@@ -401,7 +405,7 @@ _STATUS_STYLE = (
 )
 # Reversed, so that the pane stays at its newest line.
 _LOG_STYLE = (
-    "display:flex;flex-direction:column-reverse;height:170px;overflow:auto;margin-top:4px;padding:4px 8px;"
+    "display:flex;flex-direction:column-reverse;height:100px;overflow:auto;margin-top:4px;padding:4px 8px;"
     "border:1px solid var(--jp-border-color2,#ddd);border-radius:3px;background:var(--jp-layout-color1,#fff)"
 )
 _PRE_STYLE = (

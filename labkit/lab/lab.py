@@ -397,7 +397,7 @@ class Planned:
     """Something that will be done once a condition holds."""
 
     def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
-        self.state = "waits for its condition"
+        self.state = "still waits for its condition"
         self._condition, self._action = condition, action
         self._cancelled = threading.Event()
         threading.Thread(target=self._run, name="planned", daemon=True).start()

@@ -80,6 +80,12 @@ class History:
         """All faults so far (a copy); those that still stand have `end` None."""
         return self.snapshot().faults
 
+    @property
+    def begun(self) -> float | None:
+        """Time of the first sample; None before it."""
+        with self._lock:
+            return self._samples[0].time if self._samples else None
+
     def record(self, samples: Iterable[Sample]) -> None:
         """Append samples, not older than those before them."""
         with self._lock:

@@ -179,8 +179,11 @@ class Solution:
     def __repr__(self) -> str:
         return self.trouble if self.source is None else self.source
 
-    def _repr_markdown_(self) -> str:
-        return self.trouble if self.source is None else f"```python\n{self.source}\n```"
+    def _repr_html_(self) -> str:
+        if self.source is None:
+            return f"<p>{html.escape(self.trouble)}</p>"
+        # Folded: "run all cells" must not give it away.
+        return f"<details><summary>Solution</summary><pre>{html.escape(self.source)}</pre></details>"
 
 
 _CELL = re.compile(r"^# %% *(\S+) *$", re.MULTILINE)

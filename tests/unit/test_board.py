@@ -1,0 +1,370 @@
+"""The board: what it redraws and when, and its buttons, without a browser."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import ipywidgets
+import pytest
+
+from labkit.lab import picture
+from labkit.lab.board import Action, Board, PodState, PodView, _log_html
+from labkit.lab.metrics import Fault, History, Sample
+
+PANELS = [picture.lag_panel(), picture.retries_panel(), picture.completed_panel()]
+
+
+class FakeControls:
+    """Notes what was asked of it."""
+
+    def __init__(self, *states: PodState) -> None:
+        self.states = list(states)
+        self.calls: list[tuple[object, ...]] = []
+        self.called = threading.Event()
+        self.trouble: Exception | None = None
+
+    def pods(self) -> list[PodView]:
+        return [PodView(f"shop-{i}", i, state, 0) for i, state in enumerate(self.states)]
+
+    def note(self, *call: object) -> None:
+        self.calls.append((*call, threading.current_thread() is threading.main_thread()))
+        self.called.set()
+        if self.trouble is not None:
+            raise self.trouble
+
+    def crash(self, index: int) -> None:
+        self.note("crash", index)
+
+    def freeze(self, index: int) -> None:
+        self.states[index] = "frozen"
+        self.note("freeze", index)
+
+    def thaw(self, index: int) -> None:
+        self.states[index] = "running"
+        self.note("thaw", index)
+
+    def slow(self, index: int, seconds: float) -> None:
+        self.states[index] = "slow" if seconds else "running"
+        self.note("slow", index, seconds)
+
+    def drain(self, index: int) -> None:
+        self.note("drain", index)
+
+    def scale(self, n: int) -> None:
+        self.states = (self.states + ["running"] * n)[:n]  # type: ignore[assignment]
+        self.note("scale", n)
+
+
+def tick(history: History, value: float = 1.0, at: float | None = None) -> None:
+    now = time.time() if at is None else at
+    history.record([Sample(now, "lag", "orders/0", value), Sample(now, "completed", "charged", value)])
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    """Wait for a named condition."""
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end, f"not within 10 s: {what}"
+        time.sleep(0.01)
+
+
+Make = Callable[..., Board]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    boards: list[Board] = []
+
+    def board(history: History | None = None, **changed: object) -> Board:
+        given: dict[str, object] = {"status": lambda: "shop: 2 of 2 pods running", **changed}
+        boards.append(Board(history or History(), PANELS, **given))  # type: ignore[arg-type]
+        return boards[-1]
+
+    yield board
+    for each in boards:
+        each.close()
+
+
+def buttons(board: Board) -> dict[str, ipywidgets.Button]:
+    return {each.widget.description: each.widget for each in board._all_buttons()}
+
+
+def status(board: Board) -> str:
+    text: str = board._says.value
+    return text
+
+
+def test_frames_follow_the_history_and_rest_with_it(make: Make) -> None:
+    history = History()
+    tick(history)
+    board = make(history)
+    board.start()
+    assert board.frames == 1
+    first = bytes(board._picture.value)
+    assert first.startswith(b"\x89PNG")
+    board.redraw()
+    board.redraw()
+    assert board.frames == 1, "nothing changed, yet a frame was drawn"
+    tick(history, 500)
+    until(lambda: board.frames == 2 and bytes(board._picture.value) != first, "the new figures are drawn")
+
+
+def test_a_history_at_rest_for_the_whole_picture_is_drawn_once(make: Make) -> None:
+    history = History()
+    now = time.time()
+    for ago in range(90, 0, -1):
+        tick(history, at=now - ago)
+    board = make(history)
+    for _ in range(3):
+        tick(history)
+        board.redraw()
+    assert board.frames == 1
+    history.begin(Fault(now, None, "freeze", "shop-1", "freeze pod 1"))
+    board.redraw()
+    assert board.frames == 2
+
+
+def test_closing_ends_the_thread_and_leaves_the_last_picture(make: Make) -> None:
+    history = History()
+    tick(history)
+    board = make(history, controls=FakeControls("running", "running"))
+    board.start()
+    thread = board._thread
+    assert thread is not None
+    assert thread.is_alive()
+    board.close()
+    assert not thread.is_alive()
+    assert board.closed
+    assert all(button.disabled for button in buttons(board).values())
+    assert "closed" in status(board)
+    drawn = board.frames
+    tick(history, 9)
+    board.redraw()
+    board.start()
+    assert board.frames == drawn
+    board.close()
+
+
+def test_displaying_starts_it_and_gives_the_widget(make: Make) -> None:
+    board = make()
+    bundle = board._repr_mimebundle_()
+    assert board._thread is not None
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == board.widget.model_id
+    assert bundle["text/plain"] == repr(board)
+    assert "Lag · Retries · Completed" in repr(board)
+    thread = board._thread
+    board._repr_mimebundle_()
+    assert board._thread is thread
+
+
+def test_no_output_widget_is_used(make: Make) -> None:
+    def within(widget: ipywidgets.Widget) -> Iterator[ipywidgets.Widget]:
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from within(child)
+
+    board = make(controls=FakeControls("running"), actions=[Action("Stop it", "Stops it.", lambda: None)])
+    assert not [w for w in within(board.widget) if isinstance(w, ipywidgets.Output)]
+
+
+@pytest.mark.parametrize(
+    ("state", "enabled"),
+    [
+        ("starting", {"Crash pod 0"}),
+        ("running", {"Crash pod 0", "Freeze pod 0", "Slow down pod 0", "Drain pod 0"}),
+        ("frozen", {"Crash pod 0", "Thaw pod 0"}),
+        ("slow", {"Crash pod 0", "Freeze pod 0", "Speed up pod 0", "Drain pod 0"}),
+        ("restarting", set()),
+        ("stopped", set()),
+    ],
+)
+def test_buttons_are_enabled_when_they_make_sense(make: Make, state: PodState, enabled: set[str]) -> None:
+    board = make(controls=FakeControls(state, "running"))
+    board.redraw()
+    on_pod = {name: button for name, button in buttons(board).items() if name.endswith("pod 0")}
+    assert len(on_pod) == 5
+    assert {name for name, button in on_pod.items() if not button.disabled} == enabled
+    assert all(button.tooltip for button in buttons(board).values())
+    if state == "restarting":
+        assert on_pod["Crash pod 0"].tooltip == "Pod 0 is restarting."
+
+
+def test_the_last_pod_cannot_be_removed(make: Make) -> None:
+    controls = FakeControls("running", "running")
+    board = make(controls=controls)
+    board.redraw()
+    assert not buttons(board)["Remove a pod"].disabled
+    controls.states = ["running"]
+    board.redraw()
+    assert buttons(board)["Remove a pod"].disabled
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("Crash pod 1", ("crash", 1)),
+        ("Freeze pod 1", ("freeze", 1)),
+        ("Slow down pod 1", ("slow", 1, 0.5)),
+        ("Drain pod 1", ("drain", 1)),
+        ("Add a pod", ("scale", 3)),
+        ("Remove a pod", ("scale", 1)),
+    ],
+)
+def test_a_click_calls_the_twin_in_a_thread_of_its_own(
+    make: Make, name: str, call: tuple[object, ...]
+) -> None:
+    controls = FakeControls("running", "running")
+    board = make(controls=controls)
+    board.redraw()
+    assert board._pods is not None
+    board._pods._choice.value = 1
+    buttons(board)[name].click()
+    assert controls.called.wait(5)
+    assert controls.calls == [(*call, False)]
+
+
+def test_the_choice_of_a_pod_outlives_changes_of_state_and_number(make: Make) -> None:
+    controls = FakeControls("running", "running")
+    board = make(controls=controls)
+    board.redraw()
+    assert board._pods is not None
+    choice = board._pods._choice
+    choice.value = 1
+    controls.states = ["restarting", "frozen", "running"]
+    board.redraw()
+    assert choice.value == 1
+    assert [label for label, _ in choice.options] == ["pod 0 · restarting", "pod 1 · frozen", "pod 2"]
+    assert not buttons(board)["Thaw pod 1"].disabled
+    controls.states = ["running"]
+    board.redraw()
+    assert choice.value == 0
+    assert "Crash pod 0" in buttons(board)
+
+
+def test_an_action_that_fails_is_told_until_the_next_one(make: Make) -> None:
+    controls = FakeControls("running")
+    controls.trouble = RuntimeError("pod 0 did not\nanswer <in> 5 s")
+    board = make(controls=controls)
+    board.redraw()
+    buttons(board)["Crash pod 0"].click()
+    until(lambda: "Crash pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), "the message is shown")
+    until(lambda: not buttons(board)["Crash pod 0"].disabled, "the button is back")
+    controls.trouble = None
+    buttons(board)["Crash pod 0"].click()
+    until(lambda: "did not" not in status(board), "the message is gone")
+
+
+def test_a_button_is_disabled_while_its_action_is_under_way(make: Make) -> None:
+    go, calls = threading.Event(), []
+
+    def wait() -> None:
+        calls.append(1)
+        assert go.wait(10)
+
+    board = make(actions=[Action("Stop the provider", "Every call fails.", wait)])
+    board.redraw()
+    button = buttons(board)["Stop the provider"]
+    button.click()
+    assert button.disabled
+    button.click()
+    go.set()
+    until(lambda: not button.disabled, "the action is over")
+    assert calls == [1]
+
+
+def test_an_action_says_why_it_cannot_be_done(make: Make) -> None:
+    reason = "Needs Lab(…, cluster='private')."
+    board = make(actions=[Action("Kill the broker", "SIGKILL.", lambda: None, lambda: reason)])
+    board.redraw()
+    button = buttons(board)["Kill the broker"]
+    assert button.disabled
+    assert button.tooltip == reason
+
+
+def test_what_goes_wrong_in_a_frame_is_in_the_status_line(make: Make) -> None:
+    def broken() -> list[str]:
+        raise OSError("log is gone")
+
+    board = make(log=broken)
+    board.start()
+    assert "log: log is gone" in status(board)
+    assert "2 of 2 pods" in status(board)
+    assert board._thread is not None
+    assert board._thread.is_alive()
+
+    def no_status() -> str:
+        raise KeyError("shop")
+
+    other = make(status=no_status)
+    other.redraw()
+    assert "status: " in status(other)
+    assert other.frames == 1
+
+
+def test_figures_that_stop_coming_are_told(make: Make) -> None:
+    history = History()
+    tick(history, at=1_000.0)
+    board = make(history, clock=lambda: 1_004.0)
+    board.redraw()
+    assert "no new figures" not in status(board)
+    late = make(history, clock=lambda: 1_010.0)
+    late.redraw()
+    assert "no new figures since" in status(late)
+
+
+def test_the_log_is_escaped_bounded_and_names_pods() -> None:
+    lines = ["shop-1 | <script>alert(1)</script>", "shop-0 | \x1b[31mred\x1b[0m", "x" * 5000]
+    text = _log_html(lines)
+    assert "<script>" not in text
+    assert "<b>shop-1</b> | &lt;script&gt;" in text
+    assert "\x1b" not in text
+    assert "red" in text
+    assert "(3,000 characters more)" in text
+
+
+def test_the_log_keeps_the_newest_lines(make: Make) -> None:
+    board = make(log=lambda: [f"shop-0 | line {i}" for i in range(500)])
+    board.redraw()
+    assert "line 499\n" not in board._lines.value
+    assert "line 499" in board._lines.value
+    assert "line 300\n" in board._lines.value
+    assert "line 299\n" not in board._lines.value
+
+
+def test_snapshot_and_table(make: Make) -> None:
+    history = History()
+    now = time.time()
+    for ago in range(100, 0, -1):
+        tick(history, 100 - ago, now - ago)
+    board = make(history)
+    image = board.snapshot()
+    assert len(image.data) <= 30_000
+    assert "2 of 2 pods" in image.alt
+    table = board.table().set_index(["metric", "label"])
+    assert table.loc[("lag", "orders/0"), "now"] == 99
+    assert make().snapshot().data.startswith(b"\x89PNG")
+    assert list(make().table().columns) == ["metric", "label", "now", "highest"]
+
+
+def test_history_is_a_tidy_frame_and_keeps_faults() -> None:
+    history = History()
+    assert list(history.frame().columns) == ["time", "seconds", "metric", "label", "value"]
+    tick(history, 3, at=1_000.0)
+    tick(history, 4, at=1_002.5)
+    frame = history.frame()
+    assert frame["seconds"].tolist() == [0.0, 0.0, 2.5, 2.5]
+    assert frame["time"].dtype.kind == "M"
+    history.begin(Fault(1_001.0, None, "freeze", "shop-1", "freeze pod 1"))
+    assert [fault.target for fault in history.standing()] == ["shop-1"]
+    assert history.end("freeze", "shop-0", 1_002.0) is None
+    ended = history.end("freeze", "shop-1", 1_002.0)
+    assert ended is not None
+    assert (ended.end, ended.instant, history.standing()) == (1_002.0, False, [])
+    assert [s.value for s in history.snapshot(since=1_001.0).samples] == [4, 4]
+
+
+def test_a_board_needs_a_panel() -> None:
+    with pytest.raises(ValueError, match="at least one panel"):
+        Board(History(), [], lambda: "")

@@ -1,0 +1,255 @@
+"""The picture: what is written on it, where, and how long it takes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import time
+
+import pytest
+from PIL import Image
+
+from labkit.lab import picture
+from labkit.lab.metrics import Fault, Sample
+
+T = 1_800_000_000.0
+PANELS = [
+    picture.lag_panel(["orders"]),
+    picture.retries_panel(["shop"], ["orders"]),
+    picture.completed_panel("charged", ["orders"]),
+]
+
+
+def run(partitions: int = 2, seconds: float = 60, high: float = 400, until: float = 0) -> list[Sample]:
+    """A run in which lag rises and falls; `until` seconds before T it ends."""
+    samples = []
+    for tick in range(int(seconds * 4) + 1):
+        t = T - until - seconds + tick / 4
+        for p in range(partitions):
+            samples.append(Sample(t, "lag", f"orders/{p}", round(high * abs(math.sin(tick / 60 + p)))))
+            samples.append(Sample(t, "blocked", f"orders/{p}", 0))
+        samples += [
+            Sample(t, "waiting", "shop", 20 if 80 < tick < 160 else 0),
+            Sample(t, "redelivered", "orders", 100 if tick < 120 else 137),
+            Sample(t, "failed", "shop", 0),
+            Sample(t, "completed", "charged", tick * 10),
+            Sample(t, "sent", "orders", 3000),
+        ]
+    return samples
+
+
+def crash(ago: float, pod: int = 1) -> Fault:
+    return Fault(T - ago, T - ago, "crash", f"shop-{pod}", f"crash pod {pod}")
+
+
+def window(ago: float, end: float | None, text: str) -> Fault:
+    return Fault(T - ago, None if end is None else T - end, "fail", "provider", text)
+
+
+MANY = [crash(50 - 3 * i, i % 4) for i in range(9)] + [
+    window(42, 22, "provider down 20 s"),
+    window(20, None, "freeze pod 2"),
+    window(12, 11, "slow down pod 0"),
+    crash(1, 3),
+]
+RUNS = {
+    "nothing": ([], []),
+    "faults only": ([], MANY),
+    "one partition": (run(1), [crash(30)]),
+    "two partitions": (run(2), [window(42, 22, "provider down 20 s"), crash(30)]),
+    "sixteen partitions": (run(16), MANY),
+    "all zero": (run(4, high=0), [window(20, None, "freeze pod 1")]),
+    "large": (run(6, high=250_000), MANY),
+    "one sample each": (run(2, seconds=0), []),
+    "old": (run(2, until=20), [crash(5)]),
+    "before the picture": (run(2, until=300), [crash(400)]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_makes_a_png_of_the_same_size(name: str) -> None:
+    image = Image.open(io.BytesIO(picture.draw(PANELS, *RUNS[name], T)))
+    assert (image.format, image.size) == ("PNG", (picture.WIDTH, picture.HEIGHT))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_text_lies_on_another_or_outside(name: str) -> None:
+    scene = picture.compose(PANELS, *RUNS[name], T)
+    for text in scene.texts():
+        left, bottom, right, top = text.box
+        assert left >= 0, text
+        assert bottom >= 0, text
+        assert right <= scene.width, text
+        assert top <= scene.height, text
+    for a, b in itertools.combinations(scene.texts(), 2):
+        (a_left, a_low, a_right, a_high), (b_left, b_low, b_right, b_high) = a.box, b.box
+        apart = a_right <= b_left or b_right <= a_left or a_high <= b_low or b_high <= a_low
+        assert apart, f"{a.text!r} lies on {b.text!r}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_dashed_line_goes_through_the_text_of_a_fault(name: str) -> None:
+    scene = picture.compose(PANELS, *RUNS[name], T)
+    stems = [m for m in scene.marks if isinstance(m, picture.Rule) and m.style == "dashed"]
+    for text in scene.texts("fault"):
+        left, bottom, right, _ = text.box
+        for stem in stems:
+            crosses = left < stem.x0 < right and max(stem.y0, stem.y1) > bottom + 2
+            assert not crosses, f"{text.text!r} is crossed"
+
+
+def test_lines_stay_below_the_texts_of_faults() -> None:
+    scene = picture.compose(PANELS[:1], *RUNS["large"], T)
+    lowest = min(text.box[1] for text in scene.texts("fault"))
+    lines = [mark for mark in scene.marks if isinstance(mark, picture.Line)]
+    assert lines
+    assert max(float(line.ys.max()) for line in lines) <= lowest
+
+
+def words(scene: picture.Scene) -> list[str]:
+    return [text.text for text in scene.texts("words")]
+
+
+def labels(scene: picture.Scene) -> set[str]:
+    return {text.text for text in scene.texts("label")}
+
+
+def test_the_figures_of_now_are_in_words() -> None:
+    samples = run(2)
+    scene = picture.compose(PANELS, samples, [], T)
+    lag = {s.label: s.value for s in samples if s.metric == "lag"}
+    assert words(scene) == [
+        f"p0 {lag['orders/0']:.0f} · p1 {lag['orders/1']:.0f} · nothing blocked",
+        "0 waiting · 137 redelivered · 0 failed in all",
+        "2,400 of 3,000",
+    ]
+    assert [text.text for text in scene.texts("title")] == ["Lag", "Retries", "Completed"]
+    assert [text.text for text in scene.texts("unit")] == ["records behind", "records", "records"]
+    ticks = [text.text for text in scene.texts("tick")]
+    assert ticks.count("60 s ago") == ticks.count("now") == 3
+
+
+def test_who_is_blocked_is_said() -> None:
+    samples = [*run(2), Sample(T, "blocked", "orders/1", 1)]
+    assert words(picture.compose(PANELS[:1], samples, [], T))[0].endswith("· p1 blocked")
+
+
+def test_lines_are_named_at_their_ends() -> None:
+    assert labels(picture.compose(PANELS, *RUNS["two partitions"], T)) == {
+        "p0", "p1", "waiting", "redelivered", "completed", "sent"
+    }  # fmt: skip
+
+
+def test_of_many_partitions_the_highest_three_are_named() -> None:
+    scene = picture.compose(PANELS[:1], run(16), [], T)
+    named = labels(scene)
+    assert "13 more" in named
+    assert len(named) == 4
+    assert "highest" in words(scene)[0]
+
+
+def test_no_figures_and_old_figures_are_called_so() -> None:
+    assert words(picture.compose(PANELS, [], [], T)) == ["no figures yet"] * 3
+    assert all(w.startswith("20 s old: ") for w in words(picture.compose(PANELS, run(until=20), [], T)))
+
+
+def test_nothing_is_drawn_where_nothing_was_measured() -> None:
+    samples = [s for s in run(1) if not T - 40 < s.time < T - 20]
+    scene = picture.compose(PANELS[:1], samples, [], T)
+    (line,) = [mark for mark in scene.marks if isinstance(mark, picture.Line)]
+    assert math.isnan(line.ys[int(abs(line.xs - line.xs.mean()).argmin())]) or any(map(math.isnan, line.ys))
+
+
+def test_a_counter_shows_what_came_on_top_not_its_total() -> None:
+    scene = picture.compose(PANELS[1:2], run(), [], T)
+    ticks = [text.text for text in scene.texts("tick")]
+    assert "30" in ticks
+    assert "100" not in ticks
+
+
+def test_a_counter_that_begins_again_never_falls() -> None:
+    samples = [Sample(T - 20 + i, "redelivered", "orders", 50 + i if i < 10 else i - 10) for i in range(21)]
+    scene = picture.compose(PANELS[1:2], samples, [], T)
+    (line,) = [mark for mark in scene.marks if isinstance(mark, picture.Line)]
+    assert (line.ys[1:] >= line.ys[:-1]).all()
+
+
+def test_scales_begin_at_0_and_have_whole_round_steps() -> None:
+    for highest in (0, 1, 3, 7, 42, 388, 2_914, 99_999, 250_000, 1_234_567):
+        ticks = picture._ticks(highest)
+        assert ticks[0] == 0
+        assert len(ticks) <= 7
+        assert all(tick == int(tick) for tick in ticks)
+        assert ticks[-1] >= highest
+    assert [picture.brief(v) for v in (0, 400, 2_500, 20_000, 150_000, 1_500_000)] == [
+        "0", "400", "2,500", "20k", "150k", "1.5M"
+    ]  # fmt: skip
+
+
+def test_the_time_scale_fits_the_window() -> None:
+    assert picture._time_ticks(60) == [(60, "60 s ago"), (40, "40"), (20, "20"), (0, "now")]
+    assert [text for _, text in picture._time_ticks(600)] == ["10 min ago", "5", "now"]
+    assert [text for _, text in picture._time_ticks(10)] == ["10 s ago", "5", "now"]
+
+
+@pytest.mark.parametrize(
+    "wanted", [[], [5], [0, 0, 0, 0], [0, 1, 50, 99, 100], [100] * 4, [0, 8, 16, 30, 31]]
+)
+def test_labels_are_spread_in_order_and_near(wanted: list[float]) -> None:
+    where = picture.spread(wanted, 10, 0, 100)
+    assert all(b - a >= 10 - 1e-6 for a, b in itertools.pairwise(where))
+    assert all(-1e-6 <= y <= 100 + 1e-6 for y in where)
+    assert len(where) == len(wanted)
+
+
+def test_panels_wrap_into_rows() -> None:
+    scene = picture.compose([*PANELS, picture.Panel("Pods", "running", "lines", ("pods",))], run(), MANY, T)
+    assert scene.height == 2 * picture.HEIGHT
+
+
+def test_texts_are_drawn_as_they_are() -> None:
+    fault = window(30, 20, r"charge $5 \alpha^2 <b> {x}")
+    assert picture.draw(PANELS, run(), [fault], T)
+    assert picture.compose(PANELS[:1], run(), [fault], T).texts("fault")[0].text == fault.text
+
+
+def test_a_style_of_the_learner_changes_nothing() -> None:
+    import matplotlib
+
+    before = picture.draw(PANELS, run(), MANY, T)
+    picture._typeset.cache_clear()
+    style = {"text.color": "red", "font.family": "serif", "lines.marker": "o", "figure.facecolor": "black"}
+    with matplotlib.rc_context({**style, "lines.linestyle": ":", "figure.constrained_layout.use": True}):
+        assert picture.draw(PANELS, run(), MANY, T) == before
+
+
+def test_drawing_is_pure() -> None:
+    assert picture.draw(PANELS, *RUNS["large"], T) == picture.draw(PANELS, *RUNS["large"], T)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_static_picture_is_small(name: str) -> None:
+    png = picture.static(PANELS, *RUNS[name], T, caption="shop: 2 of 2 pods running · Kafka up")
+    assert len(png) <= 30_000
+    assert Image.open(io.BytesIO(png)).format == "PNG"
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one panel"):
+        picture.draw([], [], [], T)
+    with pytest.raises(ValueError, match="above 0"):
+        picture.draw(PANELS, [], [], T, window=0)
+
+
+def test_time_of_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
+    samples, faults = RUNS["sixteen partitions"]
+    picture.draw(PANELS, samples, faults, T)
+    begun = time.perf_counter()
+    for _ in range(10):
+        picture.draw(PANELS, samples, faults, T)
+    each = (time.perf_counter() - begun) / 10
+    with capsys.disabled():
+        print(f" [{each * 1000:.0f} ms a frame]", end="")
+    # Not a benchmark: only that nobody put axes, layout or text-setting back into every frame.
+    assert each < 0.3
