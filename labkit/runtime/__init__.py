@@ -1,0 +1,1 @@
+"""Real processes under supervision: pods, and servers such as the embedded Kafka."""

@@ -72,9 +72,7 @@ def _external() -> Connection:
     in_file = settings.pop("bootstrap.servers", "")
     bootstrap = os.environ.get(BOOTSTRAP) or in_file
     if not bootstrap:
-        raise LabkitError(
-            f"{CLIENT_CONFIG} is set, but no address: set {BOOTSTRAP}, or bootstrap.servers in {file}"
-        )
+        raise LabkitError(f"{CLIENT_CONFIG} is set, but no address: set {BOOTSTRAP}, or bootstrap.servers in {file}")
     cluster = Cluster(bootstrap, tuple(settings.items()))
     try:
         return Connection(cluster, "external", cluster.describe(PATIENCE).cluster_id)
@@ -119,10 +117,6 @@ def read_client_config(path: Path) -> dict[str, str]:
     if jaas is not None:
         login = dict(re.findall(r"""\b(username|password)\s*=\s*["']([^"']*)["']""", jaas))
         if len(login) != 2:
-            raise LabkitError(
-                f"{path}: sasl.jaas.config has no login: set sasl.username and sasl.password instead"
-            )
+            raise LabkitError(f"{path}: sasl.jaas.config has no login: set sasl.username and sasl.password instead")
         settings = {"sasl.username": login["username"], "sasl.password": login["password"]} | settings
-    return {
-        name: value for name, value in settings.items() if not name.endswith(("serializer", "deserializer"))
-    }
+    return {name: value for name, value in settings.items() if not name.endswith(("serializer", "deserializer"))}

@@ -41,8 +41,7 @@ def _writable(variable: str, default: Path) -> Path:
     except OSError as error:
         reason = error.strerror or str(error)
         raise LabkitError(
-            f"labkit cannot use its folder {folder}: {reason}. "
-            f"Make it writable, or set {variable} to a folder that is."
+            f"labkit cannot use its folder {folder}: {reason}. Make it writable, or set {variable} to a folder that is."
         ) from error
     return folder
 

@@ -56,9 +56,7 @@ def read_list(path: Path = LIST) -> list[Jar]:
     return jars
 
 
-def jar_files(
-    folder: Path | None = None, jars: Sequence[Jar] | None = None, fetch: Fetch | None = None
-) -> list[Path]:
+def jar_files(folder: Path | None = None, jars: Sequence[Jar] | None = None, fetch: Fetch | None = None) -> list[Path]:
     """The jars on this disk, every one checked (0.1 s); those that are missing or not intact are fetched first.
 
     Raises LabkitError when that is impossible, saying what to do instead.

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self, cast
@@ -69,9 +70,7 @@ class Control:
                 while b"\n" not in self._left:
                     chunk = self._socket.recv(65536)
                     if not chunk:
-                        raise Gone(
-                            "the embedded broker's supervisor has ended: connect again to start a new one"
-                        )
+                        raise Gone("the embedded broker's supervisor has ended: connect again to start a new one")
                     self._left += chunk
                 line, _, self._left = self._left.partition(b"\n")
                 answer: dict[str, Any] = json.loads(line)
@@ -219,9 +218,7 @@ def _state_file() -> Path:
 def _read_state() -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads(_state_file().read_text())
-        return (
-            state if isinstance(state, dict) and {"folder", "info", "token", "port"} <= state.keys() else None
-        )
+        return state if isinstance(state, dict) and {"folder", "info", "token", "port"} <= state.keys() else None
     except (OSError, ValueError):
         return None
 
@@ -265,9 +262,7 @@ def _start(kafka: Kafka, folder: Path) -> Lease:
             cwd=folder,
             start_new_session=True,
         )
-    with (
-        launched
-    ):  # ends at once: it forks, so that nobody has to wait for a supervisor that outlives its starter
+    with launched:  # ends at once: it forks, so that nobody has to wait for a supervisor that outlives its starter
         owner, told = cast("tuple[IO[bytes], IO[bytes]]", (launched.stdin, launched.stdout))
         owner.write(json.dumps(spec).encode() + b"\n")
         owner.flush()
@@ -275,9 +270,7 @@ def _start(kafka: Kafka, folder: Path) -> Lease:
         lease = _hold({**spec, "port": int(port)}) if port else None
         # Its stdin closes only now: there was no moment without a user.
     if lease is None:
-        raise LabkitError(
-            f"the embedded Kafka broker could not be started. Its log says:\n{log_tail(broker.log)}"
-        )
+        raise LabkitError(f"the embedded Kafka broker could not be started. Its log says:\n{log_tail(broker.log)}")
     return lease
 
 
@@ -320,14 +313,15 @@ def _end_leftovers(state: dict[str, Any]) -> None:
     """
     import psutil
 
-    ours = []
     for name in ("supervisor", "pid"):  # the supervisor first, or it restarts the broker
         with contextlib.suppress(psutil.Error, KeyError, TypeError, ValueError):
             process = psutil.Process(int(state[name]))
             if any(state["folder"] in argument for argument in process.cmdline()):
                 process.kill()
-                ours.append(process)
-    psutil.wait_procs(ours, timeout=STOP_SECONDS)
+    # A JVM's main thread may be gone while others still hold its ports and files, so its pid does not tell.
+    broker, deadline = _broker(state), time.monotonic() + 2
+    while not (is_free(broker.port) and is_free(broker.controller_port)) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _megabytes(*pids: int) -> int:

@@ -288,7 +288,8 @@ class Listen:
             self.pinned = False
             self.stop()
         self.count()
-        self.save()
+        if command != "status":
+            self.save()
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps(self.status()).encode() + b"\n")
 

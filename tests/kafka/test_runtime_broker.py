@@ -1,0 +1,458 @@
+"""The real broker under its supervisor: started once, shared, back after a crash, gone with its last user."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import is_alive, processes_of, wait_until
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.kafka.lag import end_offsets
+from labkit.kafka.producer import Producer
+from labkit.kafka.topics import Topic
+from labkit.runtime import broker as broker_module
+from labkit.runtime import connect as connect_module
+from labkit.runtime import shared
+from labkit.runtime.broker import Broker, Kafka, PortTaken, free_ports, prepare
+from labkit.runtime.child import Child
+from labkit.runtime.connect import Connection, connect
+
+USER = """
+import sys
+from labkit.runtime.connect import connect
+with connect() as connection:
+    print(connection.cluster_id, connection.cluster.bootstrap, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder, and so a broker, of the test's own: one that may be broken."""
+    folder = tmp_path / "own"
+    monkeypatch.setenv("LABKIT_STATE", str(folder))
+    yield folder
+    shared.stop()
+    wait_until(lambda: not processes_of(folder), 5, "the end of every process")
+
+
+@pytest.fixture
+def user(own_state: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts another process that connects, tells which cluster it got, and stays until its stdin closes."""
+    users = []
+
+    def start() -> subprocess.Popen[str]:
+        users.append(
+            subprocess.Popen([sys.executable, "-c", USER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        return users[-1]
+
+    yield start
+    for process in users:
+        process.kill()
+        process.communicate()
+
+
+def status() -> shared.Status:
+    found = shared.status()
+    assert found is not None
+    return found
+
+
+def is_open(bootstrap: str) -> bool:
+    host, port = bootstrap.split(":")
+    try:
+        socket.create_connection((host, int(port)), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def fill(cluster: Cluster, records: int) -> Topic[dict[str, int]]:
+    """A topic with that many confirmed records."""
+    topic = Topic(cluster, "filled", 4, dict[str, int])
+    topic.create()
+    for number in range(records):
+        topic.send({"number": number}, key=str(number))
+    topic.flush()
+    return topic
+
+
+def count(topic: Topic[dict[str, int]]) -> int:
+    return sum(end_offsets(topic.cluster, [topic.name]).values())
+
+
+def assert_all_gone(folder: Path, before: shared.Status, seconds: float) -> None:
+    wait_until(lambda: not processes_of(folder), seconds, "the end of every process")
+    assert not is_alive(before.pid)
+    wait_until(lambda: not is_open(before.bootstrap), 1)  # the last of a dead JVM's threads may still hold it
+    assert not before.folder.exists()
+    assert shared.status() is None
+    assert {path.name for path in folder.iterdir()} == {"broker.lock"}
+
+
+# --- One broker -------------------------------------------------------------------------------------------------
+
+
+def test_connection_is_to_the_embedded_broker(connection: Connection, state_dir: Path) -> None:
+    assert connection.origin == "embedded"
+    assert connection.cluster.describe(5).cluster_id == connection.cluster_id
+    now = status()
+    assert (now.running, now.pinned, now.restarts) == (True, False, now.restarts)
+    assert now.users >= 1
+    assert now.bootstrap == connection.cluster.bootstrap
+    assert now.folder.parent == state_dir
+    assert 50 < now.memory < 2000
+    assert is_alive(now.pid)
+
+
+def test_topics_are_made_on_purpose_only(cluster: Cluster) -> None:
+    own = Producer(cluster, timeout=1)  # the process's shared one would remember the failure
+    own.send("never-created", b"{}")
+    with pytest.raises(LabkitError):
+        own.flush(3)
+    assert "never-created" not in cluster.topics()
+
+
+def test_data_of_two_brokers_is_told_apart(tmp_path: Path) -> None:
+    kafka = prepare()
+    metas = [(Broker.create(tmp_path / name, kafka).folder / "data/meta.properties").read_text() for name in "ab"]
+    assert metas[0] != metas[1]
+    assert kafka.template.exists()
+    assert not (kafka.template / "meta.properties").exists()
+
+
+# --- The AOT cache ----------------------------------------------------------------------------------------------
+
+
+def run_with(kafka: Kafka, folder: Path, flags: list[str]) -> None:
+    """Start a broker with these JVM flags and wait until it answers."""
+    made = Broker.create(folder, kafka)
+    with Child(kafka.command(made.folder, flags), output=made.log) as child:
+        made.wait_until_ready(lambda: child.poll() is None)
+
+
+def needs_aot(kafka: Kafka) -> None:
+    if kafka.java.version < 25:
+        pytest.skip(f"Java {kafka.java.version} has no AOT cache")
+
+
+def test_aot_cache_is_accepted(tmp_path: Path) -> None:
+    kafka = prepare()
+    needs_aot(kafka)
+    run_with(kafka, tmp_path / "b", ["-XX:AOTMode=on", f"-XX:AOTCache={kafka.aot_cache}"])
+
+
+def test_aot_cache_of_other_flags_is_refused_by_java(tmp_path: Path) -> None:
+    """Which shows that the test above can fail."""
+    kafka = prepare()
+    needs_aot(kafka)
+    with pytest.raises(LabkitError, match="ended at once"):
+        run_with(
+            kafka,
+            tmp_path / "b",
+            ["-XX:AOTMode=on", f"-XX:AOTCache={kafka.aot_cache}", "-XX:+UseCompactObjectHeaders"],
+        )
+
+
+def test_broker_starts_with_a_corrupt_aot_cache(tmp_path: Path) -> None:
+    kafka = prepare()
+    needs_aot(kafka)
+    corrupt = tmp_path / "corrupt.aot"
+    corrupt.write_bytes(kafka.aot_cache.read_bytes()[:1_000_000])
+    run_with(kafka, tmp_path / "b", [f"-XX:AOTCache={corrupt}"])
+
+
+def test_broker_starts_when_no_aot_cache_can_be_built(
+    tmp_path: Path, own_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jars = prepare().jars[0].parent
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(jars, tmp_path / "cache" / "jars" / jars.name, copy_function=shutil.copy2)
+
+    def fail(_self: Kafka) -> None:
+        raise LabkitError("out of luck")
+
+    monkeypatch.setattr(Kafka, "build_aot_cache", fail)
+    with shared.shared_broker() as lease:
+        assert lease.cluster.describe(5).brokers == 1
+    kafka = prepare()
+    assert not kafka.aot_cache.exists()
+    assert kafka.aot_cache.with_suffix(".failed").read_text() == "LabkitError: out of luck"
+
+
+# --- Ports ------------------------------------------------------------------------------------------------------
+
+
+def test_taken_port_is_noticed(tmp_path: Path) -> None:
+    kafka = prepare()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        made = Broker.create(tmp_path / "b", kafka, (taken.getsockname()[1], free_ports()[0]))
+        with Child(kafka.command(made.folder), output=made.log) as child, pytest.raises(PortTaken):
+            made.wait_until_ready(lambda: child.poll() is None)
+
+
+def test_another_port_is_tried(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        offered = [(taken.getsockname()[1], free_ports()[0])]
+        monkeypatch.setattr(broker_module, "free_ports", lambda: offered.pop() if offered else free_ports())
+        with shared.shared_broker() as lease:
+            assert not offered
+            assert lease.cluster.describe(5).cluster_id == lease.cluster_id
+            assert len(list(own_state.glob("broker-*/"))) == 1
+
+
+def test_broker_that_ends_at_once_shows_its_log(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = broker_module.PROPERTIES.replace("process.roles=broker,controller", "process.roles=baker")
+    monkeypatch.setattr(broker_module, "PROPERTIES", broken)
+    with pytest.raises(LabkitError, match=r"(?s)ended at once\. Its log says:.*process\.roles"):
+        shared.shared_broker()
+
+
+# --- Sharing ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_that_start_at_once_share_one(user: Callable[[], subprocess.Popen[str]]) -> None:
+    processes = [user(), user()]
+    answers = {process.stdout.readline() for process in processes if process.stdout}
+    assert len(answers) == 1
+    assert answers.pop().strip()
+    assert status().users == 2
+
+
+def test_a_user_who_returns_at_once_finds_the_same_broker(own_state: Path) -> None:
+    with shared.shared_broker() as lease:
+        before, pid = lease.cluster_id, status().pid
+    with shared.shared_broker() as lease:
+        assert lease.cluster_id == before
+        assert status().pid == pid
+
+
+def test_everything_goes_with_the_last_user(own_state: Path) -> None:
+    with shared.shared_broker():
+        before = status()
+    assert_all_gone(own_state, before, 5)
+
+
+def test_everything_goes_with_a_killed_user(own_state: Path, user: Callable[[], subprocess.Popen[str]]) -> None:
+    process = user()
+    assert process.stdout is not None
+    process.stdout.readline()
+    before = status()
+    process.kill()
+    assert_all_gone(own_state, before, 5)
+
+
+def test_pinned_broker_stays_until_it_is_stopped(
+    own_state: Path, user: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "LINGER", 0.0)
+    lease = shared.shared_broker()
+    lease.pin()
+    lease.close()
+    before = status()
+    assert (before.pinned, before.users) == (True, 0)
+    again = shared.attach()
+    assert again is not None
+    again.close()
+    assert status() == replace(before, memory=status().memory)
+    assert shared.stop()
+    assert_all_gone(own_state, before, 0.5)
+    assert not shared.stop()
+
+
+def test_unpinned_broker_goes(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "LINGER", 0.0)
+    with shared.shared_broker() as lease:
+        lease.pin()
+        lease.unpin()
+        before = status()
+    assert_all_gone(own_state, before, 3)
+
+
+def test_nothing_runs_and_nothing_is_started(own_state: Path) -> None:
+    assert shared.status() is None
+    assert shared.attach() is None
+    assert not processes_of(own_state)
+
+
+# --- Crashes ----------------------------------------------------------------------------------------------------
+
+
+def test_killed_broker_is_back_with_all_that_was_confirmed(own_state: Path) -> None:
+    with shared.shared_broker() as lease:
+        topic = fill(lease.cluster, 20_000)
+        before = status()
+        os.kill(before.pid, signal.SIGKILL)
+        died = time.monotonic()
+        wait_until(lambda: status().restarts == 1, 5)
+        topic.send({"number": -1})
+        topic.flush(15)
+        took = time.monotonic() - died
+        assert count(topic) == 20_001
+        after = status()
+        assert after.pid != before.pid
+        assert (after.bootstrap, after.cluster_id) == (before.bootstrap, before.cluster_id)
+        assert took < 8, "2 s on a quiet machine, 12 s with a stock broker's settings"
+
+
+def test_killed_supervisor_takes_the_broker_along(own_state: Path) -> None:
+    with shared.shared_broker() as lease:
+        before = status()
+        os.kill(psutil.Process(before.pid).ppid(), signal.SIGKILL)
+        if sys.platform == "linux":
+            wait_until(lambda: not is_alive(before.pid), 2)
+        with pytest.raises(LabkitError):
+            lease.pin()
+        with shared.shared_broker() as new:
+            assert new.cluster.describe(5).cluster_id == new.cluster_id != before.cluster_id
+            assert not is_alive(before.pid)
+            assert not before.folder.exists()
+
+
+def test_pinned_data_survives_a_killed_supervisor(own_state: Path) -> None:
+    with shared.shared_broker() as lease:
+        lease.pin()
+        topic = fill(lease.cluster, 1000)
+        before = status()
+        os.kill(psutil.Process(before.pid).ppid(), signal.SIGKILL)
+        wait_until(lambda: not is_alive(before.pid), 2)
+    kept = status()
+    assert (kept.running, kept.pinned, kept.cluster_id) == (False, True, before.cluster_id)
+    with shared.shared_broker() as lease:
+        assert lease.cluster_id == before.cluster_id
+        assert count(replace(topic, cluster=lease.cluster)) == 1000
+        assert status().pinned
+
+
+def test_stop_removes_pinned_data_of_a_broker_that_no_longer_runs(own_state: Path) -> None:
+    with shared.shared_broker() as lease:
+        lease.pin()
+        before = status()
+        os.kill(psutil.Process(before.pid).ppid(), signal.SIGKILL)
+    assert shared.stop()
+    assert_all_gone(own_state, before, 2)
+
+
+def leave_state(folder: Path, supervisor: int, pid: int) -> Path:
+    """What a supervisor that died without a word leaves behind. Returns the broker's folder."""
+    data = folder / "broker-0123"
+    data.mkdir(parents=True)
+    port, controller_port = free_ports()
+    state = {
+        "ready": True,
+        "pinned": False,
+        "restarts": 0,
+        "supervisor": supervisor,
+        "pid": pid,
+        "folder": str(data),
+        "port": free_ports()[0],
+        "token": "old",
+        "info": {
+            "bootstrap": "127.0.0.1:1",
+            "cluster_id": "x",
+            "port": port,
+            "controller_port": controller_port,
+        },
+    }
+    (folder / "broker.json").write_text(json.dumps(state))
+    return data
+
+
+def test_state_of_the_dead_is_swept(own_state: Path) -> None:
+    with Child(["true"]) as child:
+        child.wait(5)
+    data = leave_state(own_state, child.pid, child.pid)
+    assert shared.status() is None
+    with shared.shared_broker() as lease:
+        assert lease.cluster.describe(5).cluster_id == lease.cluster_id
+        assert not data.exists()
+
+
+def test_strangers_with_a_dead_brokers_pid_are_left_alone(own_state: Path) -> None:
+    with Child(["sleep", "600"]) as stranger:
+        leave_state(own_state, stranger.pid, stranger.pid)
+        with shared.shared_broker():
+            assert stranger.poll() is None
+
+
+def test_leftovers_of_a_dead_supervisor_are_ended(own_state: Path) -> None:
+    """What the kernel does on Linux, and the next start elsewhere."""
+    data = own_state / "broker-0123"
+    with Child([sys.executable, "-c", "import time; time.sleep(600)", str(data / "server.properties")]) as leftover:
+        leave_state(own_state, 0, leftover.pid)
+        with shared.shared_broker():
+            assert leftover.wait(5) == -signal.SIGKILL
+
+
+def test_broken_state_file_is_replaced(own_state: Path) -> None:
+    own_state.mkdir()
+    for text in ("", "[]", "{}", '{"folder": 1}', '{"port'):
+        (own_state / "broker.json").write_text(text)
+        assert shared.status() is None
+    with shared.shared_broker() as lease:
+        assert status().cluster_id == lease.cluster_id
+
+
+def test_state_below_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LABKIT_STATE", str(tmp_path / "file" / "x"))
+    with pytest.raises(LabkitError, match="LABKIT_STATE"):
+        connect()
+
+
+# --- Which Kafka ------------------------------------------------------------------------------------------------
+
+
+def test_named_cluster_comes_first(
+    cluster: Cluster, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect_module, "COMPOSE", cluster)
+    monkeypatch.setattr(connect_module, "COMPOSE_CLUSTER_ID", connection.cluster_id)
+    (tmp_path / "client.properties").write_text("client.id=somebody\n")
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+    monkeypatch.setenv("KAFKA_CLIENT_CONFIG", str(tmp_path / "client.properties"))
+    with connect() as found:
+        assert (found.origin, found.cluster_id) == ("external", connection.cluster_id)
+        assert found.cluster.security == (("client.id", "somebody"),)
+        assert found.lease is None
+
+
+def test_named_cluster_that_is_silent_is_an_error_although_others_answer(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(connect_module, "PATIENCE", 1.0)
+        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", f"127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ClusterUnreachable, match="KAFKA_BOOTSTRAP_SERVERS"):
+            connect()
+
+
+def test_composed_cluster_comes_second(
+    cluster: Cluster, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect_module, "COMPOSE", cluster)
+    monkeypatch.setattr(connect_module, "COMPOSE_CLUSTER_ID", connection.cluster_id)
+    with connect() as found:
+        assert (found.origin, found.cluster) == ("compose", cluster)
+
+
+def test_foreign_cluster_at_the_composed_ones_port_is_not_taken(
+    cluster: Cluster, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect_module, "COMPOSE", cluster)
+    with connect() as found:
+        assert (found.origin, found.cluster_id) == ("embedded", connection.cluster_id)

@@ -1,0 +1,107 @@
+"""No jar is used that is not the one in the committed list."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import pytest
+
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.jars import Jar, jar_files, read_list
+
+CONTENT = {f"lib{number}": f"jar {number}".encode() * 1000 for number in range(12)}
+JARS = [Jar("org.example", name, "1.0", "", hashlib.sha256(data).hexdigest()) for name, data in CONTENT.items()]
+
+
+class Repository:
+    """In place of Maven: hands out the content, and notes what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.content = dict(CONTENT)
+
+    def __call__(self, jar: Jar, below: Path) -> Path:
+        self.asked.append(jar.artifact)
+        path = below / jar.file_name
+        path.write_bytes(self.content[jar.artifact])
+        return path
+
+
+def test_fetched_once_and_in_order(tmp_path: Path) -> None:
+    repository = Repository()
+    paths = jar_files(tmp_path / "jars", JARS, repository)
+    assert [path.read_bytes() for path in paths] == list(CONTENT.values())
+    assert sorted(repository.asked) == sorted(CONTENT)
+    assert jar_files(tmp_path / "jars", JARS, repository) == paths
+    assert len(repository.asked) == len(JARS)
+    assert {path.name for path in (tmp_path / "jars").iterdir()} == {path.name for path in paths} | {"lock"}
+
+
+@pytest.mark.parametrize("damage", ["half", "tampered", "missing", "empty"])
+def test_damaged_jar_is_refused_and_fetched_anew(tmp_path: Path, damage: str) -> None:
+    repository = Repository()
+    paths = jar_files(tmp_path, JARS, repository)
+    victim, good = paths[3], paths[3].read_bytes()
+    stamp = victim.stat().st_mtime_ns
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes({"half": good[: len(good) // 2], "tampered": good[:-1] + b"!", "empty": b""}[damage])
+    repository.asked.clear()
+    assert jar_files(tmp_path, JARS, repository) == paths
+    assert repository.asked == ["lib3"]
+    assert victim.read_bytes() == good
+    assert victim.stat().st_mtime_ns == stamp, "the AOT cache goes by modification times"
+
+
+def test_what_is_fetched_is_checked_before_it_gets_a_name(tmp_path: Path) -> None:
+    repository = Repository()
+    repository.content["lib7"] = b"something else"
+    with pytest.raises(LabkitError, match=r"lib7-1\.0\.jar.*SHA-256.*refused"):
+        jar_files(tmp_path, JARS, repository)
+    assert not (tmp_path / "lib7-1.0.jar").exists()
+    assert not list(tmp_path.glob(".fetch-*"))
+    repository.content["lib7"] = CONTENT["lib7"]
+    jar_files(tmp_path, JARS, repository)
+
+
+def test_without_a_network(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: refused at once
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(LabkitError) as error:
+        jar_files(tmp_path)
+    text = str(error.value)
+    assert "docker compose up -d" in text
+    assert "KAFKA_BOOTSTRAP_SERVERS" in text
+    assert str(tmp_path) in text
+    assert not [record for record in caplog.records if record.name.startswith(("jgo", "urllib3"))]
+    assert "jgo" not in "".join(capfd.readouterr()).lower()
+
+
+def test_the_committed_list() -> None:
+    jars = read_list()
+    assert len({jar.file_name for jar in jars}) == len(jars)
+    assert all(len(bytes.fromhex(jar.sha256)) == 32 for jar in jars)
+    assert {jar.version for jar in jars if jar.group == "org.apache.kafka"} == {"4.3.1"}
+
+
+def test_the_real_repository(tmp_path: Path) -> None:
+    """The smallest jar of the list, by jgo. Skipped only where there is no network at all."""
+    jar = next(jar for jar in read_list() if jar.artifact == "jspecify")
+    try:
+        (path,) = jar_files(tmp_path, [jar])
+    except LabkitError as error:
+        if "refused" in str(error):
+            raise
+        pytest.skip("no network")
+    assert jar.is_intact(path)
