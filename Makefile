@@ -1,0 +1,74 @@
+# Needs only make and a Python of these versions. `make lab PYTHON=/path/to/python3.13` names another than the one found.
+OLDEST := 11
+NEWEST := 14
+VERSIONS := 3.$(OLDEST)–3.$(NEWEST)
+CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3
+FITS := import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))
+VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
+
+.PHONY: help lab test notebooks lint lock environment clean
+
+help:
+	@echo 'make lab        open the lab: JupyterLab on notebook 00, with a Kafka behind it'
+	@echo 'make test       run everything that checks labkit'
+	@echo 'make lint       only the checks which take seconds'
+	@echo 'make notebooks  run the notebooks and rewrite the outputs they are committed with'
+	@echo 'make lock       resolve the dependencies of pyproject.toml anew into requirements.lock'
+	@echo 'make clean      remove the environment and caches (never your copies in work/)'
+
+lab: environment
+	@exec .venv/bin/labkit lab
+
+test: environment
+	@exec .venv/bin/labkit test
+
+lint: environment
+	@exec .venv/bin/labkit test lint
+
+notebooks: environment
+	@exec .venv/bin/labkit notebooks
+
+# Makes .venv once; again when the dependencies changed, the folder moved, PYTHON= names another version, or the last
+# attempt was cut short: .venv/made-from is written last and says from what it was made.
+environment:
+	@set -eu; \
+	wanted='$(PYTHON)'; \
+	made_from=$$(cat requirements.lock pyproject.toml | cksum)" $(CURDIR)"; \
+	if [ "$$(cat .venv/made-from 2>/dev/null)" = "$$made_from" ] && have=$$(.venv/bin/python -c '$(VERSION)' 2>/dev/null); then \
+		if [ -z "$$wanted" ] || [ "$$("$$wanted" -c '$(VERSION)' 2>/dev/null)" = "$$have" ]; then exit 0; fi; \
+	fi; \
+	python=; seen=; \
+	for candidate in $${wanted:-$(CANDIDATES)}; do \
+		found=$$("$$candidate" -c '$(VERSION)' 2>/dev/null) || continue; \
+		if "$$candidate" -c '$(FITS)'; then python=$$candidate; break; fi; \
+		seen="$$seen $$candidate is $$found;"; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "labkit needs Python $(VERSIONS).$${seen:- No $${wanted:-python3} runs here;} nothing was changed." >&2; \
+		echo "Install one of these versions; if it is not on the PATH, name it: make lab PYTHON=/path/to/python3.13" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "$$python ($$found) has no complete venv module. On Debian and Ubuntu: apt install python3-venv" >&2; \
+		echo "Or name another Python: make lab PYTHON=/path/to/python3.13" >&2; \
+		exit 1; \
+	fi; \
+	echo "Making the environment .venv with Python $$found (once; a minute or two) …"; \
+	rm -rf .venv; \
+	"$$python" -m venv .venv; \
+	.venv/bin/python -I -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock; \
+	.venv/bin/python -I -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	printf '%s\n' "$$made_from" > .venv/made-from
+
+# uv lives in an environment of its own for this: nothing else needs it.
+lock: environment
+	@set -eu; \
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	.venv/bin/python -m venv "$$folder"; \
+	"$$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check uv; \
+	"$$folder/bin/uv" pip compile pyproject.toml --all-extras --universal --python-version 3.$(OLDEST) --upgrade --quiet \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o requirements.lock
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find labkit tests -type d -name __pycache__ -prune -exec rm -rf {} +

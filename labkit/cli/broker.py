@@ -1,0 +1,93 @@
+"""`labkit up`, `down` and `status`: the broker, without a notebook."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import typer
+
+from labkit.cli.output import Json, say_json
+
+if TYPE_CHECKING:
+    from labkit.runtime.connect import Connection
+
+
+def running() -> Connection | None:
+    """The Kafka that `connect()` would take, if it is there already: nothing is started.
+
+    Raises LabkitError when an external cluster is named and does not answer.
+    """
+    from labkit.kafka.errors import ClusterUnreachable
+    from labkit.runtime import shared
+    from labkit.runtime.connect import BOOTSTRAP, CLIENT_CONFIG, COMPOSE, COMPOSE_CLUSTER_ID, Connection, connect
+
+    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
+        return connect()
+    try:
+        if COMPOSE.describe(1.0).cluster_id == COMPOSE_CLUSTER_ID:
+            return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID)
+    except ClusterUnreachable:
+        pass
+    lease = shared.attach()
+    return None if lease is None else Connection(lease.cluster, "embedded", lease.cluster_id, lease)
+
+
+def up() -> None:
+    """Start the embedded broker and keep it, with its data, until `labkit down`."""
+    from labkit.runtime.connect import connect
+
+    with connect() as connection:
+        if connection.lease is None:
+            typer.echo(f"Kafka is at {connection.cluster.bootstrap} already ({connection.origin}): nothing to start.")
+            return
+        connection.lease.pin()
+        typer.echo(f"Kafka is at {connection.cluster.bootstrap}. `labkit down` ends it and removes its data.")
+
+
+def down() -> None:
+    """End the embedded broker, for everybody, and remove its data."""
+    from labkit.runtime import shared
+
+    typer.echo("Stopped; its data is removed." if shared.stop() else "No embedded broker was running.")
+
+
+def status(as_json: Json = False) -> None:
+    """Say which Kafka is running. Starts nothing; exit code 1 if there is none."""
+    from labkit.runtime import shared
+
+    connection = running()
+    embedded = shared.status() if connection is None or connection.origin == "embedded" else None
+    facts: dict[str, object] = {"running": connection is not None}
+    if connection is not None:
+        with connection:
+            facts |= {
+                "origin": connection.origin,
+                "bootstrap": connection.cluster.bootstrap,
+                "cluster_id": connection.cluster_id,
+            }
+    if embedded is not None:
+        # `running` above holds a lease of its own for a moment
+        facts |= {
+            "pid": embedded.pid,
+            "memory_mb": embedded.memory,
+            "pinned": embedded.pinned,
+            "users": max(0, embedded.users - (connection is not None)),
+            "restarts": embedded.restarts,
+            "folder": str(embedded.folder),
+        }
+    if as_json:
+        say_json(facts)
+    elif connection is None:
+        kept = embedded is not None and embedded.pinned
+        typer.echo("No Kafka is running; `labkit up` starts one" + (" on the data that was kept." if kept else "."))
+    else:
+        typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}, cluster {connection.cluster_id})")
+        if embedded is not None:
+            until = "until `labkit down`" if embedded.pinned else "while somebody uses it"
+            typer.echo(
+                f"{facts['users']} users, {embedded.memory} MB, {embedded.restarts} restarts, runs {until}; "
+                f"data and log in {embedded.folder}"
+            )
+    if connection is None:
+        raise typer.Exit(1)

@@ -1,0 +1,93 @@
+"""The learner's copies of the notebooks: made once, never overwritten once edited."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECORD = ".copied.json"
+ELSEWHERE = {"solutions", ".ipynb_checkpoints"}  # read from notebooks/ itself, or of no use
+
+
+@dataclass
+class Copied:
+    """What `copy_notebooks` did, by path below the folder."""
+
+    made: list[str] = field(default_factory=list)
+    updated: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    """Edited by the learner, so left alone; the new version is the file named."""
+
+
+def copy_notebooks(source: Path, work: Path) -> Copied:
+    """Bring every notebook of `source` into `work`.
+
+    A copy the learner has not edited follows its source; running cells, which changes only outputs, is no edit. One
+    that was edited stays as it is, and a new version of its source is put beside it, once. One that was deleted is
+    made anew.
+    """
+    work.mkdir(exist_ok=True)
+    known = _read_record(work / RECORD)
+    done = Copied()
+    for original in sorted(path for path in source.rglob("*") if path.is_file()):
+        relative = original.relative_to(source)
+        if ELSEWHERE & set(relative.parts):
+            continue
+        name, copy = str(relative), work / relative
+        new = _essence(original)
+        if not copy.exists():
+            _put(original, copy)
+            done.made.append(name)
+        elif known.get(name) != new and (mine := _essence(copy)) != new:
+            if mine == known.get(name):
+                _put(original, copy)
+                done.updated.append(name)
+            else:
+                beside = _free_name(copy)
+                _put(original, beside)
+                done.kept[name] = str(beside.relative_to(work))
+        known[name] = new
+    temporary = work / f"{RECORD}.new"
+    temporary.write_text(json.dumps(known, indent=1))
+    os.replace(temporary, work / RECORD)
+    return done
+
+
+def _essence(path: Path) -> str:
+    """A hash of what a learner edits: a notebook's cells without their outputs, another file's bytes."""
+    content = path.read_bytes()
+    if path.suffix == ".ipynb":
+        try:
+            cells = json.loads(content)["cells"]
+            parts = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
+            content = json.dumps(parts).encode()
+        except (ValueError, KeyError, TypeError):
+            pass  # not a notebook (any more): its bytes will do
+    return hashlib.sha256(content).hexdigest()
+
+
+def _put(original: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    temporary = copy.with_name(f".{copy.name}.new")
+    shutil.copyfile(original, temporary)
+    os.replace(temporary, copy)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (beside := path.with_name(f"{path.stem}.new{'' if number == 1 else number}{path.suffix}")).exists():
+        number += 1
+    return beside
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    """What each copy was when it was made. Without a record, a copy that differs from its source counts as edited."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

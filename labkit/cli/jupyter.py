@@ -1,0 +1,137 @@
+"""A JupyterLab of this environment on the loopback interface, which ends with its owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from labkit.kafka.errors import LabkitError
+
+START_SECONDS = 60.0  # a cold start on a slow disk; 2 s is usual
+STOP_SECONDS = 15.0  # Jupyter gives each kernel 5 s
+# The pop-up that asks whether to fetch news would stand before the notebook.
+_PAGE = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+
+
+class Jupyter:
+    """A running JupyterLab. `close` shuts its kernels down and removes what it needed on disk.
+
+    Its log goes to `log`. `extra` are more command line options. The user's own Jupyter settings hold, below ours.
+
+    Raises LabkitError when JupyterLab is not installed or does not start.
+    """
+
+    def __init__(self, root: Path, log: Path, *, port: int = 8888, extra: Sequence[str] = ()) -> None:
+        from importlib.util import find_spec
+
+        from labkit.runtime.child import Child
+
+        if find_spec("jupyterlab") is None:
+            raise LabkitError("JupyterLab is not installed here: pip install 'labkit[lab]', or use `make lab`")
+        self.log = log
+        self._token = secrets.token_hex(24)
+        self._folder = Path(tempfile.mkdtemp(prefix="labkit-jupyter-"))
+        (self._folder / "labconfig").mkdir()
+        (self._folder / "labconfig" / "page_config.json").write_text(json.dumps(_PAGE))
+        (self._folder / "runtime").mkdir(mode=0o700)
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={port}",
+            "--ServerApp.port_retries=50",
+            f"--ServerApp.root_dir={root}",
+            "--ServerApp.open_browser=False",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            "--LabApp.news_url=",
+            *(["--allow-root"] if os.geteuid() == 0 else []),
+            *extra,
+        ]
+        environment = {
+            **os.environ,
+            "JUPYTER_TOKEN": self._token,  # not in the command line, which every user of the machine can read
+            "JUPYTER_RUNTIME_DIR": str(self._folder / "runtime"),
+            "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel python3 is this environment's
+            "JUPYTER_CONFIG_PATH": os.pathsep.join(
+                filter(None, [str(self._folder), os.environ.get("JUPYTER_CONFIG_PATH")])
+            ),
+        }
+        log.unlink(missing_ok=True)
+        try:
+            self._child = Child(command, env=environment, cwd=root, output=log)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_until_ready(self) -> str:
+        """Wait until it answers; return its address, without token. Raises LabkitError with the end of its log."""
+        from urllib.error import URLError
+        from urllib.request import ProxyHandler, build_opener
+
+        direct = build_opener(ProxyHandler({})).open  # never by the proxy of the environment
+        facts = self._folder / "runtime" / f"jpserver-{self._child.pid}.json"
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._child.poll() is not None:
+                raise LabkitError(f"JupyterLab ended at once. Its log says:\n{_tail(self.log)}")
+            try:
+                self.address = str(json.loads(facts.read_text())["url"])
+                with direct(f"{self.address}api", timeout=5):
+                    return self.address
+            except (OSError, ValueError, URLError):
+                time.sleep(0.05)  # nothing tells when another process opens a port
+        raise LabkitError(f"JupyterLab did not answer within {START_SECONDS:g} s. Its log says:\n{_tail(self.log)}")
+
+    def link(self, notebook: str) -> str:
+        """The address of a notebook, token included: what a browser opens."""
+        return f"{self.address}lab/tree/{quote(notebook)}?token={self._token}"
+
+    def wait(self) -> int:
+        """Wait until it ends by itself (File → Shut Down); its exit code."""
+        return self._child.wait()
+
+    def close(self) -> None:
+        """Shut it down, kernels first. May be called again; an interrupt meanwhile ends it at once."""
+        try:
+            self._child.terminate()
+            self._child.wait(STOP_SECONDS)
+        except TimeoutError:
+            pass
+        finally:
+            self._child.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def find_chromium() -> str | None:
+    """A Chromium on this machine, for tests: none is ever downloaded."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+    return next(filter(None, map(shutil.which, names)), None) or shutil.which(mac)
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return f"(no log at {path})"

@@ -1,0 +1,96 @@
+"""`labkit lab`: Kafka, JupyterLab, and a browser on notebook 00."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from labkit.kafka.errors import LabkitError
+
+FIRST = "00_start_here.ipynb"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lab(
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    port: Annotated[int, typer.Option(help="The port to try first.")] = 8888,
+) -> None:
+    """Open the lab: a Kafka, and JupyterLab on your own copies of the notebooks."""
+    from labkit.cli.jupyter import Jupyter
+    from labkit.runtime.connect import connect
+    from labkit.runtime.home import state_dir
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave anything either
+        signal.signal(number, _leave)
+    work = prepare_work(ROOT)
+    if os.geteuid() == 0:
+        typer.echo("You are root: JupyterLab is told to allow it (--allow-root).")
+    try:
+        # JupyterLab starts while Kafka does.
+        with Jupyter(work, state_dir() / "jupyter.log", port=port) as jupyter, connect() as connection:
+            typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}).")
+            jupyter.wait_until_ready()
+            show(jupyter.link(FIRST), no_browser)
+            typer.echo("Ctrl-C stops everything.")
+            if jupyter.wait():
+                raise LabkitError(f"JupyterLab ended unexpectedly; its log is {jupyter.log}")
+            typer.echo("JupyterLab was shut down.")
+    except KeyboardInterrupt:
+        typer.echo("\nStopped.")
+
+
+def prepare_work(root: Path) -> Path:
+    """Make or refresh the learner's copies in `root`/work, and say what was done. Raises LabkitError."""
+    from labkit.cli.copies import copy_notebooks
+
+    if not (root / "notebooks" / FIRST).exists():
+        raise LabkitError(f"there is no notebooks/{FIRST} in {root}: `labkit lab` runs in a clone of the repository")
+    work = root / "work"
+    try:
+        done = copy_notebooks(root / "notebooks", work)
+    except OSError as error:
+        raise LabkitError(
+            f"the notebooks cannot be copied to {work}: {error.strerror or error}: make that folder writable"
+        ) from error
+    if done.made:
+        typer.echo(f"Your copies of the notebooks are in {work}: edit them as you like.")
+    for name in done.updated:
+        typer.echo(f"{name} has a new version, and you had not edited yours: it was replaced.")
+    for name, beside in done.kept.items():
+        typer.echo(f"{name} has a new version: yours is edited and stays; the new one is {beside}.")
+    return work
+
+
+def show(link: str, no_browser: bool) -> None:
+    """Open the address in a browser, and print it in any case."""
+    if not no_browser and _has_desktop() and _open(link):
+        typer.echo(f"JupyterLab opens in your browser; its address is\n\n  {link}\n")
+    else:
+        why = "" if no_browser else "No browser on this machine. "
+        typer.echo(f"{why}JupyterLab is at\n\n  {link}\n")
+
+
+def _has_desktop() -> bool:
+    """Without a desktop, Python would open a text browser in this terminal."""
+    if sys.platform == "darwin" or os.environ.get("BROWSER"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _open(link: str) -> bool:
+    import webbrowser
+
+    try:
+        return webbrowser.open(link)
+    except webbrowser.Error:
+        return False
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,148 @@
+"""What a committed notebook must be. Each lint yields what is wrong, naming the cell."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from labkit.cli.notebooks import PICTURE, PICTURE_BYTES, VERDICT, WIDGETS
+
+CODE_LINES = 18  # "at most ~15": blank lines and comments do not count, a closing bracket does
+CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+# `!` and `%` lines pass under nbval whatever they do, and mean nothing outside IPython.
+MAGIC = re.compile(r"^\s*(?:[%!]|\w[\w, ]*=\s*[%!])|^\s*[\w.]+\?{1,2}\s*$")
+MACHINE_PATH = re.compile(r"(?<![\w.:/<])/(?:home|Users|root|tmp|work|opt|private|var)/[\w.-]+")
+TIMES = {"execution", "ExecuteTime", "scrolled", "collapsed", "trusted"}
+
+Notebook = Mapping[str, Any]
+Lint = Callable[[Notebook, Mapping[str, str]], Iterator[str]]
+"""Takes the notebook's JSON and the solutions by cell id."""
+
+
+def code_cells(notebook: Notebook) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell: Mapping[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def outputs(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list(cell.get("outputs", []))
+
+
+def kernel(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """nbval and learners run it in whatever environment they are in, under this name."""
+    name = notebook["metadata"].get("kernelspec", {}).get("name")
+    if name != "python3":
+        yield f"its kernel is {name!r}, not 'python3'"
+
+
+def cell_ids(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """Solutions and tests name cells by id."""
+    seen = set()
+    for number, cell in enumerate(notebook["cells"]):
+        identity = cell.get("id", "")
+        if not CELL_ID.fullmatch(identity):
+            yield f"cell {number} has no id"
+        if identity in seen:
+            yield f"two cells have the id {identity}"
+        seen.add(identity)
+
+
+def verdicts(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """nbval compares nothing for a cell without an execution count, and a notebook without a verdict proves nothing."""
+    marked = [cell for cell in code_cells(notebook) if VERDICT in source(cell)]
+    if not marked:
+        yield f"no cell is marked {VERDICT}"
+    for cell in marked:
+        if cell.get("execution_count") is None:
+            yield f"cell {cell['id']} is marked {VERDICT} and has no execution count: `make notebooks`"
+        if not outputs(cell):
+            yield f"cell {cell['id']} is marked {VERDICT} and has no output: `make notebooks`"
+
+
+def bare_outputs(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """What changes with every run, or only a living kernel can draw, is not committed."""
+    if "widgets" in notebook["metadata"]:
+        yield "it has saved widget state: `make notebooks`"
+    for cell in notebook["cells"]:
+        for name in TIMES & set(cell.get("metadata", {})):
+            yield f"cell {cell['id']} has {name!r} in its metadata: `make notebooks`"
+    for cell in code_cells(notebook):
+        for output in outputs(cell):
+            kinds = set(output.get("data", {}))
+            if any(kind.startswith(WIDGETS) for kind in kinds):
+                yield f"cell {cell['id']} has a widget view among its outputs: `make notebooks`"
+            if output["output_type"] == "error":
+                yield f"cell {cell['id']} was saved with an error"
+            if VERDICT not in source(cell) and PICTURE not in kinds:
+                yield f"cell {cell['id']} is no verdict and has an output: `make notebooks`"
+
+
+def one_picture(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """One small picture teaches readers on the web; more bloat every clone."""
+    pictures = [
+        (cell["id"], output["data"][PICTURE])
+        for cell in code_cells(notebook)
+        for output in outputs(cell)
+        if PICTURE in output.get("data", {})
+    ]
+    if len(pictures) > 1:
+        yield f"it has {len(pictures)} pictures; one is allowed"
+    for identity, picture in pictures:
+        size = len(base64.b64decode("".join(picture)))
+        if size > PICTURE_BYTES:
+            yield f"the picture of cell {identity} has {size:,} bytes; {PICTURE_BYTES:,} are allowed"
+
+
+def short_cells(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """A few lines a cell; helpers live in labkit."""
+    for cell in code_cells(notebook):
+        lines = [line for line in source(cell).splitlines() if line.strip() and not line.strip().startswith("#")]
+        if len(lines) > CODE_LINES:
+            yield f"cell {cell['id']} has {len(lines)} lines of code; {CODE_LINES} are allowed"
+
+
+def plain_python(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """`!exit 3` passes under nbval."""
+    for cell in code_cells(notebook):
+        for line in source(cell).splitlines():
+            if MAGIC.match(line):
+                yield f"cell {cell['id']} has a magic or shell line: {line.strip()}"
+        try:
+            ast.parse(source(cell))
+        except SyntaxError as error:
+            yield f"cell {cell['id']} is not plain Python: {error.msg}"
+
+
+def no_machine_paths(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """Of the machine it was written on."""
+    for found in sorted(set(MACHINE_PATH.findall(json.dumps(notebook["cells"])))):
+        yield f"it holds a path of a machine: {found}"
+
+
+def exercises_have_solutions(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """Each exercise can be looked up, and each solution belongs to a cell that is there."""
+    exercises = {cell["id"] for cell in code_cells(notebook) if re.search(r"\bexercise\(", source(cell))}
+    for identity in sorted(exercises - set(solutions)):
+        yield f"exercise {identity} has no solution in notebooks/solutions"
+    for identity in sorted(set(solutions) - exercises):
+        yield f"the solution {identity} belongs to no exercise"
+
+
+LINTS: tuple[Lint, ...] = (
+    kernel,
+    cell_ids,
+    verdicts,
+    bare_outputs,
+    one_picture,
+    short_cells,
+    plain_python,
+    no_machine_paths,
+    exercises_have_solutions,
+)

@@ -1,0 +1,29 @@
+"""With its solutions filled in, a notebook runs and says that every exercise is done."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from labkit.cli.lab import ROOT
+from labkit.cli.notebooks import execute
+from labkit.lab.widgets import read_solutions
+
+SOLVED = sorted((ROOT / "notebooks" / "solutions").glob("*.py"))
+
+
+@pytest.mark.parametrize("solutions", SOLVED, ids=lambda path: path.stem)
+def test_every_exercise_is_done(solutions: Path) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / f"{solutions.stem}.ipynb", as_version=4)
+    filled = read_solutions(solutions)
+    for cell in notebook.cells:
+        cell.source = filled.get(cell.id, cell.source)
+    execute(notebook, ROOT / "notebooks", os.environ)
+    for cell in notebook.cells:
+        if cell.id in filled:
+            texts = [output["data"]["text/plain"] for output in cell.outputs if "data" in output]
+            assert texts, f"{cell.id} shows nothing"
+            assert texts[-1].endswith("Done."), texts[-1]

