@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
+
+T = TypeVar("T")
 
 # A lab's clients sit beside the broker: a broker that restarts is found again within a tenth of a second.
 _NEAR = {
@@ -58,7 +61,7 @@ class Cluster:
 
     def topics(self) -> dict[str, int]:
         """Every topic's name and number of partitions."""
-        found = self._call(lambda admin: admin.list_topics(timeout=10)).topics
+        found = self.ask(lambda: admin(self).list_topics(timeout=10)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
 
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
@@ -89,27 +92,46 @@ class Cluster:
             raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
 
     def delete_topics(self, names: Collection[str]) -> None:
-        """Delete topics; those that are already gone are passed over."""
+        """Delete topics; those that are already gone are passed over. Raises LabkitError when that fails."""
         if names:
-            futures = admin(self).delete_topics(list(names), operation_timeout=10)
-            self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
+            try:
+                futures = admin(self).delete_topics(list(names), operation_timeout=10)
+                self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
+            except (KafkaException, TimeoutError) as error:
+                raise LabkitError(f"topics at {self.bootstrap} could not be deleted: {_reason(error)}") from error
 
     def delete_groups(self, names: Collection[str]) -> None:
-        """Delete consumer groups; those that are unknown, or still have a member, are passed over."""
+        """Delete consumer groups; those that are unknown, or still have a member, are passed over.
+
+        Raises LabkitError when that fails.
+        """
         if names:
-            futures = admin(self).delete_consumer_groups(list(names), request_timeout=10)
-            self._wait(futures, ignore={KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP})
+            try:
+                futures = admin(self).delete_consumer_groups(list(names), request_timeout=10)
+                self._wait(futures, ignore={KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP})
+            except (KafkaException, TimeoutError) as error:
+                raise LabkitError(f"groups at {self.bootstrap} could not be deleted: {_reason(error)}") from error
 
     def groups(self) -> list[str]:
         """Every consumer group's name."""
-        listing = self._call(lambda admin: admin.list_consumer_groups(request_timeout=10).result(11))
+        listing = self.ask(lambda: admin(self).list_consumer_groups(request_timeout=10).result(11))
         return [group.group_id for group in listing.valid]
 
-    def _call(self, ask: Any) -> Any:
-        try:
-            return ask(admin(self))
-        except (KafkaException, TimeoutError) as error:
-            raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
+    def ask(self, question: Callable[[], T], patience: float = 10.0) -> T:
+        """Ask something that may be asked again: repeats it while the broker restarts or is just being found.
+
+        Raises ClusterUnreachable for any other error, and for these when they last longer than `patience` seconds.
+        """
+        until = time.monotonic() + patience
+        while True:
+            try:
+                return question()
+            except (KafkaException, TimeoutError) as error:
+                passing = isinstance(error, KafkaException) and error.args[0].code() in PASSING
+                if not passing or time.monotonic() > until:
+                    raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
+                time.sleep(0.1)  # between two questions: nothing tells when it is over
+                _admin.cache_clear()  # a client can hold on to the leaders of before the restart: take a new one
 
     @staticmethod
     def _wait(futures: Mapping[str, Future[Any]], ignore: Iterable[int] = ()) -> None:
@@ -119,6 +141,24 @@ class Cluster:
             except KafkaException as error:
                 if error.args[0].code() not in ignore:
                     raise
+
+
+# What is answered by a broker that has only just started, or has handed the group to another one; and what the client
+# says of a broker that is just going or coming.
+PASSING = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.OFFSET_NOT_AVAILABLE,
+    KafkaError.BROKER_NOT_AVAILABLE,
+    KafkaError._NOENT,  # "no leaders found"
+    KafkaError._TRANSPORT,
+    KafkaError._ALL_BROKERS_DOWN,
+)
 
 
 @lru_cache(maxsize=8)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from labkit.kafka.cluster import Cluster, admin
-from labkit.kafka.errors import ClusterUnreachable
 
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
@@ -19,10 +23,8 @@ def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, 
 
     A partition the group never committed counts from its beginning. Raises ClusterUnreachable.
     """
-    committed = committed_offsets(cluster, group)
-    partitions = [
-        (name, number) for name, count in cluster.topics().items() if name in topics for number in range(count)
-    ]
+    partitions = _partitions(cluster, topics)
+    committed = _committed(cluster, group, partitions)
     ends = offsets(cluster, partitions, _END)
     unknown = [place for place in partitions if place not in committed]
     starts = offsets(cluster, unknown, _BEGINNING) if unknown else {}
@@ -31,38 +33,64 @@ def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, 
 
 def committed_offsets(cluster: Cluster, group: str) -> dict[tuple[str, int], int]:
     """What the group has committed: the next offset it would read, for each (topic, partition)."""
-    try:
-        request = [ConsumerGroupTopicPartitions(group)]
-        answer = admin(cluster).list_consumer_group_offsets(request, request_timeout=10)[group].result(11)
-    except (KafkaException, TimeoutError) as error:
-        raise ClusterUnreachable(f"no answer from {cluster.bootstrap} about group {group}: {error}") from error
-    return {(one.topic, one.partition): one.offset for one in answer.topic_partitions if one.offset >= 0}
+    return _committed(cluster, group, _partitions(cluster, None))
+
+
+def _partitions(cluster: Cluster, topics: Collection[str] | None) -> list[tuple[str, int]]:
+    """The partitions of these topics, or of all; none of a topic that does not exist."""
+    found = cluster.topics().items()
+    return [(name, number) for name, count in found if topics is None or name in topics for number in range(count)]
+
+
+def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    if not partitions:
+        return {}
+    places = [TopicPartition(topic, number) for topic, number in partitions]
+
+    def committed() -> list[TopicPartition]:
+        answer = _asker(cluster, group, os.getpid()).committed(places, timeout=10)
+        if errors := [one.error for one in answer if one.error is not None]:
+            raise KafkaException(errors[0])  # not to be taken for "nothing committed"
+        return answer
+
+    answer = cluster.ask(committed)
+    return {(one.topic, one.partition): one.offset for one in answer if one.offset >= 0}
+
+
+@lru_cache(maxsize=16)
+def _asker(cluster: Cluster, group: str, _process: int) -> Client:
+    """A client that joins no group and only asks for offsets. The admin client's own question must not be used: it
+    ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040)."""
+    return Client(cluster.config({"group.id": group, "enable.auto.commit": False}))
 
 
 def end_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int], int]:
     """The offset after the last record, for each (topic, partition)."""
-    partitions = [
-        (name, number) for name, count in cluster.topics().items() if name in topics for number in range(count)
-    ]
-    return offsets(cluster, partitions, _END)
+    return offsets(cluster, _partitions(cluster, topics), _END)
 
 
 def offsets(cluster: Cluster, partitions: Sequence[tuple[str, int]], spec: OffsetSpec) -> dict[tuple[str, int], int]:
     """One offset of each partition. A partition whose topic is gone counts as 0."""
     if not partitions:
         return {}
+    wanted = {TopicPartition(topic, number): spec for topic, number in partitions}
+
+    def found() -> dict[tuple[str, int], int]:
+        futures = admin(cluster).list_offsets(wanted, request_timeout=10)
+        return {(one.topic, one.partition): _offset(future) for one, future in futures.items()}
+
+    return cluster.ask(found)
+
+
+def _offset(future: Future[Any]) -> int:
     try:
-        futures = admin(cluster).list_offsets(
-            {TopicPartition(topic, number): spec for topic, number in partitions}, request_timeout=10
-        )
-        return {(one.topic, one.partition): int(future.result(11).offset) for one, future in futures.items()}
-    except (KafkaException, TimeoutError) as error:
-        raise ClusterUnreachable(f"no answer from {cluster.bootstrap}: {error}") from error
+        return int(future.result(11).offset)
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+            raise
+        return 0
 
 
 def start_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int], int]:
     """The offset of the first record still there, for each (topic, partition)."""
-    partitions = [
-        (name, number) for name, count in cluster.topics().items() if name in topics for number in range(count)
-    ]
-    return offsets(cluster, partitions, _BEGINNING)
+    return offsets(cluster, _partitions(cluster, topics), _BEGINNING)

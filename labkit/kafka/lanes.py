@@ -73,7 +73,6 @@ class Partition:
         "active",
         "asked",
         "committed",
-        "full_since",
         "lanes",
         "lock",
         "next_offset",
@@ -91,7 +90,6 @@ class Partition:
         self.lock = threading.Lock()  # guards lanes and their states against the workers
         self.active = True  # False once revoked or lost: no further record is started, no result committed
         self.paused = False
-        self.full_since: float | None = None
 
     def add(self, messages: Iterable[Message], by_key: bool) -> list[Lane]:
         """Queue fetched messages; returns the lanes that were idle and now want a worker."""

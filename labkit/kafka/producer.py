@@ -11,9 +11,9 @@ import itertools
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar
-from functools import lru_cache
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import Message as Report
@@ -34,20 +34,27 @@ class Producer:
 
     `send` only queues. A record that the broker refuses, or does not confirm in `timeout` seconds, makes the next
     `flush` raise DeliveryFailed.
+
+    Its first record waits 0.5 to 1 s, until the client has the id by which the broker knows it. With
+    `idempotent=False` it does not wait, and a record may arrive twice.
     """
 
-    def __init__(self, cluster: Cluster, timeout: float = 30.0) -> None:
+    def __init__(self, cluster: Cluster, timeout: float = 30.0, idempotent: bool = True) -> None:
         own = {
-            "enable.idempotence": True,
+            "enable.idempotence": idempotent,
             "partitioner": "murmur2_random",  # where Java clients put the same key
             "linger.ms": 2,
             "delivery.report.only.error": True,  # a callback for each record costs up to half the speed
             "delivery.timeout.ms": int(timeout * 1000),
             "queue.buffering.max.messages": 1_000_000,
             "topic.metadata.refresh.interval.ms": 1000,
+            "topic.metadata.propagation.max.ms": 3000,  # else a topic that is missing is told after 30 s only
         }
         self._client = Client(cluster.config(own))
-        self._failed: list[str] = []
+        self.refused = 0
+        """How many records were not delivered so far: who depends on them compares (see `check`)."""
+        self._raised = 0  # how many of them `flush` has told of
+        self._reasons: deque[str] = deque(maxlen=3)
         self._failing = threading.Lock()
         self._pod = os.environ.get(POD, "").encode()
         self._prefix, self._count = uuid.uuid4().hex[:12], itertools.count(1)
@@ -61,21 +68,22 @@ class Producer:
         partition: int = -1,
     ) -> None:
         """Queue one record. Blocks only while the client's buffer is full. Raises DeliveryFailed when it stays full."""
-        wire: list[tuple[str, str | bytes | None]] = (
-            [(name, text.encode()) for name, text in headers.items()] if headers else []
-        )
+        wire: dict[str, str | bytes | None] = {name: text.encode() for name, text in (headers or {}).items()}
         cause = handling.get()
-        correlation = None if cause is None else cause.headers.get("correlation-id")
-        wire.append(("correlation-id", (correlation or f"{self._prefix}-{next(self._count)}").encode()))
+        if "correlation-id" not in wire:
+            correlation = None if cause is None else cause.headers.get("correlation-id")
+            wire["correlation-id"] = (correlation or f"{self._prefix}-{next(self._count)}").encode()
         if cause is not None:
-            wire.append(("cause", cause.place.encode()))
+            wire["cause"] = cause.place.encode()
         if self._pod:
-            wire.append(("pod", self._pod))
+            wire["pod"] = self._pod
         raw_key = None if key is None else key.encode()
         for wait in (0.0, 0.1, 1.0, 10.0):
             self._client.poll(wait)
             try:
-                self._client.produce(topic, value, raw_key, partition=partition, headers=wire, on_delivery=self._report)
+                self._client.produce(
+                    topic, value, raw_key, partition=partition, headers=list(wire.items()), on_delivery=self._report
+                )
                 return
             except BufferError:
                 continue
@@ -97,29 +105,39 @@ class Producer:
             raise DeliveryFailed(f"{left:,} records were not confirmed within {timeout:g} s: is the broker up?")
 
     def unconfirmed(self, wait: float) -> int:
-        """How many records are unconfirmed after at most `wait` seconds. Raises DeliveryFailed for refused ones."""
-        left = self._client.flush(wait)
-        self.raise_failures()
-        return int(left)
+        """How many records are unconfirmed after at most `wait` seconds."""
+        return int(self._client.flush(wait))
 
     def raise_failures(self) -> None:
         """Raise DeliveryFailed, once, for what was refused since the last call."""
         with self._failing:
-            failed, self._failed = self._failed, []
-        if failed:
-            raise DeliveryFailed(f"{len(failed):,} records were not delivered: {'; '.join(sorted(set(failed))[:3])}")
+            before, self._raised = self._raised, self.refused
+        self.check(before)
+
+    def check(self, before: int) -> None:
+        """Raise DeliveryFailed if records were refused since `refused` was `before`, whoever was told of them."""
+        with self._failing:
+            failed, reasons = self.refused - before, list(self._reasons)
+        if failed > 0:
+            why = "; ".join(sorted(set(reasons[-failed:])))
+            raise DeliveryFailed(f"{failed:,} records were not delivered: {why}")
 
     def _report(self, error: KafkaError | None, message: Report) -> None:
         if error is not None:
             with self._failing:
-                self._failed.append(f"{message.topic()}: {error.str()}")
+                self.refused += 1
+                self._reasons.append(f"{message.topic()}: {error.str()}")
 
 
-@lru_cache(maxsize=8)
-def _producer(cluster: Cluster, _process: int) -> Producer:
-    return Producer(cluster)
+_producers: dict[tuple[Cluster, int], Producer] = {}
+_making = threading.Lock()
 
 
 def producer(cluster: Cluster) -> Producer:
-    """The process's one producer for `cluster`."""
-    return _producer(cluster, os.getpid())
+    """The process's one producer for `cluster`: what one thread sends, another one's `flush` confirms."""
+    key = (cluster, os.getpid())
+    found = _producers.get(key)
+    if found is None:
+        with _making:
+            found = _producers.setdefault(key, _producers.get(key) or Producer(cluster))
+    return found

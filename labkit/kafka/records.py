@@ -85,7 +85,7 @@ def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
                 None if raw_key is None else raw_key.decode(),
                 None if raw is None else parse(raw),  # type: ignore[arg-type]
             )
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PoisonRecord(message.topic(), message.partition(), message.offset(), str(error)) from error
 
     return decode

@@ -63,6 +63,8 @@ class Pod:
         self.exit_code: int | None = None
         self._lock = threading.Lock()
         self._wanted = True  # False: not started again
+        self._reader: threading.Thread | None = None  # of what it prints
+        self._draining = False
         self._kill_at: float | None = None  # monotonic; when draining takes too long
         self._frozen = False
         self._crashed = False
@@ -75,11 +77,11 @@ class Pod:
     def state(self) -> PodState:
         """What it is doing."""
         child = self.child
-        if child is None:
+        if child is None or self._crashed:
             return PodState.RESTARTING if self._wanted else PodState.STOPPED
         if self._frozen:
             return PodState.FROZEN
-        if self._kill_at is not None:
+        if self._draining:
             return PodState.DRAINING
         if self.report is None or self.report.process != child.pid:
             return PodState.STARTING
@@ -96,52 +98,65 @@ class Pod:
         return self.report.handled if self.report is not None and self.child is not None else 0
 
     def crash(self) -> None:
-        """kill -9: nothing is drained, nothing committed. The deployment starts it again. A dead pod is left as it is."""
+        """kill -9: nothing is drained, nothing committed. The deployment starts it again. A dead pod is left alone."""
         with self._lock:
             if self.child is None or self.child.poll() is not None:
                 return
             self.child.kill()
             self._crashed = True
-            frozen, self._frozen = self._frozen, False
-        self._fault("crash")
-        if frozen:
-            self._over("freeze")
+            self._fault("crash")
+            if self._frozen:
+                self._frozen = False
+                self._over("freeze")
 
     def freeze(self) -> None:
-        """SIGSTOP: it keeps its connections and its partitions, but does nothing, until `thaw` or `crash`."""
+        """SIGSTOP: it keeps its connections and its partitions, but does nothing, until `thaw` or `crash`.
+
+        Raises LabkitError when it does not run.
+        """
         with self._lock:
             self._alive("freeze").signal(signal.SIGSTOP)
-            if self._frozen:
-                return
-            self._frozen = True
-        self._fault("freeze", stands=True)
+            if not self._frozen:
+                self._frozen = True
+                self._fault("freeze", stands=True)
 
     def thaw(self) -> None:
-        """SIGCONT: it goes on as if no time had passed. Its partitions may be somebody else's by now."""
+        """SIGCONT: it goes on as if no time had passed. Its partitions may be somebody else's by now.
+
+        Raises LabkitError when it is not frozen.
+        """
         with self._lock:
             if not self._frozen:
                 raise LabkitError(f"{self.name} is not frozen: there is nothing to thaw")
             self._alive("thaw").signal(signal.SIGCONT)
             self._frozen = False
-        self._over("freeze")
+            self._over("freeze")
 
     def slow(self, seconds: float = 0.1) -> None:
-        """Hold up every record by `seconds`; 0 ends it."""
-        if seconds < 0:
+        """Hold up every record by `seconds`; 0 ends it. A pod that is started again is not slow.
+
+        Raises LabkitError when it does not run.
+        """
+        if not seconds >= 0:
             raise LabkitError(f"a record cannot be held up by {seconds!r} s: give 0 or more")
         with self._lock:
             self._tell(self._alive("slow down"), f"slow {seconds}")
             before, self._slow = self._slow, seconds
-        if before:
-            self._over("slow")
-        if seconds:
-            self._fault("slow", f"slow pod {self.index}", stands=True)
+            if before:
+                self._over("slow")
+            if seconds:
+                self._fault("slow", f"slow pod {self.index}", stands=True)
 
     def drain(self) -> None:
-        """SIGTERM: it finishes what it has in hand, commits and leaves; the deployment starts it again."""
+        """SIGTERM: it finishes what it has in hand, commits and leaves; the deployment starts it again.
+
+        Raises LabkitError when it does not run.
+        """
         with self._lock:
-            self._drain(self._alive("drain"))
-        self._fault("drain")
+            child = self._alive("drain")
+            if not self._draining:
+                self._drain(child)
+                self._fault("drain", stands=True)  # until it has left
 
     def __repr__(self) -> str:
         again = f", restarted {self.restarts}×" if self.restarts else ""
@@ -158,31 +173,39 @@ class Pod:
             elif (code := self.child.poll()) is not None:
                 self._bury(code, now)
             elif self._kill_at is not None and now > self._kill_at:
+                self.deployment.note(self.name, f"has not drained within {GRACE:g} s and is killed")
                 self.child.kill()
-                self._kill_at = None
+                self._kill_at, self._draining = None, False
 
     def retire(self) -> None:
-        """Drain it and do not start it again."""
+        """Drain it and do not start it again. A frozen one is thawed for that: one that is killed stays a member of its
+        group until its session ends."""
         with self._lock:
             self._wanted = False
-            if self.child is not None:
-                if self._frozen:
-                    self.child.kill()  # it cannot drain
-                else:
-                    self._drain(self.child)
+            if self.child is not None and not self._draining:
+                self._drain(self.child)
+                thawed, self._frozen = self._frozen, False
+                if thawed:
+                    self.child.signal(signal.SIGCONT)  # only now: it wakes up to the SIGTERM
+                    self._over("freeze")
 
     def end(self) -> None:
         """End it now."""
         with self._lock:
             self._wanted = False
             if self.child is not None:
-                self.child.close()
+                self._close(self.child)
                 self.child = None
 
     def _start(self, now: float, payload: bytes) -> None:
-        self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pod", self.name])
-        self._born, self._kill_at, self._frozen, self._slow, self.report = now, None, False, 0.0, None
-        threading.Thread(target=self._read, args=(self.child,), name=f"log {self.name}", daemon=True).start()
+        self._born, self.report = now, None
+        try:
+            self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pod", self.name])
+        except (LabkitError, OSError) as error:  # no memory or no process to be had: tried again
+            self._again(f"could not be started: {error}", now)
+            return
+        self._reader = threading.Thread(target=self._read, args=(self.child,), name=f"log {self.name}", daemon=True)
+        self._reader.start()
         try:
             self.child.stdin.write(payload)
             self.child.stdin.flush()
@@ -192,25 +215,43 @@ class Pod:
     def _bury(self, code: int, now: float) -> None:
         child, self.child = self.child, None
         if child is not None:
-            child.close()
-        self.exit_code, self._kill_at = code, None
-        for kind, stood in (("freeze", self._frozen), ("slow", bool(self._slow))):
+            self._close(child)
+        self.exit_code = code
+        for kind, stood in (("freeze", self._frozen), ("slow", bool(self._slow)), ("drain", self._draining)):
             if stood:
                 self._over(kind)
-        crashed, self._frozen, self._slow, self._crashed = self._crashed, False, 0.0, False
-        if code and not crashed:
+        # SIGTERM ends a pod that was not up yet; what it had in hand then is nothing.
+        drained = self._draining and code in (0, -signal.SIGTERM)
+        crashed, self._crashed = self._crashed, False
+        self._frozen, self._slow, self._draining, self._kill_at = False, 0.0, False, None
+        if not crashed and not drained:
             self._fault("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
+        self._again("drained" if drained else _ended(code), now)
+
+    def _again(self, why: str, now: float) -> None:
+        """Plan its next start, if it is wanted."""
         if not self._wanted:
+            self.deployment.note(self.name, why)
             return
         self._deaths = 1 if now - self._born > STABLE else self._deaths + 1
         wait = min(LONGEST_RESTART, FIRST_RESTART * 2.0 ** min(self._deaths - 1, 20))
         self._again_at = now + wait
         self.restarts += 1
-        self.deployment.note(self.name, f"{_ended(code)}; starts again in {wait:g} s")
+        self.deployment.note(self.name, f"{why}; starts again in {wait:g} s")
+
+    def _close(self, child: Child) -> None:
+        """End a child and its pipes, its last words read."""
+        child.kill()
+        if self._reader is not None:
+            self._reader.join(1)
+            if self._reader.is_alive():  # something that a handler started holds the pipe open, and would hold us
+                threading.Thread(target=child.close, name=f"close {self.name}", daemon=True).start()
+                return
+        child.close()
 
     def _drain(self, child: Child) -> None:
         child.terminate()
-        self._kill_at = time.monotonic() + GRACE
+        self._draining, self._kill_at = True, time.monotonic() + GRACE
 
     def _read(self, child: Child) -> None:
         if child.output is None:
@@ -258,6 +299,8 @@ class Deployment:
         replaces: Deployment | None = None,
     ) -> None:
         _check(replicas)
+        if not callable(getattr(runnable, "run", None)):
+            raise LabkitError(f"{runnable!r} cannot be deployed: give a Consumer(topic, handler), or what has a run()")
         self.name, self.runnable, self.history = name, runnable, history
         self._payload = message(runnable, name, telemetry)  # raises CannotTravel before anything is started
         self._replaces = replaces
@@ -267,6 +310,9 @@ class Deployment:
         self._log: deque[LogLine] = deque(maxlen=5000)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"deployment {name}", daemon=True)
+
+    def begin(self) -> None:
+        """Start its pods, once the deployment that it replaces has drained."""
         self._thread.start()
 
     @property
@@ -304,15 +350,16 @@ class Deployment:
         """Run this many pods from now on: the highest indexes go first."""
         _check(replicas)
         with self._lock:
-            before = len(self._pods)
-            gone, self._pods = self._pods[replicas:], self._pods[:replicas]
+            gone = self._pods[replicas:]
+            if replicas != len(self._pods):
+                now = time.time()
+                # Partitions move for as long as pods leave. Noted first: they may be gone at the next moment.
+                self.history.begin(Fault(now, None if gone else now, "scale", self.name, f"scale to {replicas}"))
+            self._pods = self._pods[:replicas]
             self._pods += [Pod(self, index) for index in range(len(self._pods), replicas)]
             self._retired += gone
         for pod in gone:
             pod.retire()
-        if replicas != before:
-            now = time.time()
-            self.history.begin(Fault(now, now, "scale", self.name, f"scale to {replicas}"))
 
     def ready(self) -> bool:
         """Whether every pod runs."""
@@ -330,6 +377,8 @@ class Deployment:
 
     def drain(self, timeout: float = GRACE + 2) -> None:
         """Stop all pods: they finish what they have in hand, commit and leave. Not started again."""
+        if (replaced := self._replaces) is not None:
+            replaced.drain(timeout)
         self.scale_down()
         until = time.monotonic() + timeout
         while any(pod.child is not None for pod in self._retired) and time.monotonic() < until:
@@ -347,7 +396,9 @@ class Deployment:
     def close(self) -> None:
         """End everything now. May be called again."""
         self._ended.set()
-        if self._thread is not threading.current_thread():
+        if (replaced := self._replaces) is not None:
+            replaced.close()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(5)
         for pod in (*self.pods, *self._retired):
             pod.end()
@@ -367,15 +418,18 @@ class Deployment:
         if self._replaces is not None:
             self._replaces.drain()  # its group's partitions are free, and its work is committed, before we start
             self._replaces = None
+            self.history.end("redeploy", self.name, time.time())
         while not self._ended.is_set():
             now = time.monotonic()
             with self._lock:
                 pods = [*self._pods, *self._retired]
             for pod in pods:
-                try:
-                    pod.step(now, self._payload)
-                except LabkitError as error:
-                    self.note(pod.name, str(error))
+                pod.step(now, self._payload)
+            with self._lock:
+                left = [pod for pod in self._retired if pod.child is None]
+                self._retired = [pod for pod in self._retired if pod.child is not None]
+                while left and not self._retired and self.history.end("scale", self.name, time.time()):
+                    pass  # all that stand
             self._ended.wait(0.02)
 
 
@@ -384,7 +438,7 @@ def _ended(code: int) -> str:
         return "ended: a handler overran its deadline"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return "drained" if code == 0 else f"ended with exit code {code}"
+    return f"ended with exit code {code}"
 
 
 def _check(replicas: int) -> None:

@@ -7,8 +7,8 @@ import html
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -18,7 +18,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import T
+from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import picture, runs
 from labkit.lab.audit import Audit, Effect, Sent, audit
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
 
-_open: weakref.WeakValueDictionary[str, Lab] = weakref.WeakValueDictionary()  # by notebook: a cell may run again
+LEAVE = 7.0  # seconds that `close` waits for the sessions of killed pods to end, so that their group can be deleted
+
+_open: dict[str, Lab] = {}  # by notebook: a cell may run again. A lab lives until it is closed, forgotten or not
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,23 @@ class Lab:
     def __init__(self, notebook: str, pace: float | None = None) -> None:
         if not runs.plain(notebook, "notebook"):
             raise LabkitError(f"{notebook!r} cannot be a notebook's name: use letters, digits and '-'")
-        if (before := _open.get(notebook)) is not None:
-            before.close()
         self.notebook = notebook
-        self.pace = pace if pace is not None else float(os.environ.get(PACE) or 1)
+        self.pace = _pace() if pace is None else pace
         if self.pace <= 0:
             raise LabkitError(f"pace must be positive, not {self.pace!r}")
+        if (before := _open.get(notebook)) is not None:
+            before._end(0)
         self.connection = connect()
         self.cluster = self.connection.cluster
+        try:
+            self._begin()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _begin(self) -> None:
         self.collected = runs.collect(self.cluster, self.connection.cluster_id)
-        self.run = runs.Run(notebook, self.connection.cluster_id)
+        self.run = runs.Run(self.notebook, self.connection.cluster_id)
         self.deployments: dict[str, Deployment] = {}
         self.loads: list[Load[Any]] = []
         self.topics: dict[str, Topic[Any]] = {}
@@ -85,12 +94,15 @@ class Lab:
         self._history = History()
         self._boards: dict[tuple[str, ...], Board] = {}
         telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
-        telemetry.create({"retention.ms": "3600000"})
+        try:
+            telemetry.create({"retention.ms": "3600000"})
+        except BaseException:
+            self.run.forget()
+            raise
         self._telemetry = telemetry
         self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads)
         self._closed = False
-        _open[notebook] = self
-        atexit.register(_close_at_exit, weakref.ref(self))
+        _open[self.notebook] = self
 
     # -- making things ---------------------------------------------------------------------------------------------
 
@@ -100,8 +112,12 @@ class Lab:
         Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions.
         """
         self._check_open()
-        if not 1 <= partitions <= 1000:
+        if not isinstance(partitions, int) or not 1 <= partitions <= 1000:
             raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
+        try:
+            decoder(value)
+        except (TypeError, NameError) as error:
+            raise LabkitError(f"values of topic {name} cannot be of type {value!r}: {error}") from error
         topic = Topic(self.cluster, self.run.topic(name), partitions, value)
         topic.create({"cleanup.policy": "compact"} if compacted else None)
         self.topics[name] = topic
@@ -119,10 +135,10 @@ class Lab:
             runnable = replace(runnable, group=runnable.group or self.run.group(name))
         before = self.deployments.get(name)
         made = Deployment(name, runnable, replicas, self._telemetry, self._history, before)
-        if before is not None:
-            now = time.time()
-            self._history.begin(Fault(now, now, "redeploy", name, f"redeploy {name}"))
+        if before is not None:  # it ends when the one before has left
+            self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
         self.deployments[name] = made
+        made.begin()
         return made
 
     def load(
@@ -200,12 +216,13 @@ class Lab:
     def settle(self, timeout: float = 60.0) -> Settled:
         """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
 
-        While a fault stands (a frozen pod) it answers at once: waiting would keep the button that ends it from working.
+        Where waiting cannot help it answers at once: while a pod is frozen (waiting would keep the button that thaws it
+        from working), and when a load, or what was planned by `when`, has failed.
         """
         begun, calm, reason = time.monotonic(), 0, "nothing was looked at"
         while True:
-            if standing := self._standing():
-                return Settled(False, standing, time.monotonic() - begun)
+            if hopeless := self._hopeless():
+                return Settled(False, hopeless, time.monotonic() - begun)
             reason = self.unsettled() or ""
             # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
             calm = 0 if reason else calm + 1
@@ -218,26 +235,40 @@ class Lab:
 
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
+        if hopeless := self._hopeless():
+            return hopeless
         for planned in self._planned:
             if planned.state != "done":
-                return f"{planned!r}"
+                return repr(planned)
         for load in self.loads:
             if not load.done:
                 return f"the load on {load.topic.short} still sends"
-            if load.error:
-                return f"the load on {load.topic.short} failed: {load.error}"
-        for name, deployment in self.deployments.items():
-            if waiting := deployment.waiting:
-                first = waiting[0]
-                return f"{len(waiting)} records of {name} wait for a retry, first {_short(first.place)}: {first.error}"
-            if deployment.group:
-                try:
-                    behind = sum(lag(self.cluster, deployment.group, [t.name for t in deployment.topics]).values())
-                except LabkitError as error:
-                    return str(error)
-                if behind:
-                    return f"{name} is {behind:,} records behind"
-        return None
+        return next(filter(None, map(self._unfinished, self.deployments.values())), None)
+
+    def _unfinished(self, deployment: Deployment) -> str | None:
+        """What a deployment has still to do."""
+        name = deployment.name
+        if waiting := deployment.waiting:
+            first = min(waiting, key=lambda one: one.since)
+            many = "1 record" if len(waiting) == 1 else f"{len(waiting):,} records"
+            since = f"{first.attempt} failed attempts since {_clock(first.since)}"
+            return f"{many} of {name} in a back-off: {_short(first.place)}, {since}: {first.error}"
+        if deployment.group is None:
+            return None
+        try:
+            behind = lag(self.cluster, deployment.group, [topic.name for topic in deployment.topics])
+        except LabkitError as error:
+            return str(error)
+        there = {topic for topic, _ in behind}
+        if gone := [topic.short for topic in deployment.topics if topic.name not in there]:
+            return f"{name} consumes {', '.join(gone)}, which does not exist (any more)"
+        if not (records := sum(behind.values())):
+            return None
+        said = f"{name} is {records:,} records behind"
+        if not deployment.pods:
+            return f"{said} and has no pods: scale it up"
+        ill = [pod for pod in deployment.pods if pod.state is PodState.RESTARTING]
+        return f"{said}, and {ill[0].name} keeps ending: lab.logs({name!r}) says why" if ill else said
 
     def audit(
         self,
@@ -248,14 +279,16 @@ class Lab:
         """Compare what was sent with what took effect, by business id.
 
         `done` is the topic in which work takes effect, or effects read from elsewhere (a database). The answer is
-        `unknown`, with its reason, while the lab has not settled.
+        `unknown`, with its reason, while the lab has not settled. Raises LabkitError for a value without the id.
         """
+        # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
+        # record that is handled between two looks may have made one upstream of what was looked at first.
+        unknown = self.unsettled() or self.unsettled()
         loads = [sent] if isinstance(sent, Load) else list(sent)
         ledger: list[Sent] = []
         for load in loads:
             ledger += [one._replace(order=len(ledger) + number) for number, one in enumerate(load.sent)]
         effects = self._effects(done, identifier(by)) if isinstance(done, Topic) else list(done)
-        unknown = self._standing() or self.unsettled()
         return audit(ledger, effects, self._history.faults, unknown=unknown)
 
     def verdict(
@@ -294,11 +327,20 @@ class Lab:
 
     def logs(self, name: str, lines: int = 20) -> None:
         """Print the last lines a deployment's pods printed."""
+        if name not in self.deployments:
+            there = ", ".join(self.deployments) or "none so far"
+            raise LabkitError(f"there is no deployment {name!r} in this lab: there is {there}")
         for line in self.deployments[name].log[-lines:]:
-            print(f"{time.strftime('%H:%M:%S', time.localtime(line.time))} {line.pod}: {line.text}")  # noqa: T201
+            print(f"{_clock(line.time)} {line.pod}: {line.text}")  # noqa: T201
 
     def close(self) -> None:
-        """End pods, loads and boards; delete this run's topics and groups; let go of Kafka. May be called again."""
+        """End pods, loads and boards; delete this run's topics and groups; let go of Kafka. May be called again.
+
+        Takes up to 7 s when a pod was killed just before: so long it stays a member of its group.
+        """
+        self._end(LEAVE)
+
+    def _end(self, wait: float) -> None:
         if self._closed:
             return
         self._closed = True
@@ -313,10 +355,12 @@ class Lab:
         for deployment in self.deployments.values():
             deployment.drain(timeout=5)
         self._sampler.close()
-        self.run.end(self.cluster)
-        self.connection.close()
-        if _open.get(self.notebook) is self:
-            del _open[self.notebook]
+        try:
+            self.run.end(self.cluster, wait)
+        finally:
+            self.connection.close()
+            if _open.get(self.notebook) is self:
+                del _open[self.notebook]
 
     def __enter__(self) -> Self:
         return self
@@ -329,14 +373,11 @@ class Lab:
         return f"Lab {self.notebook} (run {self.run.id}): {state}"
 
     def _repr_html_(self) -> str:
-        memory = psutil.Process().memory_info().rss + sum(
-            child.memory_info().rss for child in _processes(self.deployments.values())
-        )
         rows: Mapping[str, str] = {
             "Kafka": f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}",
             "run": f"{self.run.id}: topics and groups are named <code>{html.escape(self.run.prefix)}…</code>",
             "running": ", ".join(map(repr, self.deployments.values())) or "nothing yet",
-            "memory": f"{memory / 1e6:,.0f} MB in this notebook and its pods",
+            "memory": f"{_memory(self.deployments.values()) / 1e6:,.0f} MB in this notebook and its pods",
             "other labs": ", ".join(prefix.split(".")[2] for prefix, _ in self._others()) or "none",
         }
         lines = "".join(
@@ -355,11 +396,19 @@ class Lab:
         if self._closed:
             raise LabkitError(f"this lab is closed: run the cell with Lab({self.notebook!r}) again")
 
-    def _standing(self) -> str | None:
+    def _hopeless(self) -> str | None:
+        """Why this lab will not settle however long one waits."""
         for deployment in self.deployments.values():
             for pod in deployment.pods:
                 if pod.state is PodState.FROZEN:
                     return f"{pod.name} is frozen: thaw it first"
+        for planned in self._planned:
+            if planned.failed:
+                return repr(planned)
+        newest = {load.topic: load for load in self.loads}  # a cell that is run again makes good for its failure
+        for load in newest.values():
+            if load.error:
+                return f"the load on {load.topic.short} failed: {load.error}"
         return None
 
     def _status(self, name: str) -> str:
@@ -377,6 +426,8 @@ class Lab:
             records = reader.rest()
         effects = []
         for record in records:
+            if record.value is None:
+                continue  # a tombstone takes something back; it is no work done
             headers = record.headers
             cause = headers.get("cause")
             effects.append(
@@ -398,6 +449,7 @@ class Planned:
 
     def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
         self.state = "still waits for its condition"
+        self.failed = False
         self._condition, self._action = condition, action
         self._cancelled = threading.Event()
         threading.Thread(target=self._run, name="planned", daemon=True).start()
@@ -417,6 +469,7 @@ class Planned:
             self._action()
             self.state = "done"
         except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
+            self.failed = True
             self.state = f"failed: {type(error).__name__}: {error}"
 
 
@@ -468,15 +521,29 @@ def _times(count: int) -> str:
     return "once" if count == 1 else "twice" if count == 2 else f"{count} times"
 
 
-def _processes(deployments: Iterable[Deployment]) -> list[psutil.Process]:
-    found = []
-    for deployment in deployments:
-        for pod in deployment.pods:
-            if (child := pod.child) is not None and psutil.pid_exists(child.pid):
-                found.append(psutil.Process(child.pid))
-    return found
+def _memory(deployments: Iterable[Deployment]) -> int:
+    """Bytes of memory that this process and its pods hold."""
+    children = [pod.child for deployment in deployments for pod in deployment.pods]
+    used = 0
+    for process in (os.getpid(), *(child.pid for child in children if child is not None)):
+        with suppress(psutil.Error):  # it has just ended
+            used += psutil.Process(process).memory_info().rss
+    return used
 
 
-def _close_at_exit(reference: weakref.ref[Lab]) -> None:
-    if (lab := reference()) is not None:
-        lab.close()
+def _clock(moment: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(moment))
+
+
+def _pace() -> float:
+    told = os.environ.get(PACE) or "1"
+    try:
+        return float(told)
+    except ValueError:
+        raise LabkitError(f"{PACE} must be a number, not {told!r}") from None
+
+
+@atexit.register
+def _close_all() -> None:
+    for lab in list(_open.values()):
+        lab._end(0)

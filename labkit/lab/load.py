@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Generic
 
-from labkit.kafka.errors import DeliveryFailed
-from labkit.kafka.records import T
+from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.producer import Producer
+from labkit.kafka.records import T, encode
 from labkit.kafka.topics import Topic
 from labkit.lab.anomalies import Sent
 
 
 class Load(Generic[T]):
-    """Sends `values` to `topic`, `rate` a second. Runs until all are sent or `stop` is called."""
+    """Sends `values` to `topic`, `rate` a second. Runs until all are sent or `stop` is called, or until it fails.
+
+    It has a producer of its own: what others in this process fail to send is none of its business, nor may their
+    `flush` be told of its failures.
+    """
 
     _stays_in_the_notebook = "a handler sends with topic.send(...)"
 
@@ -32,10 +37,12 @@ class Load(Generic[T]):
     ) -> None:
         self.topic = topic
         self.error: str | None = None
+        """Why it ended early: the broker refused records or was away for 30 s, or `values` raised."""
         self._values, self._rate, self._identify, self._key = iter(values), rate, identify, key
         self._ledger: list[Sent] = []
         self._confirmed = 0
         self._stop = threading.Event()
+        self._producer = Producer(topic.cluster)
         self._thread = threading.Thread(target=self._run, name=f"load {topic.short}", daemon=True)
         self._thread.start()
 
@@ -55,7 +62,10 @@ class Load(Generic[T]):
         return not self._thread.is_alive()
 
     def wait(self, timeout: float = 60.0) -> None:
-        """Wait until all is sent and confirmed. Raises TimeoutError, or DeliveryFailed with what went wrong."""
+        """Wait until all is sent and confirmed.
+
+        Raises TimeoutError after `timeout` seconds, DeliveryFailed with what went wrong.
+        """
         self._thread.join(timeout)
         if not self.done:
             raise TimeoutError(f"load on {self.topic.short} is not done after {timeout:g} s: {self!r}")
@@ -72,7 +82,8 @@ class Load(Generic[T]):
         self._stop.set()
 
     def __repr__(self) -> str:
-        return f"Load: {self._confirmed:,} sent to {self.topic.short}, {'done' if self.done else f'{self._rate:g}/s'}"
+        state = f"failed: {self.error}" if self.error else "done" if self.done else f"{self._rate:g}/s"
+        return f"Load: {self._confirmed:,} sent to {self.topic.short}, {state}"
 
     def _run(self) -> None:
         try:
@@ -85,23 +96,37 @@ class Load(Generic[T]):
                 for value in batch:
                     key = self._key(value)
                     self._ledger.append(Sent(self._identify(value), key, order, confirmed=False))
-                    self.topic.send(value, key)
+                    self._producer.send(self.topic.name, encode(value), key)
                     order += 1
                 self._confirm()
+                if order == len(
+                    batch
+                ):  # the first: it took the client up to a second, not to be made up for in a burst
+                    begun = time.monotonic() - order / self._rate
                 self._stop.wait(0.02)
         except Exception as error:  # shown by repr, wait and the audit; a thread has nobody to raise to
             self.error = f"{type(error).__name__}: {error}"
 
     def _confirm(self) -> None:
-        self.topic.flush()
+        self._producer.flush()
         for number in range(self._confirmed, len(self._ledger)):
             self._ledger[number] = self._ledger[number]._replace(confirmed=True)
         self._confirmed = len(self._ledger)
 
 
 def identifier(by: str | Callable[[Any], Any]) -> Callable[[Any], str]:
-    """A function from a value to its business id: a field's name (Struct, dataclass or dict), or a function."""
+    """A function from a value to its business id: a field's name (Struct, dataclass or dict), or a function.
+
+    It raises LabkitError for a value without that field.
+    """
     if callable(by):
         return lambda value: str(by(value))
     field = by
-    return lambda value: str(value[field] if isinstance(value, dict) else getattr(value, field))
+
+    def identify(value: Any) -> str:
+        try:
+            return str(value[field] if isinstance(value, dict) else getattr(value, field))
+        except (KeyError, AttributeError):
+            raise LabkitError(f"{value!r} has no field {field!r}: name its id by by='…' or by=a function") from None
+
+    return identify

@@ -1,12 +1,15 @@
 """A pod: one OS process that runs one thing until it is told to stop. `python -m labkit.lab.pod NAME`.
 
-It gets what to run through its stdin (length, then pickled bytes), then commands, one a line: `drain`, `slow SECONDS`.
-SIGTERM drains too. Exit code 0: drained. 1: what it runs raised. 70: a handler overran its deadline.
+It gets what to run through its stdin (length, then the notebook's import path and what `pack` made), then commands,
+one a line: `slow SECONDS`. SIGTERM drains it. Exit code 0: drained. 1: what it runs raised. 70: a handler overran its
+deadline.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import signal
 import struct
 import sys
@@ -33,7 +36,7 @@ class Runnable(Protocol):
 
 def message(runnable: Runnable, deployment: str, telemetry: Topic[PodReport]) -> bytes:
     """What a pod's stdin starts with. Raises CannotTravel."""
-    packed = pack((runnable, deployment, telemetry))
+    packed = pickle.dumps(sys.path) + pack((runnable, deployment, telemetry))
     return HEADER.pack(len(packed)) + packed
 
 
@@ -45,9 +48,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     pipe = sys.stdin.buffer
     (size,) = HEADER.unpack(pipe.read(HEADER.size))
-    runnable, deployment, topic = unpack(pipe.read(size))
+    packed = io.BytesIO(pipe.read(size))
+    # What the notebook can import, its handlers can. At the end: nothing of a pod's own is to be hidden by it.
+    sys.path += [folder for folder in pickle.load(packed) if folder not in sys.path]  # noqa: S301 - from our parent
+    runnable, deployment, topic = unpack(packed.read())
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - a handler that reads it must not take our commands
     telemetry = Telemetry(topic, deployment, name, os.getpid())
-    threading.Thread(target=_obey, args=(pipe, stop, telemetry), name="commands", daemon=True).start()
+    threading.Thread(target=_obey, args=(pipe, telemetry), name="commands", daemon=True).start()
     try:
         runnable.run(stop, telemetry)
     except LabkitError as error:
@@ -61,12 +68,10 @@ def main() -> int:
     return 1
 
 
-def _obey(pipe: BinaryIO, stop: threading.Event, telemetry: Telemetry) -> None:
+def _obey(pipe: BinaryIO, telemetry: Telemetry) -> None:
     for line in pipe:
         word, _, rest = line.decode().strip().partition(" ")
-        if word == "drain":
-            stop.set()
-        elif word == "slow":
+        if word == "slow":
             telemetry.slow = float(rest)
 
 

@@ -11,6 +11,7 @@ import getpass
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from labkit.runtime.home import state_dir
 
 LEARNER = "LABKIT_LEARNER"
 CAPS = {"learner": 20, "notebook": 30, "name": 40}  # a retry topic holds a group and a topic: 249 characters in all
+FORGET = 30 * 86400.0  # seconds after which a record is dropped whose cluster has not been seen again
 
 
 class _Made(msgspec.Struct):
@@ -37,7 +39,7 @@ class Run:
 
     def __init__(self, notebook: str, cluster_id: str) -> None:
         learner = plain(os.environ.get(LEARNER) or getpass.getuser(), "learner")
-        self.id = time.strftime("%y%m%d%H%M%S") + os.urandom(2).hex()
+        self.id = time.strftime("%y%m%d%H%M%S", time.gmtime()) + os.urandom(2).hex()
         self.prefix = f"labkit.{learner}.{plain(notebook, 'notebook')}.{self.id}."
         self._made = _Made(cluster_id, self.prefix, os.getpid(), time.time())
         self._path = _folder() / f"{self.id}.json"
@@ -47,7 +49,7 @@ class Run:
 
     def name(self, short: str) -> str:
         """The full name of `short`. Raises LabkitError for one that Kafka would not take."""
-        if short != plain(short, "name"):
+        if not short or short != plain(short, "name"):
             raise LabkitError(
                 f"{short!r} cannot be a name: use lower-case letters, digits and '-', at most {CAPS['name']} of them"
             )
@@ -69,10 +71,18 @@ class Run:
             self._write()
         return name
 
-    def end(self, cluster: Cluster) -> None:
-        """Delete the topics and groups this run made, and its record. Best effort: the next run collects the rest."""
+    def end(self, cluster: Cluster, wait: float = 0.0) -> None:
+        """Delete the topics and groups this run made, and its record. What cannot be deleted the next run collects.
+
+        A group can be deleted once its last member has left, or its session is over: 6 s after it was killed. `wait`
+        is how many seconds there are for that.
+        """
+        until = time.monotonic() + wait
         try:
-            _delete(cluster, self._made)
+            while not _delete(cluster, self._made):
+                if time.monotonic() >= until:
+                    return
+                time.sleep(0.1)
             self._path.unlink(missing_ok=True)
         except LabkitError:
             pass
@@ -98,35 +108,42 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            continue
+            continue  # somebody else has just collected it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            made = msgspec.json.decode(path.read_bytes(), type=_Made)
+            made = _read(file)
             if made.cluster_id == cluster_id:
-                _delete(cluster, made)
-                path.unlink(missing_ok=True)
+                if _delete(cluster, made):
+                    path.unlink(missing_ok=True)
                 collected.append(made.prefix)
-            elif time.time() - made.started > 30 * 86400:
-                path.unlink(missing_ok=True)  # its cluster has not been seen for a month
-        except (BlockingIOError, msgspec.DecodeError, LabkitError):
-            continue  # alive, or being written, or not to be had now
+            elif time.time() - made.started > FORGET:
+                path.unlink(missing_ok=True)
+        except msgspec.DecodeError:  # being made now; or its process died then, before it had made anything else
+            if time.time() - os.fstat(file).st_mtime > FORGET:
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, LabkitError):
+            continue  # alive, or not to be had now
         finally:
             os.close(file)
     return collected
 
 
 def living() -> list[tuple[str, int]]:
-    """Other runs that live now: prefix and process id."""
+    """The runs that live now, in any process: prefix and process id."""
     found = []
     for path in _folder().glob("*.json"):
         try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            made = msgspec.json.decode(path.read_bytes(), type=_Made)
-            found.append((made.prefix, made.process))
-        except (FileNotFoundError, msgspec.DecodeError):
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
             continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with suppress(msgspec.DecodeError):  # it is being made
+                made = _read(file)
+                found.append((made.prefix, made.process))
+        finally:
+            os.close(file)
     return found
 
 
@@ -135,9 +152,17 @@ def plain(text: str, what: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
 
 
-def _delete(cluster: Cluster, made: _Made) -> None:
+def _delete(cluster: Cluster, made: _Made) -> bool:
+    """Delete a run's topics and groups. False when a group has to wait for its last member's session to end."""
     cluster.delete_topics([name for name in made.topics if name.startswith(made.prefix)])
-    cluster.delete_groups([name for name in made.groups if name.startswith(made.prefix)])
+    groups = [name for name in made.groups if name.startswith(made.prefix)]
+    cluster.delete_groups(groups)
+    return not (groups and set(groups) & set(cluster.groups()))
+
+
+def _read(file: int) -> _Made:
+    """The record in an open file. Raises DecodeError. (By its path it could be another file by now, or none.)"""
+    return msgspec.json.decode(os.pread(file, os.fstat(file).st_size, 0), type=_Made)
 
 
 def _folder() -> Path:

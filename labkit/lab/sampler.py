@@ -43,8 +43,9 @@ class Tally:
     def read(self) -> None:
         """Take in what is new."""
         while records := self._reader.take(0):
-            self.records += len(records)
-            self._seen.update(self._identify(record.value) for record in records)
+            values = [record.value for record in records if record.value is not None]  # a tombstone is no effect
+            self.records += len(values)
+            self._seen.update(map(self._identify, values))
 
     def close(self) -> None:
         """Let the client go."""
@@ -100,15 +101,15 @@ class Sampler:
                 self.history.begin(Fault(wall, time.time(), "sleep", "machine", f"the machine slept {slept:.0f} s"))
             wall, mono = time.time(), time.monotonic()
             try:
-                self._sample()
-                self.trouble = None
+                self.trouble = self._sample()
             except LabkitError as error:
                 self.trouble = str(error)
             except Exception as error:  # a thread has nobody to raise to; the status line shows it
                 self.trouble = f"{type(error).__name__}: {error}"
             self._stop.wait(max(0.0, TICK - (time.monotonic() - mono)))
 
-    def _sample(self) -> None:
+    def _sample(self) -> str | None:
+        """Take one. What could not be read is left out; returns why."""
         for record in self._reports.take(0):
             report = record.value
             self._handled[report.deployment, report.pod, report.process] = report
@@ -119,8 +120,13 @@ class Sampler:
         for tally in tallies:
             tally.read()
         values: list[tuple[str, str, float]] = []
+        trouble = None
         for name, deployment in list(self._deployments.items()):
-            values += self._of_deployment(name, deployment)
+            values += self._of_pods(name, deployment)
+            try:
+                values += self._of_group(deployment)
+            except LabkitError as error:
+                trouble = str(error)
         for topic, count in self._sent().items():
             values.append(("sent", topic, count))
         for tally in tallies:
@@ -128,8 +134,9 @@ class Sampler:
             values.append(("redelivered", tally.topic.short, tally.again))
         now = time.time()
         self.history.record(Sample(now, metric, label, value) for metric, label, value in values)
+        return trouble
 
-    def _of_deployment(self, name: str, deployment: Deployment) -> list[tuple[str, str, float]]:
+    def _of_pods(self, name: str, deployment: Deployment) -> list[tuple[str, str, float]]:
         reports = [report for (of, _, _), report in self._handled.items() if of == name]
         handled = sum(report.handled for report in reports)
         recent = self._recent.setdefault(name, [])
@@ -137,13 +144,16 @@ class Sampler:
         del recent[:-10]
         (begun, before), (ended, after) = recent[0], recent[-1]
         self.rate[name] = (after - before) / (ended - begun) if ended > begun else 0.0
-        values: list[tuple[str, str, float]] = [
+        return [
             ("pods", name, sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in deployment.pods)),
             ("restarts", name, deployment.restarts),
             ("waiting", name, len(deployment.waiting)),
             ("failed", name, sum(report.failed for report in reports)),
             ("rate", name, self.rate[name]),
         ]
+
+    def _of_group(self, deployment: Deployment) -> list[tuple[str, str, float]]:
+        values: list[tuple[str, str, float]] = []
         if deployment.group and deployment.topics:
             short = {topic.name: topic.short for topic in deployment.topics}
             behind = lag(deployment.topics[0].cluster, deployment.group, list(short))

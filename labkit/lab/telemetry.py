@@ -57,8 +57,10 @@ class Telemetry:
         self._assigned: set[str] = set()
         self._lock = threading.Lock()
         self._over = threading.Event()
-        # A producer of its own: a telemetry record that is not delivered must not hold up a commit.
-        self._producer = Producer(topic.cluster, timeout=5.0)
+        # A producer of its own: a telemetry record that is not delivered must not hold up a commit. Not idempotent: the
+        # first report, by which a pod counts as running, would wait for up to a second; and the newest one wins anyway.
+        self._producer = Producer(topic.cluster, timeout=5.0, idempotent=False)
+        self._lost = 0
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
 
@@ -104,6 +106,8 @@ class Telemetry:
         sent: PodReport | None = None
         while True:
             now = self._now("running")
+            if self._undelivered():
+                sent = None
             if sent is None or msgspec.structs.replace(now, time=sent.time) != sent:
                 self._send("running")
                 sent = now
@@ -125,6 +129,11 @@ class Telemetry:
     def _send(self, state: str) -> None:
         try:
             self._producer.send(self.topic.name, encode(self._now(state)), self._report.pod)
-            self._producer.raise_failures()
         except DeliveryFailed:
-            pass  # a broker that is away: the next report says the same and more
+            pass  # see _undelivered
+
+    def _undelivered(self) -> bool:
+        """Whether a report was lost since the last look, to a broker that was away: then it is to be said again."""
+        self._producer.unconfirmed(0)  # only so does the client tell
+        lost, self._lost = self._producer.refused - self._lost, self._producer.refused
+        return lost > 0

@@ -7,11 +7,16 @@ open file) is refused by the name of the variable that the handler uses.
 
 from __future__ import annotations
 
+import dataclasses
+import dis
+import functools
 import importlib
 import inspect
 import io
 import pickle
+import sys
 import types
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,30 +26,23 @@ import msgspec
 from labkit.kafka.errors import LabkitError
 
 STAYS = "_stays_in_the_notebook"  # a class with this attribute is refused; it says what to do instead
+MAKE_IT_THERE = "make it inside the handler, or in a function that the handler calls"
 
 
 class CannotTravel(LabkitError):
-    """A handler uses something that cannot live in another process."""
+    """A handler uses something that cannot live in another process. The message names the variable."""
 
 
 def pack(thing: Any) -> bytes:
-    """Pickle `thing`, its functions and classes by value. Raises CannotTravel, naming the variable."""
-    buffer = io.BytesIO()
+    """Pickle `thing`, the functions and classes of a notebook by value. Raises CannotTravel, naming the variable."""
     try:
-        _Pickler(buffer).dump(thing)
+        return _pickled(thing)
+    except CannotTravel:
+        raise
     except _Refused as refused:
-        name = _name_of(refused.thing, thing)
-        kind = type(refused.thing).__name__
-        what = f"the variable '{name}' (a {kind})" if name else f"a {kind}"
-        raise CannotTravel(f"{what} cannot travel to a pod: {refused.advice}") from None
-    except (TypeError, pickle.PicklingError) as error:
-        culprit, name = _unpicklable(thing)
-        what = f"the variable '{name}' ({type(culprit).__name__}) " if name else ""
-        raise CannotTravel(
-            f"{what or 'something the handler uses '}cannot travel to a pod: {error}. "
-            "Make it inside the handler, or in a function that the handler calls once."
-        ) from error
-    return buffer.getvalue()
+        raise CannotTravel(f"{_where_is(refused.thing, thing)} cannot travel to a pod: {refused.advice}") from None
+    except Exception as error:  # whatever a type raises that does not want to be pickled
+        raise CannotTravel(f"{_what_fails(thing)} cannot travel to a pod ({error}): {MAKE_IT_THERE}") from error
 
 
 def unpack(packed: bytes) -> Any:
@@ -63,116 +61,264 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         advice = getattr(type(obj), STAYS, None)
         if advice is not None:
             raise _Refused(obj, advice)
+        if isinstance(obj, io.TextIOWrapper) and obj not in (sys.stdout, sys.stderr):
+            raise _Refused(obj, MAKE_IT_THERE)  # cloudpickle would send a copy of what the file holds now
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
             return _reduce_struct(obj)
-        return super().reducer_override(obj)
+        if isinstance(obj, msgspec.Meta):
+            return _make_meta, ({name: getattr(obj, name) for name in _META if getattr(obj, name) is not None},)
+        if obj is dataclasses.MISSING:
+            return "MISSING"  # by its name: msgspec asks whether a default *is* this object
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and "__msgspec_cache__" in vars(obj) and isinstance(reduced, tuple):
+            reduced[2][0].pop("__msgspec_cache__", None)  # of an enum or a dataclass that was decoded here before
+        return reduced
 
 
-def _importable(cls: type) -> bool:
-    """Whether a pod finds this class by importing its module."""
-    if cls.__module__ == "__main__" or cls.__module__ in cloudpickle.list_registry_pickle_by_value():
+def _pickled(thing: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(thing)
+    return buffer.getvalue()
+
+
+def _importable(thing: Any) -> bool:
+    """Whether a pod finds this class or function by importing its module."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if module is None or name is None or not _lasting(module):
         return False
     try:
-        found: Any = importlib.import_module(cls.__module__)
-        for part in cls.__qualname__.split("."):
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError):
         return False
-    return found is cls
+    return found is thing
+
+
+def _lasting(module: str) -> bool:
+    """Whether a pod has this module too; not so what is defined in a notebook, or travels by value on demand."""
+    return module != "__main__" and module not in cloudpickle.list_registry_pickle_by_value()
+
+
+# -- Structs -------------------------------------------------------------------------------------------------------
 
 
 def _reduce_struct(cls: type[msgspec.Struct]) -> tuple[Any, ...]:
+    """How to make `cls` anew: a skeleton of fields and options first, then the rest, which may name the class."""
     own = inspect.get_annotations(cls)
+    try:
+        described = msgspec.structs.fields(cls)
+    except NameError as error:
+        raise CannotTravel(f"the fields of {cls.__name__} cannot be told: {error}. Define that class first") from None
     fields: list[tuple[Any, ...]] = []
-    for field in msgspec.structs.fields(cls):
+    factories: dict[str, Any] = {}
+    renamed: dict[str, str] = {}
+    for field in described:
         if field.name not in own:
             continue  # its base brings it
-        if _mentions(field.type, cls):
+        if _reaches(field.type, cls, set()):
             raise CannotTravel(
                 f"{cls.__name__}.{field.name} is of its own type {cls.__name__}, which cannot be rebuilt in a pod: "
-                "put the class into a module, or use a dataclass"
+                "put the class into a module beside the notebook and import it, or make it a dataclass"
             )
-        if field.default is not msgspec.NODEFAULT:
-            fields.append((field.name, field.type, field.default))
-        elif field.default_factory is not msgspec.NODEFAULT:
-            fields.append((field.name, field.type, msgspec.field(default_factory=field.default_factory)))
-        else:
-            fields.append((field.name, field.type))
+        default = () if field.default is msgspec.NODEFAULT else (field.default,)
+        fields.append((field.name, field.type, *default))
+        if field.default_factory is not msgspec.NODEFAULT:
+            factories[field.name] = field.default_factory
+        if field.encode_name != field.name:
+            renamed[field.name] = field.encode_name
     config = cls.__struct_config__
-    options = {
-        name: getattr(config, name)
-        for name in (
-            "tag_field", "tag", "omit_defaults", "forbid_unknown_fields", "frozen", "eq", "order", "array_like",
-            "repr_omit_defaults", "gc", "weakref", "dict", "cache_hash",
-        )
-    }  # fmt: skip
-    names = {field.name: field.encode_name for field in msgspec.structs.fields(cls)}
-    renamed = {name: wire for name, wire in names.items() if name != wire}
-    bases = tuple(base for base in cls.__bases__ if base is not msgspec.Struct)
-    # Methods come by the state setter, after the class is known to the pickler: one may name its own class.
-    methods = {
+    options: dict[str, Any] = {name: getattr(config, name) for name in _OPTIONS}
+    kinds = inspect.signature(cls).parameters
+    options["kw_only"] = all(kinds[field[0]].kind is inspect.Parameter.KEYWORD_ONLY for field in fields)
+    namespace = {name: cls.__dict__[name] for name in ("__doc__", "__module__", "__orig_bases__") if name in vars(cls)}
+    rest = {
         name: member
-        for name, member in cls.__dict__.items()
-        if isinstance(member, types.FunctionType | property | classmethod | staticmethod) and name not in _MADE
+        for name, member in vars(cls).items()
+        if name not in _MADE and not isinstance(member, types.MemberDescriptorType | types.GetSetDescriptorType)
     }
-    arguments = (cls.__name__, fields, bases, cls.__doc__, renamed, options)
-    return _make_struct, arguments, methods, None, None, _set_methods
+    skeleton = (cls.__name__, fields, factories, cls.__bases__, namespace, renamed, options, "__post_init__" in rest)
+    return _make_struct, skeleton, rest, None, None, _complete_struct
 
 
-_MADE = frozenset(msgspec.defstruct("_Empty", []).__dict__)  # what every Struct gets from msgspec itself
+_META = (
+    "gt", "ge", "lt", "le", "multiple_of", "pattern", "min_length", "max_length", "title", "description", "examples",
+    "extra_json_schema", "extra",
+)  # fmt: skip
+_OPTIONS = (
+    "tag_field", "tag", "omit_defaults", "forbid_unknown_fields", "frozen", "eq", "order", "array_like",
+    "repr_omit_defaults", "gc", "weakref", "dict", "cache_hash",
+)  # fmt: skip
+# What Python and msgspec put into a class by themselves.
+_MADE = frozenset(vars(msgspec.defstruct("_Empty", []))) | {
+    "__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__classdictcell__",
+    "__conditional_annotations__", "__dict__", "__firstlineno__", "__match_args__", "__msgspec_cache__",
+    "__orig_bases__", "__parameters__", "__static_attributes__", "__weakref__",
+}  # fmt: skip
+
+
+def _make_meta(limits: dict[str, Any]) -> msgspec.Meta:
+    return msgspec.Meta(**limits)
 
 
 def _make_struct(
     name: str,
     fields: list[tuple[Any, ...]],
+    factories: dict[str, Any],
     bases: tuple[type, ...],
-    doc: str | None,
+    namespace: dict[str, Any],
     renamed: dict[str, str],
     options: dict[str, Any],
+    checks: bool,
 ) -> type[msgspec.Struct]:
-    # "frozen", "tag" and the like are what the class said in its own head.
-    return msgspec.defstruct(
-        name, fields, bases=bases or None, namespace={"__doc__": doc}, rename=renamed or None, **options
-    )
+    if checks:  # msgspec looks for it only while the class is made
+
+        def __post_init__(self: Any) -> None:  # noqa: N807
+            __post_init__.real(self)  # type: ignore[attr-defined]
+
+        namespace = {**namespace, "__post_init__": __post_init__}
+    made = [
+        field if field[0] not in factories else (*field, msgspec.field(default_factory=factories[field[0]]))
+        for field in fields
+    ]
+    return msgspec.defstruct(name, made, bases=bases, namespace=namespace, rename=renamed or None, **options)
 
 
-def _set_methods(cls: type, methods: dict[str, Any]) -> None:
-    for name, member in methods.items():
-        setattr(cls, name, member)
+def _complete_struct(cls: type, rest: dict[str, Any]) -> None:
+    for name, member in rest.items():
+        if name == "__post_init__":
+            cls.__dict__[name].real = member
+        else:
+            setattr(cls, name, member)
 
 
-def _mentions(annotation: Any, cls: type) -> bool:
-    return annotation is cls or any(_mentions(part, cls) for part in getattr(annotation, "__args__", ()))
+def _reaches(annotation: Any, cls: type, seen: set[int]) -> bool:
+    """Whether a type leads to `cls`, through other Structs of the notebook too."""
+    if annotation is cls:
+        return True
+    if id(annotation) in seen:
+        return False
+    seen.add(id(annotation))
+    parts = list(getattr(annotation, "__args__", ()))
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct) and not _importable(annotation):
+        parts += [field.type for field in msgspec.structs.fields(annotation)]
+    return any(_reaches(part, cls, seen) for part in parts)
 
 
-def _variables(thing: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Every global and closed-over variable that functions within `thing` use."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, types.FunctionType):
-        used = inspect.getclosurevars(thing)
-        for name, value in (*used.globals.items(), *used.nonlocals.items()):
-            yield name, value
-            yield from _variables(value, seen)
-    elif isinstance(thing, list | tuple):
-        for part in thing:
-            yield from _variables(part, seen)
-    elif hasattr(thing, "__dict__") and not isinstance(thing, types.ModuleType):
-        for value in list(vars(thing).values()):
-            yield from _variables(value, seen)
+# -- naming what cannot travel -------------------------------------------------------------------------------------
 
 
-def _name_of(culprit: Any, thing: Any) -> str | None:
-    return next((name for name, value in _variables(thing, set()) if value is culprit), None)
+def _where_is(culprit: Any, thing: Any) -> str:
+    """The variable that is, or holds, the culprit."""
+    kind = type(culprit).__name__
+    for name, variable, value in _walk(thing):
+        if value is culprit and name:
+            return f"the variable '{name}' (a {kind})"
+        if value is culprit and variable:
+            return f"the variable '{variable}' (holds a {kind})"
+    return f"a {kind}"
 
 
-def _unpicklable(thing: Any) -> tuple[Any, str | None]:
-    for name, value in _variables(thing, set()):
-        if isinstance(value, types.ModuleType | types.FunctionType | type):
+def _what_fails(thing: Any) -> str:
+    """The nearest variable that cannot be pickled: a value rather than what holds it, that rather than a function."""
+    failing: dict[int, str] = {}  # by how little it says
+    for name, _, value in _walk(thing):
+        if name is None:
             continue
         try:
-            _Pickler(io.BytesIO()).dump(value)
+            _pickled(value)
         except Exception:
-            return value, name
-    return thing, None
+            failing.setdefault(_vague(value), f"the variable '{name}' (a {type(value).__name__})")
+    return failing[min(failing)] if failing else "something the handler uses"
+
+
+def _vague(value: Any) -> int:
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial | type):
+        return 2
+    return int(isinstance(value, list | tuple | set | frozenset | dict) or not _lasting(type(value).__module__))
+
+
+def _walk(thing: Any) -> Iterator[tuple[str | None, str | None, Any]]:
+    """All that is pickled with `thing`, nearest first: its name or None, the last name on the way to it, itself."""
+    seen: set[int] = set()
+    ahead: deque[tuple[str | None, str | None, Any]] = deque([(None, None, thing)])
+    kept = []  # what is made on the way must not be freed, or its id could come again
+    while ahead:
+        name, above, value = ahead.popleft()
+        if id(value) in seen or isinstance(value, types.ModuleType | str | bytes | int | float | None):
+            continue
+        seen.add(id(value))
+        kept.append(value)
+        yield name, name or above, value
+        ahead.extend((part, name or above, found) for part, found in _parts(value, name))
+
+
+def _parts(value: Any, name: str | None) -> Iterator[tuple[str | None, Any]]:
+    """What `value` is made of, with the name under which the learner knows it."""
+    if isinstance(value, types.FunctionType):
+        if not _importable(value):
+            yield from _used_by(value)
+    elif isinstance(value, types.MethodType):
+        yield from ((None, value.__func__), (None, value.__self__))
+    elif isinstance(value, functools.partial):
+        known = value.func.__code__.co_varnames if isinstance(value.func, types.FunctionType) else ()
+        yield None, value.func
+        for number, argument in enumerate(value.args):
+            yield known[number] if number < len(known) else None, argument
+        yield from value.keywords.items()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((None, part) for part in value)
+    elif isinstance(value, dict):
+        yield from ((None, part) for pair in value.items() for part in pair)
+    elif isinstance(value, type):
+        if not _importable(value):
+            yield from ((None, base) for base in value.__bases__)
+            yield from ((None, member) for member in _plain(vars(value).values()))
+    else:
+        held = getattr(value, "__dict__", {})
+        slots = [
+            slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ()) if hasattr(value, slot)
+        ]
+        for attribute, part in (*held.items(), *((slot, getattr(value, slot)) for slot in slots)):
+            yield f"{name or type(value).__name__}.{attribute}", part
+        yield None, type(value)
+
+
+def _used_by(function: types.FunctionType) -> Iterator[tuple[str | None, Any]]:
+    """The variables a function uses, inner functions included, and its defaults."""
+    code = function.__code__
+    yield from zip(code.co_freevars, _contents(function.__closure__ or ()), strict=True)
+    for used in dict.fromkeys(_globals_of(code)):
+        if used in function.__globals__:
+            yield used, function.__globals__[used]
+    positional = code.co_varnames[: code.co_argcount]
+    defaults = function.__defaults__ or ()
+    yield from zip(positional[len(positional) - len(defaults) :], defaults, strict=True)
+    yield from (function.__kwdefaults__ or {}).items()
+    yield from ((None, value) for value in vars(function).values())
+
+
+def _globals_of(code: types.CodeType) -> Iterator[str]:
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_of(constant)
+
+
+def _contents(cells: tuple[types.CellType, ...]) -> Iterator[Any]:
+    for cell in cells:
+        try:
+            yield cell.cell_contents
+        except ValueError:  # assigned later
+            yield None
+
+
+def _plain(members: Any) -> Iterator[Any]:
+    """The functions within the members of a class."""
+    for member in members:
+        if isinstance(member, staticmethod | classmethod):
+            yield member.__func__
+        elif isinstance(member, property):
+            yield from (part for part in (member.fget, member.fset, member.fdel) if part is not None)
+        else:
+            yield member

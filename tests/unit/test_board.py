@@ -212,9 +212,7 @@ def test_the_last_pod_cannot_be_removed(make: Make) -> None:
         ("Remove a pod", ("scale", 1)),
     ],
 )
-def test_a_click_calls_the_twin_in_a_thread_of_its_own(
-    make: Make, name: str, call: tuple[object, ...]
-) -> None:
+def test_a_click_calls_the_twin_in_a_thread_of_its_own(make: Make, name: str, call: tuple[object, ...]) -> None:
     controls = FakeControls("running", "running")
     board = make(controls=controls)
     board.redraw()

@@ -193,9 +193,7 @@ def test_the_time_scale_fits_the_window() -> None:
     assert [text for _, text in picture._time_ticks(10)] == ["10 s ago", "5", "now"]
 
 
-@pytest.mark.parametrize(
-    "wanted", [[], [5], [0, 0, 0, 0], [0, 1, 50, 99, 100], [100] * 4, [0, 8, 16, 30, 31]]
-)
+@pytest.mark.parametrize("wanted", [[], [5], [0, 0, 0, 0], [0, 1, 50, 99, 100], [100] * 4, [0, 8, 16, 30, 31]])
 def test_labels_are_spread_in_order_and_near(wanted: list[float]) -> None:
     where = picture.spread(wanted, 10, 0, 100)
     assert all(b - a >= 10 - 1e-6 for a, b in itertools.pairwise(where))

@@ -1,0 +1,68 @@
+"""A member of a group as a process: prints each step as a line of JSON, ends itself where it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.records import Record
+from labkit.kafka.steps import Failure, Step
+from labkit.kafka.topics import Topic
+
+OPTIONS = json.loads(sys.argv[1])
+OUTPUT = threading.Lock()
+CLUSTER = Cluster(OPTIONS["bootstrap"])
+SEEN: dict[Step, int] = {}
+
+
+def handle(record: Record[Any]) -> None:
+    if OPTIONS.get("output"):
+        Topic(CLUSTER, OPTIONS["output"], 1, int).send(record.value)
+    if seconds := OPTIONS.get("hang"):
+        time.sleep(seconds)  # the handler of a test about handlers that hang
+
+
+async def hang(record: Record[Any]) -> None:
+    import asyncio
+
+    await asyncio.sleep(OPTIONS["hang"])
+
+
+def told(step: Step, subject: Any) -> None:
+    """Print the step, then crash if this is the place and the time for it."""
+    if isinstance(subject, Record | Failure):
+        subject = [subject.topic, subject.partition, subject.offset]
+    elif isinstance(subject, dict):
+        subject = [[*place, offset] for place, offset in subject.items()]
+    with OUTPUT:
+        print(json.dumps({"step": step.value, "subject": subject}), flush=True)
+        SEEN[step] = SEEN.get(step, 0) + 1
+        if OPTIONS.get("crash_at") == step.value and SEEN[step] == OPTIONS.get("crash_count", 1):
+            if OPTIONS.get("crash_how") == "exit":
+                os._exit(3)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    topic = Topic(CLUSTER, OPTIONS["topic"], OPTIONS["partitions"], int)
+    consumer = Consumer(
+        topic,
+        hang if OPTIONS.get("coroutine") else handle,
+        group=OPTIONS["group"],
+        start=OPTIONS.get("start", "earliest"),
+        deadline=OPTIONS.get("deadline", 60.0),
+    )
+    consumer.run(stop, told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""What becomes of records that fail, and of consumers that cannot go on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+from consuming import Journal, Member, committed, fresh_group, fresh_topic, put
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import DeliveryFailed, HandlerExit, LabkitError, PoisonRecord, TopicMissing
+from labkit.kafka.producer import Producer
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record
+from labkit.kafka.steps import Decision, Done, Failure, Retry, Step, Stop, keep_trying
+from labkit.kafka.topics import Topic
+
+
+def test_a_failing_record_is_tried_until_it_succeeds_and_keeps_its_order(cluster: Cluster) -> None:
+    """correctness 2, 7: three failures, then it goes on; attempts are counted, the policy sees key and value."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(5), key="k")
+    handled: list[int] = []
+    failures: list[Failure] = []
+
+    def handle(record: Record[int]) -> None:
+        if record.value == 2 and len(failures) < 3:
+            raise ValueError("not yet")
+        handled.append(record.value)
+
+    def policy(failure: Failure) -> Decision:
+        failures.append(failure)
+        return Retry(0.05)
+
+    with Member(Consumer(topic, handle, group, on_failure=policy)) as member:
+        member.wait_committed({0: 5})
+        (recovered,) = member.journal.of(Step.RECOVERED)
+    assert handled == [0, 1, 2, 3, 4]
+    assert [failure.attempt for failure in failures] == [1, 2, 3]
+    assert len({failure.since for failure in failures}) == 1
+    assert all(failure.record and (failure.record.key, failure.record.value) == ("k", 2) for failure in failures)
+    assert recovered.place == f"{topic.name}/0/2"
+
+
+def test_a_failing_partition_leaves_the_others_alone(cluster: Cluster) -> None:
+    """correctness 7: p0 fails for ever while p1's records go on."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    for partition in (0, 1):
+        put(topic, *range(50), partition=partition)
+
+    def handle(record: Record[int]) -> None:
+        if record.partition == 0 and record.value == 3:
+            raise ValueError("for ever")
+
+    with Member(Consumer(topic, handle, group, on_failure=keep_trying(0.02, 0.05))) as member:
+        member.wait_committed({0: 3, 1: 50})
+        member.journal.wait_for(Step.FAILED, 5)
+        put(topic, 50, partition=1)
+        member.wait_committed({0: 3, 1: 51})
+
+
+def test_poison_names_its_place_and_blocks_only_its_lane(cluster: Cluster) -> None:
+    """correctness 7: with the default policy, in key order."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, b"{poison", 2, key="a")
+    put(topic, 3, 4, key="b")
+    with Member(Consumer(topic, lambda record: None, group, order="key")) as member:
+        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) == 3)
+        failure = member.journal.wait_for(Step.FAILED)[0]
+        member.wait_committed({0: 1})
+    assert failure.place == f"{topic.name}/0/1"
+    assert isinstance(failure.error, PoisonRecord)
+    assert (failure.record, failure.key) == (None, "a")
+    assert {record.value for record in member.journal.of(Step.HANDLED)} == {1, 3, 4}
+
+
+def test_a_policy_that_says_done_passes_poison(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, b"{poison", 2)
+    with Member(Consumer(topic, lambda record: None, group, on_failure=lambda failure: Done())) as member:
+        member.wait_committed({0: 3})
+    assert [record.value for record in member.journal.of(Step.HANDLED)] == [1, 2]
+
+
+@pytest.mark.parametrize("broken", [lambda failure: 1 / 0, lambda failure: None], ids=["raises", "answers nonsense"])
+def test_a_broken_policy_neither_loses_the_record_nor_spins(cluster: Cluster, broken: Any) -> None:
+    """correctness 17: it is asked again after 0.5 s, 1 s …"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, 2)
+    calls: list[float] = []
+
+    def handle(record: Record[int]) -> None:
+        calls.append(time.monotonic())
+        if len(calls) < 3:
+            raise ValueError("no")
+
+    with Member(Consumer(topic, handle, group, on_failure=broken)) as member:
+        member.wait_committed({0: 2})
+    assert len(calls) == 4
+    assert calls[1] - calls[0] >= 0.5
+    assert calls[2] - calls[1] >= 1.0
+
+
+def test_stop_raises_the_handlers_error_and_commits_what_others_finished(cluster: Cluster) -> None:
+    """correctness 1"""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put(topic, *range(5), partition=1)
+    calm = threading.Event()
+
+    def handle(record: Record[int]) -> None:
+        if record.partition == 0 and record.value == 1:
+            calm.wait(10)
+            raise KeyError("the handler's own")
+
+    with Member(Consumer(topic, handle, group, on_failure=lambda failure: Stop())) as member:
+        put(topic, 0, 1, 2, partition=0)
+        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) == 6)
+        calm.set()
+        assert isinstance(member.ends(), KeyError)
+    assert committed(topic, group) == {0: 1, 1: 5}
+
+
+@pytest.mark.parametrize("order", ["partition", "key"])
+def test_a_handler_that_exits_is_not_committed(cluster: Cluster, order: Any) -> None:
+    """correctness 1"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0, 1, 2)
+
+    def handle(record: Record[int]) -> None:
+        if record.value == 1:
+            sys.exit("enough")
+
+    with Member(Consumer(topic, handle, group, order=order)) as member:
+        error = member.ends()
+    assert isinstance(error, HandlerExit)
+    assert f"{topic.name}/0/1" in str(error)
+    assert committed(topic, group) == {0: 1}
+
+
+def test_an_exit_in_a_policy_ends_the_consumer(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0)
+    with Member(Consumer(topic, lambda record: 1 / 0, group, on_failure=lambda failure: sys.exit(1))) as member:
+        assert isinstance(member.ends(), HandlerExit)
+    assert committed(topic, group) == {}
+
+
+@pytest.mark.parametrize("step", [Step.HANDLING, Step.HANDLED, Step.COMMITTING, Step.ASSIGNED])
+def test_an_error_in_a_hook_never_loses_a_record(cluster: Cluster, step: Step) -> None:
+    """correctness 1: before the handler it counts as the record's failure, elsewhere it ends the consumer."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0)
+
+    def hook(told: Step, subject: object) -> None:
+        if told is step:
+            raise ZeroDivisionError("the hook's own")
+
+    with Member(Consumer(topic, lambda record: None, group, on_step=hook)) as member:
+        if step is Step.HANDLING:
+            assert isinstance(member.journal.wait_for(Step.FAILED)[0].error, ZeroDivisionError)
+        else:
+            assert isinstance(member.ends(), ZeroDivisionError)
+    if step is not Step.ASSIGNED:  # there the record may have been handled in the meantime
+        assert committed(topic, group) == {}
+
+
+def test_nothing_is_committed_when_what_a_handler_sent_is_refused(cluster: Cluster) -> None:
+    """correctness 10: refused after the handler returned."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    missing = Topic(cluster, f"{topic.name}.missing", 1, int)
+    put(topic, 1, 2)
+    with Member(Consumer(topic, lambda record: missing.send(record.value), group)) as member:
+        error = member.ends()
+    assert isinstance(error, DeliveryFailed)
+    assert missing.name in str(error)
+    assert committed(topic, group) == {}
+
+
+def test_nothing_is_committed_when_another_handler_was_told_of_the_refusal(cluster: Cluster) -> None:
+    """correctness 10: the second record's own flush must not make the first one's loss look fine."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    small = Topic(cluster, f"{topic.name}.small", 1, str)
+    small.create({"max.message.bytes": "1000"})
+    put(topic, 1, partition=0)
+    told: list[DeliveryFailed] = []
+    sent = threading.Event()
+
+    def handle(record: Record[int]) -> None:
+        if record.partition == 0:
+            small.send("x" * 5000)
+            sent.set()
+        else:
+            try:
+                small.flush()
+            except DeliveryFailed as error:
+                told.append(error)
+
+    with Member(Consumer(topic, handle, group, commit_interval=1.0)) as member:
+        assert sent.wait(10)
+        put(topic, 2, partition=1)
+        assert isinstance(member.ends(), DeliveryFailed)
+    assert committed(topic, group) == {}
+
+
+def test_a_record_too_large_fails_in_the_handler(cluster: Cluster) -> None:
+    """correctness 10"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    output = Topic(cluster, topic.name, 1, str)
+    put(topic, 1)
+    with Member(Consumer(topic, lambda record: output.send("x" * 3_000_000), group)) as member:
+        failure = member.journal.wait_for(Step.FAILED, 2)[0]
+    assert isinstance(failure.error, DeliveryFailed)
+    assert committed(topic, group) == {}
+
+
+def test_what_a_handler_sends_names_its_cause(cluster: Cluster) -> None:
+    topic, output, group = fresh_topic(cluster, 4), fresh_topic(cluster), fresh_group()
+    sender = Producer(cluster)
+    for value in range(40):
+        sender.send(topic.name, str(value).encode(), f"key-{value}", {"correlation-id": f"c-{value}"})
+    sender.flush()
+
+    with Member(Consumer(topic, lambda record: output.send(record.value), group)) as member:
+        member.journal.wait(lambda: sum(committed(topic, group).values()) == 40)
+        handled = {record.value: record.place for record in member.journal.of(Step.HANDLED)}
+    with Reader(output) as reader:
+        records = reader.rest()
+    assert {record.value: record.headers["cause"] for record in records} == handled
+    assert all(record.headers["correlation-id"] == f"c-{record.value}" for record in records)
+
+
+def test_a_topic_that_does_not_exist_is_named(cluster: Cluster) -> None:
+    missing = Topic(cluster, f"lab.{fresh_group()}.orders", 1, int)
+    with pytest.raises(TopicMissing, match=rf"topic orders \({missing.name}\) does not exist"):
+        Consumer(missing, print, "group").run(threading.Event())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "deleted and made anew"])
+def test_a_topic_deleted_under_a_consumer_is_named_within_ten_seconds(cluster: Cluster, again: bool) -> None:
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put(topic, *range(10), partition=0)
+    with Member(Consumer(topic, lambda record: None, group)) as member:
+        member.wait_committed({0: 10})
+        cluster.delete_topics([topic.name])
+        if again:
+            topic.create()
+            put(topic, *range(100, 103), partition=0)
+        error = member.ends(10)
+    assert isinstance(error, TopicMissing)
+    assert topic.name in str(error)
+
+
+def test_a_coroutine_that_nobody_runs_is_told(cluster: Cluster) -> None:
+    """correctness 1: not taken for a handler that returned."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+
+    async def handle(record: Record[int]) -> None:
+        pass
+
+    with Member(Consumer(topic, lambda record: handle(record), group)) as member:
+        failure = member.journal.wait_for(Step.FAILED)[0]
+    assert "async def" in str(failure.error)
+    assert committed(topic, group) == {}
+
+
+class Handler:
+    """A callable object whose call is a coroutine function."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[int] = Counter()
+
+    async def __call__(self, record: Record[int]) -> None:
+        self.seen[record.value] += 1
+
+
+def test_every_kind_of_coroutine_function_runs(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster)
+    put(topic, 1, 2)
+    handler = Handler()
+
+    async def handle(seen: Counter[int], record: Record[int]) -> None:
+        seen[record.value] += 1
+
+    for one in (handler, handler.__call__, partial(handle, handler.seen)):
+        group = fresh_group()
+        with Member(Consumer(topic, one, group)) as member:
+            member.wait_committed({0: 2})
+    assert handler.seen == {1: 3, 2: 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topics": ()}, "at least one topic"),
+        ({"order": "time"}, "order is 'partition' or 'key'"),
+        ({"start": "now"}, "start is 'earliest' or 'latest'"),
+        ({"handler": 3}, "must be a function"),
+        ({"workers": 0}, "workers must be positive"),
+        ({"max_ahead": 0}, "max_ahead must be positive"),
+    ],
+)
+def test_a_wrong_option_is_told_at_construction(change: dict[str, Any], message: str) -> None:
+    topic = Topic(Cluster("127.0.0.1:1"), "t", 1, int)
+    with pytest.raises(LabkitError, match=message):
+        Consumer(**{"topics": topic, "handler": print, **change})
+
+
+def test_a_consumer_without_a_group_says_how_to_name_one() -> None:
+    with pytest.raises(LabkitError, match="needs a group"):
+        Consumer(Topic(Cluster("127.0.0.1:1"), "t", 1, int), print).run(threading.Event(), Journal())

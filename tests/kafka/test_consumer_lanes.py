@@ -1,0 +1,268 @@
+"""Lanes at work: order, parallelism, back-pressure, what a blocked lane does to others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from consuming import Member, Process, committed, fresh_group, fresh_topic, put
+
+import labkit.kafka.consumer as module
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
+from labkit.kafka.producer import Producer
+from labkit.kafka.records import Record
+from labkit.kafka.steps import Step, keep_trying
+from labkit.kafka.topics import Topic
+
+
+def put_keys(topic: Topic[Any], keys: int, each: int) -> None:
+    """Numbers 0, 1, 2 … of each key, the keys mixed."""
+    sender = Producer(topic.cluster)
+    for number in range(each):
+        for key in range(keys):
+            sender.send(topic.name, str(number).encode(), f"k{key}")
+    sender.flush()
+
+
+def test_key_order_keeps_each_keys_order_and_handles_keys_at_once(cluster: Cluster) -> None:
+    """correctness 7"""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put_keys(topic, keys=8, each=25)
+    seen: dict[str, list[int]] = defaultdict(list)
+    lock, running, most = threading.Lock(), 0, 0
+
+    def handle(record: Record[int]) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)  # the work
+        assert record.key is not None
+        seen[record.key].append(record.value)
+        with lock:
+            running -= 1
+
+    with Member(Consumer(topic, handle, group, order="key", workers=8)) as member:
+        member.journal.wait(lambda: sum(committed(topic, group).values()) == 200)
+    assert dict(seen) == {f"k{key}": list(range(25)) for key in range(8)}
+    assert most > 2  # more than there are partitions
+
+
+def test_a_failing_key_leaves_the_other_keys_alone_and_holds_the_commit(cluster: Cluster) -> None:
+    """correctness 1, 7"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put_keys(topic, keys=4, each=10)
+    well = threading.Event()
+
+    def handle(record: Record[int]) -> None:
+        if record.key == "k2" and record.value == 1 and not well.is_set():
+            raise ValueError("not yet")
+
+    with Member(Consumer(topic, handle, group, order="key", on_failure=keep_trying(0.02, 0.05))) as member:
+        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) == 31)
+        member.wait_committed({0: 6})
+        well.set()
+        member.wait_committed({0: 40})
+    assert [record.value for record in member.journal.of(Step.HANDLED) if record.key == "k2"] == list(range(10))
+
+
+def test_coroutines_run_at_once_and_in_order(cluster: Cluster) -> None:
+    """correctness 7"""
+    topic, group = fresh_topic(cluster, 8), fresh_group()
+    for partition in range(8):
+        put(topic, *range(20), partition=partition)
+    seen: dict[int, list[int]] = defaultdict(list)
+    running = most = 0
+
+    async def handle(record: Record[int]) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.005)
+        if record.value == 7 and len(seen[record.partition]) == 7 and not failed[record.partition].is_set():
+            failed[record.partition].set()
+            running -= 1
+            raise ValueError("once")
+        seen[record.partition].append(record.value)
+        running -= 1
+
+    failed = {partition: threading.Event() for partition in range(8)}
+    with Member(Consumer(topic, handle, group, workers=5, on_failure=keep_trying(0.01))) as member:
+        member.wait_committed(dict.fromkeys(range(8), 20))
+    assert dict(seen) == {partition: list(range(20)) for partition in range(8)}
+    assert 2 < most <= 5
+    assert len(member.journal.of(Step.FAILED)) == 8
+
+
+def test_a_coroutine_that_outlives_the_drain_is_cancelled_and_not_committed(cluster: Cluster) -> None:
+    """correctness 3, 5"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    cancelled = threading.Event()
+
+    async def handle(record: Record[int]) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with Member(Consumer(topic, handle, group, drain=0.2)) as member:
+        member.journal.wait_for(Step.HANDLING)
+        began = time.monotonic()
+    assert time.monotonic() - began < 4
+    assert cancelled.wait(5)
+    assert committed(topic, group) == {}
+    assert member.journal.of(Step.FAILED) == []
+
+
+@pytest.mark.parametrize("order", ["partition", "key"])
+def test_a_blocked_record_bounds_what_is_read_ahead(cluster: Cluster, order: Any) -> None:
+    """correctness 7: never more than max_ahead, and all of it goes on once the block is gone."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put_keys(topic, keys=10, each=100)
+    going_on = threading.Event()
+    handled: list[int] = []
+
+    def handle(record: Record[int]) -> None:
+        if record.offset == 100:
+            going_on.wait(20)
+        handled.append(record.offset)
+
+    with Member(Consumer(topic, handle, group, order=order, max_ahead=64, commit_interval=0.05)) as member:
+        member.wait_committed({0: 100})
+        if order == "key":  # the other keys of what is read ahead go on: 90 % of it
+            member.journal.wait(lambda: len(handled) > 100 + 40)
+        put(topic, 0, partition=0)
+        assert max(handled) < 100 + 64
+        going_on.set()
+        member.wait_committed({0: 1001})
+    assert sorted(handled) == list(range(1001))
+    if order == "partition":
+        assert handled == list(range(1001))
+
+
+def test_a_slow_handler_holds_back_its_partition_only(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """correctness 7: what is fetched and unfinished stays bounded, whatever the topic holds."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    for partition in (0, 1):
+        put(topic, *range(3000), partition=partition)
+    most: dict[int, int] = defaultdict(int)
+    add = module.Partition.add
+
+    def watched(self: Any, messages: Any, by_key: bool) -> Any:
+        woken = add(self, messages, by_key)
+        most[self.number] = max(most[self.number], self.ahead())
+        return woken
+
+    monkeypatch.setattr(module.Partition, "add", watched)
+    going_on = threading.Event()
+
+    def handle(record: Record[int]) -> None:
+        if record.partition == 0:
+            going_on.wait(20)
+
+    with Member(Consumer(topic, handle, group, max_ahead=300)) as member:
+        member.journal.wait(lambda: committed(topic, group).get(1) == 3000)
+        assert committed(topic, group).get(0, 0) == 0
+        going_on.set()
+        member.wait_committed({0: 3000, 1: 3000})
+    assert 100 <= most[0] <= 300
+    assert most[1] <= 300
+
+
+def test_sixteen_blocked_partitions_of_32(cluster: Cluster) -> None:
+    """correctness 4, 7: half are full and paused; the others go on; then all go on."""
+    topic, group = fresh_topic(cluster, 32), fresh_group()
+    for partition in range(32):
+        put(topic, *range(40), partition=partition)
+    blocked = set(range(0, 32, 2))
+    well = threading.Event()
+    handled: dict[int, list[int]] = defaultdict(list)
+
+    def handle(record: Record[int]) -> None:
+        if record.partition in blocked and record.value == 10 and not well.is_set():
+            raise ValueError("blocked")
+        handled[record.partition].append(record.value)
+
+    consumer = Consumer(topic, handle, group, workers=4, max_ahead=10, on_failure=keep_trying(0.05, 0.1))
+    with Member(consumer) as member:
+        member.wait_committed({partition: 10 if partition in blocked else 40 for partition in range(32)})
+        for partition in range(1, 32, 2):
+            put(topic, 40, partition=partition)
+        member.wait_committed({partition: 10 if partition in blocked else 41 for partition in range(32)})
+        well.set()
+        member.wait_committed({partition: 40 if partition in blocked else 41 for partition in range(32)})
+    assert all(handled[partition] == list(range(40)) for partition in blocked)
+
+
+def test_a_paused_partition_goes_on_although_a_key_of_it_is_blocked(cluster: Cluster) -> None:
+    """correctness 7: it was full because of one key; another key that fails must not keep it paused for ever."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    sender = Producer(cluster)
+    for offset in range(400):
+        key = {0: "first", 60: "second"}.get(offset, "others")
+        sender.send(topic.name, str(offset).encode(), key)
+    sender.flush()
+    first, second = threading.Event(), threading.Event()
+
+    def handle(record: Record[int]) -> None:
+        if record.key == "first":
+            first.wait(20)
+        if record.key == "second":
+            second.wait(20)
+
+    consumer = Consumer(topic, handle, group, order="key", max_ahead=64, commit_interval=0.05)
+    with Member(consumer) as member:
+        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) >= 61)
+        paused = len(member.journal.of(Step.HANDLED))
+        assert paused < 64
+        first.set()
+        member.wait_committed({0: 60})
+        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) > paused + 20)
+        second.set()
+        member.wait_committed({0: 400})
+
+
+def test_one_record_is_handled_at_once(cluster: Cluster) -> None:
+    """correctness 8: a batch that waits to fill would take its whole time limit."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    arrived = threading.Event()
+    with Member(Consumer(topic, lambda record: arrived.set(), group)) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        waits = []
+        for number in range(20):
+            arrived.clear()
+            put(topic, number)
+            began = time.monotonic()
+            assert arrived.wait(5)
+            waits.append(time.monotonic() - began)
+    assert sorted(waits)[10] < 0.04  # the median: less than the loop's own turn
+
+
+@pytest.mark.parametrize("coroutine", [False, True], ids=["thread", "coroutine"])
+def test_a_handler_past_its_deadline_ends_the_process(cluster: Cluster, coroutine: bool) -> None:
+    """correctness 7: exit code 70, the record's place and the stacks on stderr, nothing committed."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    with Process(topic, group, hang=60, deadline=0.5, coroutine=coroutine) as process:
+        assert process.ends() == EXIT_DEADLINE
+    assert f"handler of {topic.name}/0/0 has run for more than its deadline of 0.5 s" in process.stderr
+    assert f"in {'hang' if coroutine else 'handle'}" in process.stderr
+    assert committed(topic, group) == {}
+
+
+def test_a_frozen_process_does_not_age(cluster: Cluster) -> None:
+    """correctness 7: a deadline of 2 s outlives 3 s on ice."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    with Process(topic, group, hang=1, deadline=2.0) as process:
+        process.wait_for(Step.HANDLING)
+        process.freeze()
+        time.sleep(3)  # the time on ice is what is tested
+        process.thaw()
+        process.wait_for(Step.COMMITTED)

@@ -1,0 +1,291 @@
+"""Load, settle, audit and history of a lab: what they say is what is so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+from lab_helpers import Order, Shipped, orders, wait_ready
+from processes import wait_until
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.lag import lag
+from labkit.kafka.producer import Producer
+from labkit.kafka.records import Record
+from labkit.kafka.topics import Topic
+from labkit.lab import Lab
+from labkit.lab.audit import AuditFailed, Effect
+from labkit.runtime.connect import Connection
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+
+@pytest.fixture
+def lab(connection: Connection) -> Iterator[Lab]:
+    lab = Lab("audit")
+    yield lab
+    lab._end(0)
+
+
+class Shop:
+    """Orders that are shipped."""
+
+    def __init__(self, lab: Lab, replicas: int = 1, takes: float = 0.0) -> None:
+        self.orders = orders = lab.topic("orders", 2, Order)
+        self.shipped = shipped = lab.topic("shipped", 2, Shipped)
+
+        def ship(record: Record[Order]) -> None:
+            time.sleep(takes)
+            shipped.send(Shipped(record.value.id), key=record.key)
+
+        del orders
+        self.pods = lab.deploy("shop", Consumer(self.orders, ship), replicas)
+        if replicas:
+            wait_ready(self.pods)
+
+
+def test_all_is_well(lab: Lab) -> None:
+    shop = Shop(lab, 2)
+    load = lab.load(shop.orders, orders(300), rate=300)
+    audit = lab.verdict(load, shop.shipped)
+    assert audit.check() == (
+        "300 sent · 300 done · lost 0 · duplicated 0 · out of order 0"
+        " · extras: each a redelivery after a fault, or sent again"
+    )
+    assert repr(lab.settle()) == "settled: no lag, nothing waits"
+
+
+def test_a_crash_loses_nothing_and_every_extra_has_its_fault(lab: Lab) -> None:
+    shop = Shop(lab, 2, takes=0.01)
+    load = lab.load(shop.orders, orders(400), rate=150)
+    lab.when(lambda: shop.pods.pods[0].handled > 20, shop.pods.pods[0].crash)
+    audit = lab.verdict(load, shop.shipped)
+    audit.check()
+    assert {extra.fault.kind for extra in audit.redelivered if extra.fault} <= {"crash"}
+    assert shop.pods.restarts == 1
+
+
+def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
+    shop = Shop(lab)
+    shop.pods.pods[0].freeze()
+    load = lab.load(shop.orders, orders(5), rate=1000)
+    begun = time.monotonic()
+    settled = lab.settle(60)
+    assert time.monotonic() - begun < 1
+    assert repr(settled) == "unknown: shop-0 is frozen: thaw it first"
+    audit = lab.audit(load, shop.shipped)
+    assert audit.result == "unknown"
+    assert audit.lost == []  # nothing is claimed
+    with pytest.raises(AuditFailed, match="unknown: shop-0 is frozen"):
+        audit.check()
+    shop.pods.pods[0].thaw()
+    assert lab.verdict(load, shop.shipped).check().startswith("5 sent · 5 done")
+
+
+def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    shop = Shop(lab, takes=5)
+    load = lab.load(shop.orders, orders(4), rate=1000)
+    load.wait()
+    audit = lab.verdict(load, shop.shipped, timeout=0.3)
+    assert audit.verdict().startswith("unknown: shop is 4 records behind · 4 sent · 0 done so far")
+    assert repr(lab.settle(0.3)) == "unknown: after 0.3 s: shop is 4 records behind"
+    load = lab.load(shop.orders, orders(1000, 100), rate=5)
+    assert lab.settle(0.3).reason == "after 0.3 s: the load on orders still sends"
+    load.stop()
+    capsys.readouterr()
+    lab.verdict(load, shop.shipped, timeout=0)
+    shop.pods.note("shop-0", "hello")
+    lab.logs("shop")
+    assert "shop-0: hello" in capsys.readouterr().out
+    with pytest.raises(LabkitError, match="no deployment 'shop1' in this lab: there is shop"):
+        lab.logs("shop1")
+
+
+def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Shop(lab, takes=0.2)
+    load = lab.load(shop.orders, orders(10), rate=1000)
+    load.wait()
+    read = lab._effects
+
+    def read_and_dawdle(topic: Topic[object], identify: Callable[[object], str]) -> list[Effect]:
+        seen = read(topic, identify)
+        wait_until(lambda: lab.unsettled() is None, 20, "the rest")
+        return seen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "_effects", read_and_dawdle)
+        audit = lab.audit(load, shop.shipped)
+    assert audit.result == "unknown"
+    assert "shop is" in (audit.reason or "")
+    assert lab.audit(load, shop.shipped).check().startswith("10 sent · 10 done · lost 0")
+
+
+def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
+    shop = Shop(lab)
+    allowed = False
+    lab.when(lambda: allowed, shop.pods.pods[0].crash)
+    assert "what was planned (crash) still waits for its condition" in lab.settle(0.3).reason
+    allowed = True
+    assert lab.settle(20)
+    assert shop.pods.restarts == 1
+
+    def wrong() -> None:
+        raise KeyError("x")
+
+    lab.when(lambda: True, wrong)
+    wait_until(lambda: "failed" in (lab.unsettled() or ""), 5)
+    assert lab.settle(60).reason == "what was planned (wrong) failed: KeyError: 'x'"
+
+
+def test_a_load_keeps_its_rate(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    begun = time.monotonic()
+    load = lab.load(topic, orders(300), rate=200)
+    wait_until(lambda: load.count >= 100, 5)
+    half = time.monotonic()
+    assert 0.4 < half - begun < 2.5  # told: 0.5, and up to 1 s until the client is ready
+    load.wait(10)
+    assert 0.9 < time.monotonic() - half < 2.0  # told: 1.0
+    assert load.done
+    assert load.count == 300
+    assert repr(load) == "Load: 300 sent to orders, done"
+    sent = load.sent
+    assert [one.id for one in sent] == [str(number) for number in range(300)]
+    assert all(one.confirmed for one in sent)
+
+
+def test_a_lossy_producer_is_found_out(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    send, dropped = Producer.send, []
+
+    def lossy(
+        self: Producer,
+        topic: str,
+        value: bytes | None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        partition: int = -1,
+    ) -> None:
+        if topic.endswith("orders") and key in ("7", "42"):
+            dropped.append(key)
+            return
+        send(self, topic, value, key, headers, partition)
+
+    monkeypatch.setattr(Producer, "send", lossy)
+    shop = Shop(lab)
+    audit = lab.verdict(lab.load(shop.orders, orders(100), rate=1000), shop.shipped)
+    assert dropped == ["7", "42"]
+    with pytest.raises(AuditFailed, match=r"invalid: 100 sent · 98 done · lost 2 [^\n]*\n  lost: 7, 42"):
+        audit.check()
+
+
+def test_a_broker_that_refuses_is_an_error_of_the_load(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    lab.cluster.delete_topics([topic.name])
+    other = lab.topic("others", 1, Order)
+    fine = lab.load(other, orders(300), rate=100)
+    load = lab.load(topic, orders(10), rate=1000)
+    wait_until(lambda: load.done, 20, "the load's end")
+    assert "DeliveryFailed: " in (load.error or "")
+    assert topic.name in (load.error or "")
+    assert "failed: DeliveryFailed" in repr(load)
+    assert load.count == 0
+    with pytest.raises(DeliveryFailed):
+        load.wait()
+    begun = time.monotonic()
+    assert "the load on orders failed: DeliveryFailed" in lab.settle(30).reason
+    assert time.monotonic() - begun < 1
+    fine.wait()  # none of its business
+    assert fine.count == 300
+
+
+def test_a_load_that_failed_is_made_good_by_running_its_cell_again(lab: Lab) -> None:
+    shop = Shop(lab)
+
+    def broken() -> Iterator[Order]:
+        yield Order(1)
+        raise ValueError("no more orders")
+
+    lab.load(shop.orders, broken(), rate=1000)
+    wait_until(lambda: "no more orders" in (lab.unsettled() or ""), 5)
+    again = lab.load(shop.orders, orders(5), rate=1000)
+    audit = lab.verdict(again, shop.shipped, timeout=20)
+    assert audit.check().startswith("5 sent · 5 done · lost 0")
+
+
+def test_a_load_cell_that_runs_again_is_valid_and_says_resent(lab: Lab) -> None:
+    shop = Shop(lab)
+    for _ in range(2):
+        load = lab.load(shop.orders, orders(50), rate=1000)
+        load.wait()
+    audit = lab.verdict(load, shop.shipped)
+    assert audit.check().startswith("50 sent · 50 done · lost 0")
+    assert len(audit.resent) == 50
+
+
+def test_values_without_the_id_are_named(lab: Lab) -> None:
+    shop = Shop(lab)
+    load = lab.load(shop.orders, [{"number": 1}], rate=1000)  # type: ignore[list-item]
+    wait_until(lambda: load.done, 5)
+    assert "{'number': 1} has no field 'id': name its id by" in (load.error or "")
+    load = lab.load(shop.orders, orders(1), rate=1000, by="customer")
+    load.wait()
+    lab.settle()
+    with pytest.raises(LabkitError, match=r"Shipped\(id=0\) has no field 'customer'"):
+        lab.audit(load, shop.shipped, by="customer")
+
+
+def test_a_tombstone_is_no_effect(lab: Lab) -> None:
+    shop = Shop(lab)
+    lab.board(lag=shop.pods, completed=shop.shipped).close()
+    load = lab.load(shop.orders, orders(3), rate=1000)
+    load.wait()
+    shop.shipped.send(None, key="1")
+    shop.shipped.flush()
+    assert lab.verdict(load, shop.shipped).check().startswith("3 sent · 3 done")
+    completed = "metric == 'completed' and label == 'shipped' and value == 3"
+    wait_until(lambda: len(lab.history().query(completed)), 5, "the count of three")
+
+
+def test_the_history_is_tidy_and_its_lag_is_the_real_one(lab: Lab) -> None:
+    shop = Shop(lab, 0)
+    lab.board(lag=shop.pods, completed=shop.shipped).close()
+    lab.load(shop.orders, orders(40), rate=1000).wait()
+
+    def seen() -> dict[str, float]:
+        frame = lab.history().query("metric == 'lag'")
+        return dict(frame.groupby("label")["value"].last().items()) if len(frame) else {}  # type: ignore[arg-type]
+
+    wait_until(lambda: sum(seen().values()) == 40, 5, "the lag")
+    assert shop.pods.group
+    real = lag(lab.cluster, shop.pods.group, [shop.orders.name])
+    assert seen() == {f"orders/{number}": count for (_, number), count in real.items()}
+    shop.pods.scale(2)
+    lab.settle()
+    wait_until(lambda: sum(seen().values()) == 0, 5, "no lag")
+    wait_until(lambda: lab.history().query("metric == 'completed'")["value"].max() == 40, 5, "what took effect")
+    wait_until(lambda: lab.history().query("metric == 'pods'")["value"].iloc[-1] == 2, 5, "both pods")
+    frame = lab.history()
+    assert list(frame.columns) == ["time", "seconds", "metric", "label", "value"]
+    assert {str(kind) for kind in frame.dtypes[["seconds", "value"]]} == {"float64"}
+    assert str(frame["time"].dtype).startswith("datetime64")
+    assert not frame.isna().any().any()
+    wanted = {"lag", "waiting", "redelivered", "failed", "sent", "completed", "pods", "rate"}
+    assert wanted <= set(frame["metric"])
+    newest = {metric: rows["value"].iloc[-1] for metric, rows in frame.groupby("metric")}
+    assert (newest["sent"], newest["completed"], newest["redelivered"], newest["pods"]) == (40, 40, 0, 2)
+
+
+def test_a_topic_of_an_impossible_type_is_refused(lab: Lab) -> None:
+    with pytest.raises(LabkitError, match="values of topic orders cannot be of type"):
+        lab.topic("orders", 1, Order | Shipped)  # type: ignore[arg-type]
+    with pytest.raises(LabkitError, match="1 to 1000 partitions, not '4'"):
+        lab.topic("orders", "4", Order)  # type: ignore[arg-type]
+
+
+def test_a_topic_of_the_lab_knows_its_short_name(lab: Lab) -> None:
+    topic: Topic[Order] = lab.topic("orders", 1, Order)
+    assert topic.short == "orders"
+    assert topic.name == lab.run.prefix + "orders"
+    assert topic.name in lab.cluster.topics()

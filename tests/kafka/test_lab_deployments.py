@@ -1,0 +1,354 @@
+"""Deployments: pods kept running, replaced, scaled, drained; and what is said when their handlers do wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab_helpers import Order, Shipped, orders, said, values, wait_ready, wait_said
+from processes import is_alive, wait_until
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.producer import Producer
+from labkit.kafka.records import Record
+from labkit.lab import Lab
+from labkit.lab.deployment import PodState
+from labkit.lab.travel import CannotTravel
+from labkit.runtime.connect import Connection
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+
+@pytest.fixture
+def lab(connection: Connection) -> Iterator[Lab]:
+    lab = Lab("deployments")
+    yield lab
+    lab._end(0)  # `close` would wait for the sessions of killed pods
+
+
+def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
+    topic = lab.topic("orders", 2, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
+    wait_ready(shop)
+    before = [pod.child.pid for pod in shop.pods if pod.child]
+    shop.pods[0].crash()
+    wait_until(lambda: not is_alive(before[0]), 2, "the end of the pod")
+    wait_ready(shop)
+    assert [pod.name for pod in shop.pods] == ["shop-0", "shop-1"]
+    assert [pod.restarts for pod in shop.pods] == [1, 0]
+    assert shop.restarts == 1
+    assert shop.pods[0].child
+    assert shop.pods[0].child.pid != before[0]
+    assert shop.pods[1].child
+    assert shop.pods[1].child.pid == before[1]
+    assert said(shop, "killed by SIGKILL; starts again in 0.1 s", "shop-0")
+    assert [fault.kind for fault in lab.faults] == ["crash"]
+
+
+def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    lab.load(topic, orders(1), rate=1000).wait()
+
+    def leave(record: object) -> None:
+        sys.exit(3)
+
+    shop = lab.deploy("shop", Consumer(topic, leave))
+    wait_until(lambda: shop.restarts >= 3, 30, "three restarts")
+    waits = [line.text.rpartition("in ")[2] for line in shop.log if "starts again" in line.text]
+    assert waits[:3] == ["0.1 s", "0.2 s", "0.4 s"]
+    assert said(shop, "HandlerExit: the handler ended the process (SystemExit(3)) on ", "shop-0")
+    assert "1 records behind" in (lab.unsettled() or "")
+    assert lab.faults[0].kind == "death"
+
+
+def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None:
+    """Else what it had in hand and comes again would have no explanation."""
+    topic = lab.topic("orders", 1, Order)
+    lab.load(topic, orders(1), rate=1000).wait()
+    shop = lab.deploy("shop", Consumer(topic, lambda record: os._exit(0)))
+    wait_said(shop, "ended with exit code 0")
+    assert lab.faults[0].kind == "death"
+
+
+def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    pod = shop.pods[0]
+    assert pod.state is PodState.STARTING or pod.state is PodState.RESTARTING
+    wait_ready(shop)
+    with pytest.raises(LabkitError, match="shop-0 is not frozen"):
+        pod.thaw()
+    pod.freeze()
+    pod.freeze()
+    assert pod.state is PodState.FROZEN
+    lab.load(topic, orders(10), rate=1000).wait()
+    assert pod.handled == 0
+    pod.thaw()
+    wait_until(lambda: pod.handled == 10, 15, "what it does after the thaw")
+    with pytest.raises(LabkitError, match="-1 s: give 0 or more"):
+        pod.slow(-1)
+    pod.slow(0.05)
+    assert pod.state is PodState.SLOW
+    begun = time.monotonic()
+    lab.load(topic, orders(20, 100), rate=1000).wait()
+    assert lab.settle(30)
+    assert time.monotonic() - begun > 20 * 0.05
+    pod.slow(0)
+    assert pod.state is PodState.RUNNING
+    pod.drain()
+    pod.drain()
+    wait_said(shop, "drained; starts again", "shop-0")
+    wait_ready(shop)
+    kinds = [(fault.kind, fault.end is None) for fault in lab.faults]
+    assert kinds == [("freeze", False), ("slow", False), ("drain", False)]
+
+
+def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> None:
+    source, target = lab.topic("orders", 4, Order), lab.topic("shipped", 4, Shipped)
+
+    def ship(record: Record[Order]) -> None:
+        time.sleep(0.002)
+        target.send(Shipped(record.value.id), key=record.key)
+
+    shop = lab.deploy("shop", Consumer(source, ship), replicas=1)
+    wait_ready(shop)
+    load = lab.load(source, orders(1500), rate=250)
+    for step, replicas in enumerate((3, 1, 4, 2), 1):
+        wait_until(lambda step=step: load.count >= 250 * step, 20, "more load")  # type: ignore[misc]
+        shop.scale(replicas)
+        wait_ready(shop)
+        assert len(shop.pods) == replicas
+    shop.pods[0].drain()
+    load.wait()
+    audit = lab.verdict(load, target)
+    assert audit.check().startswith("1,500 sent · 1,500 done · lost 0")
+    # In the middle of a rebalance a drain may not get its last commit through; whatever comes again has its reason.
+    assert {extra.fault.kind for extra in audit.redelivered if extra.fault} <= {"scale", "drain"}
+    assert len(audit.found) == len(audit.redelivered)
+    wait_until(lambda: all(fault.end is not None for fault in lab.faults), 15, "the last pod to leave")
+
+
+def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
+    source, target = lab.topic("orders", 2, Order), lab.topic("shipped", 2, dict)
+    version = "old"
+
+    def ship(record: Record[Order]) -> None:
+        target.send({"id": record.value.id, "by": version}, key=record.key)
+
+    old = lab.deploy("shop", Consumer(source, ship), replicas=2)
+    load = lab.load(source, orders(600), rate=150)
+    # Both at work, and what they have is committed: a drain in the middle of a rebalance may do records twice.
+    wait_until(lambda: min(pod.handled for pod in old.pods) > 30, 20, "the old one at work")
+    version = "new"
+    new = lab.deploy("shop", Consumer(source, ship), replicas=1)
+    assert lab.deployments["shop"] is new
+    load.wait()
+    audit = lab.verdict(load, target)
+    assert audit.check().startswith("600 sent · 600 done · lost 0")
+    assert audit.found == []
+    assert {value["by"] for value in values(target)} == {"old", "new"}
+    assert old.pods == []
+    assert [(fault.kind, fault.end is None) for fault in lab.faults] == [("redeploy", False)]
+
+
+def test_deploying_thrice_at_once_leaves_the_last(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    made = [lab.deploy("shop", Consumer(topic, lambda record: None)) for _ in range(3)]
+    wait_ready(made[-1])
+    pids = {pod.child.pid for one in made for pod in one.pods if pod.child}
+    assert len(pids) == 1
+
+
+def test_a_handler_that_raises_is_shown_with_its_traceback(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+
+    def fail(record: object) -> None:
+        print("working on it")
+        raise ValueError("the card was refused")
+
+    shop = lab.deploy("shop", Consumer(topic, fail))
+    lab.load(topic, orders(3), rate=1000).wait()
+    wait_until(lambda: shop.waiting, 20, "a record in a back-off")
+    settled = lab.settle(1)
+    assert not settled
+    assert "1 record of shop in a back-off: orders/0/0" in repr(settled)
+    assert "ValueError: the card was refused" in settled.reason
+    assert said(shop, "working on it", "shop-0")
+    assert said(shop, "ValueError: the card was refused", "shop-0")
+    assert said(shop, "in fail", "shop-0")  # a line of the traceback
+    history = lab.history()
+    assert history.query("metric == 'lag'")["value"].iloc[-1] == 3
+    audit = lab.verdict([], topic, timeout=0.5)
+    assert audit.result == "unknown"
+    assert "orders/0/0" in (audit.reason or "")
+    assert shop.restarts == 0
+
+
+def test_an_edited_handler_takes_effect_and_the_record_is_done(lab: Lab) -> None:
+    source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
+
+    def broken(record: object) -> None:
+        raise KeyError("typo")
+
+    def mended(record: Record[Order]) -> None:
+        target.send(Shipped(record.value.id))
+
+    load = lab.load(source, orders(3), rate=1000)
+    shop = lab.deploy("shop", Consumer(source, broken))
+    wait_until(lambda: shop.waiting, 20, "a record in a back-off")
+    lab.deploy("shop", Consumer(source, mended))
+    assert lab.verdict(load, target).check().startswith("3 sent · 3 done · lost 0")
+
+
+def test_a_handler_past_its_deadline_is_in_the_log_with_its_stack(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+
+    def hang(record: object) -> None:
+        time.sleep(600)
+
+    lab.load(topic, orders(1), rate=1000).wait()
+    shop = lab.deploy("shop", Consumer(topic, hang, deadline=0.5))
+    wait_said(shop, "ended: a handler overran its deadline; starts again", "shop-0")
+    assert said(shop, "orders/0/0 has run for more than its deadline of 0.5 s", "shop-0")
+    assert said(shop, "in hang", "shop-0")
+
+
+def test_a_poison_record_is_shown_with_its_place(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    sender = Producer(lab.cluster)
+    sender.send(topic.name, b"not json")
+    sender.flush()
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_until(lambda: shop.waiting, 20, "the poison record in a back-off")
+    settled = lab.settle(0.5)
+    assert "orders/0/0" in settled.reason
+    assert "does not decode" in settled.reason
+    assert said(shop, "orders/0/0 does not decode", "shop-0")
+
+
+def test_a_topic_deleted_under_a_deployment_is_named(lab: Lab) -> None:
+    topic = lab.topic("orders", 2, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_ready(shop)
+    lab.cluster.delete_topics([topic.name])
+    wait_said(shop, f"TopicMissing: topic {topic.name} was deleted", "shop-0")
+    wait_said(shop, f"TopicMissing: topic orders ({topic.name}) does not exist", "shop-0")
+    settled = lab.settle(0.5)
+    assert "shop consumes orders, which does not exist (any more)" in settled.reason
+    before = len(lab.history())
+    wait_until(lambda: len(lab.history()) > before, 5, "the sampler to go on")
+    lab.cluster.create_topic(topic.name, 2)
+
+
+def test_a_topic_that_does_not_exist_is_named(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    lab.cluster.delete_topics([topic.name])
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_said(shop, f"topic orders ({topic.name}) does not exist at {lab.cluster.bootstrap}: create it first", "shop-0")
+
+
+def test_what_cannot_be_deployed(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    consumer = Consumer(topic, lambda record: None)
+    for replicas in (-1, 65, 1.5, True, "2"):
+        with pytest.raises(LabkitError, match="replicas must be a number from 0 to 64"):
+            lab.deploy("shop", consumer, replicas=replicas)  # type: ignore[arg-type]
+    for name in ("Shop", "", "a.b", "x" * 41, "shop_1"):
+        with pytest.raises(LabkitError, match="cannot be a name: use lower-case letters, digits and '-'"):
+            lab.deploy(name, consumer)
+    with pytest.raises(LabkitError, match="cannot be deployed: give a Consumer"):
+        lab.deploy("shop", lambda record: None)  # type: ignore[arg-type]
+    assert lab.deployments == {}
+    shop = lab.deploy("shop", consumer, replicas=0)
+    with pytest.raises(LabkitError, match="from 0 to 64"):
+        shop.scale(100)
+    load = lab.load(topic, orders(1))
+    board = lab.board(lag=shop)
+    for variable, kind in ((lab, "Lab"), (shop, "Deployment"), (load, "Load"), (board, "Board")):
+
+        def handler(record: object, thing: object = None, variable: object = variable) -> None:
+            print(variable)
+
+        with pytest.raises(CannotTravel, match=rf"the variable 'variable' \(a {kind}\) cannot travel"):
+            lab.deploy("other", Consumer(topic, handler))
+    assert lab.deployments == {"shop": shop}
+
+
+def test_lag_without_pods_says_so(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    lab.load(topic, orders(2), rate=1000).wait()
+    lab.deploy("shop", Consumer(topic, lambda record: None), replicas=0)
+    assert lab.settle(0.5).reason.endswith("shop is 2 records behind and has no pods: scale it up")
+
+
+def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.lab.deployment.GRACE", 0.5)
+    topic = lab.topic("orders", 1, Order)
+
+    def deaf(record: object) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        time.sleep(600)
+
+    lab.load(topic, orders(1), rate=1000).wait()
+    shop = lab.deploy("shop", Consumer(topic, deaf, drain=60))
+    wait_ready(shop)
+    shop.scale(0)
+    wait_said(shop, "has not drained within 0.5 s and is killed", "shop-0")
+    wait_until(lambda: not shop._retired, 5, "the pod's end")
+
+
+def test_a_handler_cannot_read_the_pods_orders(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+
+    def ask(record: object) -> None:
+        print(f"read {sys.stdin.read()!r}")
+
+    shop = lab.deploy("shop", Consumer(topic, ask))
+    lab.load(topic, orders(1)).wait()
+    wait_said(shop, "read ''")
+    assert lab.settle(10)
+
+
+def test_what_a_handler_leaves_behind_does_not_hold_up_a_restart(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+
+    def start(record: object) -> None:
+        import subprocess
+
+        grandchild = subprocess.Popen(["sleep", "20"], start_new_session=True)
+        print(f"started {grandchild.pid}.")
+        os._exit(1)
+
+    shop = lab.deploy("shop", Consumer(topic, start))
+    lab.load(topic, orders(1)).wait()
+    wait_until(lambda: shop.restarts >= 2, 20, "two restarts")
+    for line in shop.log:
+        if line.text.startswith("started "):
+            os.kill(int(line.text[8:-1]), signal.SIGKILL)
+
+
+def test_what_a_drain_leaves_half_done_is_explained(lab: Lab, tmp_path: Path) -> None:
+    """The same pod does it again, long after the drain began."""
+    source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
+    begun = tmp_path / "begun"
+
+    def ship(record: Record[Order]) -> None:
+        first = not begun.exists()
+        begun.touch()
+        time.sleep(2.0 if first else 0)
+        target.send(Shipped(record.value.id))
+        time.sleep(60 if first else 0)
+
+    load = lab.load(source, orders(1))
+    shop = lab.deploy("shop", Consumer(source, ship, drain=3))
+    wait_until(begun.exists, 20, "the handler at work")
+    shop.pods[0].drain()
+    audit = lab.verdict(load, target)
+    audit.check()
+    assert [extra.fault.kind for extra in audit.redelivered if extra.fault] == ["drain"]

@@ -1,0 +1,219 @@
+"""Runs of labs: what they leave, what is collected, and by whom."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab_helpers import Order, orders, wait_ready
+from processes import is_alive, wait_until
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.kafka.topics import Topic
+from labkit.lab import Lab, runs
+from labkit.runtime.connect import Connection
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+NOTEBOOK = """
+import sys
+from labkit.lab import Consumer, Lab
+
+lab = Lab("killed")
+topic = lab.topic("orders", 2, dict)
+shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
+while not shop.ready():
+    pass
+shop.pods[0].freeze()
+print(lab.run.prefix, *(pod.child.pid for pod in shop.pods), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def lab(connection: Connection) -> Iterator[Lab]:
+    lab = Lab("runs")
+    yield lab
+    lab._end(0)
+
+
+def left(cluster: Cluster, prefix: str) -> list[str]:
+    """Topics and groups of a run."""
+    return sorted(name for name in (*cluster.topics(), *cluster.groups()) if name.startswith(prefix))
+
+
+def record(lab: Lab, state_dir: Path) -> Path:
+    return state_dir / "runs" / f"{lab.run.id}.json"
+
+
+def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> None:
+    topic = lab.topic("orders", 2, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=3)
+    load = lab.load(topic, orders(1000), rate=100)
+    board = lab.board(lag=shop)
+    wait_ready(shop)
+    shop.pods[0].freeze()
+    shop.pods[1].crash()
+    pids = [pod.child.pid for pod in shop.pods if pod.child]
+    assert len(left(cluster, lab.run.prefix)) == 3  # two topics and a group
+    lab.close()
+    assert left(cluster, lab.run.prefix) == []
+    assert not [pid for pid in pids if is_alive(pid)]
+    assert not record(lab, state_dir).exists()
+    wait_until(lambda: load.done, 5)
+    assert board is not None
+    lab.close()
+    assert repr(lab) == f"Lab runs (run {lab.run.id}): closed"
+    for act in (
+        lambda: lab.topic("more"),
+        lambda: lab.deploy("shop", Consumer(topic, print)),
+        lambda: lab.load(topic, orders(1)),
+        lambda: lab.board(lag=shop),
+        lambda: lab.when(lambda: True, print),
+    ):
+        with pytest.raises(LabkitError, match=r"this lab is closed: run the cell with Lab\('runs'\) again"):
+            act()
+
+
+def test_closing_while_a_deployment_is_replaced_leaves_no_pod(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    lab.load(topic, orders(1)).wait()
+    old = lab.deploy("shop", Consumer(topic, lambda record: time.sleep(60)))
+    wait_until(lambda: old.ready(), 20)
+    assert old.pods[0].child
+    pid = old.pods[0].child.pid
+    lab.deploy("shop", Consumer(topic, lambda record: None))
+    lab._end(0)
+    assert not is_alive(pid)
+
+
+def test_a_lab_of_the_same_name_closes_the_one_before(lab: Lab, cluster: Cluster) -> None:
+    shop = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), lambda record: None))
+    wait_ready(shop)
+    assert shop.pods[0].child
+    pid, prefix = shop.pods[0].child.pid, lab.run.prefix
+    with Lab("runs") as after:
+        assert not is_alive(pid)
+        assert left(cluster, prefix) == []
+        assert after.run.prefix != prefix
+        with pytest.raises(LabkitError, match="closed"):
+            lab.topic("orders")
+        with Lab("other") as other:  # does not
+            other.topic("orders")
+            after.topic("orders")
+
+
+def test_a_lab_nobody_holds_goes_on(connection: Connection) -> None:
+    """Its pods work, so it is no garbage. The next of its name ends it."""
+    shop = Lab("forgotten").deploy("shop", Consumer(_somewhere(connection.cluster), lambda record: None))
+    wait_ready(shop)
+    assert shop.pods[0].child
+    pid = shop.pods[0].child.pid
+    Lab("forgotten").close()
+    assert not is_alive(pid)
+
+
+def _somewhere(cluster: Cluster) -> Topic[Order]:
+    topic = Topic(cluster, f"test.somewhere.{time.time_ns()}", 1, Order)
+    topic.create()
+    return topic
+
+
+def test_a_lab_that_cannot_be_made(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", "…"):
+        with pytest.raises(LabkitError, match="cannot be a notebook's name"):
+            Lab(name)
+    with pytest.raises(LabkitError, match="pace must be positive"):
+        Lab("runs", pace=0)
+    monkeypatch.setenv("LABKIT_PACE", "fast")
+    with pytest.raises(LabkitError, match="LABKIT_PACE must be a number, not 'fast'"):
+        Lab("runs")
+
+
+def test_what_a_killed_notebook_left_is_collected(cluster: Cluster, lab: Lab, state_dir: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", NOTEBOOK], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        prefix, *pids = process.stdout.readline().decode().split()
+        assert prefix in dict(runs.living())
+        assert "killed" in lab._repr_html_()  # among the other labs
+        process.kill()
+    wait_until(lambda: not [pid for pid in pids if is_alive(int(pid))], 5, "the end of its pods, the frozen one too")
+    assert len(left(cluster, prefix)) == 3
+    assert prefix not in dict(runs.living())
+    with Lab("next") as after:
+        assert prefix in after.collected
+        # A group whose members were killed lives as long as their sessions: it is not forgotten.
+        assert left(cluster, prefix) in ([], [f"{prefix}shop"])
+    wait_until(lambda: not _collected(cluster, lab, prefix), 15, "the group to be collected")
+    assert lab.run.prefix + "telemetry" in cluster.topics()  # a living run's
+
+
+def _collected(cluster: Cluster, lab: Lab, prefix: str) -> list[str]:
+    runs.collect(cluster, lab.connection.cluster_id)
+    return left(cluster, prefix)
+
+
+def test_only_what_a_dead_run_recorded_is_deleted(cluster: Cluster, connection: Connection, state_dir: Path) -> None:
+    run = runs.Run("dead", connection.cluster_id)
+    recorded, other = run.topic("mine"), run.name("not-recorded")
+    stranger = f"test.stranger.{time.time_ns()}"
+    run._made.topics.append(stranger)  # recorded, but not of this run's name
+    run._write()
+    for name in (recorded, other, stranger):
+        cluster.create_topic(name, 1)
+    assert run.prefix not in runs.collect(cluster, connection.cluster_id)  # it lives
+    run.forget()
+    assert run.prefix not in runs.collect(cluster, "another-cluster")
+    assert run.prefix in runs.collect(cluster, connection.cluster_id)
+    there = cluster.topics()
+    assert recorded not in there
+    assert other in there
+    assert stranger in there
+    assert not (state_dir / "runs" / f"{run.id}.json").exists()
+    cluster.delete_topics([other, stranger])
+
+
+def test_records_that_are_broken_or_being_made_harm_nobody(
+    cluster: Cluster, connection: Connection, state_dir: Path
+) -> None:
+    folder = state_dir / "runs"
+    empty, broken = folder / "empty.json", folder / "broken.json"
+    empty.write_bytes(b"")
+    broken.write_bytes(b'{"cluster')
+    (folder / "gone.json").symlink_to(folder / "nowhere")
+    try:
+        runs.collect(cluster, connection.cluster_id)
+        runs.living()
+        assert empty.exists()
+        long_ago = time.time() - runs.FORGET - 10
+        os.utime(broken, (long_ago, long_ago))
+        runs.collect(cluster, connection.cluster_id)
+        assert not broken.exists()
+    finally:
+        for path in (empty, folder / "gone.json"):
+            path.unlink(missing_ok=True)
+
+
+def test_a_run_whose_cluster_is_away_is_kept(
+    cluster: Cluster, connection: Connection, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.Run("away", connection.cluster_id)
+    name = run.topic("orders")
+    cluster.create_topic(name, 1)
+
+    def away(self: Cluster, names: object) -> None:
+        raise ClusterUnreachable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cluster, "delete_topics", away)
+        run.end(cluster)
+    assert (state_dir / "runs" / f"{run.id}.json").exists()
+    assert run.prefix in runs.collect(cluster, connection.cluster_id)
+    assert name not in cluster.topics()

@@ -1,0 +1,176 @@
+"""What the process's producer promises."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from consuming import fresh_topic
+
+import labkit.kafka.producer as module
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.producer import POD, Producer, handling, producer
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record
+from labkit.kafka.topics import Topic
+
+
+def read(topic: Topic[Any]) -> list[Record[Any]]:
+    with Reader(topic) as reader:
+        return reader.rest(10)
+
+
+def java_partition(key: bytes, partitions: int) -> int:
+    """Where Java's DefaultPartitioner puts a key: murmur2 of org.apache.kafka.common.utils.Utils, written anew."""
+    mask, m = 0xFFFFFFFF, 0x5BD1E995
+    h = 0x9747B28C ^ len(key)
+    whole = len(key) // 4 * 4
+    for start in range(0, whole, 4):
+        k = int.from_bytes(key[start : start + 4], "little") * m & mask
+        k = (k ^ k >> 24) * m & mask
+        h = (h * m & mask) ^ k
+    if rest := key[whole:]:
+        h = (h ^ int.from_bytes(rest, "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    h ^= h >> 15
+    return (h & 0x7FFFFFFF) % partitions
+
+
+# From Kafka's own UtilsTest.testMurmur2, as signed 32-bit numbers.
+MURMUR2 = {
+    b"21": -973932308,
+    b"foobar": -790332482,
+    b"a-little-bit-long-string": -985981536,
+    b"a-little-bit-longer-string": -1486304829,
+    b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8": -58897971,
+    b"abc": 479470107,
+}
+
+
+def test_keys_land_where_java_puts_them(cluster: Cluster) -> None:
+    """correctness 9: murmur2, checked against Kafka's own test vectors, then against where the records are."""
+    for key, hashed in MURMUR2.items():
+        assert java_partition(key, 2**31) == hashed & 0x7FFFFFFF
+    topic = fresh_topic(cluster, 7)
+    keys = [key.decode() for key in MURMUR2] + [f"kunde-ä-{number}" for number in range(60)]
+    for key in keys:
+        topic.send(1, key)
+    topic.flush()
+    assert {record.key: record.partition for record in read(topic)} == {
+        key: java_partition(key.encode(), 7) for key in keys
+    }
+
+
+def test_records_without_a_key_are_spread(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster, 4)
+    for number in range(200):
+        topic.send(number)
+        if number % 10 == 9:
+            topic.flush()
+    assert {record.partition for record in read(topic)} == {0, 1, 2, 3}
+
+
+def test_a_record_too_large_is_refused_at_once(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster, value=str)
+    with pytest.raises(DeliveryFailed, match=topic.name):
+        topic.send("x" * 3_000_000)
+
+
+def test_what_the_broker_refuses_is_told_once_by_flush(cluster: Cluster) -> None:
+    topic = Topic(cluster, f"{fresh_topic(cluster).name}.small", 1, str)
+    topic.create({"max.message.bytes": "1000"})
+    with suppress(DeliveryFailed):
+        topic.flush()  # what earlier tests left in the process's one producer
+    topic.send("x" * 5000)
+    with pytest.raises(DeliveryFailed, match=rf"1 records were not delivered: {topic.name}"):
+        topic.flush()
+    topic.send("small")
+    topic.flush()
+
+
+def test_who_depends_on_a_delivery_sees_its_failure_whoever_was_told(cluster: Cluster) -> None:
+    """correctness 10: a flush elsewhere in the process must not take a failure away from the commit."""
+    topic = Topic(cluster, f"{fresh_topic(cluster).name}.small", 1, str)
+    topic.create({"max.message.bytes": "1000"})
+    mine = producer(cluster)
+    before = mine.refused
+    mine.check(before)
+    topic.send("x" * 5000)
+    with pytest.raises(DeliveryFailed):
+        topic.flush()
+    with pytest.raises(DeliveryFailed, match="1 records"):
+        mine.check(before)
+    mine.check(mine.refused)
+
+
+def test_a_topic_that_is_missing_is_told_soon(cluster: Cluster) -> None:
+    topic = Topic(cluster, f"{fresh_topic(cluster).name}.missing", 1, int)
+    topic.send(1)
+    began = time.monotonic()
+    with pytest.raises(DeliveryFailed, match=topic.name):
+        topic.flush(30)
+    assert time.monotonic() - began < 10
+
+
+def test_an_unreachable_cluster_fails_within_the_time_limit() -> None:
+    nowhere = Producer(Cluster("127.0.0.1:1"), timeout=1.0)
+    nowhere.send("orders", b"1")
+    with pytest.raises(DeliveryFailed, match=r"not confirmed|not delivered"):
+        nowhere.flush(0.2)
+    with pytest.raises(DeliveryFailed, match="orders"):
+        nowhere.flush(5)
+
+
+def test_threads_that_ask_at_once_get_one_producer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """correctness 10: with two producers in a process the one would not confirm what the other sent."""
+    made: list[object] = []
+
+    class Slow:
+        def __init__(self, _cluster: Cluster) -> None:
+            made.append(self)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(module, "Producer", Slow)
+    where = Cluster("nowhere:1", (("client.id", "at-once"),))
+    start = threading.Barrier(4)
+    found: list[object] = []
+
+    def ask() -> None:
+        start.wait()
+        found.append(producer(where))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == len(made) == 1
+
+
+def test_headers_say_where_a_record_comes_from(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(POD, "shop-1")
+    sender = Producer(cluster)
+    topic = fresh_topic(cluster)
+    sender.send(topic.name, b"0")
+    sender.flush()
+    (first,) = read(topic)
+    token = handling.set(first)
+    try:
+        sender.send(topic.name, b"1")
+        sender.send(topic.name, b"2", headers={**first.headers, "x": "y"})
+        sender.send(topic.name, b"3", headers={"correlation-id": "mine"})
+    finally:
+        handling.reset(token)
+    sender.flush()
+    _, second, third, fourth = read(topic)
+    correlation = first.headers["correlation-id"]
+    assert first.headers == {"correlation-id": correlation, "pod": "shop-1"}
+    assert second.headers == {"correlation-id": correlation, "cause": first.place, "pod": "shop-1"}
+    assert third.headers == {**second.headers, "x": "y"}
+    assert fourth.headers == {**second.headers, "correlation-id": "mine"}
+    names = [name for name, _ in third._message.headers() or []]
+    assert len(names) == len(set(names))
