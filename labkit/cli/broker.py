@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
-
 import typer
 
 from labkit.cli.output import Json, say_json
-
-if TYPE_CHECKING:
-    from labkit.runtime.connect import Connection
-
-
-def running() -> Connection | None:
-    """The Kafka that `connect()` would take, if it is there already: nothing is started.
-
-    Raises LabkitError when an external cluster is named and does not answer.
-    """
-    from labkit.kafka.errors import ClusterUnreachable
-    from labkit.runtime import shared
-    from labkit.runtime.connect import BOOTSTRAP, CLIENT_CONFIG, COMPOSE, COMPOSE_CLUSTER_ID, Connection, connect
-
-    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
-        return connect()
-    try:
-        if COMPOSE.describe(1.0).cluster_id == COMPOSE_CLUSTER_ID:
-            return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID)
-    except ClusterUnreachable:
-        pass
-    lease = shared.attach()
-    return None if lease is None else Connection(lease.cluster, "embedded", lease.cluster_id, lease)
 
 
 def up() -> None:
@@ -55,6 +29,7 @@ def down() -> None:
 def status(as_json: Json = False) -> None:
     """Say which Kafka is running. Starts nothing; exit code 1 if there is none."""
     from labkit.runtime import shared
+    from labkit.runtime.connect import running
 
     connection = running()
     embedded = shared.status() if connection is None or connection.origin == "embedded" else None

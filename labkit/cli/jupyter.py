@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
 from labkit.kafka.errors import LabkitError
+from labkit.runtime.broker import log_tail
 
 START_SECONDS = 60.0  # a cold start on a slow disk; 2 s is usual
 STOP_SECONDS = 15.0  # Jupyter gives each kernel 5 s
@@ -88,18 +90,25 @@ class Jupyter:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
-                raise LabkitError(f"JupyterLab ended at once. Its log says:\n{_tail(self.log)}")
+                raise LabkitError(f"JupyterLab ended at once. Its log says:\n{log_tail(self.log)}")
             try:
                 self.address = str(json.loads(facts.read_text())["url"])
                 with direct(f"{self.address}api", timeout=5):
                     return self.address
             except (OSError, ValueError, URLError):
                 time.sleep(0.05)  # nothing tells when another process opens a port
-        raise LabkitError(f"JupyterLab did not answer within {START_SECONDS:g} s. Its log says:\n{_tail(self.log)}")
+        raise LabkitError(f"JupyterLab did not answer within {START_SECONDS:g} s. Its log says:\n{log_tail(self.log)}")
 
     def link(self, notebook: str) -> str:
-        """The address of a notebook, token included: what a browser opens."""
+        """The address of a notebook, token included."""
         return f"{self.address}lab/tree/{quote(notebook)}?token={self._token}"
+
+    def page(self, notebook: str) -> Path:
+        """A file that leads a browser to `link`, for this user only: command lines are for everybody to read."""
+        path = self._folder / "runtime" / "open.html"
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={escape(self.link(notebook))}">\n')
+        return path
 
     def wait(self) -> int:
         """Wait until it ends by itself (File → Shut Down); its exit code."""
@@ -128,10 +137,3 @@ def find_chromium() -> str | None:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
     return next(filter(None, map(shutil.which, names)), None) or shutil.which(mac)
-
-
-def _tail(path: Path, lines: int = 15) -> str:
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-    except OSError:
-        return f"(no log at {path})"

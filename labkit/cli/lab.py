@@ -36,7 +36,7 @@ def lab(
         with Jupyter(work, state_dir() / "jupyter.log", port=port) as jupyter, connect() as connection:
             typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}).")
             jupyter.wait_until_ready()
-            show(jupyter.link(FIRST), no_browser)
+            show(jupyter.link(FIRST), None if no_browser else jupyter.page(FIRST))
             typer.echo("Ctrl-C stops everything.")
             if jupyter.wait():
                 raise LabkitError(f"JupyterLab ended unexpectedly; its log is {jupyter.log}")
@@ -67,12 +67,12 @@ def prepare_work(root: Path) -> Path:
     return work
 
 
-def show(link: str, no_browser: bool) -> None:
-    """Open the address in a browser, and print it in any case."""
-    if not no_browser and _has_desktop() and _open(link):
+def show(link: str, page: Path | None) -> None:
+    """Open in a browser the page that leads to the address, unless it is None; print the address in any case."""
+    if page and _has_desktop() and _open(page):
         typer.echo(f"JupyterLab opens in your browser; its address is\n\n  {link}\n")
     else:
-        why = "" if no_browser else "No browser on this machine. "
+        why = "No browser on this machine. " if page else ""
         typer.echo(f"{why}JupyterLab is at\n\n  {link}\n")
 
 
@@ -83,11 +83,11 @@ def _has_desktop() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _open(link: str) -> bool:
+def _open(page: Path) -> bool:
     import webbrowser
 
     try:
-        return webbrowser.open(link)
+        return webbrowser.open(page.as_uri())
     except webbrowser.Error:
         return False
 

@@ -117,7 +117,10 @@ def lag(
         full = resolve(group, connection.cluster.groups())
         committed = committed_offsets(connection.cluster, full)
         if not committed:
-            raise LabkitError(f"group {full} has not committed anything yet")
+            raise LabkitError(
+                f"group {full} has not committed anything yet, so nothing says where it is: let its consumers finish a "
+                "record first. `labkit topics` tells whether there are any; in a notebook, run the cell that starts it"
+            )
         lags = behind(connection.cluster, full, sorted({topic for topic, _ in committed}))
     if as_json:
         partitions = [
@@ -134,8 +137,8 @@ def lag(
 
 
 def _kafka() -> Connection:
-    from labkit.cli.broker import running
     from labkit.kafka.errors import LabkitError
+    from labkit.runtime.connect import running
 
     connection = running()
     if connection is None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
 
@@ -65,31 +65,63 @@ class Cluster:
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
 
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
-        """Make a topic; one that already exists with as many partitions is left as it is.
+        """Make a topic; one that already exists with as many partitions and this cleanup policy is left as it is.
 
-        Raises TopicMismatch when it exists with another number of partitions.
+        Raises TopicMismatch when it exists in another way, ClusterUnreachable.
         """
-        new = NewTopic(name, num_partitions=partitions, replication_factor=-1, config=dict(config or {}))
-        try:
-            self._wait(admin(self).create_topics([new], operation_timeout=10))
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise LabkitError(f"topic {name} could not be created: {_reason(error)}") from error
-            there = self.topics().get(name, partitions)
-            if there != partitions:
+        asked = dict(config or {})
+        new = NewTopic(name, num_partitions=partitions, replication_factor=-1, config=asked)
+
+        def make() -> bool:
+            try:
+                admin(self).create_topics([new], operation_timeout=10, request_timeout=10)[name].result(11)
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code in PASSING or code == KafkaError._TIMED_OUT:
+                    raise
+                if code != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise LabkitError(f"topic {name} could not be created: {_reason(error)}") from error
+                return False
+            return True
+
+        if not self.ask(make, about=f"topic {name}: "):
+            self._compare(name, partitions, asked.get("cleanup.policy"))
+
+    def _compare(self, name: str, partitions: int, cleanup: str | None) -> None:
+        """Raises TopicMismatch when a topic is not as it was asked for. `cleanup` None: nothing was asked."""
+        there = self.topics().get(name, partitions)
+        if there != partitions:
+            raise TopicMismatch(
+                f"topic {name} exists with {there} partitions, not {partitions}: use that number or another name"
+            )
+        if cleanup is not None:
+            resource = ConfigResource(ConfigResource.Type.TOPIC, name)
+            has: str = self.ask(
+                lambda: admin(self).describe_configs([resource], request_timeout=10)[resource].result(11),
+                about=f"topic {name}: ",
+                also=KafkaError.UNKNOWN_TOPIC_OR_PART,  # just made: this broker does not know it yet
+            )["cleanup.policy"].value
+            if set(has.split(",")) != set(cleanup.split(",")):
                 raise TopicMismatch(
-                    f"topic {name} exists with {there} partitions, not {partitions}: use that number or another name"
-                ) from error
+                    f"topic {name} exists with cleanup.policy {has}, not {cleanup}: ask for that or use another name"
+                )
 
     def topic_id(self, name: str) -> str:
-        """The topic's UUID, which a topic deleted and made anew does not share. Raises TopicMissing."""
-        try:
-            futures = admin(self).describe_topics(TopicCollection([name]), request_timeout=10)
-            return str(futures[name].result(11).topic_id)
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
-            raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
+        """The topic's UUID, which a topic deleted and made anew does not share.
+
+        Raises TopicMissing, ClusterUnreachable.
+        """
+
+        def described() -> str:
+            try:
+                futures = admin(self).describe_topics(TopicCollection([name]), request_timeout=10)
+                return str(futures[name].result(11).topic_id)
+            except KafkaException as error:
+                if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
+                raise
+
+        return self.ask(described, about=f"topic {name}: ")
 
     def delete_topics(self, names: Collection[str]) -> None:
         """Delete topics; those that are already gone are passed over. Raises LabkitError when that fails."""
@@ -117,19 +149,24 @@ class Cluster:
         listing = self.ask(lambda: admin(self).list_consumer_groups(request_timeout=10).result(11))
         return [group.group_id for group in listing.valid]
 
-    def ask(self, question: Callable[[], T], patience: float = 10.0) -> T:
-        """Ask something that may be asked again: repeats it while the broker restarts or is just being found.
+    def ask(self, question: Callable[[], T], patience: float = 10.0, about: str = "", also: int | None = None) -> T:
+        """Ask something that may be asked again: repeats it while the broker restarts or is just being found, and
+        while it answers with the error code `also`.
 
-        Raises ClusterUnreachable for any other error, and for these when they last longer than `patience` seconds.
+        Raises ClusterUnreachable, its message beginning with `about`, for any other error, and for these when they
+        last longer than `patience` seconds.
         """
         until = time.monotonic() + patience
         while True:
             try:
                 return question()
             except (KafkaException, TimeoutError) as error:
-                passing = isinstance(error, KafkaException) and error.args[0].code() in PASSING
+                passing = isinstance(error, KafkaException) and error.args[0].code() in (*PASSING, also)
                 if not passing or time.monotonic() > until:
-                    raise ClusterUnreachable(f"no answer from {self.bootstrap}: {_reason(error)}") from error
+                    raise ClusterUnreachable(
+                        f"{about}no answer from {self.bootstrap} ({_reason(error)}): is the broker up? "
+                        "`labkit status` tells"
+                    ) from error
                 time.sleep(0.1)  # between two questions: nothing tells when it is over
                 _admin.cache_clear()  # a client can hold on to the leaders of before the restart: take a new one
 

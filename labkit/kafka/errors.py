@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def place_of(topic: str, partition: int, offset: int) -> str:
+    """`topic/partition/offset`, the name under which errors, logs and audits know a record."""
+    return f"{topic}/{partition}/{offset}"
+
+
 class LabkitError(Exception):
     """Base of all: catch this to tell a mistake in the set-up from a bug."""
 
@@ -27,7 +32,7 @@ class PoisonRecord(LabkitError):
     """A record whose key or value does not decode. Carries its place, so that a policy can set it aside."""
 
     def __init__(self, topic: str, partition: int, offset: int, reason: str) -> None:
-        super().__init__(f"{topic}/{partition}/{offset} does not decode: {reason}")
+        super().__init__(f"{place_of(topic, partition, offset)} does not decode: {reason}")
         self.topic, self.partition, self.offset, self.reason = topic, partition, offset, reason
 
     def __reduce__(self) -> tuple[type[PoisonRecord], tuple[str, int, int, str]]:

@@ -10,10 +10,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 from enum import Enum
+from typing import Any
 
-from labkit.kafka.records import Message
+from labkit.kafka.records import Message, Record
 from labkit.kafka.steps import Failure
 
 
@@ -56,14 +56,21 @@ class Lane:
             raise AssertionError(f"a lane cannot go from {self.state.value} to {state.value}")
         self.state = state
 
-    def next_failure(self, failure: Failure) -> Failure:
-        """Count this attempt on top of the earlier ones at the same record."""
-        before = self.failure
-        if before is not None and before.offset == failure.offset:
-            failure = replace(failure, attempt=before.attempt + 1, since=before.since)
-        else:
-            failure = replace(failure, attempt=1, since=time.time())
-        return failure
+    def next_failure(self, message: Message, record: Record[Any] | None, error: BaseException) -> Failure:
+        """One more failed attempt at its first record, counted on top of the earlier ones."""
+        key, before = message.key(), self.failure
+        if before is not None and before.offset != message.offset():
+            before = None
+        return Failure(
+            topic=message.topic(),
+            partition=message.partition(),
+            offset=message.offset(),
+            key=None if key is None else key.decode(errors="replace"),
+            record=record,
+            error=error,
+            attempt=before.attempt + 1 if before else 1,
+            since=before.since if before else time.time(),
+        )
 
 
 class Partition:

@@ -56,7 +56,10 @@ class Reader(Generic[T]):
         found: list[Record[T]] = []
         while self._behind(ends):
             if time.monotonic() > until:
-                raise ClusterUnreachable(f"topic {self.topic.short} could not be read to its end within {timeout:g} s")
+                raise ClusterUnreachable(
+                    f"topic {self.topic.short} could not be read to its end within {timeout:g} s: is the broker up? "
+                    "`labkit status` tells; if it is, allow more time"
+                )
             found += self.take(0.1)
         return found
 

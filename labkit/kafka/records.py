@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from labkit.kafka.errors import PoisonRecord
+from labkit.kafka.errors import PoisonRecord, place_of
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Record(Generic[T]):
     @property
     def place(self) -> str:
         """`topic/partition/offset`, the name under which logs and audits know the record."""
-        return f"{self.topic}/{self.partition}/{self.offset}"
+        return place_of(self.topic, self.partition, self.offset)
 
     def __repr__(self) -> str:
         return f"Record({self.place}, key={self.key!r}, value={self.value!r})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
+from labkit.kafka.errors import place_of
 from labkit.kafka.records import Record
 
 
@@ -84,7 +85,7 @@ class Failure:
     @property
     def place(self) -> str:
         """`topic/partition/offset`."""
-        return f"{self.topic}/{self.partition}/{self.offset}"
+        return place_of(self.topic, self.partition, self.offset)
 
 
 OnFailure: TypeAlias = Callable[[Failure], Decision]

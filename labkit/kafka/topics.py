@@ -26,7 +26,7 @@ class Topic(Generic[T]):
         return self.name.rsplit(".", 1)[-1]
 
     def create(self, config: Mapping[str, str] | None = None) -> None:
-        """Make the topic unless it is there. Raises TopicMismatch when it is there with other partitions."""
+        """Make the topic unless it is there. Raises TopicMismatch when it is there in another way."""
         self.cluster.create_topic(self.name, self.partitions, config)
 
     def send(self, value: T | None, key: str | None = None, headers: Mapping[str, str] | None = None) -> None:

@@ -8,18 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ipywidgets
 from IPython import display
 
 from labkit.lab import picture
+from labkit.lab.deployment import PodState
 from labkit.lab.metrics import History
 
 if TYPE_CHECKING:
     import pandas as pd
-
-PodState: TypeAlias = Literal["starting", "running", "frozen", "restarting", "slow", "stopped"]
 
 _FRAME = 1 / 3
 """Seconds from frame to frame."""
@@ -33,30 +32,30 @@ _LINE_LENGTH = 2_000
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
-@dataclass(frozen=True)
-class PodView:
-    """What a board shows of a pod."""
+class PodLike(Protocol):
+    """What a board needs of a pod. Faults may block, and raise when they cannot be done; all else answers at once."""
 
-    name: str
-    index: int
-    state: PodState
-    restarts: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def state(self) -> PodState: ...
+    @property
+    def restarts(self) -> int: ...
+    def crash(self) -> None: ...
+    def freeze(self) -> None: ...
+    def thaw(self) -> None: ...
+    def slow(self, seconds: float) -> None: ...
+    def drain(self) -> None: ...
 
 
-class Controls(Protocol):
-    """The faults of one deployment: what the buttons call, and what a learner calls in code.
+class DeploymentLike(Protocol):
+    """What a board needs of a deployment."""
 
-    They may block, and raise when they cannot do it; the board runs them in a thread of their own. `pods()` is asked
-    at every frame, so it must answer at once.
-    """
-
-    def pods(self) -> list[PodView]: ...
-    def crash(self, index: int) -> None: ...
-    def freeze(self, index: int) -> None: ...
-    def thaw(self, index: int) -> None: ...
-    def slow(self, index: int, seconds: float) -> None: ...
-    def drain(self, index: int) -> None: ...
-    def scale(self, n: int) -> None: ...
+    @property
+    def pods(self) -> Sequence[PodLike]: ...
+    def scale(self, replicas: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,9 @@ class Board:
     """Shows itself at the end of a cell, and redraws in a thread of its own until `close()`.
 
     `status` says in one line what runs. `log` gives the newest lines of the pods, each with the pod's name in front.
-    `controls` brings the buttons for pods, `actions` further ones. `slow_seconds` is what "Slow down" adds to each
-    record. `window` is the width of the picture in seconds, once the run is that old.
+    `deployment` brings the buttons for pods; it is asked at every frame and click, so that a deployment that replaces
+    another is followed. `actions` are further buttons. `slow_seconds` is what "Slow down" adds to each record. `window`
+    is the width of the picture in seconds, once the run is that old.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Board:
         history: History,
         panels: Sequence[picture.Panel],
         status: Callable[[], str],
-        controls: Controls | None = None,
+        deployment: Callable[[], DeploymentLike] | None = None,
         log: Callable[[], Sequence[str]] = list,
         actions: Sequence[Action] = (),
         *,
@@ -113,7 +113,7 @@ class Board:
         self._picture.layout = ipywidgets.Layout(width="100%", max_width=f"{picture.WIDTH}px")
         self._says = ipywidgets.HTML()
         self._lines = ipywidgets.HTML()
-        self._pods = None if controls is None else _PodButtons(controls, slow_seconds, self._start, self._lock)
+        self._pods = None if deployment is None else _PodButtons(deployment, slow_seconds, self._start, self._lock)
         self._buttons = [_Button(lambda a=action: a, self._start) for action in actions]  # type: ignore[misc]
         rows: list[Any] = [self._picture, self._says]
         if self._pods is not None:
@@ -298,21 +298,21 @@ class _PodButtons:
 
     def __init__(
         self,
-        controls: Controls,
+        deployment: Callable[[], DeploymentLike],
         slow_seconds: float,
         start: Callable[[_Button, Action], None],
         lock: threading.RLock,
     ) -> None:
-        self._controls, self._slow_seconds, self._lock = controls, slow_seconds, lock
-        self._pods: list[PodView] = []
+        self._deployment, self._slow_seconds, self._lock = deployment, slow_seconds, lock
+        self._pods: Sequence[PodLike] = ()
         self._chosen = 0
         self._choice = ipywidgets.ToggleButtons(
             options=[], style={"button_width": "auto"}, tooltips=[], layout=ipywidgets.Layout(width="auto")
         )
         self._choice.observe(self._choose, "value")
-        made = (self._crash, self._freeze, self._thaw, self._slow, self._drain, self._add, self._remove)
-        self.buttons = [_Button(action, start) for action in made]
-        on_pod, on_all = self.buttons[:5], self.buttons[5:]
+        on_pod = [_Button(make, start) for make in (self._crash, self._freeze, self._thaw, self._slow, self._drain)]
+        on_all = [_Button(make, start) for make in (self._add, self._remove)]
+        self.buttons = [*on_pod, *on_all]
         self.widget = ipywidgets.VBox(
             [
                 _row([self._choice, *(button.widget for button in on_all)]),
@@ -321,8 +321,7 @@ class _PodButtons:
         )
 
     def refresh(self) -> None:
-        pods = self._controls.pods()
-        self._pods = pods
+        self._pods = pods = self._deployment().pods
         options = [(_named(pod), pod.index) for pod in pods]
         if options != list(self._choice.options):
             if pods and self._chosen not in {pod.index for pod in pods}:
@@ -344,57 +343,55 @@ class _PodButtons:
                     button.refresh()
 
     def _state(self) -> PodState:
-        return next((pod.state for pod in self._pods if pod.index == self._chosen), "stopped")
+        return next((pod.state for pod in self._pods if pod.index == self._chosen), PodState.STOPPED)
 
-    def _only(self, *states: PodState) -> Callable[[], str | None]:
-        def why_not() -> str | None:
-            state = self._state()
-            return None if state in states else f"Pod {self._chosen} is {state}."
+    def _on_pod(self, verb: str, about: str, fault: Callable[[PodLike], None], *states: PodState) -> Action:
+        """Do something to the chosen pod, while it is in one of these states."""
+        i, state = self._chosen, self._state()
 
-        return why_not
+        def run() -> None:
+            for pod in self._deployment().pods:
+                if pod.index == i:
+                    return fault(pod)
+            raise LookupError(f"there is no pod {i} any more")
+
+        why_not = None if state in states else f"Pod {i} is {state.value}."
+        return Action(f"{verb} pod {i}", about, run, lambda: why_not)
 
     def _crash(self) -> Action:
-        i = self._chosen
-        about = f"Kill pod {i} at once (SIGKILL), in the middle of what it does; it is started again."
-        alive = self._only("starting", "running", "frozen", "slow")
-        return Action(f"Crash pod {i}", about, lambda: self._controls.crash(i), alive)
+        about = "Kill it at once (SIGKILL), in the middle of what it does; it is started again."
+        return self._on_pod("Crash", about, lambda pod: pod.crash(), *_UP, *_HELPLESS)
 
     def _freeze(self) -> Action:
-        i = self._chosen
-        about = f"Stop pod {i} in its tracks (SIGSTOP), as a long pause of its machine would, until it is thawed."
-        return Action(f"Freeze pod {i}", about, lambda: self._controls.freeze(i), self._only("running", "slow"))
+        about = "Stop it in its tracks (SIGSTOP), as a long pause of its machine would, until it is thawed."
+        return self._on_pod("Freeze", about, lambda pod: pod.freeze(), *_UP)
 
     def _thaw(self) -> Action:
-        i = self._chosen
-        about = f"Let pod {i} go on (SIGCONT)."
-        return Action(f"Thaw pod {i}", about, lambda: self._controls.thaw(i), self._only("frozen"))
+        return self._on_pod("Thaw", "Let it go on (SIGCONT).", lambda pod: pod.thaw(), PodState.FROZEN)
 
     def _slow(self) -> Action:
-        i, seconds = self._chosen, self._slow_seconds
-        may = self._only("running", "slow")
-        if self._state() == "slow":
-            about = f"Take the delay from pod {i} again."
-            return Action(f"Speed up pod {i}", about, lambda: self._controls.slow(i, 0.0), may)
-        about = f"Make pod {i} wait {seconds:g} s at each record."
-        return Action(f"Slow down pod {i}", about, lambda: self._controls.slow(i, seconds), may)
+        seconds = self._slow_seconds
+        if self._state() is PodState.SLOW:
+            return self._on_pod("Speed up", "Take its delay away again.", lambda pod: pod.slow(0.0), *_UP)
+        about = f"Make it wait {seconds:g} s at each record."
+        return self._on_pod("Slow down", about, lambda pod: pod.slow(seconds), *_UP)
 
     def _drain(self) -> Action:
-        i = self._chosen
-        about = f"Ask pod {i} to stop in good order (SIGTERM): it finishes, commits and leaves."
-        return Action(f"Drain pod {i}", about, lambda: self._controls.drain(i), self._only("running", "slow"))
-
-    def _wanted(self) -> int:
-        return sum(pod.state != "stopped" for pod in self._pods)
+        about = "Ask it to stop in good order (SIGTERM): it finishes, commits and leaves; it is started again."
+        return self._on_pod("Drain", about, lambda pod: pod.drain(), *_UP)
 
     def _add(self) -> Action:
-        n = self._wanted() + 1
-        return Action("Add a pod", f"Scale to {n}.", lambda: self._controls.scale(n))
+        n = len(self._pods) + 1
+        return Action("Add a pod", f"Scale to {n}.", lambda: self._deployment().scale(n))
 
     def _remove(self) -> Action:
-        n = self._wanted() - 1
+        n = len(self._pods) - 1
         enough = "The last pod stays." if n < 1 else None
-        return Action("Remove a pod", f"Scale to {n}.", lambda: self._controls.scale(n), lambda: enough)
+        return Action("Remove a pod", f"Scale to {n}.", lambda: self._deployment().scale(n), lambda: enough)
 
+
+_UP = (PodState.RUNNING, PodState.SLOW)
+_HELPLESS = (PodState.STARTING, PodState.FROZEN, PodState.DRAINING)
 
 # -- Text ------------------------------------------------------------------------------------------------------------
 
@@ -428,13 +425,14 @@ def _log_html(lines: Sequence[str]) -> str:
     return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
 
 
-def _named(pod: PodView) -> str:
-    return f"pod {pod.index}" if pod.state == "running" else f"pod {pod.index} · {pod.state}"
+def _named(pod: PodLike) -> str:
+    state = pod.state
+    return f"pod {pod.index}" if state is PodState.RUNNING else f"pod {pod.index} · {state.value}"
 
 
-def _about(pod: PodView) -> str:
+def _about(pod: PodLike) -> str:
     times = {0: "never restarted", 1: "restarted once"}.get(pod.restarts, f"restarted {pod.restarts} times")
-    return f"{pod.name}: {pod.state}, {times}"
+    return f"{pod.name}: {pod.state.value}, {times}"
 
 
 def _of(error: Exception) -> str:

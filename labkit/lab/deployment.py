@@ -175,7 +175,7 @@ class Pod:
             elif self._kill_at is not None and now > self._kill_at:
                 self.deployment.note(self.name, f"has not drained within {GRACE:g} s and is killed")
                 self.child.kill()
-                self._kill_at, self._draining = None, False
+                self._kill_at = None
 
     def retire(self) -> None:
         """Drain it and do not start it again. A frozen one is thawed for that: one that is killed stays a member of its
@@ -196,6 +196,7 @@ class Pod:
             if self.child is not None:
                 self._close(self.child)
                 self.child = None
+                self._recovered()
 
     def _start(self, now: float, payload: bytes) -> None:
         self._born, self.report = now, None
@@ -217,9 +218,7 @@ class Pod:
         if child is not None:
             self._close(child)
         self.exit_code = code
-        for kind, stood in (("freeze", self._frozen), ("slow", bool(self._slow)), ("drain", self._draining)):
-            if stood:
-                self._over(kind)
+        self._recovered()
         # SIGTERM ends a pod that was not up yet; what it had in hand then is nothing.
         drained = self._draining and code in (0, -signal.SIGTERM)
         crashed, self._crashed = self._crashed, False
@@ -282,6 +281,11 @@ class Pod:
 
     def _over(self, kind: str) -> None:
         self.deployment.history.end(kind, self.name, time.time())
+
+    def _recovered(self) -> None:
+        """With its process, all that was done to it is over."""
+        for kind in ("freeze", "slow", "drain"):
+            self._over(kind)
 
 
 class Deployment:
@@ -390,7 +394,8 @@ class Deployment:
         with self._lock:
             gone, self._pods = self._pods, []
             self._retired += gone
-        for pod in gone:
+            leaving = list(self._retired)
+        for pod in leaving:  # those too that an interrupted call did not get to
             pod.retire()
 
     def close(self) -> None:
@@ -402,6 +407,7 @@ class Deployment:
             self._thread.join(5)
         for pod in (*self.pods, *self._retired):
             pod.end()
+        self.history.end("scale", self.name, time.time())
 
     def __repr__(self) -> str:
         states = ", ".join(repr(pod) for pod in self.pods) or "no pods"
@@ -422,14 +428,15 @@ class Deployment:
         while not self._ended.is_set():
             now = time.monotonic()
             with self._lock:
-                pods = [*self._pods, *self._retired]
+                names = {pod.name for pod in self._retired}  # two live pods never share one
+                pods = [*self._retired, *(pod for pod in self._pods if pod.name not in names)]
             for pod in pods:
                 pod.step(now, self._payload)
             with self._lock:
                 left = [pod for pod in self._retired if pod.child is None]
                 self._retired = [pod for pod in self._retired if pod.child is not None]
-                while left and not self._retired and self.history.end("scale", self.name, time.time()):
-                    pass  # all that stand
+                if left and not self._retired:
+                    self.history.end("scale", self.name, time.time())
             self._ended.wait(0.02)
 
 

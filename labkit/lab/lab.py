@@ -8,9 +8,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import psutil
 
@@ -22,12 +22,12 @@ from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import picture, runs
 from labkit.lab.audit import Audit, Effect, Sent, audit
-from labkit.lab.board import Board, PodView
-from labkit.lab.deployment import Deployment, Pod, PodState
+from labkit.lab.board import Board
+from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.pod import Runnable
-from labkit.lab.sampler import Sampler
+from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.telemetry import PodReport
 from labkit.runtime.connect import connect
 
@@ -54,6 +54,9 @@ class Settled:
 
     def __repr__(self) -> str:
         return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
 
 class Lab:
@@ -101,7 +104,7 @@ class Lab:
             raise
         self._telemetry = telemetry
         self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads)
-        self._closed = False
+        self._closing = self._closed = False
         _open[self.notebook] = self
 
     # -- making things ---------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class Lab:
         retries = lag if retries is None else retries
         panels = [
             picture.lag_panel([topic.short for topic in lag.topics]),
-            picture.retries_panel([retries.name], None if completed is None else [completed.short]),
+            picture.retries_panel([retries.name], [] if completed is None else [completed.short]),
         ]
         if completed is not None:
             self._sampler.tally(completed, identifier(by))
@@ -187,7 +190,7 @@ class Lab:
             self._history,
             panels,
             lambda: self._status(name),
-            _Controls(self.deployments, name),
+            lambda: self.deployments[name],
             lambda: [f"{line.pod} | {line.text}" for line in self.deployments[name].log[-200:]],
             slow_seconds=0.1,
         )
@@ -288,7 +291,11 @@ class Lab:
         ledger: list[Sent] = []
         for load in loads:
             ledger += [one._replace(order=len(ledger) + number) for number, one in enumerate(load.sent)]
-        effects = self._effects(done, identifier(by)) if isinstance(done, Topic) else list(done)
+        if isinstance(done, Topic):
+            effects, poison = self._effects(done, identifier(by))
+            unknown = unknown or poison
+        else:
+            effects = list(done)
         return audit(ledger, effects, self._history.faults, unknown=unknown)
 
     def verdict(
@@ -307,11 +314,16 @@ class Lab:
         return found
 
     def records(self, topic: Topic[Any], last: int = 10) -> pd.DataFrame:
-        """The newest records of a topic as a table: partition, offset, key, value, time (UTC)."""
+        """The newest records of a topic as a table: partition, offset, key, value, time (UTC).
+
+        Records that do not decode are not in it; a line says how many.
+        """
         import pandas as pd
 
         with Reader(topic) as reader:
             found = sorted(reader.rest(), key=lambda record: record.timestamp)[-last:]
+        if poison := undecodable(reader):
+            print(f"Not shown: {poison}")  # noqa: T201
         rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]
         table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])
         return table.assign(time=pd.to_datetime(table["time"], unit="s").dt.round("ms"))
@@ -334,8 +346,9 @@ class Lab:
             print(f"{_clock(line.time)} {line.pod}: {line.text}")  # noqa: T201
 
     def close(self) -> None:
-        """End pods, loads and boards; delete this run's topics and groups; let go of Kafka. May be called again.
+        """End pods, loads and boards; delete this run's topics and groups; let go of Kafka.
 
+        May be called again: what an interrupt or an error kept from its end is done then.
         Takes up to 7 s when a pod was killed just before: so long it stays a member of its group.
         """
         self._end(LEAVE)
@@ -343,24 +356,24 @@ class Lab:
     def _end(self, wait: float) -> None:
         if self._closed:
             return
+        self._closing = True
+        with ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
+            steps.callback(self.connection.close)
+            steps.callback(self.run.end, self.cluster, wait)
+            steps.callback(self._sampler.close)
+            for deployment in self.deployments.values():
+                steps.callback(deployment.drain, timeout=5)
+            for deployment in self.deployments.values():
+                steps.callback(deployment.scale_down)
+            for board in self._boards.values():
+                steps.callback(board.close)
+            for load in self.loads:
+                steps.callback(load.cancel)
+            for planned in self._planned:
+                steps.callback(planned.cancel)
         self._closed = True
-        for planned in self._planned:
-            planned.cancel()
-        for load in self.loads:
-            load.cancel()
-        for board in self._boards.values():
-            board.close()
-        for deployment in self.deployments.values():
-            deployment.scale_down()
-        for deployment in self.deployments.values():
-            deployment.drain(timeout=5)
-        self._sampler.close()
-        try:
-            self.run.end(self.cluster, wait)
-        finally:
-            self.connection.close()
-            if _open.get(self.notebook) is self:
-                del _open[self.notebook]
+        if _open.get(self.notebook) is self:
+            del _open[self.notebook]
 
     def __enter__(self) -> Self:
         return self
@@ -369,7 +382,7 @@ class Lab:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}"
+        state = "closed" if self._closing else f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}"
         return f"Lab {self.notebook} (run {self.run.id}): {state}"
 
     def _repr_html_(self) -> str:
@@ -393,7 +406,7 @@ class Lab:
         return [(prefix, process) for prefix, process in runs.living() if prefix != self.run.prefix]
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closing:
             raise LabkitError(f"this lab is closed: run the cell with Lab({self.notebook!r}) again")
 
     def _hopeless(self) -> str | None:
@@ -421,7 +434,8 @@ class Lab:
         more = f" ({', '.join(again)})" if again else ""
         return f"{name}: {running} of {len(pods)} pods running{more} · {rate} · {kafka}"
 
-    def _effects(self, topic: Topic[Any], identify: Callable[[Any], str]) -> list[Effect]:
+    def _effects(self, topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Effect], str | None]:
+        """What took effect in a topic, and what of it could not be read."""
         with Reader(topic) as reader:
             records = reader.rest()
         effects = []
@@ -441,7 +455,7 @@ class Lab:
                     topic.short,
                 )
             )
-        return effects
+        return effects, undecodable(reader)
 
 
 class Planned:
@@ -471,38 +485,6 @@ class Planned:
         except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
             self.failed = True
             self.state = f"failed: {type(error).__name__}: {error}"
-
-
-class _Controls:
-    """A board's buttons, for whatever runs under the deployment's name now."""
-
-    def __init__(self, deployments: Mapping[str, Deployment], name: str) -> None:
-        self._deployments, self._name = deployments, name
-
-    def pods(self) -> list[PodView]:
-        pods = self._deployments[self._name].pods
-        return [PodView(pod.name, pod.index, cast(Any, pod.state.value), pod.restarts) for pod in pods]
-
-    def crash(self, index: int) -> None:
-        self._pod(index).crash()
-
-    def freeze(self, index: int) -> None:
-        self._pod(index).freeze()
-
-    def thaw(self, index: int) -> None:
-        self._pod(index).thaw()
-
-    def slow(self, index: int, seconds: float) -> None:
-        self._pod(index).slow(seconds)
-
-    def drain(self, index: int) -> None:
-        self._pod(index).drain()
-
-    def scale(self, n: int) -> None:
-        self._deployments[self._name].scale(n)
-
-    def _pod(self, index: int) -> Pod:
-        return self._deployments[self._name].pods[index]
 
 
 _ORIGIN: Mapping[Literal["external", "compose", "embedded"], str] = {
@@ -545,5 +527,6 @@ def _pace() -> float:
 
 @atexit.register
 def _close_all() -> None:
-    for lab in list(_open.values()):
-        lab._end(0)
+    with ExitStack() as labs:  # all, though one of them fails
+        for lab in _open.values():
+            labs.callback(lab._end, 0)

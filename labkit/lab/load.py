@@ -5,6 +5,7 @@ The ledger, not the topic, says what was sent: a producer that loses records mus
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -42,7 +43,6 @@ class Load(Generic[T]):
         self._ledger: list[Sent] = []
         self._confirmed = 0
         self._stop = threading.Event()
-        self._producer = Producer(topic.cluster)
         self._thread = threading.Thread(target=self._run, name=f"load {topic.short}", daemon=True)
         self._thread.start()
 
@@ -85,8 +85,12 @@ class Load(Generic[T]):
         state = f"failed: {self.error}" if self.error else "done" if self.done else f"{self._rate:g}/s"
         return f"Load: {self._confirmed:,} sent to {self.topic.short}, {state}"
 
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
+
     def _run(self) -> None:
         try:
+            producer = Producer(self.topic.cluster)  # lives no longer than this: it holds threads
             begun, order = time.monotonic(), 0
             while not self._stop.is_set():
                 due = int((time.monotonic() - begun) * self._rate) + 1 - order
@@ -96,19 +100,17 @@ class Load(Generic[T]):
                 for value in batch:
                     key = self._key(value)
                     self._ledger.append(Sent(self._identify(value), key, order, confirmed=False))
-                    self._producer.send(self.topic.name, encode(value), key)
+                    producer.send(self.topic.name, encode(value), key)
                     order += 1
-                self._confirm()
-                if order == len(
-                    batch
-                ):  # the first: it took the client up to a second, not to be made up for in a burst
+                self._confirm(producer)
+                if order == len(batch):  # the first took the client up to a second, not to be made up for in a burst
                     begun = time.monotonic() - order / self._rate
                 self._stop.wait(0.02)
         except Exception as error:  # shown by repr, wait and the audit; a thread has nobody to raise to
             self.error = f"{type(error).__name__}: {error}"
 
-    def _confirm(self) -> None:
-        self._producer.flush()
+    def _confirm(self, producer: Producer) -> None:
+        producer.flush()
         for number in range(self._confirmed, len(self._ledger)):
             self._ledger[number] = self._ledger[number]._replace(confirmed=True)
         self._confirmed = len(self._ledger)

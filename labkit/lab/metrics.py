@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _time_of = attrgetter("time")
 
+REPEAT = 2.0  # seconds after which a value that has not changed is kept again; a picture calls 4 s without one a gap
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -58,12 +60,15 @@ class History:
     """Samples and faults of one lab, written by its sampler, read by its board and by the learner.
 
     A sampler records every series at every tick, in the order of time: a series that is silent for some seconds is
-    shown as a gap, since a picture must not draw what nobody measured.
+    shown as a gap, since a picture must not draw what nobody measured. Kept is what draws the same lines: both ends of
+    every change, and now and then a value that stays.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._samples: list[Sample] = []
+        self._held: dict[tuple[str, str], Sample] = {}  # the newest of each series that stays as it was
+        self._kept_at: dict[tuple[str, str], float] = {}
         self._faults: list[Fault] = []
         self._last: dict[tuple[str, str], float] = {}
         self._highest: dict[tuple[str, str], float] = {}
@@ -78,7 +83,8 @@ class History:
     @property
     def faults(self) -> list[Fault]:
         """All faults so far (a copy); those that still stand have `end` None."""
-        return self.snapshot().faults
+        with self._lock:
+            return list(self._faults)
 
     @property
     def begun(self) -> float | None:
@@ -89,13 +95,23 @@ class History:
     def record(self, samples: Iterable[Sample]) -> None:
         """Append samples, not older than those before them."""
         with self._lock:
+            kept: list[Sample] = []
+            held, self._held = self._held, {}
             for sample in samples:
                 series = (sample.metric, sample.label)
+                before = self._held.pop(series, None) or held.pop(series, None)
                 if self._last.get(series) != sample.value:
                     self._changed = sample.time
+                    kept += [] if before is None else [before]  # where the change begins
+                elif sample.time - self._kept_at[series] < REPEAT:
+                    self._held[series] = sample
+                    continue
+                kept.append(sample)
+                self._kept_at[series] = sample.time
                 self._last[series] = sample.value
                 self._highest[series] = max(sample.value, self._highest.get(series, sample.value))
-                self._samples.append(sample)
+            kept += held.values()  # series that have fallen silent
+            self._samples += sorted(kept, key=_time_of)
             self._version += 1
 
     def begin(self, fault: Fault) -> Fault:
@@ -107,7 +123,8 @@ class History:
         return fault
 
     def end(self, kind: str, target: str, at: float) -> Fault | None:
-        """End the standing fault of this kind on this target; None when none stands."""
+        """End all standing faults of this kind on this target; returns the newest, None when none stands."""
+        ended = None
         with self._lock:
             for i, fault in enumerate(self._faults):
                 if fault.end is None and (fault.kind, fault.target) == (kind, target):
@@ -115,8 +132,7 @@ class History:
                     self._faults[i] = ended = replace(fault, end=max(at, fault.start + 0.001))
                     self._version += 1
                     self._changed = max(self._changed, at)
-                    return ended
-        return None
+        return ended
 
     def standing(self) -> list[Fault]:
         """The faults that have not ended."""
@@ -126,7 +142,9 @@ class History:
         """Copy the samples from `since` (Unix seconds) on, and all faults, in one moment."""
         with self._lock:
             first = bisect_left(self._samples, since, key=_time_of)
-            return Snapshot(self._samples[first:], list(self._faults), self._version, self._changed)
+            held = (sample for sample in self._held.values() if sample.time >= since)
+            samples = sorted([*self._samples[first:], *held], key=_time_of)
+            return Snapshot(samples, list(self._faults), self._version, self._changed)
 
     def frame(self) -> pd.DataFrame:
         """All samples, tidy: time (UTC), seconds (since the first sample), metric, label, value."""

@@ -11,6 +11,7 @@ import getpass
 import os
 import re
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,11 +39,12 @@ class Run:
     """One run's names. Its file is locked for as long as this process lives."""
 
     def __init__(self, notebook: str, cluster_id: str) -> None:
-        learner = plain(os.environ.get(LEARNER) or getpass.getuser(), "learner")
+        learner = _learner()
         self.id = time.strftime("%y%m%d%H%M%S", time.gmtime()) + os.urandom(2).hex()
         self.prefix = f"labkit.{learner}.{plain(notebook, 'notebook')}.{self.id}."
         self._made = _Made(cluster_id, self.prefix, os.getpid(), time.time())
         self._path = _folder() / f"{self.id}.json"
+        self._ended = False
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         self._write()
@@ -77,6 +79,8 @@ class Run:
         A group can be deleted once its last member has left, or its session is over: 6 s after it was killed. `wait`
         is how many seconds there are for that.
         """
+        if self._ended:
+            return
         until = time.monotonic() + wait
         try:
             while not _delete(cluster, self._made):
@@ -84,6 +88,7 @@ class Run:
                     return
                 time.sleep(0.1)
             self._path.unlink(missing_ok=True)
+            self._ended = True
         except LabkitError:
             pass
         finally:
@@ -150,6 +155,15 @@ def living() -> list[tuple[str, int]]:
 def plain(text: str, what: str) -> str:
     """`text` as a part of a Kafka name: lower-case letters, digits and dashes, capped."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
+
+
+def _learner() -> str:
+    """The learner's part of a name; never empty, whatever alphabet they write their name in."""
+    try:
+        name = os.environ.get(LEARNER) or getpass.getuser()
+    except (KeyError, OSError):  # in a container a user may have no name
+        name = f"u{os.getuid()}"
+    return plain(name, "learner") or f"u{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _delete(cluster: Cluster, made: _Made) -> bool:

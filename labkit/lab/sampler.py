@@ -17,6 +17,7 @@ from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples
+FROZEN = 2.0  # seconds after a freeze within which a pod tells that its partitions went meanwhile
 ASLEEP = 5.0  # seconds that the wall clock runs ahead of this process's before we say that the machine slept
 
 
@@ -46,6 +47,11 @@ class Tally:
             values = [record.value for record in records if record.value is not None]  # a tombstone is no effect
             self.records += len(values)
             self._seen.update(map(self._identify, values))
+
+    @property
+    def trouble(self) -> str | None:
+        """What could not be counted."""
+        return undecodable(self._reader)
 
     def close(self) -> None:
         """Let the client go."""
@@ -87,7 +93,7 @@ class Sampler:
         """End the thread and its clients."""
         self._stop.set()
         self._thread.join(15)
-        if not self._thread.is_alive():
+        if not self._thread.is_alive():  # clients may be closed again
             self._reports.close()
             for tally in self._tallies.values():
                 tally.close()
@@ -112,6 +118,7 @@ class Sampler:
         """Take one. What could not be read is left out; returns why."""
         for record in self._reports.take(0):
             report = record.value
+            self._look_for_eviction(report)
             self._handled[report.deployment, report.pod, report.process] = report
             if report.deployment in self._deployments:
                 self._deployments[report.deployment].heard(report)
@@ -120,7 +127,7 @@ class Sampler:
         for tally in tallies:
             tally.read()
         values: list[tuple[str, str, float]] = []
-        trouble = None
+        trouble = next((tally.trouble for tally in tallies if tally.trouble), None)
         for name, deployment in list(self._deployments.items()):
             values += self._of_pods(name, deployment)
             try:
@@ -135,6 +142,18 @@ class Sampler:
         now = time.time()
         self.history.record(Sample(now, metric, label, value) for metric, label, value in values)
         return trouble
+
+    def _look_for_eviction(self, report: PodReport) -> None:
+        """A pod that was starved, or stopped from outside, lost its partitions: a fault that nobody ordered."""
+        before = self._handled.get((report.deployment, report.pod, report.process))
+        if report.lost <= (0 if before is None else before.lost):
+            return
+        for fault in self.history.faults:
+            over = fault.end is not None and report.time - fault.end > FROZEN
+            if (fault.kind, fault.target) == ("freeze", report.pod) and not over:
+                return  # somebody did
+        text = f"{report.pod} lost its partitions"
+        self.history.begin(Fault(report.away, report.time, "eviction", report.pod, text))
 
     def _of_pods(self, name: str, deployment: Deployment) -> list[tuple[str, str, float]]:
         reports = [report for (of, _, _), report in self._handled.items() if of == name]
@@ -168,3 +187,14 @@ class Sampler:
         for load in list(self._loads):
             sent[load.topic.short] = sent.get(load.topic.short, 0) + load.count
         return sent
+
+
+def undecodable(reader: Reader[Any]) -> str | None:
+    """What a reader had to pass over, in words."""
+    if not (poison := reader.poison):
+        return None
+    first = poison[0]
+    many = "1 record" if len(poison) == 1 else f"{len(poison):,} records"
+    does = "does" if len(poison) == 1 else "do"
+    short = reader.topic.short
+    return f"{many} of {short} {does} not decode: {short}/{first.partition}/{first.offset}: {first.reason}"

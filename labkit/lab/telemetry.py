@@ -18,6 +18,7 @@ from labkit.kafka.steps import Failure, Retry, Step
 from labkit.kafka.topics import Topic
 
 INTERVAL = 0.2  # seconds between two reports
+UNHEARD = 7.0  # seconds that a member was not heard of when it is told that it lost its partitions: a session, and more
 
 
 class Waiting(msgspec.Struct):
@@ -40,6 +41,10 @@ class PodReport(msgspec.Struct):
     state: str = "running"
     handled: int = 0
     failed: int = 0
+    lost: int = 0
+    """How often its partitions were given to others because it was not heard of."""
+    away: float = 0.0
+    """Since when it was not heard of, the last time."""
     assigned: list[str] = []
     waiting: list[Waiting] = []
 
@@ -52,7 +57,10 @@ class Telemetry:
         self.slow = 0.0
         """Seconds by which every record is held up: the fault "slow"."""
         self._report = PodReport(deployment, pod, process, time.time())
-        self._handled = self._failed = 0
+        self._handled = self._failed = self._lost = 0
+        self._away = 0.0
+        self._awake = time.time()  # when this process last had a say
+        self._pause = (0.0, 0.0)  # the last time it was stopped, or starved: from, until
         self._waiting: dict[str, Waiting] = {}
         self._assigned: set[str] = set()
         self._lock = threading.Lock()
@@ -60,7 +68,7 @@ class Telemetry:
         # A producer of its own: a telemetry record that is not delivered must not hold up a commit. Not idempotent: the
         # first report, by which a pod counts as running, would wait for up to a second; and the newest one wins anyway.
         self._producer = Producer(topic.cluster, timeout=5.0, idempotent=False)
-        self._lost = 0
+        self._refused = 0
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
 
@@ -83,6 +91,8 @@ class Telemetry:
         elif step in (Step.REVOKED, Step.LOST):
             with self._lock:
                 self._assigned -= {f"{topic}/{number}" for topic, number in subject}
+                if step is Step.LOST and subject:
+                    self._lost, self._away = self._lost + 1, self._unheard_since(time.time())
 
     def close(self, state: str) -> None:
         """Send the last word: "stopped" or "failed"."""
@@ -102,9 +112,17 @@ class Telemetry:
                 due = time.time() + failure.decision.after
                 self._waiting[failure.place] = Waiting(failure.place, failure.attempt, failure.since, due, error)
 
+    def _unheard_since(self, now: float) -> float:
+        stopped, went_on = self._pause
+        return min(now - UNHEARD, self._awake, stopped if now - went_on < UNHEARD else now)
+
     def _run(self) -> None:
         sent: PodReport | None = None
         while True:
+            with self._lock:
+                before, self._awake = self._awake, time.time()
+                if self._awake - before > 5 * INTERVAL:
+                    self._pause = (before, self._awake)
             now = self._now("running")
             if self._undelivered():
                 sent = None
@@ -122,6 +140,8 @@ class Telemetry:
                 state=state,
                 handled=self._handled,
                 failed=self._failed,
+                lost=self._lost,
+                away=self._away,
                 assigned=sorted(self._assigned),
                 waiting=list(self._waiting.values()),
             )
@@ -135,5 +155,5 @@ class Telemetry:
     def _undelivered(self) -> bool:
         """Whether a report was lost since the last look, to a broker that was away: then it is to be said again."""
         self._producer.unconfirmed(0)  # only so does the client tell
-        lost, self._lost = self._producer.refused - self._lost, self._producer.refused
+        lost, self._refused = self._producer.refused - self._refused, self._producer.refused
         return lost > 0

@@ -33,6 +33,7 @@ HOST = "127.0.0.1"
 # restart, and a client that tries to reach a dead broker cannot end up connected to itself.
 PORTS = range(20_000, 29_000)
 NODE = 1
+DAY = 86_400.0
 START_SECONDS = 60.0  # for a slow machine without the AOT cache; 0.6 s is usual
 
 PROPERTIES = f"""\
@@ -83,6 +84,10 @@ class PortTaken(LabkitError):
     """Another process took the port between its choice and the start of the broker."""
 
 
+class NoAotCache(LabkitError):
+    """Java recorded a broker and wrote no cache: it would not the next time either."""
+
+
 @dataclass(frozen=True)
 class Kafka:
     """Kafka on this machine, prepared: the Java, the checked jars, the formatted template and the AOT cache if any."""
@@ -121,6 +126,20 @@ class Kafka:
         facts = [self.java.identity, system.sysname, system.machine, *self.flags, *outside, *jars]
         return self.home / f"{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:24]}.aot"
 
+    @property
+    def aot_failed(self) -> Path:
+        """Says why Java made no AOT cache, if it did not."""
+        return self.aot_cache.with_suffix(".failed")
+
+    def lacks_aot_cache(self) -> bool:
+        """Whether to make one: Java can, there is none, and it did not fail within a day."""
+        if self.java.version < 25 or self.aot_cache.exists():
+            return False
+        try:
+            return time.time() - self.aot_failed.stat().st_mtime > DAY
+        except OSError:
+            return True
+
     def command(self, folder: Path, extra: list[str] | None = None) -> list[str]:
         """The command of the broker in `folder`. `extra` are JVM flags that take the AOT cache's place."""
         if extra is None:
@@ -144,7 +163,7 @@ class Kafka:
     def build_aot_cache(self) -> None:
         """Run a broker that records which classes it uses, do a little work with it, and let Java write the cache.
 
-        Raises LabkitError when no cache came of it.
+        Raises NoAotCache when no cache came of it.
         """
         with tempfile.TemporaryDirectory(prefix="making-", dir=self.home) as made:
             folder, cache = Path(made) / "broker", Path(made) / "cache.aot"
@@ -156,7 +175,7 @@ class Kafka:
                 training.terminate()
                 training.wait(START_SECONDS)
             if not cache.exists():
-                raise LabkitError(f"Java made no AOT cache:\n{log_tail(broker.log)}")
+                raise NoAotCache(f"Java made no AOT cache:\n{log_tail(broker.log)}")
             os.rename(cache, self.aot_cache)
 
     def _java(self, config: Path, extra: list[str], main: str, *arguments: str) -> list[str]:
@@ -173,26 +192,29 @@ def prepare() -> Kafka:
     home = cache_dir() / "kafka"
     home.mkdir(exist_ok=True)
     kafka = Kafka(find_java(), tuple(jar_files()), home)
-    failed = kafka.aot_cache.with_suffix(".failed")
-    can_cache = kafka.java.version >= 25
-    if kafka.template.exists() and (not can_cache or kafka.aot_cache.exists() or failed.exists()):
+    if kafka.template.exists() and not kafka.lacks_aot_cache():
         return kafka
     from rich.console import Console
 
+    console = Console()
     with (
         locked(home / "lock"),
-        Console().status(f"Preparing Apache Kafka {KAFKA} on Java {kafka.java.version} (once)"),
+        console.status(f"Preparing Apache Kafka {KAFKA} on Java {kafka.java.version} (once)"),
     ):
         for unfinished in home.glob("making-*/"):  # by a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         if not kafka.template.exists():
             kafka.format_template()
-        if can_cache and not kafka.aot_cache.exists() and not failed.exists():
+        if kafka.lacks_aot_cache():
             try:
                 kafka.build_aot_cache()
-            except Exception as error:
-                # Whatever it was: the broker starts without it too, in 2 s, and trying each time would cost more.
-                failed.write_text(f"{type(error).__name__}: {error}")
+            except NoAotCache as error:
+                kafka.aot_failed.write_text(str(error))  # trying each time would cost more than it saves
+            except Exception as error:  # whatever it was: the broker starts without it too, in 2 s
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                console.print(
+                    f"The AOT cache could not be made now; the next start tries again. {reason}", markup=False
+                )
             for old in sorted(home.glob("*.aot"), key=lambda path: path.stat().st_mtime)[:-3]:
                 old.unlink()  # 65 MB each, for Javas that may be gone
     return kafka

@@ -56,13 +56,33 @@ def connect() -> Connection:
 
     Raises LabkitError when none can be had.
     """
-    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
-        return _external()
-    if _is_compose():
-        return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID)
+    if found := _outside():
+        return found
     from labkit.runtime.shared import shared_broker
 
-    lease = shared_broker()
+    return _embedded(shared_broker())
+
+
+def running() -> Connection | None:
+    """What `connect` would return if it is there already, else None: nothing is started.
+
+    Raises LabkitError when a cluster is named and does not answer.
+    """
+    if found := _outside():
+        return found
+    from labkit.runtime.shared import attach
+
+    lease = attach()
+    return None if lease is None else _embedded(lease)
+
+
+def _outside() -> Connection | None:
+    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
+        return _external()
+    return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID) if _is_compose() else None
+
+
+def _embedded(lease: Lease) -> Connection:
     return Connection(lease.cluster, "embedded", lease.cluster_id, lease)
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
@@ -20,7 +20,11 @@ from labkit.runtime.broker import Broker, Kafka, PortTaken, free_ports, is_free,
 from labkit.runtime.child import supervisor_command
 from labkit.runtime.home import locked, state_dir
 
+if TYPE_CHECKING:
+    import psutil
+
 LINGER = 3.0  # seconds the broker outlives its last user: a kernel that restarts finds it again
+PATIENCE = 15.0  # seconds for an answer: a supervisor on a machine that swaps is slow, not dead
 STOP_SECONDS = 20.0  # more than the supervisor's own bound
 
 
@@ -45,38 +49,53 @@ class Gone(LabkitError):
 
 
 class Control:
-    """A connection to a supervisor's control port."""
+    """A connection to a supervisor's control port. Any error closes it.
+
+    Methods raise Gone when the supervisor has ended, LabkitError when it lives and does not answer.
+    """
 
     def __init__(self, state: dict[str, Any]) -> None:
         """Raises Gone when nobody answers there, or somebody else."""
-        self._lock, self._left = threading.Lock(), b""
+        self._state, self._lock, self._left = state, threading.Lock(), b""
         try:
-            self._socket = socket.create_connection(("127.0.0.1", int(state["port"])), 2)
+            self._socket = socket.create_connection(("127.0.0.1", int(state["port"])), PATIENCE)
+        except TimeoutError as error:
+            raise _silent(state) from error
         except (OSError, KeyError, ValueError) as error:
             raise Gone(f"no supervisor answers: {error}") from error
         try:
             self._socket.sendall(str(state["token"]).encode() + b"\n")
             if self.ask("status")["folder"] != state["folder"]:
                 raise Gone("another program has the port of a former supervisor")
+        except OSError as error:
+            self.close()
+            raise Gone(f"no supervisor answers: {error}") from error
         except BaseException:
             self.close()
             raise
 
     def ask(self, command: str) -> dict[str, Any]:
-        """Send one command and return the status after it. Raises Gone."""
+        """Send one command and return the status after it."""
         with self._lock:
             try:
                 self._socket.sendall(command.encode() + b"\n")
                 while b"\n" not in self._left:
                     chunk = self._socket.recv(65536)
                     if not chunk:
-                        raise Gone("the embedded broker's supervisor has ended: connect again to start a new one")
+                        raise ConnectionError("it has ended")
                     self._left += chunk
                 line, _, self._left = self._left.partition(b"\n")
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-            except (OSError, ValueError) as error:
-                raise Gone(f"the embedded broker's supervisor does not answer: {error}") from error
+            except BaseException as error:
+                self.close()  # or a late answer would be taken for the next command's
+                if isinstance(error, TimeoutError):
+                    raise _silent(self._state) from error
+                if isinstance(error, (OSError, ValueError)):
+                    raise Gone(
+                        f"the embedded broker's supervisor is gone ({error}): connect again to start a new one"
+                    ) from error
+                raise
 
     def lives(self) -> bool:
         try:
@@ -86,13 +105,17 @@ class Control:
 
     def stop(self) -> None:
         """End the broker for everybody; returns when it, and its data, are gone."""
-        with contextlib.suppress(Gone):
+        try:
             self.ask("stop")
-        self._socket.settimeout(STOP_SECONDS)
-        with contextlib.suppress(ConnectionError):
+            self._socket.settimeout(STOP_SECONDS)
             while self._socket.recv(65536):
                 pass
-        self.close()
+        except TimeoutError as error:
+            raise _silent(self._state) from error
+        except (Gone, ConnectionError):
+            pass
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._socket.close()
@@ -101,7 +124,8 @@ class Control:
 class Lease:
     """A user's hold on the shared broker: while one is open, in any process, the broker runs.
 
-    The kernel closes the leases of a process that dies. Methods raise LabkitError when the supervisor is gone.
+    The kernel closes the leases of a process that dies. Methods raise LabkitError when the supervisor
+    is gone or silent.
     """
 
     def __init__(self, control: Control, status: dict[str, Any]) -> None:
@@ -203,7 +227,7 @@ def stop() -> bool:
             return False
         try:
             Control(state).stop()
-        except Gone:
+        except LabkitError:  # gone, or silent and then killed
             _sweep({**state, "pinned": False})
         return True
 
@@ -235,8 +259,8 @@ def _hold(state: dict[str, Any] | None) -> Lease | None:
 
 def _start(kafka: Kafka, folder: Path) -> Lease:
     """Start a supervisor with a broker under it; not ready yet. The lock is held."""
-    state = _read_state()
-    kept = _sweep(state)
+    _wait_for_end_of_supervisor()
+    kept = _sweep(_read_state())
     broker = kept or Broker.create(folder / f"broker-{secrets.token_hex(4)}", kafka)
     spec = {
         "command": kafka.command(broker.folder),
@@ -286,8 +310,20 @@ def _broker(state: dict[str, Any]) -> Broker:
     return Broker(Path(state["folder"]), info["cluster_id"], int(info["port"]), int(info["controller_port"]))
 
 
+def _wait_for_end_of_supervisor() -> None:
+    """One that takes no users any more may still be saving data, which nobody must touch meanwhile.
+
+    Raises LabkitError when it does not end.
+    """
+    state, deadline = _read_state(), time.monotonic() + STOP_SECONDS
+    while state is not None and _process(state, "supervisor") is not None:
+        if time.monotonic() > deadline:
+            raise _silent(state)
+        time.sleep(0.01)  # nothing tells when a process ends that is not ours
+
+
 def _sweep(state: dict[str, Any] | None) -> Broker | None:
-    """Clear away what a supervisor that answers no more left behind; returns the broker whose data is pinned."""
+    """Clear away what a dead supervisor left behind; returns the broker whose data is pinned."""
     kept = None
     if state is not None:
         _end_leftovers(state)
@@ -306,22 +342,44 @@ def _sweep(state: dict[str, Any] | None) -> Broker | None:
 
 
 def _end_leftovers(state: dict[str, Any]) -> None:
-    """Kill the supervisor and the broker that the state names, if these pids still are what they were.
-
-    A pid alone proves nothing: it may be another process's by now. Ours have the broker's folder, whose name is random,
-    in their command line; and psutil refuses to signal a process that was not created when it looked.
-    """
+    """Kill the supervisor and the broker that the state names, if these pids still are what they were."""
     import psutil
 
     for name in ("supervisor", "pid"):  # the supervisor first, or it restarts the broker
-        with contextlib.suppress(psutil.Error, KeyError, TypeError, ValueError):
-            process = psutil.Process(int(state[name]))
-            if any(state["folder"] in argument for argument in process.cmdline()):
+        process = _process(state, name)
+        if process is not None:
+            with contextlib.suppress(psutil.Error):  # it refuses a process that was not created when it looked
                 process.kill()
     # A JVM's main thread may be gone while others still hold its ports and files, so its pid does not tell.
     broker, deadline = _broker(state), time.monotonic() + 2
     while not (is_free(broker.port) and is_free(broker.controller_port)) and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def _process(state: dict[str, Any], name: str) -> psutil.Process | None:
+    """The running process whose pid the state has under `name`.
+
+    A pid alone proves nothing: it may be another process's by now. Ours have the broker's folder, whose name is random,
+    in their command line.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.Error, KeyError, TypeError, ValueError):
+        process = psutil.Process(int(state[name]))
+        if any(state["folder"] in argument for argument in process.cmdline()):
+            return process
+    return None
+
+
+def _silent(state: dict[str, Any]) -> LabkitError:
+    """What to raise when a supervisor did not answer or end in time: Gone only if it is no more."""
+    process = _process(state, "supervisor")
+    if process is None:
+        return Gone("the embedded broker's supervisor has ended: connect again to start a new one")
+    return LabkitError(
+        f"supervisor {process.pid} of the embedded broker does not answer; is it stopped, or the machine overloaded? "
+        f"`kill -CONT {process.pid}` lets it go on; `labkit down` ends it and removes its data"
+    )
 
 
 def _megabytes(*pids: int) -> int:

@@ -14,7 +14,7 @@ from confluent_kafka import Producer as Client
 from consuming import Member, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 
-import labkit.kafka.consumer as module
+import labkit.kafka.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.lag import end_offsets, lag

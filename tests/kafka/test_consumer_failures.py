@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from consuming import Journal, Member, committed, fresh_group, fresh_topic, put
 
+import labkit.kafka.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, HandlerExit, LabkitError, PoisonRecord, TopicMissing
@@ -88,7 +90,11 @@ def test_a_policy_that_says_done_passes_poison(cluster: Cluster) -> None:
     assert [record.value for record in member.journal.of(Step.HANDLED)] == [1, 2]
 
 
-@pytest.mark.parametrize("broken", [lambda failure: 1 / 0, lambda failure: None], ids=["raises", "answers nonsense"])
+@pytest.mark.parametrize(
+    "broken",
+    [lambda failure: 1 / 0, lambda failure: None, lambda failure: Retry(-1.0), lambda failure: Retry(float("nan"))],
+    ids=["raises", "answers nonsense", "negative", "not a number"],
+)
 def test_a_broken_policy_neither_loses_the_record_nor_spins(cluster: Cluster, broken: Any) -> None:
     """correctness 17: it is asked again after 0.5 s, 1 s …"""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -105,6 +111,31 @@ def test_a_broken_policy_neither_loses_the_record_nor_spins(cluster: Cluster, br
     assert len(calls) == 4
     assert calls[1] - calls[0] >= 0.5
     assert calls[2] - calls[1] >= 1.0
+
+
+def test_a_policy_may_retry_at_once(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    with Member(Consumer(topic, lambda record: 1 / 0, group, on_failure=lambda failure: Retry(0))) as member:
+        failures = member.journal.wait_for(Step.FAILED, 3)
+    assert [failure.decision for failure in failures[:3]] == [Retry(0)] * 3
+
+
+def test_a_client_that_cannot_subscribe_is_closed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    topic, closed = fresh_topic(cluster), threading.Event()
+
+    class Refusing(module.Client):
+        def subscribe(self, *_: Any, **__: Any) -> None:
+            raise KafkaException(KafkaError(KafkaError._FATAL))
+
+        def close(self) -> None:
+            closed.set()
+            super().close()
+
+    monkeypatch.setattr(module, "Client", Refusing)
+    with pytest.raises(KafkaException):
+        Consumer(topic, print, fresh_group()).run(threading.Event())
+    assert closed.wait(5)
 
 
 def test_stop_raises_the_handlers_error_and_commits_what_others_finished(cluster: Cluster) -> None:

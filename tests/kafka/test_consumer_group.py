@@ -12,7 +12,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from consuming import Journal, Member, Process, committed, fresh_group, fresh_topic, put
 
-import labkit.kafka.consumer as module
+import labkit.kafka.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.records import Record

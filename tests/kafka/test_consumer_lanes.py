@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from consuming import Member, Process, committed, fresh_group, fresh_topic, put
 
-import labkit.kafka.consumer as module
+import labkit.kafka.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
 from labkit.kafka.producer import Producer

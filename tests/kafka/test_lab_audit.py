@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+import psutil
 import pytest
 from lab_helpers import Order, Shipped, orders, wait_ready
 from processes import wait_until
@@ -67,6 +70,50 @@ def test_a_crash_loses_nothing_and_every_extra_has_its_fault(lab: Lab) -> None:
     assert shop.pods.restarts == 1
 
 
+def test_an_eviction_that_nobody_ordered_explains_its_extras(lab: Lab) -> None:
+    shop = Shop(lab, 2, takes=0.02)
+    load = lab.load(shop.orders, orders(1000), rate=100)
+    wait_until(lambda: min(pod.handled for pod in shop.pods.pods) > 20, 20, "both at work")
+    child = shop.pods.pods[0].child
+    assert child
+    os.kill(child.pid, signal.SIGSTOP)
+    stopped = time.time()
+    time.sleep(8)  # longer than a session
+    os.kill(child.pid, signal.SIGCONT)
+    wait_until(lambda: any(fault.kind == "eviction" for fault in lab.faults), 10, "the eviction")
+    (fault,) = lab.faults
+    assert (fault.target, fault.text) == ("shop-0", "shop-0 lost its partitions")
+    assert fault.start <= stopped + 0.5
+    lab.verdict(load, shop.shipped).check()
+
+
+def test_records_that_do_not_decode_are_not_called_lost(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    shop = Shop(lab)
+    load = lab.load(shop.orders, orders(3), rate=1000)
+    board = lab.board(lag=shop.pods, completed=shop.shipped)
+    board.close()
+    assert lab.verdict(load, shop.shipped).result == "valid"
+    sender = Producer(lab.cluster)
+    sender.send(shop.shipped.name, b"not json", partition=0)
+    sender.flush()
+    audit = lab.audit(load, shop.shipped)
+    assert audit.result == "unknown"
+    assert (audit.reason or "").startswith("1 record of shipped does not decode: shipped/0/")
+    capsys.readouterr()
+    assert len(lab.records(shop.shipped)) == 3
+    assert "Not shown: 1 record of shipped does not decode: shipped/0/" in capsys.readouterr().out
+    wait_until(lambda: "1 record of shipped does not decode" in lab._status("shop"), 5, "the status line")
+
+
+def test_a_load_that_is_done_holds_no_threads(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    lab.load(topic, orders(1)).wait()
+    before = psutil.Process().num_threads()
+    for number in range(5):
+        lab.load(topic, orders(1, number)).wait()
+    wait_until(lambda: psutil.Process().num_threads() <= before + 1, 5, "the end of their threads")
+
+
 def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
     shop = Shop(lab)
     shop.pods.pods[0].freeze()
@@ -109,7 +156,7 @@ def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(lab: Lab, monkeypa
     load.wait()
     read = lab._effects
 
-    def read_and_dawdle(topic: Topic[object], identify: Callable[[object], str]) -> list[Effect]:
+    def read_and_dawdle(topic: Topic[object], identify: Callable[[object], str]) -> tuple[list[Effect], str | None]:
         seen = read(topic, identify)
         wait_until(lambda: lab.unsettled() is None, 20, "the rest")
         return seen

@@ -301,6 +301,57 @@ def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.Monke
     shop.scale(0)
     wait_said(shop, "has not drained within 0.5 s and is killed", "shop-0")
     wait_until(lambda: not shop._retired, 5, "the pod's end")
+    wait_until(lambda: not lab._history.standing(), 5, "the end of every fault")
+
+
+def test_a_drain_that_ends_in_a_kill_is_over(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.lab.deployment.GRACE", 0.5)
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: time.sleep(600), drain=60))
+    lab.load(topic, orders(1), rate=1000).wait()
+    wait_ready(shop)
+    wait_until(lambda: shop.pods[0].report and shop.pods[0].report.assigned, 10, "its partition")
+    os.kill(shop.pods[0].child.pid, signal.SIGSTOP)  # type: ignore[union-attr]  # it will not hear
+    shop.pods[0].drain()
+    wait_said(shop, "has not drained within 0.5 s and is killed", "shop-0")
+    wait_until(lambda: shop.restarts == 1, 5, "the restart")
+    assert lab._history.standing() == []
+
+
+def test_a_pod_waits_until_the_one_of_its_name_is_gone(lab: Lab) -> None:
+    topic = lab.topic("orders", 2, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
+    wait_ready(shop)
+    retired = shop.pods[1]
+    assert retired.child
+    pid = retired.child.pid
+    os.kill(pid, signal.SIGSTOP)  # so that it takes its time to drain
+    shop.scale(1)
+    shop.scale(2)
+    looks = time.monotonic() + 0.5
+    while time.monotonic() < looks:
+        assert shop.pods[1].child is None
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: shop.pods[1].child, 20, "the new pod")
+    assert not is_alive(pid)
+    wait_ready(shop)
+    wait_until(lambda: not lab._history.standing(), 5, "the end of every fault")
+
+
+def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=0)
+    assert repr(shop) == "Deployment shop (no pods)"
+    shop.scale(1)
+    wait_ready(shop)
+    assert repr(shop.pods[0]) == "shop-0: running"
+    assert repr(shop) == "Deployment shop (shop-0: running)"
+    assert "<td>shop-0</td><td>running</td><td>0</td>" in shop._repr_html_()
+    assert repr(topic) == "Topic(orders, 1 partitions of Order)"
+    load = lab.load(topic, orders(1))
+    load.wait()
+    assert load._repr_html_() == "<span>Load: 1 sent to orders, done</span>"
 
 
 def test_a_handler_cannot_read_the_pods_orders(lab: Lab) -> None:

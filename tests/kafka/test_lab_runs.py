@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab, runs
+from labkit.lab.deployment import Deployment
+from labkit.lab.lab import _close_all
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -80,6 +82,51 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
     ):
         with pytest.raises(LabkitError, match=r"this lab is closed: run the cell with Lab\('runs'\) again"):
             act()
+
+
+@pytest.mark.parametrize("step", [Deployment.scale_down, Deployment.drain, runs.Run.end])
+def test_an_interrupted_close_is_finished_by_the_next(
+    lab: Lab,
+    cluster: Cluster,
+    state_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: Callable[..., object],
+) -> None:
+    topic = lab.topic("orders", 2, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
+    wait_ready(shop)
+    pids = [pod.child.pid for pod in shop.pods if pod.child]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    owner = runs.Run if step is runs.Run.end else Deployment
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step.__name__, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lab.close()
+    with pytest.raises(LabkitError, match="this lab is closed"):
+        lab.topic("more")
+    lab.close()
+    assert not [pid for pid in pids if is_alive(pid)]
+    assert left(cluster, lab.run.prefix) == []
+    assert not record(lab, state_dir).exists()
+    lab.close()
+
+
+def test_at_exit_every_lab_is_closed_though_one_fails(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Lab("first") as first, Lab("last") as last:
+        broken = first._sampler.close
+
+        def fail() -> None:
+            broken()
+            raise RuntimeError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(first._sampler, "close", fail)
+            with pytest.raises(RuntimeError, match="no"):
+                _close_all()
+        assert [one._closed for one in (lab, first, last)] == [True, False, True]
 
 
 def test_closing_while_a_deployment_is_replaced_leaves_no_pod(lab: Lab) -> None:

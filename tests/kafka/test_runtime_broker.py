@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,9 +27,9 @@ from labkit.kafka.topics import Topic
 from labkit.runtime import broker as broker_module
 from labkit.runtime import connect as connect_module
 from labkit.runtime import shared
-from labkit.runtime.broker import Broker, Kafka, PortTaken, free_ports, prepare
+from labkit.runtime.broker import Broker, Kafka, NoAotCache, PortTaken, free_ports, prepare
 from labkit.runtime.child import Child
-from labkit.runtime.connect import Connection, connect
+from labkit.runtime.connect import Connection, connect, running
 
 USER = """
 import sys
@@ -183,15 +184,25 @@ def test_broker_starts_when_no_aot_cache_can_be_built(
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
     shutil.copytree(jars, tmp_path / "cache" / "jars" / jars.name, copy_function=shutil.copy2)
 
+    errors: list[Exception] = [TimeoutError("slow today"), NoAotCache("out of luck"), NoAotCache("again")]
+
     def fail(_self: Kafka) -> None:
-        raise LabkitError("out of luck")
+        raise errors.pop(0)
 
     monkeypatch.setattr(Kafka, "build_aot_cache", fail)
     with shared.shared_broker() as lease:
         assert lease.cluster.describe(5).brokers == 1
-    kafka = prepare()
+    kafka = prepare()  # the first error says nothing of the next time
+    needs_aot(kafka)
+    assert kafka.aot_failed.read_text() == "out of luck"
+    prepare()
+    assert len(errors) == 1
+    yesterday = time.time() - broker_module.DAY - 1
+    os.utime(kafka.aot_failed, (yesterday, yesterday))
+    prepare()
+    assert not errors
     assert not kafka.aot_cache.exists()
-    assert kafka.aot_cache.with_suffix(".failed").read_text() == "LabkitError: out of luck"
+    assert kafka.aot_failed.read_text() == "again"
 
 
 # --- Ports ------------------------------------------------------------------------------------------------------
@@ -347,6 +358,75 @@ def test_stop_removes_pinned_data_of_a_broker_that_no_longer_runs(own_state: Pat
     assert_all_gone(own_state, before, 2)
 
 
+@pytest.fixture
+def frozen(own_state: Path) -> Iterator[tuple[shared.Lease, int]]:
+    """A broker with users whose supervisor is stopped, as by a debugger or a machine that swaps; its pid."""
+    with shared.shared_broker() as lease:
+        supervisor = psutil.Process(status().pid).ppid()
+        os.kill(supervisor, signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(supervisor).status() == psutil.STATUS_STOPPED)
+        yield lease, supervisor
+        if is_alive(supervisor):
+            os.kill(supervisor, signal.SIGCONT)
+
+
+def test_a_silent_supervisor_is_an_error_and_its_data_stays(
+    frozen: tuple[shared.Lease, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease, supervisor = frozen
+    topic = fill(lease.cluster, 100)
+    monkeypatch.setattr(shared, "PATIENCE", 0.3)
+    for use in (shared.shared_broker, shared.attach, shared.status):
+        with pytest.raises(LabkitError, match=rf"supervisor {supervisor} .*is it stopped.*labkit down"):
+            use()
+    os.kill(supervisor, signal.SIGCONT)
+    monkeypatch.setattr(shared, "PATIENCE", 15.0)
+    with shared.shared_broker() as again:
+        assert again.cluster_id == lease.cluster_id
+        assert count(topic) == 100
+        assert status().restarts == 0
+
+
+def test_a_slow_supervisor_is_waited_for(frozen: tuple[shared.Lease, int]) -> None:
+    lease, supervisor = frozen
+    wake = threading.Timer(4.5, os.kill, (supervisor, signal.SIGCONT))
+    wake.start()
+    with shared.shared_broker() as again:
+        assert again.cluster_id == lease.cluster_id
+    wake.join()
+
+
+def test_stop_ends_a_silent_supervisor(
+    frozen: tuple[shared.Lease, int], own_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, supervisor = frozen
+    monkeypatch.setattr(shared, "PATIENCE", 0.3)
+    before = Path(json.loads((own_state / "broker.json").read_text())["folder"])
+    assert shared.stop()
+    wait_until(lambda: not processes_of(own_state), 2)
+    assert not is_alive(supervisor)
+    assert not before.exists()
+
+
+def test_stop_ends_a_supervisor_that_answers_but_does_not_go(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "STOP_SECONDS", 0.001)  # it needs more
+    with shared.shared_broker():
+        before = status()
+    assert shared.stop()
+    assert_all_gone(own_state, before, 2)
+
+
+def test_a_supervisor_that_is_ending_is_waited_for(own_state: Path) -> None:
+    with shared.shared_broker() as lease:
+        lease.pin()
+        topic = fill(lease.cluster, 100)
+        os.kill(psutil.Process(status().pid).ppid(), signal.SIGTERM)
+        wait_until(lambda: not status().running, 5)
+    with shared.shared_broker() as again:
+        assert again.cluster_id == lease.cluster_id
+        assert count(replace(topic, cluster=again.cluster)) == 100
+
+
 def leave_state(folder: Path, supervisor: int, pid: int) -> Path:
     """What a supervisor that died without a word leaves behind. Returns the broker's folder."""
     data = folder / "broker-0123"
@@ -398,6 +478,18 @@ def test_leftovers_of_a_dead_supervisor_are_ended(own_state: Path) -> None:
             assert leftover.wait(5) == -signal.SIGKILL
 
 
+def test_running_finds_and_never_starts(own_state: Path) -> None:
+    began = time.monotonic()
+    assert running() is None
+    assert time.monotonic() - began < 0.5, "nobody at the composed broker's port: that is known at once"
+    assert not processes_of(own_state)
+    with shared.shared_broker() as lease:
+        found = running()
+        assert found is not None
+        with found:
+            assert (found.origin, found.cluster_id) == ("embedded", lease.cluster_id)
+
+
 def test_broken_state_file_is_replaced(own_state: Path) -> None:
     own_state.mkdir()
     for text in ("", "[]", "{}", '{"folder": 1}', '{"port'):
@@ -446,8 +538,10 @@ def test_composed_cluster_comes_second(
 ) -> None:
     monkeypatch.setattr(connect_module, "COMPOSE", cluster)
     monkeypatch.setattr(connect_module, "COMPOSE_CLUSTER_ID", connection.cluster_id)
-    with connect() as found:
-        assert (found.origin, found.cluster) == ("compose", cluster)
+    for found in (connect(), running()):
+        assert found is not None
+        with found:
+            assert (found.origin, found.cluster) == ("compose", cluster)
 
 
 def test_foreign_cluster_at_the_composed_ones_port_is_not_taken(

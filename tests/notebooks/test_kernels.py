@@ -127,9 +127,8 @@ def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing_after_5_s(tmp_path:
         assert until(lambda: all(map(gone, facts["pods"])), 2), "pods outlive their kernel"
         assert until(lambda: not of_this_lab(tmp_path), 5), of_this_lab(tmp_path)
         assert not open_port(facts["bootstrap"])
-        with kernel(tmp_path) as (_, again):  # and the next run works, and collects what the dead one left
-            run(again, SETUP)
-            assert "True" in run(again, "print(len(lab.collected) >= 0 and sum(lab.cluster.topics().values()) < 20)")
+        with kernel(tmp_path) as (_, again):  # and the next run works
+            assert "running" in run(again, SETUP + "print(shop)")
 
 
 def test_interrupting_a_cell_harms_no_broker_and_no_pod(tmp_path: Path) -> None:

@@ -10,23 +10,59 @@ import ipywidgets
 import pytest
 
 from labkit.lab import picture
-from labkit.lab.board import Action, Board, PodState, PodView, _log_html
+from labkit.lab.board import Action, Board, _log_html
+from labkit.lab.deployment import PodState
 from labkit.lab.metrics import Fault, History, Sample
 
-PANELS = [picture.lag_panel(), picture.retries_panel(), picture.completed_panel()]
+PANELS = [
+    picture.lag_panel(["orders"]),
+    picture.retries_panel(["shop"], ["charged"]),
+    picture.completed_panel("charged", ["orders"]),
+]
 
 
-class FakeControls:
-    """Notes what was asked of it."""
+class FakePod:
+    """Tells its deployment what was asked of it."""
 
-    def __init__(self, *states: PodState) -> None:
-        self.states = list(states)
+    restarts = 0
+
+    def __init__(self, deployment: FakeDeployment, index: int, state: str = "running") -> None:
+        self.deployment, self.index, self.name = deployment, index, f"shop-{index}"
+        self.state = PodState(state)
+
+    def crash(self) -> None:
+        self.deployment.note("crash", self.index)
+
+    def freeze(self) -> None:
+        self.state = PodState.FROZEN
+        self.deployment.note("freeze", self.index)
+
+    def thaw(self) -> None:
+        self.state = PodState.RUNNING
+        self.deployment.note("thaw", self.index)
+
+    def slow(self, seconds: float) -> None:
+        self.state = PodState.SLOW if seconds else PodState.RUNNING
+        self.deployment.note("slow", self.index, seconds)
+
+    def drain(self) -> None:
+        self.deployment.note("drain", self.index)
+
+
+class FakeDeployment:
+    """Notes what was asked of it and its pods. Called, as a board does to look it up, it gives itself."""
+
+    def __init__(self, *states: str) -> None:
         self.calls: list[tuple[object, ...]] = []
         self.called = threading.Event()
         self.trouble: Exception | None = None
+        self.become(*states)
 
-    def pods(self) -> list[PodView]:
-        return [PodView(f"shop-{i}", i, state, 0) for i, state in enumerate(self.states)]
+    def become(self, *states: str) -> None:
+        self.pods = [FakePod(self, i, state) for i, state in enumerate(states)]
+
+    def __call__(self) -> FakeDeployment:
+        return self
 
     def note(self, *call: object) -> None:
         self.calls.append((*call, threading.current_thread() is threading.main_thread()))
@@ -34,27 +70,8 @@ class FakeControls:
         if self.trouble is not None:
             raise self.trouble
 
-    def crash(self, index: int) -> None:
-        self.note("crash", index)
-
-    def freeze(self, index: int) -> None:
-        self.states[index] = "frozen"
-        self.note("freeze", index)
-
-    def thaw(self, index: int) -> None:
-        self.states[index] = "running"
-        self.note("thaw", index)
-
-    def slow(self, index: int, seconds: float) -> None:
-        self.states[index] = "slow" if seconds else "running"
-        self.note("slow", index, seconds)
-
-    def drain(self, index: int) -> None:
-        self.note("drain", index)
-
-    def scale(self, n: int) -> None:
-        self.states = (self.states + ["running"] * n)[:n]  # type: ignore[assignment]
-        self.note("scale", n)
+    def scale(self, replicas: int) -> None:
+        self.note("scale", replicas)
 
 
 def tick(history: History, value: float = 1.0, at: float | None = None) -> None:
@@ -129,7 +146,7 @@ def test_a_history_at_rest_for_the_whole_picture_is_drawn_once(make: Make) -> No
 def test_closing_ends_the_thread_and_leaves_the_last_picture(make: Make) -> None:
     history = History()
     tick(history)
-    board = make(history, controls=FakeControls("running", "running"))
+    board = make(history, deployment=FakeDeployment("running", "running"))
     board.start()
     thread = board._thread
     assert thread is not None
@@ -165,7 +182,7 @@ def test_no_output_widget_is_used(make: Make) -> None:
         for child in getattr(widget, "children", ()):
             yield from within(child)
 
-    board = make(controls=FakeControls("running"), actions=[Action("Stop it", "Stops it.", lambda: None)])
+    board = make(deployment=FakeDeployment("running"), actions=[Action("Stop it", "Stops it.", lambda: None)])
     assert not [w for w in within(board.widget) if isinstance(w, ipywidgets.Output)]
 
 
@@ -176,12 +193,13 @@ def test_no_output_widget_is_used(make: Make) -> None:
         ("running", {"Crash pod 0", "Freeze pod 0", "Slow down pod 0", "Drain pod 0"}),
         ("frozen", {"Crash pod 0", "Thaw pod 0"}),
         ("slow", {"Crash pod 0", "Freeze pod 0", "Speed up pod 0", "Drain pod 0"}),
+        ("draining", {"Crash pod 0"}),
         ("restarting", set()),
         ("stopped", set()),
     ],
 )
-def test_buttons_are_enabled_when_they_make_sense(make: Make, state: PodState, enabled: set[str]) -> None:
-    board = make(controls=FakeControls(state, "running"))
+def test_buttons_are_enabled_when_they_make_sense(make: Make, state: str, enabled: set[str]) -> None:
+    board = make(deployment=FakeDeployment(state, "running"))
     board.redraw()
     on_pod = {name: button for name, button in buttons(board).items() if name.endswith("pod 0")}
     assert len(on_pod) == 5
@@ -192,11 +210,11 @@ def test_buttons_are_enabled_when_they_make_sense(make: Make, state: PodState, e
 
 
 def test_the_last_pod_cannot_be_removed(make: Make) -> None:
-    controls = FakeControls("running", "running")
-    board = make(controls=controls)
+    deployment = FakeDeployment("running", "running")
+    board = make(deployment=deployment)
     board.redraw()
     assert not buttons(board)["Remove a pod"].disabled
-    controls.states = ["running"]
+    deployment.become("running")
     board.redraw()
     assert buttons(board)["Remove a pod"].disabled
 
@@ -213,43 +231,64 @@ def test_the_last_pod_cannot_be_removed(make: Make) -> None:
     ],
 )
 def test_a_click_calls_the_twin_in_a_thread_of_its_own(make: Make, name: str, call: tuple[object, ...]) -> None:
-    controls = FakeControls("running", "running")
-    board = make(controls=controls)
+    deployment = FakeDeployment("running", "running")
+    board = make(deployment=deployment)
     board.redraw()
     assert board._pods is not None
     board._pods._choice.value = 1
     buttons(board)[name].click()
-    assert controls.called.wait(5)
-    assert controls.calls == [(*call, False)]
+    assert deployment.called.wait(5)
+    assert deployment.calls == [(*call, False)]
 
 
 def test_the_choice_of_a_pod_outlives_changes_of_state_and_number(make: Make) -> None:
-    controls = FakeControls("running", "running")
-    board = make(controls=controls)
+    deployment = FakeDeployment("running", "running")
+    board = make(deployment=deployment)
     board.redraw()
     assert board._pods is not None
     choice = board._pods._choice
     choice.value = 1
-    controls.states = ["restarting", "frozen", "running"]
+    deployment.become("restarting", "frozen", "running")
     board.redraw()
     assert choice.value == 1
     assert [label for label, _ in choice.options] == ["pod 0 · restarting", "pod 1 · frozen", "pod 2"]
     assert not buttons(board)["Thaw pod 1"].disabled
-    controls.states = ["running"]
+    deployment.become("running")
     board.redraw()
     assert choice.value == 0
     assert "Crash pod 0" in buttons(board)
 
 
+def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
+    running = {"shop": FakeDeployment("running", "running")}
+    board = make(deployment=lambda: running["shop"])
+    board.redraw()
+    before, running["shop"] = running["shop"], FakeDeployment("running")
+    buttons(board)["Crash pod 0"].click()
+    assert running["shop"].called.wait(5)
+    assert before.calls == []
+    until(lambda: buttons(board)["Remove a pod"].disabled, "the new one's only pod is shown")
+
+
+def test_a_pod_that_is_gone_is_told(make: Make) -> None:
+    deployment = FakeDeployment("running")
+    board = make(deployment=deployment)
+    board.redraw()
+    crash = buttons(board)["Crash pod 0"]
+    deployment.become()
+    crash.click()
+    until(lambda: "there is no pod 0 any more" in status(board), "the message is shown")
+
+
 def test_an_action_that_fails_is_told_until_the_next_one(make: Make) -> None:
-    controls = FakeControls("running")
-    controls.trouble = RuntimeError("pod 0 did not\nanswer <in> 5 s")
-    board = make(controls=controls)
+    deployment = FakeDeployment("running")
+    deployment.trouble = RuntimeError("pod 0 did not\nanswer <in> 5 s")
+    board = make(deployment=deployment)
     board.redraw()
     buttons(board)["Crash pod 0"].click()
     until(lambda: "Crash pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), "the message is shown")
     until(lambda: not buttons(board)["Crash pod 0"].disabled, "the button is back")
-    controls.trouble = None
+    deployment.trouble = None
     buttons(board)["Crash pod 0"].click()
     until(lambda: "did not" not in status(board), "the message is gone")
 

@@ -80,6 +80,7 @@ def test_java_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (finding,) = doctor.examine({"Java": doctor.java})
     assert finding.state == "problem"
     assert "LABKIT_JAVA_HOME" in finding.text
+    assert finding.fix.startswith("`make clean lab`")
 
 
 def test_java_that_does_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,6 +105,7 @@ def test_unreachable_cluster_is_a_problem_naming_the_variable(monkeypatch: pytes
     (finding,) = doctor.examine({"Kafka": doctor.kafka})
     assert finding.state == "problem"
     assert "KAFKA_BOOTSTRAP_SERVERS" in finding.text
+    assert "correct or unset it" in finding.fix
 
 
 def test_this_machine_passes_the_rest() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -17,6 +17,12 @@ class Fetched:
 
     def __init__(self, offset: int, key: bytes | None = None) -> None:
         self._offset, self._key = offset, key
+
+    def topic(self) -> str:
+        return "t"
+
+    def partition(self) -> int:
+        return 0
 
     def offset(self) -> int:
         return self._offset
@@ -127,13 +133,14 @@ def test_a_change_of_state_that_makes_no_sense_raises(before: LaneState, after: 
 def test_attempts_are_counted_for_each_record() -> None:
     lane = Lane(Partition("t", 0, 0), None)
 
-    def failure(offset: int) -> Any:
-        return Failure("t", 0, offset, None, None, ValueError(), 1, 0.0)
+    def fail(offset: int) -> Failure:
+        return lane.next_failure(*fetched(offset, key=b"k"), None, ValueError())
 
-    first = lane.next_failure(failure(4))
+    first = fail(4)
     lane.failure = first
-    second = lane.next_failure(failure(4))
+    second = fail(4)
+    assert (first.place, first.key) == ("t/0/4", "k")
     assert (first.attempt, second.attempt) == (1, 2)
     assert second.since == first.since > 0
     lane.failure = second
-    assert lane.next_failure(failure(5)).attempt == 1
+    assert fail(5).attempt == 1

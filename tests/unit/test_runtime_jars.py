@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from pathlib import Path
 
 import pytest
+import rich
+from rich.console import Console
 
 from labkit.kafka.errors import LabkitError
 from labkit.runtime.jars import Jar, jar_files, read_list
@@ -37,6 +40,17 @@ def test_fetched_once_and_in_order(tmp_path: Path) -> None:
     assert jar_files(tmp_path / "jars", JARS, repository) == paths
     assert len(repository.asked) == len(JARS)
     assert {path.name for path in (tmp_path / "jars").iterdir()} == {path.name for path in paths} | {"lock"}
+
+
+def test_a_fetch_shows_its_progress_on_a_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=shown, force_terminal=True, width=100))
+    jar_files(tmp_path, JARS, Repository())
+    assert "Fetching Apache Kafka" in shown.getvalue()
+    assert "12/12" in shown.getvalue()
+    shown.truncate(0)
+    jar_files(tmp_path, JARS, Repository())
+    assert not shown.getvalue()
 
 
 @pytest.mark.parametrize("damage", ["half", "tampered", "missing", "empty"])

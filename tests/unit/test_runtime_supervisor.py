@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 import pytest
 from processes import is_alive, processes_of, wait_until
 
+from labkit.runtime import shared
 from labkit.runtime.child import supervisor_command
 from labkit.runtime.shared import Control, Gone
 
@@ -234,3 +236,26 @@ def test_state_file_is_private(listen: Listen) -> None:
     assert running.state_file.stat().st_mode & 0o077 == 0
     supervisor = psutil.Process(running.connect().ask("status")["supervisor"])
     assert not any("secret" in argument for argument in supervisor.cmdline())
+
+
+def test_a_late_answer_is_not_taken_for_the_next_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "PATIENCE", 0.2)
+    late = threading.Event()
+
+    def serve() -> None:
+        with server.accept()[0] as connection:
+            connection.recv(100)
+            connection.sendall(b'{"folder": "f"}\n')
+            late.wait(10)
+            connection.sendall(b'{"folder": "late"}\n')
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        supervisor = threading.Thread(target=serve)
+        supervisor.start()
+        control = Control({"port": server.getsockname()[1], "token": "t", "folder": "f"})
+        with pytest.raises(Gone):
+            control.ask("pin")
+        late.set()
+        supervisor.join()
+        with pytest.raises(Gone):
+            control.ask("status")

@@ -1,0 +1,676 @@
+"""The one consumer loop: one thread owns the client and only polls, dispatches, pauses and commits.
+
+Records go to lanes (see `lanes`), lanes run on a bounded thread pool, or on one event loop if the handler is a
+coroutine function. A commit is five named steps, always in this order:
+
+1. finish:   the position of each partition is its lowest unfinished offset;
+2. flush:    all that handlers sent is confirmed by the broker, else nothing is committed;
+3. commit:   the positions are sent, without waiting, so that a broker that is away holds up no polling;
+4. confirm:  the broker's answer is noted; a refused commit is sent again with the next one;
+5. release:  on a revoke or at the end: wait for what runs, up to a bound, then commit once more and let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import heapq
+import inspect
+import itertools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from labkit.kafka.cluster import PASSING
+from labkit.kafka.errors import (
+    ClusterUnreachable,
+    DeliveryFailed,
+    HandlerExit,
+    LabkitError,
+    PoisonRecord,
+    TopicMissing,
+    place_of,
+)
+from labkit.kafka.lanes import Lane, LaneState, Partition
+from labkit.kafka.producer import handling, producer
+from labkit.kafka.records import Message, Record, decoder
+from labkit.kafka.steps import Done, Failure, Report, Retry, Step, Stop, keep_trying
+
+if TYPE_CHECKING:
+    from labkit.kafka.consumer import Consumer
+
+BATCH = 500  # records taken at once from what the client has fetched
+TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
+STAY = 256  # records a lane may handle before it lets other lanes have its worker
+FULL = 0.1  # seconds a partition may stay full before it is paused
+REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
+AWAY = 30.0  # seconds to ask again and again where partitions begin
+EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
+
+GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
+
+Place: TypeAlias = tuple[str, int]
+
+
+class Loop:
+    """One run of a Consumer."""
+
+    def __init__(self, consumer: Consumer, stop: threading.Event, report: Report | None) -> None:
+        self.spec, self.stop = consumer, stop
+        self.hooks = [hook for hook in (consumer.on_step, report) if hook is not None]
+        self.by_key = consumer.order == "key"
+        self.topic_ids = {topic.name: consumer.cluster.topic_id(topic.name) for topic in consumer.sources}
+        self.decode = {topic.name: decoder(topic.value) for topic in consumer.sources}
+        self.producer = producer(consumer.cluster)
+        self.refused = self.producer.refused  # before this run: none of our handlers' business
+        self.batch = max(1, min(BATCH, consumer.max_ahead // 2))
+        self.partitions: dict[Place, Partition] = {}
+        self.arrived: set[Place] = set()  # assigned during the consume call that runs now
+        self.back_offs: list[tuple[float, int, Lane]] = []
+        self.back_offs_lock = threading.Lock()
+        self.tie = itertools.count()
+        self.wake = threading.Event()  # a lane ran empty
+        self.gate = threading.Event()  # open, except while a commit waits for what handlers sent
+        self.gate.set()
+        self.fatal: BaseException | None = None
+        self.clock = 0.0  # seconds this loop has been alive: a frozen process does not age
+        self.next_commit = 0.0
+        self.ready: SimpleQueue[Lane | None] = SimpleQueue()  # lanes that want a worker
+        self.coroutines: asyncio.AbstractEventLoop | None = None
+        if _is_coroutine_function(consumer.handler):
+            self.coroutines = asyncio.new_event_loop()
+            self.slots = asyncio.Semaphore(consumer.workers)
+            self.threads = [
+                threading.Thread(target=_serve_coroutines, args=(self.coroutines,), name="coroutines", daemon=True)
+            ]
+        else:  # daemons, because one that hangs in its handler must not keep the process
+            self.threads = [
+                threading.Thread(target=self.serve, name=f"lane-{number}", daemon=True)
+                for number in range(consumer.workers)
+            ]
+        self.client = Client(
+            consumer.cluster.config(
+                {
+                    "group.id": consumer.group,
+                    "auto.offset.reset": consumer.start,
+                    "enable.auto.commit": False,
+                    "enable.auto.offset.store": False,
+                    "on_commit": self.guarded(self.confirmed),
+                    "enable.partition.eof": True,  # so that committed positions pass commit markers
+                    "partition.assignment.strategy": "cooperative-sticky",
+                    "session.timeout.ms": 6000,  # a stock broker refuses less
+                    "heartbeat.interval.ms": 300,  # how soon a member hears of a rebalance
+                    "topic.metadata.refresh.interval.ms": 1000,  # else a deleted topic stays unnoticed for 40 s
+                    "fetch.queue.backoff.ms": 1,  # with the default 1000 the same loop reaches 0.15 of the speed
+                    "queued.min.messages": 300_000,
+                    "queued.max.messages.kbytes": 65_536,  # bounds the prefetch in memory
+                }
+            )
+        )
+
+    # -- the thread that polls ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        before = time.monotonic()
+        try:
+            self.client.subscribe(
+                [topic.name for topic in self.spec.sources],
+                on_assign=self.guarded(self.assigned),
+                on_revoke=self.guarded(self.revoked),
+                on_lost=self.guarded(self.lost),
+            )
+            for thread in self.threads:
+                thread.start()
+            while not self.stop.is_set() and self.fatal is None:
+                now = time.monotonic()
+                self.clock += min(now - before, 1.0)
+                before = now
+                self.resubmit(now)
+                self.watch_deadlines()
+                for messages in self.fetch():
+                    self.dispatch(messages)
+                self.relieve()
+                self.commit(now)
+            with (
+                nullcontext() if self.fatal is None else suppress(DeliveryFailed)
+            ):  # the first error is the one to tell
+                self.release(list(self.partitions.values()))
+        finally:
+            self.close()
+        if self.fatal is not None:
+            raise self.fatal
+
+    def fetch(self) -> Iterator[list[Message]]:
+        """One record, waiting a little, then whatever is there already: asking for many at once waits to fill."""
+        first = self.client.consume(1, self.patience())
+        self.arrived.clear()  # what was assigned during that call was assigned before its one record was taken
+        yield cast(list[Message], first)
+        if first and self.batch > 1:
+            yield cast(list[Message], self.client.consume(self.batch - 1, 0))
+
+    def patience(self) -> float:
+        with self.back_offs_lock:
+            due = self.back_offs[0][0] if self.back_offs else None
+        return TURN if due is None else min(TURN, max(0.0, due - time.monotonic()))
+
+    def dispatch(self, messages: list[Message]) -> None:
+        batches: dict[Place, list[Message]] = {}
+        ends: list[Message] = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                batches.setdefault((message.topic(), message.partition()), []).append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                ends.append(message)
+            else:
+                self.client_error(message, error)
+        for place in self.arrived & {*batches, *((end.topic(), end.partition()) for end in ends)}:
+            # Taken away and given back within this very call: what was fetched before must not run ahead of what the
+            # committed offset brings again. (A seek so soon after an assignment can be refused; this cannot.)
+            if partition := self.partitions.get(place):
+                self.client.incremental_unassign([TopicPartition(*place)])
+                self.client.incremental_assign([TopicPartition(*place, partition.next_offset)])
+        for place, batch in batches.items():
+            partition = self.partitions.get(place)
+            if partition is None or place in self.arrived:
+                continue  # revoked meanwhile: uncommitted, so its next owner gets these
+            if batch[0].offset() < partition.next_offset:
+                self.check_identity(partition.topic)
+            for lane in partition.add(batch, self.by_key):
+                self.submit(lane)
+        for end in ends:  # only after the records before it, which would look as if they were fetched twice
+            place = (end.topic(), end.partition())
+            if place in self.partitions and place not in self.arrived:
+                self.partitions[place].reached(end.offset())
+
+    def client_error(self, message: Message, error: KafkaError) -> None:
+        code = error.code()
+        if code in GONE:
+            self.fatal = self.gone(message.topic())
+        elif error.fatal() or code in (
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+            KafkaError._AUTHENTICATION,
+        ):
+            self.fatal = LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}")
+        # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
+
+    def check_identity(self, topic: str) -> None:
+        """Offsets that go back may be those of another topic of this name, whose records would be passed over."""
+        try:
+            same = self.spec.cluster.topic_id(topic) == self.topic_ids[topic]
+        except TopicMissing:
+            same = False
+        except ClusterUnreachable:
+            same = True  # asked again when more comes
+        if not same:
+            self.fatal = self.gone(topic)
+
+    def gone(self, topic: str | None) -> TopicMissing:
+        return TopicMissing(
+            f"topic {topic or ', '.join(one.name for one in self.spec.sources)} was deleted while group "
+            f"{self.spec.group} was reading it: create a topic of another name and deploy again"
+        )
+
+    def relieve(self) -> None:
+        """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch."""
+        until = time.monotonic() + FULL
+        full: list[Partition] = []
+        for partition in self.partitions.values():
+            if not partition.paused:
+                if self.is_full(partition):
+                    full.append(partition)
+            elif partition.ahead() <= self.batch // 2:
+                self.client.resume([TopicPartition(partition.topic, partition.number)])
+                partition.paused = False
+        while full and time.monotonic() < until and not self.stop.is_set() and self.fatal is None:
+            self.wake.clear()
+            if not any(map(self.is_full, full)):
+                return
+            self.wake.wait(0.002)
+        for partition in full:
+            if self.is_full(partition):
+                self.client.pause([TopicPartition(partition.topic, partition.number)])
+                partition.paused = True
+
+    def is_full(self, partition: Partition) -> bool:
+        """Whether one more batch could exceed `max_ahead`."""
+        return partition.ahead() + self.batch > self.spec.max_ahead
+
+    def resubmit(self, now: float) -> None:
+        """Give lanes whose back-off is over to a worker."""
+        while True:
+            with self.back_offs_lock:
+                if not self.back_offs or self.back_offs[0][0] > now:
+                    return
+                _, _, lane = heapq.heappop(self.back_offs)
+            with lane.partition.lock:
+                if lane.state is not LaneState.BACKING_OFF or not lane.partition.active:
+                    continue
+                lane.to(LaneState.RUNNING)
+            self.submit(lane)
+
+    def watch_deadlines(self) -> None:
+        for partition in self.partitions.values():
+            for lane in list(partition.lanes.values()):
+                began = lane.began
+                if began is not None and self.clock - began > self.spec.deadline:
+                    with suppress(IndexError):  # it returned just now
+                        self.overrun(_place(lane.queue[0]))
+
+    def overrun(self, place: str) -> None:
+        """End the process, as Python cannot end a thread."""
+        try:
+            _log(
+                f"handler of {place} has run for more than its deadline of {self.spec.deadline:g} s; "
+                "the process ends, the record will be delivered again. Stacks:"
+            )
+            faulthandler.dump_traceback(all_threads=True)
+            for task in asyncio.all_tasks(self.coroutines) if self.coroutines else ():
+                _log_awaiting(task.get_coro())
+        finally:
+            os._exit(EXIT_DEADLINE)
+
+    # -- commits --------------------------------------------------------------------------------------------------
+
+    def commit(self, now: float) -> None:
+        if now < self.next_commit:
+            return
+        positions = {
+            place: at for place, p in self.partitions.items() if (at := p.position()) > p.committed and at != p.asked
+        }
+        if not positions:
+            self.next_commit = now + self.spec.commit_interval
+            return
+        if self.unconfirmed():
+            return  # tried again at the next turn
+        self.next_commit = now + self.spec.commit_interval
+        self.tell(Step.FLUSHED, None)
+        self.tell(Step.COMMITTING, positions)
+        for place, offset in positions.items():
+            self.partitions[place].asked = offset
+        try:
+            self.client.commit(offsets=_offsets(positions), asynchronous=True)
+        except KafkaException as error:
+            self.confirmed(error.args[0], _offsets(positions))
+
+    def unconfirmed(self) -> int:
+        """How much of what handlers sent is still on its way. Lanes stand still meanwhile: a busy handler's next send
+        would keep the producer from ever being empty, and uncommitted work would pile up.
+
+        Raises DeliveryFailed when the broker refused something.
+        """
+        left = self.producer.unconfirmed(0)
+        if left:
+            self.gate.clear()
+            try:
+                left = self.producer.unconfirmed(0.5)
+            finally:
+                self.gate.set()
+        self.producer.check(self.refused)
+        return left
+
+    def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        stored: dict[Place, int] = {}
+        for one in offsets:
+            partition = self.partitions.get((one.topic, one.partition))
+            if partition is None:
+                continue
+            if error is not None or one.error is not None:
+                partition.asked = partition.committed  # refused, say by a rebalance: goes with the next commit
+            else:
+                partition.committed = max(partition.committed, one.offset)
+                stored[one.topic, one.partition] = one.offset
+        if stored:
+            self.tell(Step.COMMITTED, stored)
+
+    def release(self, partitions: Sequence[Partition]) -> None:
+        """Let partitions go: start nothing more, wait for what runs, flush, commit. Nothing is committed late."""
+        for partition in partitions:
+            partition.active = False
+        until = time.monotonic() + self.spec.drain
+        while any(lane.began is not None for p in partitions for lane in list(p.lanes.values())):
+            if time.monotonic() > until:
+                break
+            self.wake.clear()
+            self.wake.wait(0.01)
+        positions = {(p.topic, p.number): at for p in partitions if (at := p.position()) > p.committed}
+        self.forget(partitions)
+        if not positions:
+            return
+        left = self.producer.unconfirmed(self.spec.drain)
+        self.producer.check(self.refused)
+        if left:
+            _log(f"{self.spec.group}: {left:,} records sent by handlers stay unconfirmed, so their causes come again")
+            return
+        self.tell(Step.FLUSHED, None)
+        self.tell(Step.COMMITTING, positions)
+        if self.commit_now(positions):
+            self.tell(Step.COMMITTED, positions)
+
+    def commit_now(self, positions: dict[Place, int]) -> bool:
+        """Commit and wait for the answer. False: not stored, so the next owner gets these records again."""
+        until = time.monotonic() + REACH
+        while True:
+            try:
+                # A commit has no time limit: a broker that is away would keep us for a minute. This question has one.
+                self.client.committed(_offsets(positions), timeout=REACH)
+                answers = self.client.commit(offsets=_offsets(positions), asynchronous=False)
+                return not any(one.error for one in answers or ())
+            except KafkaException as error:
+                if error.args[0].code() not in PASSING or time.monotonic() > until:
+                    _log(f"{self.spec.group}: commit not stored: {error.args[0].str()}")
+                    return False
+                self.wake.wait(0.1)
+
+    def forget(self, partitions: Iterable[Partition]) -> None:
+        """Nothing that belongs to these partitions counts any more, whoever still works on it."""
+        for partition in partitions:
+            partition.active = False
+            self.partitions.pop((partition.topic, partition.number), None)
+            for lane in list(partition.lanes.values()):
+                failure, lane.failure = lane.failure, None
+                if failure is not None:
+                    self.tell(Step.RECOVERED, failure)
+        with self.back_offs_lock:
+            self.back_offs = [entry for entry in self.back_offs if entry[2].partition.active]
+            heapq.heapify(self.back_offs)
+
+    # -- the group ------------------------------------------------------------------------------------------------
+
+    def guarded(self, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        """A callback for the client. What it raises ends the loop, but not through the client: that could never close
+        after an exception out of a rebalance."""
+
+        def call(first: Any, second: Any) -> None:
+            try:
+                callback(first, second)
+            except BaseException as error:
+                self.fatal = self.fatal or error
+
+        return call
+
+    def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
+        starts, fresh = self.starts(client, partitions)
+        client.incremental_assign(starts)
+        if not starts:
+            return
+        client.resume(starts)  # a pause from before outlives a rebalance in librdkafka
+        for one in starts:
+            place = (one.topic, one.partition)
+            self.partitions[place] = Partition(one.topic, one.partition, one.offset)
+            self.arrived.add(place)
+        # "latest" means from now on: without a commit, what is produced while the member restarts would be lost.
+        if fresh and not self.commit_now(fresh):
+            for place in fresh:  # refused, say by the next rebalance: goes with the next commit
+                self.partitions[place].committed = self.partitions[place].asked = -1
+        self.tell(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
+
+    def starts(self, client: Client, partitions: list[TopicPartition]) -> tuple[list[TopicPartition], dict[Place, int]]:
+        """Where to begin, and which of these positions are to be committed. Asks until the broker answers."""
+        until = time.monotonic() + AWAY
+        while partitions and not self.stop.is_set():
+            try:
+                return self.ask_starts(client, partitions)
+            except KafkaException as error:
+                if error.args[0].code() in GONE:
+                    raise self.gone(None) from error
+                if time.monotonic() > until:
+                    raise ClusterUnreachable(
+                        f"{self.spec.cluster.bootstrap} does not say where group {self.spec.group} is to begin: "
+                        f"{error.args[0].str()}"
+                    ) from error
+                self.stop.wait(0.1)
+        return [], {}
+
+    def ask_starts(
+        self, client: Client, partitions: list[TopicPartition]
+    ) -> tuple[list[TopicPartition], dict[Place, int]]:
+        starts: list[TopicPartition] = []
+        fresh: dict[Place, int] = {}
+        for one in client.committed(partitions, timeout=REACH):
+            if one.error is not None:  # not to be taken for "nothing committed"
+                raise KafkaException(one.error)
+            offset = one.offset
+            if offset < 0:
+                low, high = client.get_watermark_offsets(TopicPartition(one.topic, one.partition), timeout=REACH)
+                offset = high if self.spec.start == "latest" else low
+                if self.spec.start == "latest":
+                    fresh[one.topic, one.partition] = offset
+            starts.append(TopicPartition(one.topic, one.partition, offset))
+        return starts, fresh
+
+    def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
+        try:
+            self.release(self.held(partitions))
+        finally:
+            client.incremental_unassign(partitions)
+        self.tell(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
+
+    def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
+        self.forget(self.held(partitions))
+        client.incremental_unassign(partitions)
+        self.tell(Step.LOST, [(one.topic, one.partition) for one in partitions])
+
+    def held(self, partitions: Iterable[TopicPartition]) -> list[Partition]:
+        places = ((one.topic, one.partition) for one in partitions)
+        return [self.partitions[place] for place in places if place in self.partitions]
+
+    def close(self) -> None:
+        """End the workers and leave the group. Takes at most 2 × REACH: a frozen broker would keep us for a minute."""
+        self.forget(list(self.partitions.values()))
+        if self.coroutines is not None:
+            self.coroutines.call_soon_threadsafe(self.coroutines.stop)
+        for _ in self.threads:
+            self.ready.put(None)
+        leaving = threading.Thread(target=self.client.close, name="leaving", daemon=True)
+        leaving.start()
+        leaving.join(2 * REACH)
+
+    # -- the workers ----------------------------------------------------------------------------------------------
+
+    def submit(self, lane: Lane) -> None:
+        if self.coroutines is not None:
+            asyncio.run_coroutine_threadsafe(self.work_async(lane), self.coroutines)
+        else:
+            self.ready.put(lane)
+
+    def serve(self) -> None:
+        """A worker thread."""
+        while (lane := self.ready.get()) is not None:
+            try:
+                self.work(lane)
+            except BaseException as error:  # of a hook: never to be swallowed by a thread
+                self.end(lane, error)
+
+    def work(self, lane: Lane) -> None:
+        """Handle a lane's records until it is empty, fails, or has had its turn."""
+        handler = self.spec.handler
+        for _ in range(STAY):
+            message, record = self.next_of(lane), None
+            if message is None:
+                return
+            if not self.gate.is_set():
+                self.gate.wait()
+            try:
+                record = self.open(message)
+                if self.hooks:
+                    self.tell(Step.HANDLING, record)
+                result = handler(record)
+                if result is not None and inspect.iscoroutine(result):
+                    result.close()
+                    raise TypeError("the handler returned a coroutine, which nobody runs: make it an `async def`")
+            except BaseException as error:
+                if not self.failed(lane, message, record, error):
+                    return
+                continue
+            self.handled(lane, record)
+        self.submit(lane)
+
+    async def work_async(self, lane: Lane) -> None:
+        """The same for a coroutine handler."""
+        try:
+            async with self.slots:
+                again = await self.take_turn(lane)
+        except Exception as error:
+            self.end(lane, error)
+            return
+        if again:
+            self.submit(lane)
+
+    async def take_turn(self, lane: Lane) -> bool:
+        """True when the lane has more to do, but others come first."""
+        handler = self.spec.handler
+        for _ in range(STAY):
+            message, record = self.next_of(lane), None
+            if message is None:
+                return False
+            while not self.gate.is_set():
+                await asyncio.sleep(0.001)
+            try:
+                record = self.open(message)
+                if self.hooks:
+                    self.tell(Step.HANDLING, record)
+                await handler(record)
+            except BaseException as error:
+                if not self.failed(lane, message, record, error):
+                    return False
+                continue
+            self.handled(lane, record)
+        return True
+
+    def next_of(self, lane: Lane) -> Message | None:
+        """The record a lane is to handle now. None: it is empty, or its partition was given up; it rests."""
+        partition = lane.partition
+        while True:
+            lane.began = self.clock  # before the look at `active`: either we see the release, or it waits for us
+            if lane.queue and partition.active:
+                return lane.queue[0]
+            lane.began = None
+            if partition.rest(lane):
+                self.wake.set()
+                return None
+
+    def open(self, message: Message) -> Record[Any]:
+        """Decode a record; what its handler sends names it as the cause."""
+        record = self.decode[message.topic()](message)
+        handling.set(record)
+        return record
+
+    def handled(self, lane: Lane, record: Record[Any]) -> None:
+        if self.hooks:
+            self.tell(Step.HANDLED, record)
+        failure, lane.failure = lane.failure, None
+        if failure is not None:
+            self.tell(Step.RECOVERED, failure)
+        lane.queue.popleft()
+        lane.began = None
+
+    def failed(self, lane: Lane, message: Message, record: Record[Any] | None, error: BaseException) -> bool:
+        """Ask the policy about a failed record. True when the lane goes on with its next one at once."""
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            return self.end(lane, error, message)
+        if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
+            _log(f"{_place(message)} failed while its partition was given up: {type(error).__name__}: {error}")
+            lane.began = None
+            self.wake.set()
+            return False
+        failure = lane.next_failure(message, record, error)
+        try:
+            decision = self.spec.on_failure(failure)
+            if not isinstance(decision, Retry | Done | Stop):
+                raise TypeError(f"on_failure returned {decision!r}, not Retry, Done or Stop")
+            if isinstance(decision, Retry) and not decision.after >= 0:  # NaN is not either
+                raise ValueError(f"on_failure returned {decision!r}, which says no time to wait")
+        except Exception as broken:
+            # A policy that cannot do its work (its dead-letter topic is away) must neither lose the record nor spin.
+            traceback.print_exception(broken)
+            decision = keep_trying(0.5)(failure)
+        failure = replace(failure, decision=decision)
+        _log_failure(failure)
+        self.tell(Step.FAILED, failure)
+        match decision:
+            case Retry(after):
+                lane.failure, lane.began = failure, None
+                lane.due = time.monotonic() + after
+                with lane.partition.lock:
+                    lane.to(LaneState.BACKING_OFF)
+                with self.back_offs_lock:
+                    heapq.heappush(self.back_offs, (lane.due, next(self.tie), lane))
+                return False
+            case Done():
+                self.tell(Step.RECOVERED, failure)
+                lane.failure = None
+                lane.queue.popleft()
+                lane.began = None
+                return True
+            case Stop():
+                return self.end(lane, error)
+
+    def end(self, lane: Lane, error: BaseException, message: Message | None = None) -> bool:
+        """Let the consumer stop with an error; what the lane has in hand stays uncommitted."""
+        if not isinstance(error, Exception):
+            place = "a record" if message is None else _place(message)
+            error = HandlerExit(f"the handler ended the process ({error!r}) on {place}, which is not committed")
+        self.fatal = self.fatal or error
+        lane.began = None
+        self.wake.set()
+        return False
+
+    def tell(self, step: Step, subject: Any) -> None:
+        for hook in self.hooks:
+            hook(step, subject)
+
+
+def _serve_coroutines(loop: asyncio.AbstractEventLoop) -> None:
+    """The thread of the event loop. At the end it cancels what outlived the drain."""
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.close()
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
+
+
+def _log_awaiting(coroutine: Any) -> None:
+    """Where a suspended coroutine stands, outermost call first: a task itself only knows its own first frame."""
+    _log("Coroutine:")
+    while inspect.iscoroutine(coroutine) and (frame := coroutine.cr_frame) is not None:
+        _log(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
+        coroutine = coroutine.cr_await
+
+
+def _log_failure(failure: Failure) -> None:
+    """The whole traceback of a first failure, below the loop's own frame; one line for each further attempt."""
+    error = failure.error
+    _log(f"{failure.place} failed, attempt {failure.attempt}: {type(error).__name__}: {error}")
+    if failure.attempt == 1 and not isinstance(error, PoisonRecord):
+        traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+
+
+def _place(message: Message) -> str:
+    return place_of(message.topic(), message.partition(), message.offset())
+
+
+def _is_coroutine_function(handler: Callable[..., Any]) -> bool:
+    plain = inspect.unwrap(handler)
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
+
+
+def _offsets(positions: dict[Place, int]) -> list[TopicPartition]:
+    return [TopicPartition(topic, number, offset) for (topic, number), offset in positions.items()]

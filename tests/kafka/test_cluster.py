@@ -1,0 +1,86 @@
+"""Making topics: what is there already, and what is told when no broker answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+from consuming import fresh_topic
+
+import labkit.kafka.cluster as module
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch
+from labkit.kafka.topics import Topic
+
+
+class Away:
+    """An admin client whose questions end in these errors, one after the other; the last one for ever."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def create_topics(self, topics: Sequence[Any], **_: Any) -> dict[str, Future[None]]:
+        return self.fail(topics[0].topic)
+
+    def describe_topics(self, topics: Any, **_: Any) -> dict[str, Future[None]]:
+        return self.fail("orders")
+
+    def fail(self, name: str) -> dict[str, Future[None]]:
+        future: Future[None] = Future()
+        future.set_exception(self.errors.pop(0) if len(self.errors) > 1 else self.errors[0])
+        return {name: future}
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), KafkaException(KafkaError(KafkaError._TIMED_OUT))])
+@pytest.mark.parametrize(
+    "question",
+    [lambda cluster: cluster.create_topic("orders", 1), lambda cluster: cluster.topic_id("orders")],
+    ids=["create", "id"],
+)
+def test_a_broker_that_is_away_is_told_with_topic_and_address(
+    monkeypatch: pytest.MonkeyPatch, question: Callable[[Cluster], Any], error: Exception
+) -> None:
+    monkeypatch.setattr(module, "admin", lambda cluster: Away(error))
+    with pytest.raises(ClusterUnreachable, match=r"topic orders: no answer from 127\.0\.0\.1:1.*`labkit status`"):
+        question(Cluster("127.0.0.1:1"))
+
+
+def test_a_topic_that_kafka_refuses_is_told_as_such(cluster: Cluster) -> None:
+    with pytest.raises(LabkitError, match="topic no/slash could not be created") as told:
+        cluster.create_topic("no/slash", 1)
+    assert not isinstance(told.value, ClusterUnreachable)
+
+
+def test_a_topic_is_made_once_the_broker_is_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{fresh_topic(cluster).name}.again"
+    admin, away = module.admin, [Away(KafkaException(KafkaError(KafkaError._TRANSPORT)))]
+    monkeypatch.setattr(module, "admin", lambda cluster: away.pop() if away else admin(cluster))
+    cluster.create_topic(name, 2)
+    assert cluster.topics()[name] == 2
+
+
+def test_a_topic_that_is_there_as_asked_is_left_as_it_is(cluster: Cluster) -> None:
+    plain = fresh_topic(cluster, 2)
+    plain.create()
+    compacted = Topic(cluster, f"{plain.name}.compacted", 2, int)
+    for _ in range(2):
+        compacted.create({"cleanup.policy": "compact"})
+    compacted.create()  # nothing asked, nothing compared
+
+
+@pytest.mark.parametrize(
+    ("partitions", "config", "message"),
+    [
+        (3, {}, "exists with 2 partitions, not 3"),
+        (2, {"cleanup.policy": "compact"}, "exists with cleanup.policy delete, not compact"),
+    ],
+)
+def test_a_topic_that_is_there_in_another_way_is_told(
+    cluster: Cluster, partitions: int, config: dict[str, str], message: str
+) -> None:
+    name = fresh_topic(cluster, 2).name
+    with pytest.raises(TopicMismatch, match=f"topic {name} {message}"):
+        cluster.create_topic(name, partitions, config)

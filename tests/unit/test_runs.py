@@ -1,0 +1,32 @@
+"""Names of runs: every learner gets one that Kafka takes."""
+
+from __future__ import annotations
+
+import getpass
+import os
+
+import pytest
+
+from labkit.lab import runs
+
+
+@pytest.mark.parametrize(("name", "part"), [("Ada L.", "ada-l"), ("юля", "u6c0da25d"), ("…", "u5111434a")])
+def test_every_learner_has_a_name(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(runs.LEARNER, name)
+    run = runs.Run("names", "no-cluster")
+    run._path.unlink()
+    run.forget()
+    assert run.prefix == f"labkit.{part}.names.{run.id}."
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no username set")])
+def test_a_user_without_a_name_goes_by_their_number(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise error
+
+    monkeypatch.delenv(runs.LEARNER, raising=False)
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    run = runs.Run("names", "no-cluster")
+    run._path.unlink()
+    run.forget()
+    assert run.prefix.startswith(f"labkit.u{os.getuid()}.names.")
