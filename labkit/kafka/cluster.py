@@ -17,6 +17,8 @@ from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch, 
 
 T = TypeVar("T")
 
+ANSWER = 5.0  # seconds for one answer of the broker, before a second client asks once more
+
 # A lab's clients sit beside the broker: a broker that restarts is found again within a tenth of a second.
 _NEAR = {
     "socket.connection.setup.timeout.ms": 5000,
@@ -61,7 +63,7 @@ class Cluster:
 
     def topics(self) -> dict[str, int]:
         """Every topic's name and number of partitions."""
-        found = self.ask(lambda: admin(self).list_topics(timeout=10)).topics
+        found = self.ask(lambda: admin(self).list_topics(timeout=ANSWER)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
 
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
@@ -74,7 +76,9 @@ class Cluster:
 
         def make() -> bool:
             try:
-                admin(self).create_topics([new], operation_timeout=10, request_timeout=10)[name].result(11)
+                admin(self).create_topics([new], operation_timeout=ANSWER, request_timeout=ANSWER)[name].result(
+                    ANSWER + 1
+                )
             except KafkaException as error:
                 code = error.args[0].code()
                 if code in PASSING or code == KafkaError._TIMED_OUT:
@@ -97,7 +101,7 @@ class Cluster:
         if cleanup is not None:
             resource = ConfigResource(ConfigResource.Type.TOPIC, name)
             has: str = self.ask(
-                lambda: admin(self).describe_configs([resource], request_timeout=10)[resource].result(11),
+                lambda: admin(self).describe_configs([resource], request_timeout=ANSWER)[resource].result(ANSWER + 1),
                 about=f"topic {name}: ",
                 also=KafkaError.UNKNOWN_TOPIC_OR_PART,  # just made: this broker does not know it yet
             )["cleanup.policy"].value
@@ -146,7 +150,7 @@ class Cluster:
 
     def groups(self) -> list[str]:
         """Every consumer group's name."""
-        listing = self.ask(lambda: admin(self).list_consumer_groups(request_timeout=10).result(11))
+        listing = self.ask(lambda: admin(self).list_consumer_groups(request_timeout=ANSWER).result(ANSWER + 1))
         return [group.group_id for group in listing.valid]
 
     def ask(self, question: Callable[[], T], patience: float = 10.0, about: str = "", also: int | None = None) -> T:
@@ -156,19 +160,24 @@ class Cluster:
         Raises ClusterUnreachable, its message beginning with `about`, for any other error, and for these when they
         last longer than `patience` seconds.
         """
-        until = time.monotonic() + patience
+        until, silent_before = time.monotonic() + patience, False
         while True:
             try:
                 return question()
             except (KafkaException, TimeoutError) as error:
-                passing = isinstance(error, KafkaException) and error.args[0].code() in (*PASSING, also)
-                if not passing or time.monotonic() > until:
+                code = error.args[0].code() if isinstance(error, KafkaException) else KafkaError._TIMED_OUT
+                # The next question goes to a new client: one that lived through a broker that was frozen or killed can
+                # hold on to the leaders of before, or wait for ever for a controller that answers everybody else.
+                _admin.cache_clear()
+                silent = code == KafkaError._TIMED_OUT
+                again = (silent and not silent_before) or (code in (*PASSING, also) and time.monotonic() < until)
+                if not again:
                     raise ClusterUnreachable(
                         f"{about}no answer from {self.bootstrap} ({_reason(error)}): is the broker up? "
                         "`labkit status` tells"
                     ) from error
+                silent_before = silent_before or silent
                 time.sleep(0.1)  # between two questions: nothing tells when it is over
-                _admin.cache_clear()  # a client can hold on to the leaders of before the restart: take a new one
 
     @staticmethod
     def _wait(futures: Mapping[str, Future[Any]], ignore: Iterable[int] = ()) -> None:

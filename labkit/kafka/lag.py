@@ -12,7 +12,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
-from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.cluster import ANSWER, Cluster, admin
 
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ def offsets(cluster: Cluster, partitions: Sequence[tuple[str, int]], spec: Offse
     wanted = {TopicPartition(topic, number): spec for topic, number in partitions}
 
     def found() -> dict[tuple[str, int], int]:
-        futures = admin(cluster).list_offsets(wanted, request_timeout=10)
+        futures = admin(cluster).list_offsets(wanted, request_timeout=ANSWER)
         return {(one.topic, one.partition): _offset(future) for one, future in futures.items()}
 
     return cluster.ask(found)
@@ -84,7 +84,7 @@ def offsets(cluster: Cluster, partitions: Sequence[tuple[str, int]], spec: Offse
 
 def _offset(future: Future[Any]) -> int:
     try:
-        return int(future.result(11).offset)
+        return int(future.result(ANSWER + 1).offset)
     except KafkaException as error:
         if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
             raise
