@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from labkit.cli.lab import ROOT
+from labkit.cli.testing import PACE
 from labkit.kafka.errors import LabkitError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def execute(notebook: NotebookNode, folder: Path, environment: Mapping[str, str]
         store_widget_state=False,
     )
     try:
-        client.execute(env={**environment, "JUPYTER_PREFER_ENV_PATH": "1"})
+        client.execute(env={"LABKIT_PACE": PACE, **environment, "JUPYTER_PREFER_ENV_PATH": "1"})
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise LabkitError(f"the notebook failed: {error}") from error
 

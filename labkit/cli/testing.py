@@ -29,6 +29,7 @@ NBVAL = (
     *(*PYTEST, "-p", "no:randomly", "-W", "default", "--timeout=300"),
     *("--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=60"),
 )
+PACE = "10"  # notebooks are paced for people; tests send the same records faster
 # Settings of the person who runs the tests that would lead them to another Kafka.
 OUTSIDE = ("KAFKA_BOOTSTRAP_SERVERS", "KAFKA_CLIENT_CONFIG")
 
@@ -107,6 +108,8 @@ def run(part: str, command: tuple[str, ...], seconds: float) -> Result:
     with _own_state() as (environment, folder):
         report = folder / "report.xml"
         more = [f"--junitxml={report}"] if is_pytest else []
+        if part in ("notebooks", "browser"):
+            environment.setdefault("LABKIT_PACE", PACE)
         code = _call([sys.executable, *command, *more], environment, seconds)
         passed, failed, skipped = read_report(report) if is_pytest else (int(code == 0), int(code != 0), 0)
     if code and not failed:  # it ended without saying which test: counted all the same

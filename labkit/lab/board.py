@@ -161,7 +161,7 @@ class Board:
         with self._lock:
             for button in self._all_buttons():
                 button.refresh("This board is closed.")
-            self._say("This board is closed: run its cell again for a live one.")
+            self._say("This board is closed: run the notebook again from its first cell for a live one.")
 
     @property
     def closed(self) -> bool:

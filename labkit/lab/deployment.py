@@ -160,7 +160,13 @@ class Pod:
 
     def __repr__(self) -> str:
         again = f", restarted {self.restarts}×" if self.restarts else ""
-        return f"{self.name}: {self.state.value}{again}"
+        return f"{self.name}: {self.state.value}{again}, {self.partitions}"
+
+    @property
+    def partitions(self) -> str:
+        """The partitions it has, in words."""
+        assigned = self.report.assigned if self.report is not None and self.child is not None else []
+        return ", ".join(place.rsplit(".", 1)[-1] for place in assigned) or "no partition"
 
     # -- what follows is called by the deployment's thread ---------------------------------------------------------
 
@@ -415,10 +421,12 @@ class Deployment:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td></tr>"
+            f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td>"
+            f"<td>{html.escape(pod.partitions)}</td></tr>"
             for pod in self.pods
         )
-        return f"<table><tr><th>{html.escape(self.name)}</th><th>state</th><th>restarts</th></tr>{rows}</table>"
+        head = "".join(f"<th>{name}</th>" for name in (html.escape(self.name), "state", "restarts", "partitions"))
+        return f"<table><tr>{head}</tr>{rows}</table>"
 
     def _run(self) -> None:
         if self._replaces is not None:

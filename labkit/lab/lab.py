@@ -34,6 +34,7 @@ from labkit.runtime.connect import connect
 if TYPE_CHECKING:
     import pandas as pd
 
+QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
 
 LEAVE = 7.0  # seconds that `close` waits for the sessions of killed pods to end, so that their group can be deleted
@@ -132,7 +133,7 @@ class Lab:
         A Consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
         stopped. Returns at once. Raises CannotTravel when the handler uses what cannot live in another process.
         """
-        self._check_open()
+        self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
         self.run.name(name)
         if isinstance(runnable, Consumer):
             runnable = replace(runnable, group=runnable.group or self.run.group(name))
@@ -157,7 +158,7 @@ class Lab:
         `by` is the business id the audit goes by, `key` the record's key: names of fields, or functions. Without a key
         the id is the key.
         """
-        self._check_open()
+        self._check_open(topic)
         if rate <= 0:
             raise LabkitError(f"rate must be positive, not {rate!r}")
         made = Load(topic, values, rate * self.pace, identifier(by), identifier(by if key is None else key))
@@ -176,7 +177,7 @@ class Lab:
         `completed` is the topic in which work takes effect; `by` its business id. A cell that runs again replaces its
         board.
         """
-        self._check_open()
+        self._check_open(lag, completed)
         retries = lag if retries is None else retries
         panels = [
             picture.lag_panel([topic.short for topic in lag.topics]),
@@ -219,17 +220,24 @@ class Lab:
     def settle(self, timeout: float = 60.0) -> Settled:
         """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
 
-        Where waiting cannot help it answers at once: while a pod is frozen (waiting would keep the button that thaws it
+        What was planned by `when` and is still waiting once all is at rest is dropped. Where waiting cannot help it
+        answers at once: while a pod is frozen (waiting would keep the button that thaws it
         from working), and when a load, or what was planned by `when`, has failed.
         """
-        begun, calm, reason = time.monotonic(), 0, "nothing was looked at"
+        begun, calm, quiet_since = time.monotonic(), 0, float("inf")
         while True:
             if hopeless := self._hopeless():
                 return Settled(False, hopeless, time.monotonic() - begun)
-            reason = self.unsettled() or ""
+            moving = self._moving()
+            now = time.monotonic()
+            quiet_since = float("inf") if moving else min(quiet_since, now)
+            if now - quiet_since > QUIET:
+                for planned in self._planned:
+                    planned.drop()  # what it waits for does not come by itself any more
+            reason = moving or self._planned_still() or ""
             # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
             calm = 0 if reason else calm + 1
-            spent = time.monotonic() - begun
+            spent = now - begun
             if calm >= 2:
                 return Settled(True, "", spent)
             if spent > timeout:
@@ -238,15 +246,17 @@ class Lab:
 
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
-        if hopeless := self._hopeless():
-            return hopeless
-        for planned in self._planned:
-            if planned.state != "done":
-                return repr(planned)
+        return self._hopeless() or self._moving() or self._planned_still()
+
+    def _moving(self) -> str | None:
+        """What still goes on by itself."""
         for load in self.loads:
             if not load.done:
                 return f"the load on {load.topic.short} still sends"
         return next(filter(None, map(self._unfinished, self.deployments.values())), None)
+
+    def _planned_still(self) -> str | None:
+        return next((repr(planned) for planned in self._planned if planned.waits), None)
 
     def _unfinished(self, deployment: Deployment) -> str | None:
         """What a deployment has still to do."""
@@ -284,6 +294,7 @@ class Lab:
         `done` is the topic in which work takes effect, or effects read from elsewhere (a database). The answer is
         `unknown`, with its reason, while the lab has not settled. Raises LabkitError for a value without the id.
         """
+        self._check_open(sent, done)
         # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
         # record that is handled between two looks may have made one upstream of what was looked at first.
         unknown = self.unsettled() or self.unsettled()
@@ -306,6 +317,7 @@ class Lab:
         timeout: float = 60.0,
     ) -> Audit:
         """Wait until the lab has settled, then audit. If that is not `valid`, the pods' last lines are printed."""
+        self._check_open(sent, done)
         self.settle(timeout)
         found = self.audit(sent, done, by)
         if found.result != "valid":
@@ -405,9 +417,17 @@ class Lab:
     def _others(self) -> list[tuple[str, int]]:
         return [(prefix, process) for prefix, process in runs.living() if prefix != self.run.prefix]
 
-    def _check_open(self) -> None:
+    def _check_open(self, *things: object) -> None:
+        """Raises LabkitError when this lab is closed, or when one of `things` belongs to an earlier run of it."""
         if self._closing:
-            raise LabkitError(f"this lab is closed: run the cell with Lab({self.notebook!r}) again")
+            raise LabkitError(f"this lab is closed: run the notebook again from the cell with Lab({self.notebook!r})")
+        earlier = self.run.prefix.removesuffix(f"{self.run.id}.")
+        for thing in things:
+            topic = thing.topic if isinstance(thing, Load) else thing
+            name = topic.name if isinstance(topic, Topic) else self.run.prefix
+            stale = isinstance(thing, Deployment) and self.deployments.get(thing.name) is not thing
+            if stale or (name.startswith(earlier) and not name.startswith(self.run.prefix)):
+                raise LabkitError(f"{thing!r} belongs to an earlier run: run the notebook's cells again from the first")
 
     def _hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""
@@ -463,6 +483,7 @@ class Planned:
 
     def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
         self.state = "still waits for its condition"
+        self.waits = True
         self.failed = False
         self._condition, self._action = condition, action
         self._cancelled = threading.Event()
@@ -471,6 +492,12 @@ class Planned:
     def cancel(self) -> None:
         """Do not do it any more."""
         self._cancelled.set()
+
+    def drop(self) -> None:
+        """The same, for one whose condition did not come true while there was work."""
+        if self.waits:
+            self.cancel()
+            self.waits, self.state = False, "did not happen: all came to rest before its condition held"
 
     def __repr__(self) -> str:
         return f"what was planned ({getattr(self._action, '__name__', 'an action')}) {self.state}"
@@ -481,9 +508,9 @@ class Planned:
                 if self._cancelled.wait(0.02):
                     return
             self._action()
-            self.state = "done"
+            self.state, self.waits = "done", False
         except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
-            self.failed = True
+            self.failed, self.waits = True, False
             self.state = f"failed: {type(error).__name__}: {error}"
 
 

@@ -180,7 +180,7 @@ def notebook(name: str, twice: bool = False) -> nbformat.NotebookNode:
 @pytest.mark.parametrize("name", ["00_start_here.ipynb"])
 def test_every_cell_can_be_run_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
-    monkeypatch.setenv("LABKIT_PACE", "4")
+    monkeypatch.setenv("LABKIT_PACE", "10")
     book = notebook(name, twice=True)
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     NotebookClient(book, timeout=90, kernel_name="python3", resources=resources).execute()
@@ -194,7 +194,7 @@ def test_every_cell_can_be_run_twice(name: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["00_start_here.ipynb"])
 def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
-    monkeypatch.setenv("LABKIT_PACE", "4")
+    monkeypatch.setenv("LABKIT_PACE", "10")
     client = NotebookClient(
         notebook(name), timeout=90, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
     )

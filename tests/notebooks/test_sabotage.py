@@ -16,7 +16,7 @@ SABOTAGE = Path(__file__).parent / "sabotage"
 
 def run_notebook(name: str, sabotage: str | None, state: Path) -> subprocess.CompletedProcess[str]:
     """Run one notebook under nbval, as `labkit test notebooks` does, in processes that import `sabotage` first."""
-    env = {**os.environ, "LABKIT_STATE": str(state), "LABKIT_PACE": "4", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "LABKIT_STATE": str(state), "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
     if sabotage is not None:
         env["PYTHONPATH"] = str(SABOTAGE / sabotage)
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--timeout=150"]
