@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.producer import producer
 from labkit.runtime.connect import Connection
 from labkit.runtime.shared import shared_broker
 
@@ -24,3 +27,11 @@ def connection(state_dir: Path) -> Iterator[Connection]:
 def cluster(connection: Connection) -> Cluster:
     """The session's embedded broker."""
     return connection.cluster
+
+
+@pytest.fixture(autouse=True)
+def nothing_refused_is_left(cluster: Cluster) -> Iterator[None]:
+    """A test's refused records are its own: the process's one producer would tell the next test of them."""
+    yield
+    with suppress(DeliveryFailed):
+        producer(cluster).flush(10)

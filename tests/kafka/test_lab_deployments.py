@@ -345,8 +345,9 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert repr(shop) == "Deployment shop (no pods)"
     shop.scale(1)
     wait_ready(shop)
-    assert repr(shop.pods[0]) == "shop-0: running"
-    assert repr(shop) == "Deployment shop (shop-0: running)"
+    wait_until(lambda: shop.pods[0].partitions == "orders/0", 20, "its partition")
+    assert repr(shop.pods[0]) == "shop-0: running, orders/0"
+    assert repr(shop) == "Deployment shop (shop-0: running, orders/0)"
     assert "<td>shop-0</td><td>running</td><td>0</td>" in shop._repr_html_()
     assert repr(topic) == "Topic(orders, 1 partitions of Order)"
     load = lab.load(topic, orders(1))

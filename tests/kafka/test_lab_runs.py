@@ -80,7 +80,9 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
         lambda: lab.board(lag=shop),
         lambda: lab.when(lambda: True, print),
     ):
-        with pytest.raises(LabkitError, match=r"this lab is closed: run the cell with Lab\('runs'\) again"):
+        with pytest.raises(
+            LabkitError, match=r"lab is closed: run the notebook again from the cell with Lab\('runs'\)"
+        ):
             act()
 
 
