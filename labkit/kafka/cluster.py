@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
@@ -11,9 +12,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, TopicDescription  # type: ignore[attr-defined]
 
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
+from labkit.kafka.refusal import explain, explain_setting, is_final, says_why, who
 
 T = TypeVar("T")
 
@@ -51,14 +53,37 @@ class Cluster:
         return {"bootstrap.servers": self.bootstrap, **_NEAR, **dict(self.security), **own}
 
     def describe(self, timeout: float = 5.0) -> ClusterInfo:
-        """Ask for the cluster's id, waiting at most `timeout` seconds.
+        """Ask for the cluster's id, waiting at most `timeout` seconds; a refusal is told at once.
 
-        Raises ClusterUnreachable.
+        Raises ClientRefused when the settings, the login or a certificate are refused, else ClusterUnreachable.
         """
+        heard: list[KafkaError] = []
+        security = dict(self.security)
         try:
-            answer = admin(self).describe_cluster(request_timeout=timeout).result(timeout + 1)
+            # A client of its own: only its callback hears why a connection failed, and an old one knows old brokers.
+            held = [AdminClient(self.config({"error_cb": heard.append}))]
+            asked = held[0].describe_cluster(request_timeout=timeout)
+        except KafkaException as error:
+            raise ClientRefused(
+                f"the client settings for {self.bootstrap} do not work: {explain_setting(error.args[0], security)}"
+            ) from error
+        until, addresses = time.monotonic() + timeout, self.bootstrap.count(",") + 1
+        refused: dict[str, KafkaError] = {}  # by broker: while one is left that may take us, there is hope
+        while not asked.done() and time.monotonic() < until and len(refused) < addresses:
+            held[0].poll(0.01)
+            refused = {who(error): error for error in heard if is_final(error)}
+        try:
+            answer = asked.result(0)
         except (KafkaException, TimeoutError) as error:
-            raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {_reason(error)}") from error
+            # An error that somebody keeps must not keep the client, which would go on trying. Its end is not waited
+            # for: it lasts as long as the search for a host name that nobody knows.
+            threading.Thread(target=held.clear, name="end of a client", daemon=True).start()
+            if refused:
+                why = explain(list(refused.values())[-1], self.bootstrap, security)
+                raise ClientRefused(f"Kafka at {self.bootstrap} refuses this client: {why}") from error
+            reasons = [one for one in heard if says_why(one)] or heard
+            why = explain(reasons[-1], self.bootstrap, security) if reasons else f"silent for {timeout:g} s"
+            raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {why}") from error
         return ClusterInfo(str(answer.cluster_id), len(answer.nodes))
 
     def topics(self) -> dict[str, int]:
@@ -69,6 +94,7 @@ class Cluster:
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
         """Make a topic; one that already exists with as many partitions and this cleanup policy is left as it is.
 
+        Returns once the broker knows the topic: it can be listed, read and consumed at once.
         Raises TopicMismatch when it exists in another way, ClusterUnreachable.
         """
         asked = dict(config or {})
@@ -88,7 +114,10 @@ class Cluster:
                 return False
             return True
 
-        if not self.ask(make, about=f"topic {name}: "):
+        made = self.ask(make, about=f"topic {name}: ")
+        # The controller has answered; the broker hears of it a moment later, and would call it unknown until then.
+        self.ask(lambda: self._described(name), about=f"topic {name}: ", also=KafkaError.UNKNOWN_TOPIC_OR_PART)
+        if not made:
             self._compare(name, partitions, asked.get("cleanup.policy"))
 
     def _compare(self, name: str, partitions: int, cleanup: str | None) -> None:
@@ -118,14 +147,18 @@ class Cluster:
 
         def described() -> str:
             try:
-                futures = admin(self).describe_topics(TopicCollection([name]), request_timeout=10)
-                return str(futures[name].result(11).topic_id)
+                return str(self._described(name).topic_id)
             except KafkaException as error:
                 if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
                 raise
 
         return self.ask(described, about=f"topic {name}: ")
+
+    def _described(self, name: str) -> TopicDescription:
+        asked = admin(self).describe_topics(TopicCollection([name]), request_timeout=ANSWER)
+        described: TopicDescription = asked[name].result(ANSWER + 1)
+        return described
 
     def delete_topics(self, names: Collection[str]) -> None:
         """Delete topics; those that are already gone are passed over. Raises LabkitError when that fails."""
@@ -158,9 +191,9 @@ class Cluster:
         while it answers with the error code `also`.
 
         Raises ClusterUnreachable, its message beginning with `about`, for any other error, and for these when they
-        last longer than `patience` seconds.
+        last longer than `patience` seconds; ClientRefused when it is a login or a certificate that does not hold.
         """
-        until, silent_before = time.monotonic() + patience, False
+        until, silent_before, looked = time.monotonic() + patience, False, False
         while True:
             try:
                 return question()
@@ -169,6 +202,9 @@ class Cluster:
                 # The next question goes to a new client: one that lived through a broker that was frozen or killed can
                 # hold on to the leaders of before, or wait for ever for a controller that answers everybody else.
                 _admin.cache_clear()
+                if self.security and not looked:  # a refused login looks like silence to all but `describe`
+                    looked = True
+                    self._raise_refusal(about)
                 silent = code == KafkaError._TIMED_OUT
                 again = (silent and not silent_before) or (code in (*PASSING, also) and time.monotonic() < until)
                 if not again:
@@ -178,6 +214,15 @@ class Cluster:
                     ) from error
                 silent_before = silent_before or silent
                 time.sleep(0.1)  # between two questions: nothing tells when it is over
+
+    def _raise_refusal(self, about: str) -> None:
+        """Raise ClientRefused if that is why there is no answer."""
+        try:
+            self.describe(2.0)
+        except ClientRefused as refusal:
+            raise ClientRefused(f"{about}{refusal}") from refusal
+        except ClusterUnreachable:
+            pass
 
     @staticmethod
     def _wait(futures: Mapping[str, Future[Any]], ignore: Iterable[int] = ()) -> None:

@@ -16,6 +16,10 @@ class ClusterUnreachable(LabkitError):
     """No broker answered in time."""
 
 
+class ClientRefused(ClusterUnreachable):
+    """A broker, or the client itself, does not accept the security settings: trying again would not help."""
+
+
 class TopicMissing(LabkitError):
     """A topic that should be read or written does not exist (any more)."""
 

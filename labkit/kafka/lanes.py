@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -79,6 +79,7 @@ class Partition:
     __slots__ = (
         "active",
         "asked",
+        "at_end",
         "committed",
         "lanes",
         "lock",
@@ -97,29 +98,37 @@ class Partition:
         self.lock = threading.Lock()  # guards lanes and their states against the workers
         self.active = True  # False once revoked or lost: no further record is started, no result committed
         self.paused = False
+        self.at_end = False  # nothing more to be fetched, as far as we know
 
-    def add(self, messages: Iterable[Message], by_key: bool) -> list[Lane]:
-        """Queue fetched messages; returns the lanes that were idle and now want a worker."""
+    def add(self, messages: list[Message], by_key: bool) -> list[Lane]:
+        """Queue fetched messages, in the order of their offsets; returns the lanes that now want a worker."""
+        if messages[0].offset() < self.next_offset:  # fetched twice (a seek, a rebalance): queued or done already
+            messages = [message for message in messages if message.offset() >= self.next_offset]
         woken: list[Lane] = []
-        with self.lock:
-            for message in messages:
-                offset = message.offset()
-                if offset < self.next_offset:
-                    continue  # fetched twice (a seek, a rebalance): it is queued or done already
-                self.next_offset = offset + 1
-                key = message.key() if by_key else None
-                lane = self.lanes.get(key)
-                if lane is None:
-                    lane = self.lanes[key] = Lane(self, key)
-                lane.queue.append(message)
-                if lane.state is LaneState.IDLE:
-                    lane.to(LaneState.RUNNING)
-                    woken.append(lane)
+        if messages:
+            self.at_end = False
+            with self.lock:
+                if by_key:
+                    for message in messages:
+                        self._queue(message.key(), (message,), woken)
+                else:
+                    self._queue(None, messages, woken)
+            self.next_offset = messages[-1].offset() + 1
         return woken
+
+    def _queue(self, key: bytes | None, messages: Sequence[Message], woken: list[Lane]) -> None:
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes[key] = Lane(self, key)
+        lane.queue.extend(messages)
+        if lane.state is LaneState.IDLE:
+            lane.to(LaneState.RUNNING)
+            woken.append(lane)
 
     def reached(self, end: int) -> None:
         """Note the partition's end: a commit then passes commit markers and compacted records, which nobody sees."""
         self.next_offset = max(self.next_offset, end)
+        self.at_end = True
 
     def rest(self, lane: Lane) -> bool:
         """Let a worker give up a lane that is empty, or whose partition is gone. False when there is more to do."""

@@ -33,6 +33,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from labkit.kafka.cluster import PASSING
 from labkit.kafka.errors import (
+    ClientRefused,
     ClusterUnreachable,
     DeliveryFailed,
     HandlerExit,
@@ -42,8 +43,9 @@ from labkit.kafka.errors import (
     place_of,
 )
 from labkit.kafka.lanes import Lane, LaneState, Partition
-from labkit.kafka.producer import handling, producer
+from labkit.kafka.producer import Hand, handling, producer
 from labkit.kafka.records import Message, Record, decoder
+from labkit.kafka.refusal import explain, is_final
 from labkit.kafka.steps import Done, Failure, Report, Retry, Step, Stop, keep_trying
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 STAY = 256  # records a lane may handle before it lets other lanes have its worker
 FULL = 0.1  # seconds a partition may stay full before it is paused
+FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records
 REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
 AWAY = 30.0  # seconds to ask again and again where partitions begin
 EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
@@ -80,11 +83,14 @@ class Loop:
         self.back_offs_lock = threading.Lock()
         self.tie = itertools.count()
         self.wake = threading.Event()  # a lane ran empty
-        self.gate = threading.Event()  # open, except while a commit waits for what handlers sent
-        self.gate.set()
+        self.shut = False  # True while a commit waits for what handlers sent: no handler is called until
+        self.gate = threading.Event()  # this is set
         self.fatal: BaseException | None = None
         self.clock = 0.0  # seconds this loop has been alive: a frozen process does not age
         self.next_commit = 0.0
+        # One is on its way. A second could overtake it: after an outage the client sends again what it had sent, in any
+        # order, and the older of two would be what is stored.
+        self.commit_sent = False
         self.ready: SimpleQueue[Lane | None] = SimpleQueue()  # lanes that want a worker
         self.coroutines: asyncio.AbstractEventLoop | None = None
         if _is_coroutine_function(consumer.handler):
@@ -106,6 +112,7 @@ class Loop:
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
                     "on_commit": self.guarded(self.confirmed),
+                    "error_cb": self.heard,
                     "enable.partition.eof": True,  # so that committed positions pass commit markers
                     "partition.assignment.strategy": "cooperative-sticky",
                     "session.timeout.ms": 6000,  # a stock broker refuses less
@@ -166,14 +173,18 @@ class Loop:
     def dispatch(self, messages: list[Message]) -> None:
         batches: dict[Place, list[Message]] = {}
         ends: list[Message] = []
+        last, append = None, None
         for message in messages:
             error = message.error()
             if error is None:
-                batches.setdefault((message.topic(), message.partition()), []).append(message)
+                place = (message.topic(), message.partition())
+                if place != last or append is None:  # neighbours are mostly of one partition
+                    last, append = place, batches.setdefault(place, []).append
+                append(message)
             elif error.code() == KafkaError._PARTITION_EOF:
                 ends.append(message)
             else:
-                self.client_error(message, error)
+                self.client_error(message.topic(), error)
         for place in self.arrived & {*batches, *((end.topic(), end.partition()) for end in ends)}:
             # Taken away and given back within this very call: what was fetched before must not run ahead of what the
             # committed offset brings again. (A seek so soon after an assignment can be refused; this cannot.)
@@ -193,15 +204,19 @@ class Loop:
             if place in self.partitions and place not in self.arrived:
                 self.partitions[place].reached(end.offset())
 
-    def client_error(self, message: Message, error: KafkaError) -> None:
+    def heard(self, error: KafkaError) -> None:
+        """What the client says of its connections: a login that is refused it tells nowhere else."""
+        self.client_error(None, error)
+
+    def client_error(self, topic: str | None, error: KafkaError) -> None:
         code = error.code()
         if code in GONE:
-            self.fatal = self.gone(message.topic())
-        elif error.fatal() or code in (
-            KafkaError.TOPIC_AUTHORIZATION_FAILED,
-            KafkaError.GROUP_AUTHORIZATION_FAILED,
-            KafkaError._AUTHENTICATION,
-        ):
+            self.fatal = self.gone(topic)
+        elif code == KafkaError._AUTHENTICATION and is_final(error):
+            where = self.spec.cluster
+            why = explain(error, where.bootstrap, dict(where.security))
+            self.fatal = ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}")
+        elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.fatal = LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}")
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
 
@@ -223,16 +238,22 @@ class Loop:
         )
 
     def relieve(self) -> None:
-        """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch."""
-        until = time.monotonic() + FULL
+        """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
+
+        The client hands out one partition after the other: while one has nothing to do and more to come, a full one is
+        waited for no longer than a handler without work of its own needs, or that one would stand still for it.
+        """
         full: list[Partition] = []
+        starving = False
         for partition in self.partitions.values():
             if not partition.paused:
                 if self.is_full(partition):
                     full.append(partition)
+                starving |= not partition.lanes and not partition.at_end
             elif partition.ahead() <= self.batch // 2:
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
+        until = time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
         while full and time.monotonic() < until and not self.stop.is_set() and self.fatal is None:
             self.wake.clear()
             if not any(map(self.is_full, full)):
@@ -284,7 +305,7 @@ class Loop:
     # -- commits --------------------------------------------------------------------------------------------------
 
     def commit(self, now: float) -> None:
-        if now < self.next_commit:
+        if now < self.next_commit or self.commit_sent:
             return
         positions = {
             place: at for place, p in self.partitions.items() if (at := p.position()) > p.committed and at != p.asked
@@ -299,6 +320,7 @@ class Loop:
         self.tell(Step.COMMITTING, positions)
         for place, offset in positions.items():
             self.partitions[place].asked = offset
+        self.commit_sent = True
         try:
             self.client.commit(offsets=_offsets(positions), asynchronous=True)
         except KafkaException as error:
@@ -313,14 +335,17 @@ class Loop:
         left = self.producer.unconfirmed(0)
         if left:
             self.gate.clear()
+            self.shut = True
             try:
                 left = self.producer.unconfirmed(0.5)
             finally:
+                self.shut = False
                 self.gate.set()
         self.producer.check(self.refused)
         return left
 
     def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        self.commit_sent = False  # whatever the answer is: without this nothing would be committed any more
         stored: dict[Place, int] = {}
         for one in offsets:
             partition = self.partitions.get((one.topic, one.partition))
@@ -494,28 +519,42 @@ class Loop:
                 self.end(lane, error)
 
     def work(self, lane: Lane) -> None:
-        """Handle a lane's records until it is empty, fails, or has had its turn."""
-        handler = self.spec.handler
-        for _ in range(STAY):
-            message, record = self.next_of(lane), None
-            if message is None:
+        """Handle a lane's records until it is empty, fails, or has had its turn and others wait for a worker.
+
+        What is done here is done for every record: hence the local names, and no call that can be spared.
+        """
+        handler, hooks, queue, partition = self.spec.handler, self.hooks, lane.queue, lane.partition
+        decode, hand = self.decode[partition.topic], Hand()
+        handling.set(hand)
+        while True:
+            for _ in range(STAY):
+                lane.began = self.clock  # before the look at `active`: either we see the release, or it waits for us
+                if not (queue and partition.active):
+                    if self.rests(lane):
+                        return
+                    continue
+                if self.shut:
+                    self.gate.wait()
+                message, record = queue[0], None
+                try:
+                    record = hand.record = decode(message)  # what its handler sends names it as the cause
+                    if hooks:
+                        self.tell(Step.HANDLING, record)
+                    result = handler(record)
+                    if result is not None and inspect.iscoroutine(result):
+                        result.close()
+                        raise TypeError("the handler returned a coroutine, which nobody runs: make it an `async def`")
+                except BaseException as error:
+                    if not self.failed(lane, message, record, error):
+                        return
+                    continue
+                if hooks or lane.failure is not None:
+                    self.handled(lane, record)
+                queue.popleft()
+            if not self.ready.empty():
+                lane.began = None
+                self.submit(lane)
                 return
-            if not self.gate.is_set():
-                self.gate.wait()
-            try:
-                record = self.open(message)
-                if self.hooks:
-                    self.tell(Step.HANDLING, record)
-                result = handler(record)
-                if result is not None and inspect.iscoroutine(result):
-                    result.close()
-                    raise TypeError("the handler returned a coroutine, which nobody runs: make it an `async def`")
-            except BaseException as error:
-                if not self.failed(lane, message, record, error):
-                    return
-                continue
-            self.handled(lane, record)
-        self.submit(lane)
 
     async def work_async(self, lane: Lane) -> None:
         """The same for a coroutine handler."""
@@ -530,51 +569,43 @@ class Loop:
 
     async def take_turn(self, lane: Lane) -> bool:
         """True when the lane has more to do, but others come first."""
-        handler = self.spec.handler
+        handler, decode, queue = self.spec.handler, self.decode[lane.partition.topic], lane.queue
         for _ in range(STAY):
-            message, record = self.next_of(lane), None
-            if message is None:
-                return False
-            while not self.gate.is_set():
+            lane.began = self.clock
+            if not (queue and lane.partition.active):
+                if self.rests(lane):
+                    return False
+                continue
+            while self.shut:
                 await asyncio.sleep(0.001)
+            message, record = queue[0], None
             try:
-                record = self.open(message)
-                if self.hooks:
-                    self.tell(Step.HANDLING, record)
+                record = decode(message)
+                handling.set(Hand(record))
+                self.tell(Step.HANDLING, record)
                 await handler(record)
             except BaseException as error:
                 if not self.failed(lane, message, record, error):
                     return False
                 continue
             self.handled(lane, record)
+            queue.popleft()
+        lane.began = None
         return True
 
-    def next_of(self, lane: Lane) -> Message | None:
-        """The record a lane is to handle now. None: it is empty, or its partition was given up; it rests."""
-        partition = lane.partition
-        while True:
-            lane.began = self.clock  # before the look at `active`: either we see the release, or it waits for us
-            if lane.queue and partition.active:
-                return lane.queue[0]
-            lane.began = None
-            if partition.rest(lane):
-                self.wake.set()
-                return None
-
-    def open(self, message: Message) -> Record[Any]:
-        """Decode a record; what its handler sends names it as the cause."""
-        record = self.decode[message.topic()](message)
-        handling.set(record)
-        return record
+    def rests(self, lane: Lane) -> bool:
+        """Give up a lane that is empty, or whose partition was given up. False: more has come meanwhile."""
+        lane.began = None
+        if not lane.partition.rest(lane):
+            return False
+        self.wake.set()
+        return True
 
     def handled(self, lane: Lane, record: Record[Any]) -> None:
-        if self.hooks:
-            self.tell(Step.HANDLED, record)
+        self.tell(Step.HANDLED, record)
         failure, lane.failure = lane.failure, None
         if failure is not None:
             self.tell(Step.RECOVERED, failure)
-        lane.queue.popleft()
-        lane.began = None
 
     def failed(self, lane: Lane, message: Message, record: Record[Any] | None, error: BaseException) -> bool:
         """Ask the policy about a failed record. True when the lane goes on with its next one at once."""

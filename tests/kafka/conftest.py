@@ -7,18 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from processes import processes_of, wait_until
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import producer
+from labkit.runtime import shared
 from labkit.runtime.connect import Connection
-from labkit.runtime.shared import shared_broker
 
 
 @pytest.fixture(scope="session")
 def connection(state_dir: Path) -> Iterator[Connection]:
     """What `connect()` returns where no other Kafka is named or running."""
-    with shared_broker() as lease:
+    with shared.shared_broker() as lease:
         yield Connection(lease.cluster, "embedded", lease.cluster_id, lease)
         lease.stop()  # rather than wait until it notices that nobody is left
 
@@ -27,6 +28,16 @@ def connection(state_dir: Path) -> Iterator[Connection]:
 def cluster(connection: Connection) -> Cluster:
     """The session's embedded broker."""
     return connection.cluster
+
+
+@pytest.fixture
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder, and so a broker, of the test's own: none yet, and one that may be broken."""
+    folder = tmp_path / "own"
+    monkeypatch.setenv("LABKIT_STATE", str(folder))
+    yield folder
+    shared.stop()
+    wait_until(lambda: not processes_of(folder), 5, "the end of every process")
 
 
 @pytest.fixture(autouse=True)

@@ -62,6 +62,24 @@ def test_a_topic_is_made_once_the_broker_is_back(cluster: Cluster, monkeypatch: 
     assert cluster.topics()[name] == 2
 
 
+def test_a_topic_is_made_once_the_broker_knows_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller answers first: until the broker has heard of the topic, it says there is none."""
+    name = f"{fresh_topic(cluster).name}.soon"
+    admin, unaware = module.admin, [Away(KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)))]
+
+    class Late:
+        create_topics = admin(cluster).create_topics
+
+        def describe_topics(self, topics: Any, **options: Any) -> dict[str, Future[Any]]:
+            if unaware:
+                return unaware.pop().fail(name)
+            return admin(cluster).describe_topics(topics, **options)
+
+    monkeypatch.setattr(module, "admin", lambda cluster: Late())
+    cluster.create_topic(name, 2)
+    assert cluster.topic_id(name)
+
+
 def test_a_topic_that_is_there_as_asked_is_left_as_it_is(cluster: Cluster) -> None:
     plain = fresh_topic(cluster, 2)
     plain.create()

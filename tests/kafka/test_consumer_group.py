@@ -47,6 +47,31 @@ def test_400_records_while_a_second_member_joins(cluster: Cluster) -> None:
         assert [value for where, value in handled if where == partition] == list(range(100))
 
 
+def test_30_partitions_keep_their_order_while_two_members_join(cluster: Cluster) -> None:
+    """correctness 1, 3: 30 × 250 records, each handled once, by three members in the end, each partition in order."""
+    topic, group = fresh_topic(cluster, 30), fresh_group()
+    handled: list[tuple[int, int]] = []
+
+    def handle(record: Record[int]) -> None:
+        time.sleep(0.015)  # the work
+        handled.append((record.partition, record.value))
+
+    for partition in range(30):
+        put(topic, *range(250), partition=partition)
+    consumer = Consumer(topic, handle, group)
+    with Member(consumer) as first:
+        first.journal.wait_for(Step.HANDLED, 30)
+        with Member(consumer) as second:
+            second.journal.wait_for(Step.HANDLED)
+            with Member(consumer) as third:
+                third.journal.wait_for(Step.HANDLED)
+                first.wait_committed(dict.fromkeys(range(30), 250), timeout=60)
+                assert {len(one.journal.assigned()) for one in (first, second, third)} == {10}
+    assert len(handled) == 30 * 250
+    for partition in range(30):
+        assert [value for where, value in handled if where == partition] == list(range(250))
+
+
 def test_a_rebalance_in_the_middle_of_a_long_back_off(cluster: Cluster) -> None:
     """correctness 2, 5: the partition moves at once, its record uncommitted; the one that stays keeps its back-off."""
     topic, group = fresh_topic(cluster, 2), fresh_group()

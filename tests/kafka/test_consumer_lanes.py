@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -266,3 +266,22 @@ def test_a_frozen_process_does_not_age(cluster: Cluster) -> None:
         time.sleep(3)  # the time on ice is what is tested
         process.thaw()
         process.wait_for(Step.COMMITTED)
+
+
+def test_no_partition_waits_for_another_ones_backlog(cluster: Cluster) -> None:
+    """correctness 7: the client delivers partition after partition; a slow, full one must not keep the next away."""
+    topic = fresh_topic(cluster, 16)
+    for partition in range(16):
+        put(topic, *range(700), partition=partition)
+    handled: Counter[int] = Counter()
+    ahead: list[int] = []
+
+    def handle(record: Record[int]) -> None:
+        if record.value == 0:
+            ahead.append(max(handled.values(), default=0))
+        handled[record.partition] += 1
+        time.sleep(0.003)  # the work
+
+    with Member(Consumer(topic, handle, fresh_group(), max_ahead=1000)) as member:
+        member.journal.wait(lambda: len(ahead) == 16, what="a record of each partition")
+    assert max(ahead) < 300  # how far the first was when the last began; they would work side by side

@@ -12,7 +12,7 @@ from consuming import fresh_topic
 import labkit.kafka.producer as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed
-from labkit.kafka.producer import POD, Producer, handling, producer
+from labkit.kafka.producer import POD, Hand, Producer, handling, producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
@@ -155,7 +155,7 @@ def test_headers_say_where_a_record_comes_from(cluster: Cluster, monkeypatch: py
     sender.send(topic.name, b"0")
     sender.flush()
     (first,) = read(topic)
-    token = handling.set(first)
+    token = handling.set(Hand(first))
     try:
         sender.send(topic.name, b"1")
         sender.send(topic.name, b"2", headers={**first.headers, "x": "y"})
