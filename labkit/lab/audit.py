@@ -102,7 +102,7 @@ class Audit:
         if exactly_once:
             return f"{counts} · each send took effect once"
         # The same words with extras and without: how many there are depends on the moment of the fault.
-        return f"{counts} · extras: each a redelivery after a fault, or sent again"
+        return f"{counts} · any extra is a redelivery after a fault, or was sent again"
 
     def check(self, exactly_once: bool = False) -> str:
         """The verdict, if valid. Raises AuditFailed with it if invalid or unknown."""
@@ -121,14 +121,16 @@ class Audit:
             for extra in extras:
                 if extra.fault:
                     hands[extra.fault][extra.first_pod or "a pod without a name"] += 1
-            for fault, pods in hands.items():
+            for fault, pods in sorted(hands.items(), key=lambda entry: entry[0].start):
                 moment = time.strftime("%H:%M:%S", time.localtime(fault.start))
                 held = (f"{count:,} had been in the hands of {pod}" for pod, count in pods.most_common())
                 lines.append(f"  after {fault.text} at {moment}: {', '.join(held)}")
         if extras := self.resent:
             again = sum(extra.accounted for extra in extras)
-            once = f"{len(extras) - again:,} sent once (a producer's retry, or a redelivery a stage before)"
-            lines.append(f"{len(extras):,} extras from other source records: {again:,} sent again, {once}")
+            parts = [f"{again:,} sent again"] if again else []
+            if once := len(extras) - again:
+                parts.append(f"{once:,} sent once (a producer's retry, or a redelivery a stage before)")
+            lines.append(f"{len(extras):,} extras from other source records: {', '.join(parts)}")
         for kind in [*WRONG, *(f"maybe {kind}" for kind in WRONG)]:
             if found := self.of(kind):
                 lines.append(f"{len(found):,} {kind}: {_named(found)}; {found[0].id}: {found[0].explanation}")

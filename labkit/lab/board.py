@@ -74,7 +74,7 @@ class Action:
 class Board:
     """Shows itself at the end of a cell, and redraws in a thread of its own until `close()`.
 
-    `status` says in one line what runs. `log` gives the newest lines of the pods, each with the pod's name in front.
+    `status` says in one line what runs. `log` gives the newest lines of the pods, time and pod in front.
     `deployment` brings the buttons for pods; it is asked at every frame and click, so that a deployment that replaces
     another is followed. `actions` are further buttons. `slow_seconds` is what "Slow down" adds to each record. `window`
     is the width of the picture in seconds, once the run is that old.
@@ -410,7 +410,7 @@ _PRE_STYLE = (
     "font-size:12px;line-height:16px;"
     "font-family:var(--jp-code-font-family,monospace);color:var(--jp-ui-font-color1,#222)"
 )
-_NAMED = re.compile(r"^([A-Za-z0-9][\w.-]*-\d+)(?=[\s:|│])")
+_NAMED = re.compile(r"^((?:\d\d:\d\d:\d\d )?)([A-Za-z0-9][\w.-]*-\d+)(?=[\s:|│])")
 
 
 def _log_html(lines: Sequence[str]) -> str:
@@ -420,7 +420,7 @@ def _log_html(lines: Sequence[str]) -> str:
         text = _ANSI.sub("", line.rstrip("\n"))
         if len(text) > _LINE_LENGTH:
             text = f"{text[:_LINE_LENGTH]} … ({len(text) - _LINE_LENGTH:,} characters more)"
-        shown.append(_NAMED.sub(r"<b>\1</b>", html.escape(text)))
+        shown.append(_NAMED.sub(r"\1<b>\2</b>", html.escape(text)))
     body = "\n".join(shown) or '<span style="opacity:.6">Here is what pods print, and their tracebacks.</span>'
     return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -211,6 +212,7 @@ class Pod:
         except (LabkitError, OSError) as error:  # no memory or no process to be had: tried again
             self._again(f"could not be started: {error}", now)
             return
+        self.deployment.note(self.name, f"pod {self.index} started as process {self.child.pid}")
         self._reader = threading.Thread(target=self._read, args=(self.child,), name=f"log {self.name}", daemon=True)
         self._reader.start()
         try:
@@ -333,8 +335,17 @@ class Deployment:
 
     @property
     def log(self) -> list[LogLine]:
-        """What its pods printed, prints and tracebacks of handlers included, oldest first."""
-        return list(self._log)
+        """What its pods printed, prints and tracebacks of handlers included, and what befell them, oldest first."""
+        return sorted((*self._log, *self._faults()), key=lambda line: line.time)
+
+    def pane(self, lines: int = 200) -> list[str]:
+        """The newest lines of its log as a board shows them; above them, where the earlier ones are."""
+        log = self.log
+        if earlier := max(0, len(log) - lines + 1):
+            log = log[earlier:]
+        shown = [f"{_clock(line.time)} {line.pod} | {line.text}" for line in log]
+        many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
+        return [f"{many}: lab.logs({self.name!r}, {earlier + len(log)})", *shown] if earlier else shown
 
     @property
     def group(self) -> str | None:
@@ -383,6 +394,11 @@ class Deployment:
         """Take in what a pod said of itself."""
         for pod in self.pods:
             if pod.name == report.pod and (pod.child is not None and pod.child.pid == report.process):
+                before = set() if pod.report is None else set(pod.report.assigned)
+                for verb, places in (("got", {*report.assigned} - before), ("gave up", before - {*report.assigned})):
+                    if places:
+                        short = ", ".join(sorted(place.rsplit(".", 1)[-1] for place in places))
+                        self._log.append(LogLine(report.time, pod.name, f"{verb} {short}"))
                 pod.report = report
 
     def drain(self, timeout: float = GRACE + 2) -> None:
@@ -428,6 +444,14 @@ class Deployment:
         head = "".join(f"<th>{name}</th>" for name in (html.escape(self.name), "state", "restarts", "partitions"))
         return f"<table><tr>{head}</tr>{rows}</table>"
 
+    def _faults(self) -> Iterator[LogLine]:
+        """What was done to its pods, to itself, and to Kafka."""
+        for fault in self.history.faults:
+            if fault.target in (self.name, "Kafka", "machine") or fault.target.rpartition("-")[0] == self.name:
+                yield LogLine(fault.start, fault.target, f"fault: {fault.text}")
+                if fault.end is not None and not fault.instant:
+                    yield LogLine(fault.end, fault.target, f"over after {fault.end - fault.start:.1f} s: {fault.text}")
+
     def _run(self) -> None:
         if self._replaces is not None:
             self._replaces.drain()  # its group's partitions are free, and its work is committed, before we start
@@ -446,6 +470,10 @@ class Deployment:
                 if left and not self._retired:
                     self.history.end("scale", self.name, time.time())
             self._ended.wait(0.02)
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 def _ended(code: int) -> str:

@@ -7,7 +7,7 @@ import html
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -23,13 +23,16 @@ from labkit.kafka.topics import Topic
 from labkit.lab import picture, runs
 from labkit.lab.audit import Audit, Effect, Sent, audit
 from labkit.lab.board import Board
+from labkit.lab.broker import BrokerFaults
 from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.pod import Runnable
 from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.telemetry import PodReport
-from labkit.runtime.connect import connect
+from labkit.lab.trace import life, table, trace
+from labkit.runtime.connect import connect, private
+from labkit.runtime.private import BrokerState
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,22 +68,28 @@ class Lab:
 
     `notebook` is its name, used in the names of topics and groups. `pace` makes loads faster and fault windows shorter
     (2: twice as fast); the number of records stays. Making a Lab of the same name again closes the one before.
+    `cluster`: "shared" is the Kafka that `connect()` finds; "private" is a broker of this lab alone, which `lab.broker`
+    can break.
 
     Raises LabkitError when no Kafka can be had.
     """
 
     _stays_in_the_notebook = "a handler runs in a pod: use topics, stores and plain values there, not the lab"
 
-    def __init__(self, notebook: str, pace: float | None = None) -> None:
+    def __init__(
+        self, notebook: str, pace: float | None = None, cluster: Literal["shared", "private"] = "shared"
+    ) -> None:
         if not runs.plain(notebook, "notebook"):
             raise LabkitError(f"{notebook!r} cannot be a notebook's name: use letters, digits and '-'")
         self.notebook = notebook
         self.pace = _pace() if pace is None else pace
         if self.pace <= 0:
             raise LabkitError(f"pace must be positive, not {self.pace!r}")
+        if cluster not in ("shared", "private"):
+            raise LabkitError(f"cluster is 'shared' or 'private', not {cluster!r}")
         if (before := _open.get(notebook)) is not None:
             before._end(0)
-        self.connection = connect()
+        self.connection = private() if cluster == "private" else connect()
         self.cluster = self.connection.cluster
         try:
             self._begin()
@@ -90,12 +99,14 @@ class Lab:
 
     def _begin(self) -> None:
         self.collected = runs.collect(self.cluster, self.connection.cluster_id)
-        self.run = runs.Run(self.notebook, self.connection.cluster_id)
+        self.run = runs.Run(self.notebook, self.connection.cluster_id, self.connection.origin == "private")
         self.deployments: dict[str, Deployment] = {}
         self.loads: list[Load[Any]] = []
         self.topics: dict[str, Topic[Any]] = {}
         self._planned: list[Planned] = []
         self._history = History()
+        self.broker = BrokerFaults(self.connection.broker, self._history, self.notebook)
+        """Faults of the broker."""
         self._boards: dict[tuple[str, ...], Board] = {}
         telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
         try:
@@ -177,7 +188,7 @@ class Lab:
         `completed` is the topic in which work takes effect; `by` its business id. A cell that runs again replaces its
         board.
         """
-        self._check_open(lag, completed)
+        self._check_open(lag, retries, completed)
         retries = lag if retries is None else retries
         panels = [
             picture.lag_panel([topic.short for topic in lag.topics]),
@@ -192,7 +203,8 @@ class Lab:
             panels,
             lambda: self._status(name),
             lambda: self.deployments[name],
-            lambda: [f"{line.pod} | {line.text}" for line in self.deployments[name].log[-200:]],
+            lambda: self.deployments[name].pane(),
+            self.broker.actions(),
             slow_seconds=0.1,
         )
         place = (name, retries.name, completed.short if completed else "")
@@ -294,20 +306,19 @@ class Lab:
         `done` is the topic in which work takes effect, or effects read from elsewhere (a database). The answer is
         `unknown`, with its reason, while the lab has not settled. Raises LabkitError for a value without the id.
         """
-        self._check_open(sent, done)
+        loads = [sent] if isinstance(sent, Load) else list(sent)
+        self._check_open(*loads, done)
         # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
         # record that is handled between two looks may have made one upstream of what was looked at first.
         unknown = self.unsettled() or self.unsettled()
-        loads = [sent] if isinstance(sent, Load) else list(sent)
-        ledger: list[Sent] = []
-        for load in loads:
-            ledger += [one._replace(order=len(ledger) + number) for number, one in enumerate(load.sent)]
+        ledger, others = self._ledger(loads)
         if isinstance(done, Topic):
             effects, poison = self._effects(done, identifier(by))
             unknown = unknown or poison
         else:
             effects = list(done)
-        return audit(ledger, effects, self._history.faults, unknown=unknown)
+        asked = [effect for effect in effects if effect.id not in others]
+        return audit(ledger, asked, self._history.faults, unknown=unknown)
 
     def verdict(
         self,
@@ -317,9 +328,10 @@ class Lab:
         timeout: float = 60.0,
     ) -> Audit:
         """Wait until the lab has settled, then audit. If that is not `valid`, the pods' last lines are printed."""
-        self._check_open(sent, done)
+        loads = [sent] if isinstance(sent, Load) else list(sent)
+        self._check_open(*loads, done)
         self.settle(timeout)
-        found = self.audit(sent, done, by)
+        found = self.audit(loads, done, by)
         if found.result != "valid":
             for name in self.deployments:
                 self.logs(name)
@@ -344,13 +356,23 @@ class Lab:
         """Everything the sampler saw, tidy: time, seconds, metric, label, value."""
         return self._history.frame()
 
+    def trace(self, id: object, by: str | Callable[[Any], Any] = "id") -> pd.DataFrame:  # noqa: A002 - as `by` names it
+        """One record's life across pods, faults and redeliveries, oldest first.
+
+        Columns: time (UTC), seconds since its first event, event, place, pod, detail. `by` is the business id that `id`
+        is a value of. Pods' words are kept for an hour. Raises LabkitError when no record of this lab's topics has it.
+        """
+        self._check_open()
+        records, reports = trace(id, by, list(self.topics.values()), self._telemetry)
+        return table(life(records, reports, self.faults))
+
     @property
     def faults(self) -> list[Fault]:
         """What was done to this lab, oldest first."""
         return self._history.faults
 
     def logs(self, name: str, lines: int = 20) -> None:
-        """Print the last lines a deployment's pods printed."""
+        """Print the last lines of a deployment's log: what its pods printed, and what befell them."""
         if name not in self.deployments:
             there = ", ".join(self.deployments) or "none so far"
             raise LabkitError(f"there is no deployment {name!r} in this lab: there is {there}")
@@ -369,12 +391,15 @@ class Lab:
         if self._closed:
             return
         self._closing = True
+        if self.broker.state is BrokerState.FROZEN:
+            self.broker.thaw()  # what waits for its answer would wait for long
         with ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
             steps.callback(self.connection.close)
             steps.callback(self.run.end, self.cluster, wait)
             steps.callback(self._sampler.close)
+            grace = 5.0 if self.broker.state is BrokerState.RUNNING else 0.0  # nobody could commit
             for deployment in self.deployments.values():
-                steps.callback(deployment.drain, timeout=5)
+                steps.callback(deployment.drain, timeout=grace)
             for deployment in self.deployments.values():
                 steps.callback(deployment.scale_down)
             for board in self._boards.values():
@@ -431,6 +456,10 @@ class Lab:
 
     def _hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""
+        if self.broker.state in (BrokerState.DOWN, BrokerState.FROZEN):
+            return f"Kafka is {self.broker.state.value}: " + (
+                "lab.broker.restart() starts it" if self.broker.state is BrokerState.DOWN else "thaw it first"
+            )
         for deployment in self.deployments.values():
             for pod in deployment.pods:
                 if pod.state is PodState.FROZEN:
@@ -449,10 +478,23 @@ class Lab:
         pods = deployment.pods
         running = sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods)
         again = [f"pod {pod.index} restarted {_times(pod.restarts)}" for pod in pods if pod.restarts]
-        kafka = "Kafka up" if self._sampler.trouble is None else self._sampler.trouble
+        kafka = f"Kafka {self.broker.state.value}"
+        if self.broker.state is BrokerState.RUNNING:
+            kafka = self._sampler.trouble or "Kafka up"
         rate = f"{self._sampler.rate.get(name, 0.0):,.0f} records/s"
         more = f" ({', '.join(again)})" if again else ""
         return f"{name}: {running} of {len(pods)} pods running{more} · {rate} · {kafka}"
+
+    def _ledger(self, loads: Sequence[Load[Any]]) -> tuple[list[Sent], set[str]]:
+        """All sends of the ids that `loads` sent, by earlier loads of this run too; and the ids only others sent.
+
+        A load's cell that runs again sends the same ids again: that they take effect again is no wonder.
+        """
+        asked = {one.id for load in loads for one in load.sent}
+        topics = {load.topic for load in loads}
+        everything = [one for load in self.loads if load.topic in topics for one in load.sent]
+        ledger = [one._replace(order=order) for order, one in enumerate(everything) if one.id in asked]
+        return ledger, {one.id for one in everything} - asked
 
     def _effects(self, topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Effect], str | None]:
         """What took effect in a topic, and what of it could not be read."""
@@ -482,11 +524,12 @@ class Planned:
     """Something that will be done once a condition holds."""
 
     def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
-        self.state = "still waits for its condition"
+        self.state = "is done once its condition holds"
         self.waits = True
         self.failed = False
         self._condition, self._action = condition, action
-        self._cancelled = threading.Event()
+        self._cancelled, self._begun = threading.Event(), False
+        self._deciding = threading.Lock()  # it is begun or it is cancelled: never both
         threading.Thread(target=self._run, name="planned", daemon=True).start()
 
     def cancel(self) -> None:
@@ -495,9 +538,10 @@ class Planned:
 
     def drop(self) -> None:
         """The same, for one whose condition did not come true while there was work."""
-        if self.waits:
-            self.cancel()
-            self.waits, self.state = False, "did not happen: all came to rest before its condition held"
+        with self._deciding:
+            if self.waits and not self._begun:
+                self.cancel()
+                self.waits, self.state = False, "did not happen: all came to rest before its condition held"
 
     def __repr__(self) -> str:
         return f"what was planned ({getattr(self._action, '__name__', 'an action')}) {self.state}"
@@ -507,17 +551,24 @@ class Planned:
             while not self._condition():
                 if self._cancelled.wait(0.02):
                     return
+            with self._deciding:
+                if self._cancelled.is_set():
+                    return
+                self._begun, self.state = True, "is being done"
             self._action()
             self.state, self.waits = "done", False
         except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
-            self.failed, self.waits = True, False
-            self.state = f"failed: {type(error).__name__}: {error}"
+            with self._deciding:
+                if self._begun or not self._cancelled.is_set():
+                    self.state = f"failed: {type(error).__name__}: {error}"
+                    self.failed, self.waits = True, False
 
 
-_ORIGIN: Mapping[Literal["external", "compose", "embedded"], str] = {
+_ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
     "external": "your own cluster",
     "compose": "the broker of docker-compose.yml",
     "embedded": "embedded Apache Kafka",
+    "private": "an embedded Apache Kafka of its own",
 }
 
 

@@ -56,6 +56,10 @@ class Load(Generic[T]):
         """How many the broker confirmed."""
         return self._confirmed
 
+    def confirmed_since(self, start: int) -> list[Sent]:
+        """What the broker confirmed, from the `start`th record on."""
+        return self._ledger[start : self._confirmed]
+
     @property
     def done(self) -> bool:
         """Whether it has ended."""

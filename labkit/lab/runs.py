@@ -33,16 +33,20 @@ class _Made(msgspec.Struct):
     started: float
     topics: list[str] = []
     groups: list[str] = []
+    private: bool = False
 
 
 class Run:
-    """One run's names. Its file is locked for as long as this process lives."""
+    """One run's names. Its file is locked for as long as this process lives.
 
-    def __init__(self, notebook: str, cluster_id: str) -> None:
+    `private`: its cluster ends with it, so that nothing has to be deleted there.
+    """
+
+    def __init__(self, notebook: str, cluster_id: str, private: bool = False) -> None:
         learner = _learner()
         self.id = time.strftime("%y%m%d%H%M%S", time.gmtime()) + os.urandom(2).hex()
         self.prefix = f"labkit.{learner}.{plain(notebook, 'notebook')}.{self.id}."
-        self._made = _Made(cluster_id, self.prefix, os.getpid(), time.time())
+        self._made = _Made(cluster_id, self.prefix, os.getpid(), time.time(), private=private)
         self._path = _folder() / f"{self.id}.json"
         self._ended = False
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -117,7 +121,9 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             made = _read(file)
-            if made.cluster_id == cluster_id:
+            if made.private:
+                path.unlink(missing_ok=True)
+            elif made.cluster_id == cluster_id:
                 if _delete(cluster, made):
                     path.unlink(missing_ok=True)
                 collected.append(made.prefix)
@@ -168,6 +174,8 @@ def _learner() -> str:
 
 def _delete(cluster: Cluster, made: _Made) -> bool:
     """Delete a run's topics and groups. False when a group has to wait for its last member's session to end."""
+    if made.private:
+        return True
     cluster.delete_topics([name for name in made.topics if name.startswith(made.prefix)])
     groups = [name for name in made.groups if name.startswith(made.prefix)]
     cluster.delete_groups(groups)

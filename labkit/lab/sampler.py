@@ -22,31 +22,33 @@ ASLEEP = 5.0  # seconds that the wall clock runs ahead of this process's before 
 
 
 class Tally:
-    """Counts what took effect in a topic: distinct ids, and what came again."""
+    """Counts what took effect in a topic: distinct ids, and what came of one record more than once."""
 
     def __init__(self, topic: Topic[Any], identify: Callable[[Any], str]) -> None:
         self.topic = topic
         self._reader = Reader(topic)
         self._identify = identify
         self._seen: set[str] = set()
-        self.records = 0
+        self._made: set[tuple[str | None, str]] = set()  # by which record, and its id
+        self.again = 0
+        """How often a record's work took effect again. (An id that is sent twice may take effect twice.)"""
 
     @property
     def completed(self) -> int:
         """Distinct ids so far."""
         return len(self._seen)
 
-    @property
-    def again(self) -> int:
-        """Records whose id had been there before."""
-        return self.records - len(self._seen)
-
     def read(self) -> None:
         """Take in what is new."""
         while records := self._reader.take(0):
-            values = [record.value for record in records if record.value is not None]  # a tombstone is no effect
-            self.records += len(values)
-            self._seen.update(map(self._identify, values))
+            for record in records:
+                if record.value is None:
+                    continue  # a tombstone is no effect
+                name = self._identify(record.value)
+                self._seen.add(name)
+                work = (record.headers.get("cause"), name)
+                self.again += work in self._made
+                self._made.add(work)
 
     @property
     def trouble(self) -> str | None:
@@ -78,6 +80,8 @@ class Sampler:
         self._tallies: dict[str, Tally] = {}
         self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
         self._recent: dict[str, list[tuple[float, int]]] = {}
+        self._ids: dict[str, set[str]] = {}  # sent, by topic
+        self._counted: dict[int, int] = {}  # how much of each load is in there
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -183,10 +187,12 @@ class Sampler:
         return values
 
     def _sent(self) -> dict[str, int]:
-        sent: dict[str, int] = {}
-        for load in list(self._loads):
-            sent[load.topic.short] = sent.get(load.topic.short, 0) + load.count
-        return sent
+        """Distinct ids sent to each topic, as completed ones are counted: a load's cell that ran again sends none."""
+        for number, load in enumerate(list(self._loads)):
+            fresh = load.confirmed_since(self._counted.get(number, 0))
+            self._counted[number] = self._counted.get(number, 0) + len(fresh)
+            self._ids.setdefault(load.topic.short, set()).update(one.id for one in fresh)
+        return {topic: len(ids) for topic, ids in self._ids.items()}
 
 
 def undecodable(reader: Reader[Any]) -> str | None:

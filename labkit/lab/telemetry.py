@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -18,6 +21,8 @@ from labkit.kafka.steps import Failure, Retry, Step
 from labkit.kafka.topics import Topic
 
 INTERVAL = 0.2  # seconds between two reports
+EVENTS = 1000  # at most in one report, which must stay smaller than a record may be: the rest goes with the next ones
+HANDLING, HANDLED = Step.HANDLING, Step.HANDLED  # a member of an enum is slow to look up, for every record
 UNHEARD = 7.0  # seconds that a member was not heard of when it is told that it lost its partitions: a session, and more
 
 
@@ -29,6 +34,38 @@ class Waiting(msgspec.Struct):
     since: float
     next_attempt: float
     error: str
+
+
+class Handled(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Records of one partition whose handler returned: the offsets `first` to `last`, by `time`."""
+
+    partition: str
+    """`topic/partition`."""
+    first: int
+    last: int
+    time: float
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One failed attempt at one record."""
+
+    place: str
+    attempt: int
+    time: float
+    error: str
+    again_after: float | None
+    """Seconds until the next attempt. None: the consumer does not try it again."""
+
+
+class Committed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The broker has confirmed that all of a partition before `position` is done."""
+
+    partition: str
+    position: int
+    time: float
+
+
+Event: TypeAlias = Handled | Failed | Committed
 
 
 class PodReport(msgspec.Struct):
@@ -47,6 +84,8 @@ class PodReport(msgspec.Struct):
     """Since when it was not heard of, the last time."""
     assigned: list[str] = []
     waiting: list[Waiting] = []
+    events: list[Event] = []
+    """What happened since the report before. In a report that had to be repeated, the same ones again."""
 
 
 class Telemetry:
@@ -63,6 +102,9 @@ class Telemetry:
         self._pause = (0.0, 0.0)  # the last time it was stopped, or starved: from, until
         self._waiting: dict[str, Waiting] = {}
         self._assigned: set[str] = set()
+        self._done: deque[tuple[str, int, int]] = deque()  # handled: appended to without the lock, for every record
+        self._events: deque[Event] = deque(maxlen=10 * EVENTS)  # to be sent
+        self._said: deque[Event] = deque(maxlen=10 * EVENTS)  # sent, and perhaps not delivered
         self._lock = threading.Lock()
         self._over = threading.Event()
         # A producer of its own: a telemetry record that is not delivered must not hold up a commit. Not idempotent: the
@@ -74,17 +116,22 @@ class Telemetry:
 
     def __call__(self, step: Step, subject: Any) -> None:
         """The pod's `report`."""
-        if step is Step.HANDLING:
+        if step is HANDLED:  # the two that come with every record
+            self._done.append((subject.topic, subject.partition, subject.offset))
+        elif step is HANDLING:
             if self.slow:
                 self._over.wait(self.slow)
-        elif step is Step.HANDLED:
-            with self._lock:
-                self._handled += 1
         elif step is Step.FAILED:
             self._note(subject)
         elif step is Step.RECOVERED:
             with self._lock:
                 self._waiting.pop(subject.place, None)
+        elif step is Step.COMMITTED:
+            with self._lock:
+                now = time.time()
+                self._gather(now)  # what is committed was handled before
+                for (topic, number), offset in subject.items():
+                    self._events.append(Committed(f"{topic}/{number}", offset, now))
         elif step is Step.ASSIGNED:
             with self._lock:
                 self._assigned |= {f"{topic}/{number}" for topic, number, _ in subject}
@@ -98,7 +145,11 @@ class Telemetry:
         """Send the last word: "stopped" or "failed"."""
         self._over.set()
         self._thread.join(2)
-        self._send(state)
+        while True:
+            last = self._now(state)
+            self._send(last)
+            if len(last.events) < EVENTS:
+                break
         try:
             self._producer.flush(2)
         except DeliveryFailed:
@@ -107,9 +158,11 @@ class Telemetry:
     def _note(self, failure: Failure) -> None:
         with self._lock:
             self._failed += 1
-            if isinstance(failure.decision, Retry):
-                error = f"{type(failure.error).__name__}: {failure.error}"[:500]
-                due = time.time() + failure.decision.after
+            now, error = time.time(), f"{type(failure.error).__name__}: {failure.error}"[:500]
+            after = failure.decision.after if isinstance(failure.decision, Retry) else None
+            self._events.append(Failed(failure.place, failure.attempt, now, error[:200], after))
+            if after is not None:
+                due = now + after
                 self._waiting[failure.place] = Waiting(failure.place, failure.attempt, failure.since, due, error)
 
     def _unheard_since(self, now: float) -> float:
@@ -123,20 +176,38 @@ class Telemetry:
                 before, self._awake = self._awake, time.time()
                 if self._awake - before > 5 * INTERVAL:
                     self._pause = (before, self._awake)
-            now = self._now("running")
             if self._undelivered():
                 sent = None
+            now = self._now("running")
             if sent is None or msgspec.structs.replace(now, time=sent.time) != sent:
-                self._send("running")
-                sent = now
+                self._send(now)
+                sent = msgspec.structs.replace(now, events=[])
             if self._over.wait(INTERVAL):
                 return
 
+    def _gather(self, now: float) -> None:
+        """Make events of the offsets that were handled. The lock is held."""
+        done: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        for _ in range(len(self._done)):
+            topic, number, offset = self._done.popleft()
+            done[topic, number].append(offset)
+            self._handled += 1
+        for (topic, number), offsets in done.items():
+            for first, last in ranges(offsets):
+                self._events.append(Handled(f"{topic}/{number}", first, last, now))
+
     def _now(self, state: str) -> PodReport:
+        """A report, with the events that are to go with it."""
         with self._lock:
+            now = time.time()
+            self._gather(now)
+            events = list(islice(self._events, EVENTS))
+            for _ in events:
+                self._events.popleft()
+            self._said += events
             return msgspec.structs.replace(
                 self._report,
-                time=time.time(),
+                time=now,
                 state=state,
                 handled=self._handled,
                 failed=self._failed,
@@ -144,16 +215,36 @@ class Telemetry:
                 away=self._away,
                 assigned=sorted(self._assigned),
                 waiting=list(self._waiting.values()),
+                events=events,
             )
 
-    def _send(self, state: str) -> None:
+    def _send(self, report: PodReport) -> None:
         try:
-            self._producer.send(self.topic.name, encode(self._now(state)), self._report.pod)
+            self._producer.send(self.topic.name, encode(report), self._report.pod)
         except DeliveryFailed:
             pass  # see _undelivered
 
     def _undelivered(self) -> bool:
         """Whether a report was lost since the last look, to a broker that was away: then it is to be said again."""
-        self._producer.unconfirmed(0)  # only so does the client tell
+        left = self._producer.unconfirmed(0)  # only so does the client tell
         lost, self._refused = self._producer.refused - self._refused, self._producer.refused
+        with self._lock:
+            if lost > 0:
+                self._events = deque([*self._said, *self._events], self._events.maxlen)
+            if lost > 0 or not left:
+                self._said.clear()
         return lost > 0
+
+
+def ranges(offsets: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The first and last of each unbroken run among `offsets`, in their order."""
+    run: tuple[int, int] | None = None
+    for offset in sorted(offsets):
+        if run is not None and offset <= run[1] + 1:
+            run = (run[0], offset)
+        else:
+            if run is not None:
+                yield run
+            run = (offset, offset)
+    if run is not None:
+        yield run

@@ -228,6 +228,8 @@ class Broker:
     cluster_id: str
     port: int
     controller_port: int
+    extra: str = ""
+    """More lines of its settings; the last line of a name wins."""
 
     @property
     def cluster(self) -> Cluster:
@@ -238,10 +240,10 @@ class Broker:
         return self.folder / "broker.log"
 
     @classmethod
-    def create(cls, folder: Path, kafka: Kafka, ports: tuple[int, int] | None = None) -> Broker:
+    def create(cls, folder: Path, kafka: Kafka, ports: tuple[int, int] | None = None, extra: str = "") -> Broker:
         """Make `folder` with the settings and the empty, formatted data of a new cluster."""
         port, controller_port = ports or free_ports()
-        broker = cls(folder, new_uuid(), port, controller_port)
+        broker = cls(folder, new_uuid(), port, controller_port, extra)
         folder.mkdir(mode=0o700)
         shutil.copytree(kafka.template, folder / "data")
         meta = f"version=1\ncluster.id={broker.cluster_id}\nnode.id={NODE}\ndirectory.id={new_uuid()}\n"
@@ -252,7 +254,7 @@ class Broker:
 
     def write_settings(self) -> None:
         text = PROPERTIES.format(port=self.port, controller_port=self.controller_port, data=self.folder / "data")
-        (self.folder / "server.properties").write_text(text)
+        (self.folder / "server.properties").write_text(text + self.extra)
 
     def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:
         """Wait until the broker answers metadata requests; `lives` tells whether its process still runs.

@@ -13,6 +13,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 
 if TYPE_CHECKING:
+    from labkit.runtime.private import PrivateBroker
     from labkit.runtime.shared import Lease
 
 BOOTSTRAP = "KAFKA_BOOTSTRAP_SERVERS"
@@ -29,15 +30,18 @@ class Connection:
     """A cluster that answered, and where it comes from. Close it to let go of a shared embedded broker."""
 
     cluster: Cluster
-    origin: Literal["external", "compose", "embedded"]
+    origin: Literal["external", "compose", "embedded", "private"]
     cluster_id: str
     lease: Lease | None = field(default=None, repr=False)
     """The hold on the embedded broker, to pin or stop it; None for the others."""
+    broker: PrivateBroker | None = field(default=None, repr=False)
+    """The broker that nobody else uses; None for the others."""
 
     def close(self) -> None:
         """Let go. May be called again."""
-        if self.lease is not None:
-            self.lease.close()
+        for held in (self.lease, self.broker):
+            if held is not None:
+                held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +65,17 @@ def connect() -> Connection:
     from labkit.runtime.shared import shared_broker
 
     return _embedded(shared_broker())
+
+
+def private() -> Connection:
+    """An embedded broker for this process alone, whatever else answers: one that may be broken.
+
+    Raises LabkitError when it cannot be started.
+    """
+    from labkit.runtime.private import PrivateBroker
+
+    broker = PrivateBroker()
+    return Connection(broker.cluster, "private", broker.cluster_id, broker=broker)
 
 
 def running() -> Connection | None:
@@ -135,7 +150,9 @@ def read_client_config(path: Path) -> dict[str, str]:
         settings[name.strip()] = value.strip()
     jaas = settings.pop("sasl.jaas.config", None)
     if jaas is not None:
-        login = dict(re.findall(r"""\b(username|password)\s*=\s*["']([^"']*)["']""", jaas))
+        # A quoted value ends at the quote it began with; the other one, and an escaped one, may stand in it.
+        quoted = re.findall(r"""\b(username|password)\s*=\s*(["'])((?:\\.|(?!\2).)*)\2""", jaas)
+        login = {name: re.sub(r"\\(.)", r"\1", value) for name, _, value in quoted}
         if len(login) != 2:
             raise LabkitError(f"{path}: sasl.jaas.config has no login: set sasl.username and sasl.password instead")
         settings = {"sasl.username": login["username"], "sasl.password": login["password"]} | settings

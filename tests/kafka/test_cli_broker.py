@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,6 @@ def said(*arguments: str) -> str:
 
 def answer(*arguments: str) -> Any:
     return json.loads(said(*arguments, "--json"))
-
-
-@pytest.fixture
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A state folder of the test's own, with no broker yet."""
-    folder = tmp_path / "own"
-    monkeypatch.setenv("LABKIT_STATE", str(folder))
-    yield folder
-    shared.stop()
-    wait_until(lambda: not processes_of(folder), 5, "the end of every process")
 
 
 @pytest.fixture

@@ -293,11 +293,12 @@ def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.Monke
 
     def deaf(record: object) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        print("in hand")
         time.sleep(600)
 
     lab.load(topic, orders(1), rate=1000).wait()
     shop = lab.deploy("shop", Consumer(topic, deaf, drain=60))
-    wait_ready(shop)
+    wait_said(shop, "in hand")
     shop.scale(0)
     wait_said(shop, "has not drained within 0.5 s and is killed", "shop-0")
     wait_until(lambda: not shop._retired, 5, "the pod's end")

@@ -41,16 +41,6 @@ with connect() as connection:
 
 
 @pytest.fixture
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A state folder, and so a broker, of the test's own: one that may be broken."""
-    folder = tmp_path / "own"
-    monkeypatch.setenv("LABKIT_STATE", str(folder))
-    yield folder
-    shared.stop()
-    wait_until(lambda: not processes_of(folder), 5, "the end of every process")
-
-
-@pytest.fixture
 def user(own_state: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Starts another process that connects, tells which cluster it got, and stays until its stdin closes."""
     users = []

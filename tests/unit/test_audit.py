@@ -17,7 +17,7 @@ from labkit.lab.metrics import Fault
 
 START = 1_700_000_000.0
 CRASH = Fault(START + 50, START + 50, "crash", "shop-1", "crash pod 1")
-VALID = "extras: each a redelivery after a fault, or sent again"
+VALID = "any extra is a redelivery after a fault, or was sent again"
 
 
 def send(count: int, key: str | None = "ann") -> list[Sent]:
@@ -139,7 +139,7 @@ def test_sent_again_is_listed_and_does_not_count() -> None:
     once = audit(send(10), effects, [])
     assert once.result == "valid"
     assert ids(once.resent) == ["order-3"]
-    assert "0 sent again, 1 sent once (a producer's retry" in once.explain()
+    assert "1 extras from other source records: 1 sent once (a producer's retry" in once.explain()
     # Exactly once admits it only if the load says that it sent it twice.
     assert "duplicated 1" in once.verdict(exactly_once=True)
     twice = audit([*send(10), Sent("order-3", "ann", 10)], effects, [])

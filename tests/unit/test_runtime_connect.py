@@ -71,6 +71,8 @@ def test_java_login_is_understood(tmp_path: Path) -> None:
     module = "org.apache.kafka.common.security.plain.PlainLoginModule"
     path.write_text(f"sasl.jaas.config={module} required username='me' password=\"s e=c\";\n")
     assert read_client_config(path) == {"sasl.username": "me", "sasl.password": "s e=c"}
+    path.write_text(f'sasl.jaas.config={module} required username="O\'Hara" password="a\\"b;c";\n')
+    assert read_client_config(path) == {"sasl.username": "O'Hara", "sasl.password": 'a"b;c'}
     path.write_text(f"sasl.jaas.config={module} required;\n")
     with pytest.raises(LabkitError, match=r"sasl\.username"):
         read_client_config(path)

@@ -1,0 +1,133 @@
+"""Faults of the broker: a deployment lives through each, and only a lab with a Kafka of its own may inject them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from lab_helpers import Order, Shipped, orders, wait_ready
+from processes import wait_until
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.records import Record
+from labkit.lab import Lab
+from labkit.lab.deployment import Deployment
+from labkit.lab.load import Load
+from labkit.runtime.connect import Connection
+from labkit.runtime.home import state_dir
+from labkit.runtime.private import BrokerState
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    lab = Lab("fragile", cluster="private")
+    yield lab
+    lab.close()
+
+
+class Shop:
+    """Orders that are shipped by two pods."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.orders, self.shipped = lab.topic("orders", 4, Order), lab.topic("shipped", 4, Shipped)
+        shipped = self.shipped
+
+        def ship(record: Record[Order]) -> None:
+            time.sleep(0.005)
+            shipped.send(Shipped(record.value.id), key=record.key)
+
+        self.pods: Deployment = lab.deploy("shop", Consumer(self.orders, ship), replicas=2)
+        wait_ready(self.pods)
+        self.load: Load[Order] = lab.load(self.orders, orders(600), rate=100)
+        wait_until(lambda: min(pod.handled for pod in self.pods.pods) > 20, 20, "both at work")
+
+
+def killed(lab: Lab) -> None:
+    lab.broker.kill()
+    assert repr(lab.settle()) == "unknown: Kafka is down: lab.broker.restart() starts it"
+    assert "Kafka down" in lab._status("shop")
+    lab.broker.restart()
+
+
+def frozen(lab: Lab) -> None:
+    lab.broker.freeze()
+    assert repr(lab.settle()) == "unknown: Kafka is frozen: thaw it first"
+    time.sleep(3)  # long enough for requests to be held up; the length is the fault
+    lab.broker.thaw()
+
+
+def restarted(lab: Lab) -> None:
+    lab.broker.restart()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"), [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"])], ids=lambda one: str(one)
+)
+def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kinds: list[str]) -> None:
+    shop = Shop(lab)
+    fault(lab)
+    assert lab.broker.state is BrokerState.RUNNING
+    audit = lab.verdict(shop.load, shop.shipped)
+    assert audit.check().startswith("600 sent · 600 done · lost 0 · duplicated 0 · out of order 0")
+    windows = [one for one in lab.faults if one.target == "Kafka"]
+    assert [one.kind for one in windows] == kinds
+    assert all(one.end is not None and one.end > one.start for one in windows)
+    assert shop.pods.restarts == 0
+
+
+def test_killed_while_frozen(lab: Lab) -> None:
+    lab.broker.freeze()
+    lab.broker.kill()
+    assert [(one.kind, one.end is None) for one in lab.faults] == [("freeze", False), ("kill", True)]
+    lab.broker.restart()
+    assert not any(one.end is None for one in lab.faults)
+
+
+def test_the_buttons_do_the_same(lab: Lab) -> None:
+    shop = Shop(lab)
+    board = lab.board(lag=shop.pods, completed=shop.shipped)
+    board.start()
+    buttons = {button.widget.description: button.widget for button in board._buttons}
+    assert list(buttons) == ["Kill Kafka", "Freeze Kafka", "Thaw Kafka", "Restart Kafka"]
+    assert [one.disabled for one in buttons.values()] == [False, False, True, False]
+    buttons["Kill Kafka"].click()
+    wait_until(lambda: lab.broker.state is BrokerState.DOWN)
+    wait_until(lambda: buttons["Kill Kafka"].tooltip == "Kafka is down.", what="a dead broker cannot be killed")
+    assert buttons["Kill Kafka"].disabled
+    assert not buttons["Restart Kafka"].disabled
+    buttons["Restart Kafka"].click()
+    wait_until(lambda: lab.broker.state is BrokerState.RUNNING)
+    assert lab.verdict(shop.load, shop.shipped).result == "valid"
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None:
+    lab = Lab("fragile", cluster="private")
+    Shop(lab)
+    getattr(lab.broker, fault)()
+    begun = time.monotonic()
+    lab.close()
+    assert time.monotonic() - begun < 20  # the question that the sampler has just asked is waited for: 10 s
+    assert not list(state_dir().glob("private-*"))
+    assert not [path for path in (state_dir() / "runs").glob("*.json") if lab.run.id in path.name]
+
+
+def test_a_kafka_of_others_is_not_broken(connection: Connection) -> None:
+    with Lab("polite") as lab:
+        for fault in (lab.broker.kill, lab.broker.freeze, lab.broker.thaw, lab.broker.restart):
+            with pytest.raises(LabkitError, match=r"others use this Kafka too.*Lab\('polite', cluster='private'\)"):
+                fault()
+        assert lab.faults == []
+        pods = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), print))
+        board = lab.board(lag=pods)
+        board.start()
+        for button in board._buttons:
+            assert button.widget.disabled
+            assert "cluster='private'" in button.widget.tooltip
+
+
+def test_a_cluster_of_another_kind_is_refused() -> None:
+    with pytest.raises(LabkitError, match="cluster is 'shared' or 'private', not 'mine'"):
+        Lab("odd", cluster="mine")  # type: ignore[arg-type]

@@ -1,0 +1,117 @@
+"""What `lab.when` plans: done once its condition holds while there is work, dropped when all came to rest before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from lab_helpers import Order, orders
+from processes import wait_until
+
+from labkit.lab import Lab
+from labkit.lab.lab import QUIET, Planned
+from labkit.runtime.connect import Connection
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+
+@pytest.fixture
+def lab(connection: Connection) -> Iterator[Lab]:
+    lab = Lab("plans")
+    yield lab
+    lab._end(0)
+
+
+def plan(lab: Lab, condition: Callable[[], bool], action: Callable[[], object]) -> tuple[Planned, threading.Thread]:
+    """Plan something; its thread as well."""
+    before = set(threading.enumerate())
+    planned = lab.when(condition, action)
+    (thread,) = (one for one in threading.enumerate() if one not in before and one.name == "planned")
+    return planned, thread
+
+
+def test_a_plan_whose_condition_does_not_come_is_dropped_at_rest(lab: Lab) -> None:
+    load = lab.load(lab.topic("orders", 1, Order), orders(30), rate=100)
+    true, done = threading.Event(), []
+    planned, thread = plan(lab, true.is_set, lambda: done.append("it"))
+    load.wait()
+    settled = lab.settle(20)
+    assert settled
+    assert settled.seconds > QUIET
+    assert repr(planned).endswith("did not happen: all came to rest before its condition held")
+    thread.join(5)
+    assert not thread.is_alive()
+    true.set()
+    assert lab.settle(5).seconds < QUIET  # it waits for nothing any more
+    assert done == []
+
+
+def test_a_plan_waits_as_long_as_there_is_work(lab: Lab) -> None:
+    load = lab.load(lab.topic("orders", 1, Order), orders(300), rate=100)  # twice as long as it would take to drop it
+    done = []
+    planned, _ = plan(lab, lambda: load.count >= 250, lambda: done.append(load.count))
+    assert lab.settle(20)
+    assert done[0] >= 250
+    assert repr(planned) == "what was planned (<lambda>) done"
+
+
+@pytest.mark.parametrize("too_late", [lambda: True, lambda: 1 / 0], ids=["true", "error"])
+def test_a_condition_that_is_looked_at_while_its_plan_is_dropped_comes_too_late(
+    lab: Lab, too_late: Callable[[], bool]
+) -> None:
+    looking, dropped, done = threading.Event(), threading.Event(), []
+
+    def condition() -> bool:
+        looking.set()
+        return dropped.wait(20) and too_late()
+
+    planned, thread = plan(lab, condition, lambda: done.append("it"))
+    assert looking.wait(5)
+    assert lab.settle(10)
+    dropped.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert done == []
+    assert "did not happen" in repr(planned)
+    assert lab.settle(5)
+
+
+def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        assert over.wait(20)
+
+    planned, thread = plan(lab, lambda: True, slow)
+    assert begun.wait(5)
+    assert lab.settle(QUIET + 0.5).reason == "after 2 s: what was planned (slow) is being done"
+    over.set()
+    assert lab.settle(5)
+    assert repr(planned) == "what was planned (slow) done"
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def wrong(*_: object) -> bool:
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize("part", ["condition", "action"])
+def test_a_plan_that_fails_is_told_at_once(lab: Lab, part: str) -> None:
+    load = lab.load(lab.topic("orders", 1, Order), orders(10_000), rate=100)
+    lab.when(wrong if part == "condition" else lambda: load.count > 5, wrong)
+    settled = lab.settle(60)
+    assert repr(settled) == "unknown: what was planned (wrong) failed: KeyError: 'x'"
+    assert settled.seconds < 10
+    assert not load.done  # it did not wait for the load
+
+
+def test_what_is_planned_ends_with_the_lab(lab: Lab) -> None:
+    true, done = threading.Event(), []
+    _, thread = plan(lab, true.is_set, lambda: done.append("it"))
+    lab.close()
+    wait_until(lambda: not thread.is_alive(), 5, "the end of its thread")
+    true.set()
+    assert done == []

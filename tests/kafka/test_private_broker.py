@@ -1,0 +1,138 @@
+"""A broker of one owner: what its faults do, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from consuming import Member, fresh_group, fresh_topic, put
+from processes import is_alive, processes_of, wait_until
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.kafka.reader import Reader
+from labkit.kafka.steps import Step
+from labkit.runtime.private import BrokerState, PrivateBroker
+
+
+@pytest.fixture
+def broker() -> Iterator[PrivateBroker]:
+    with PrivateBroker() as broker:
+        yield broker
+
+
+def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker: PrivateBroker) -> None:
+    topic = fresh_topic(broker.cluster, 2)
+    put(topic, *range(1000))
+    before = broker.pid
+    broker.kill()
+    assert broker.state is BrokerState.DOWN
+    assert not is_alive(before)
+    with pytest.raises(ClusterUnreachable):
+        broker.cluster.describe(1)
+    for fault in (broker.kill, broker.freeze):
+        with pytest.raises(LabkitError, match="it is down"):
+            fault()
+    broker.restart()
+    assert broker.state is BrokerState.RUNNING
+    with Reader(topic) as reader:
+        assert sorted(record.value for record in reader.rest()) == list(range(1000))
+
+
+def test_frozen_it_says_nothing_until_it_is_thawed(broker: PrivateBroker) -> None:
+    with pytest.raises(LabkitError, match="nothing to thaw"):
+        broker.thaw()
+    broker.freeze()
+    assert broker.state is BrokerState.FROZEN
+    with pytest.raises(ClusterUnreachable):
+        broker.cluster.describe(1)
+    broker.thaw()
+    assert broker.cluster.describe().cluster_id == broker.cluster_id
+
+
+def test_restarted_in_good_order_or_from_frozen_it_keeps_port_and_data(broker: PrivateBroker) -> None:
+    topic = fresh_topic(broker.cluster)
+    put(topic, 1)
+    broker.restart()
+    put(topic, 2)
+    broker.freeze()
+    broker.restart()
+    with Reader(topic) as reader:
+        assert [record.value for record in reader.rest()] == [1, 2]
+
+
+def test_a_death_that_nobody_ordered_is_seen(broker: PrivateBroker) -> None:
+    os.kill(broker.pid, signal.SIGKILL)
+    wait_until(lambda: broker.state is BrokerState.DOWN)
+    broker.restart()
+    assert broker.cluster.describe().brokers == 1
+
+
+def test_one_commit_at_a_time_is_on_its_way(broker: PrivateBroker) -> None:
+    """Two could overtake each other when the client sends them again: the older one would be stored last."""
+    topic = fresh_topic(broker.cluster)
+    put(topic, *range(600))
+    consumer = Consumer(topic, lambda record: time.sleep(0.005), fresh_group(), commit_interval=0.1)
+    with Member(consumer) as member:
+        member.journal.wait_for(Step.COMMITTED)
+        broker.freeze()
+        member.journal.wait_for(Step.HANDLED, len(member.journal.of(Step.HANDLED)) + 200)  # ten intervals
+        broker.thaw()
+        member.wait_committed({0: 600})
+    steps = [step for step, _ in member.journal.steps if step in (Step.COMMITTING, Step.COMMITTED)]
+    assert (Step.COMMITTING, Step.COMMITTING) not in pairwise(steps)
+
+
+def test_closed_it_leaves_nothing(state_dir: Path) -> None:
+    broker = PrivateBroker()
+    folder, pid = broker.log.parent, broker.pid
+    broker.freeze()
+    broker.close()
+    broker.close()
+    assert not folder.exists()
+    assert not is_alive(pid)
+    with pytest.raises(LabkitError, match="closed"):
+        broker.restart()
+
+
+def test_it_dies_with_its_owner_and_the_next_one_clears_up(state_dir: Path) -> None:
+    code = """
+        import time
+        from labkit.runtime.private import PrivateBroker
+        broker = PrivateBroker()
+        broker.freeze()
+        print(broker.log.parent, broker.pid, flush=True)
+        time.sleep(600)
+    """
+    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    with owner:
+        assert owner.stdout
+        folder, pid = owner.stdout.readline().split()
+        with PrivateBroker() as other:  # beside a living one: nobody's data is touched
+            assert Path(folder, "data").exists()
+            assert other.log.parent != Path(folder)
+            owner.kill()
+            wait_until(lambda: not is_alive(int(pid)), 5, "the end of a frozen broker whose owner was killed")
+    with PrivateBroker():
+        assert not Path(folder).exists()
+    assert not [one for one in processes_of(state_dir) if folder in " ".join(one.cmdline())]
+
+
+def test_a_port_that_is_taken_meanwhile_is_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    from labkit.runtime import broker as making
+
+    with PrivateBroker() as first:
+        taken = int(first.cluster.bootstrap.rpartition(":")[2])
+        choices = iter([(taken, making.free_ports()[1])])
+        free = making.free_ports
+        monkeypatch.setattr(making, "free_ports", lambda: next(choices, None) or free())
+        with PrivateBroker() as second:
+            assert second.cluster.describe().cluster_id == second.cluster_id != first.cluster_id
