@@ -6,11 +6,13 @@ CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3
 FITS := import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))
 VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
 
-.PHONY: help lab test notebooks lint lock environment clean
+.PHONY: help lab test bench soak notebooks lint lock environment clean
 
 help:
 	@echo 'make lab        open the lab: JupyterLab on notebook 00, with a Kafka behind it'
 	@echo 'make test       run everything that checks labkit'
+	@echo 'make bench      measure labkit against what one would write by hand; ARGS="--json consume" for one'
+	@echo 'make soak       minutes of random faults, every record accounted for; ARGS="--seed 7" draws the same again'
 	@echo 'make lint       only the checks which take seconds'
 	@echo 'make notebooks  run the notebooks and rewrite the outputs they are committed with'
 	@echo 'make lock       resolve the dependencies of pyproject.toml anew into requirements.lock'
@@ -21,6 +23,12 @@ lab: environment
 
 test: environment
 	@exec .venv/bin/labkit test
+
+bench: environment
+	@exec .venv/bin/python tests/benchmarks $(ARGS)
+
+soak: environment
+	@exec .venv/bin/python tests/soak.py $(ARGS)
 
 lint: environment
 	@exec .venv/bin/labkit test lint

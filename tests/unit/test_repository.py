@@ -139,7 +139,8 @@ def imported(folder: str) -> set[str]:
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.partition(".")[0])
-    return found - {path.stem for path in files} - sys.stdlib_module_names - {"labkit"}
+    own = {path.parent.name if path.stem == "__init__" else path.stem for path in files}
+    return found - own - sys.stdlib_module_names - {"labkit"}
 
 
 @pytest.mark.parametrize(("folder", "extras"), [("labkit", ["lab"]), ("tests", ["lab", "test"])])

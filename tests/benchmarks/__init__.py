@@ -1,0 +1,1 @@
+"""What labkit costs, measured against what one would write by hand. Run by `make bench`."""

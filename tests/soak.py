@@ -1,0 +1,206 @@
+"""`make soak`: minutes of random faults against one deployment; the audit then has to explain every record.
+
+Pods are scaled, crashed, frozen, slowed and drained, the broker is killed, frozen and restarted, all drawn from a seed
+that is printed: `make soak ARGS="--seed 7"` draws the same faults again (when they strike depends on the machine).
+
+It fails if a record was lost, if an extra is not explained by a fault, or if first deliveries were out of order within
+a lane.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Literal
+
+import msgspec
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record
+from labkit.kafka.topics import Topic
+from labkit.lab import Lab
+from labkit.lab.deployment import Deployment, Pod, PodState
+from labkit.runtime.private import BrokerState
+
+PARTITIONS, KEYS = 8, 64
+MOST_PODS = 4
+CALM = (0.3, 3.0)  # seconds between two faults
+
+
+class Work(msgspec.Struct):
+    id: int
+
+
+class Chaos:
+    """Does something bad every few seconds, until it is told to make peace."""
+
+    def __init__(self, lab: Lab, pods: Deployment, chance: random.Random) -> None:
+        self.lab, self.pods, self.chance = lab, pods, chance
+        self.done: Counter[str] = Counter()
+        self.begun = time.monotonic()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="chaos")
+        self.thread.start()
+
+    def run(self) -> None:
+        faults: list[tuple[Callable[[], None], int]] = [
+            (self.crash, 5),
+            (self.freeze, 3),
+            (self.scale, 4),
+            (self.drain, 2),
+            (self.slow, 1),
+            (self.kill_broker, 2),
+            (self.freeze_broker, 1),
+            (self.restart_broker, 1),
+        ]
+        acts, weights = zip(*faults, strict=True)
+        while not self.stop.wait(self.chance.uniform(*CALM)):
+            (act,) = self.chance.choices(acts, weights)
+            begun = time.monotonic()
+            try:
+                act()
+                self.done[act.__name__] += 1
+            except (LabkitError, IndexError):  # the pod was just gone
+                self.done["struck nothing"] += 1
+            else:
+                print(f"{begun - self.begun:7.1f} s  {act.__name__}, {time.monotonic() - begun:.1f} s", flush=True)
+
+    def peace(self) -> None:
+        """No more faults; what still stands is taken back."""
+        self.stop.set()
+        self.thread.join()
+        for pod in self.pods.pods:
+            if pod.state is PodState.FROZEN:
+                pod.thaw()
+            elif pod.state is PodState.SLOW:
+                pod.slow(0)
+        if self.lab.broker.state is not BrokerState.RUNNING:
+            self.lab.broker.restart()
+        if not self.pods.pods:
+            self.pods.scale(2)
+
+    def victim(self, *states: PodState) -> Pod:
+        return self.chance.choice([pod for pod in self.pods.pods if pod.state in states])
+
+    def crash(self) -> None:
+        self.victim(PodState.RUNNING, PodState.SLOW, PodState.STARTING, PodState.FROZEN).crash()
+
+    def freeze(self) -> None:
+        pod = self.victim(PodState.RUNNING)
+        pod.freeze()
+        # Shorter than a session, and long enough for its partitions to be given away.
+        self.stop.wait(self.chance.choice([0.5, 3.0, 9.0]))
+        if pod.state is PodState.FROZEN:
+            pod.thaw()
+
+    def scale(self) -> None:
+        self.pods.scale(self.chance.randint(1, MOST_PODS))
+
+    def drain(self) -> None:
+        self.victim(PodState.RUNNING).drain()
+
+    def slow(self) -> None:
+        pod = self.victim(PodState.RUNNING)
+        pod.slow(0.02)
+        self.stop.wait(2)
+        pod.slow(0)
+
+    def kill_broker(self) -> None:
+        self.lab.broker.kill()
+        self.stop.wait(self.chance.uniform(0, 3))
+        self.lab.broker.restart()
+
+    def freeze_broker(self) -> None:
+        self.lab.broker.freeze()
+        self.stop.wait(self.chance.uniform(0.5, 4))
+        self.lab.broker.thaw()
+
+    def restart_broker(self) -> None:
+        self.lab.broker.restart()
+
+
+def disorder(source: Topic[Work], done: Topic[Work], order: Literal["partition", "key"]) -> list[str]:
+    """First deliveries that are not in the order of their lane, by their place. Both topics place keys alike."""
+    with Reader(done) as reader:
+        records = reader.rest()
+    lanes: defaultdict[tuple[int, str | None], list[Record[Work]]] = defaultdict(list)
+    for record in sorted(records, key=lambda one: one.offset):
+        lanes[record.partition, record.key if order == "key" else None].append(record)
+    wrong = []
+    for lane in lanes.values():
+        seen: set[int] = set()
+        latest = -1
+        for record in lane:
+            topic, _, offset = record.headers["cause"].rpartition("/")
+            assert topic == f"{source.name}/{record.partition}"
+            if int(offset) not in seen:
+                seen.add(int(offset))
+                if int(offset) < latest:
+                    wrong.append(f"{record.place}, made by {record.headers['cause']} after {latest}")
+                latest = max(latest, int(offset))
+    return wrong
+
+
+def soak(seed: int, records: int, rate: float) -> bool:
+    chance = random.Random(seed)
+    order: Literal["partition", "key"] = chance.choice(["partition", "key"])
+    print(f"seed {seed}: {records:,} records at {rate:g}/s, order by {order}", flush=True)
+    with Lab("soak", cluster="private") as lab:
+        source, done = lab.topic("work", PARTITIONS, Work), lab.topic("done", PARTITIONS, Work)
+
+        def handle(record: Record[Work]) -> None:
+            done.send(record.value, key=record.key)
+
+        pods = lab.deploy("soak", Consumer(source, handle, order=order), replicas=2)
+        begun = time.monotonic()
+
+        def works() -> Iterator[Work]:
+            return map(Work, range(records))
+
+        load = lab.load(source, works(), rate=rate, key=lambda work: f"key {work.id % KEYS}")
+        chaos = Chaos(lab, pods, chance)
+        try:
+            while not load.done:
+                with suppress(TimeoutError, DeliveryFailed):  # what went wrong, the audit below says
+                    load.wait(10)
+                print(f"{time.monotonic() - begun:7.1f} s  {load.count:,} sent  {pods!r}", flush=True)
+        finally:
+            chaos.peace()
+        settled = lab.settle(180)
+        audit = lab.audit(load, done)
+        print(f"{time.monotonic() - begun:7.1f} s  {settled!r}")
+        print("faults:", ", ".join(f"{name} {count}" for name, count in chaos.done.most_common()))
+        print(audit.verdict())
+        print(audit.explain())
+        wrong = disorder(source, done, order)
+        print(f"first deliveries out of order within a lane: {len(wrong)}", *wrong[:5], sep="\n  ")
+        if audit.result != "valid":
+            lab.logs("soak", 40)
+        return audit.result == "valid" and audit.sent == records and not wrong
+
+
+def main() -> int:
+    told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10_000))
+    told.add_argument("--records", type=int, default=100_000)
+    told.add_argument("--rate", type=float, default=800.0, help="records a second")
+    chosen = told.parse_args()
+    with tempfile.TemporaryDirectory(prefix="labkit-soak-") as state:
+        os.environ["LABKIT_STATE"] = state
+        passed = soak(chosen.seed, chosen.records, chosen.rate)
+    print(f"seed {chosen.seed}: {'passed' if passed else 'FAILED'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
