@@ -74,7 +74,21 @@ def _put(original: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_name(f".{copy.name}.new")
     shutil.copyfile(original, temporary)
+    if copy.suffix == ".ipynb":
+        _forget_outputs(temporary)
     os.replace(temporary, copy)
+
+
+def _forget_outputs(path: Path) -> None:
+    """A learner who is to predict something must not read the answer below the cell."""
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"], cell["execution_count"] = [], None
+    except (ValueError, KeyError, TypeError):
+        return  # not a notebook: copied as it is
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _free_name(path: Path) -> Path:

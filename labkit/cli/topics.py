@@ -105,7 +105,9 @@ def topics(
 
 
 def lag(
-    group: Annotated[str, typer.Argument(help="A consumer group: its full name, or the deployment's.")],
+    group: Annotated[
+        str, typer.Argument(help="A consumer group: its full name, or the deployment's. None: says which there are.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Say how many records a consumer group has still to finish, by partition."""

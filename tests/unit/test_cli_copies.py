@@ -88,3 +88,16 @@ def test_a_copy_that_is_no_notebook_any_more_is_kept(folders: tuple[Path, Path])
     write(source / "00.ipynb", "second")
     assert copy_notebooks(source, work) == Copied(kept={"00.ipynb": "00.new.ipynb"})
     assert (work / "00.ipynb").read_text() == "<<<<<<<"
+
+
+def test_a_copy_has_no_answers_in_it(tmp_path: Path) -> None:
+    source, work = tmp_path / "notebooks", tmp_path / "work"
+    source.mkdir()
+    write(source / "00.ipynb", "verdict", outputs=[{"text": "lost 0"}])
+    (source / "broken.ipynb").write_text("no notebook")
+    copy_notebooks(source, work)
+    (cell,) = json.loads((work / "00.ipynb").read_text())["cells"]
+    assert cell["outputs"] == []
+    assert (work / "broken.ipynb").read_text() == "no notebook"
+    again = copy_notebooks(source, work)
+    assert again == Copied()
