@@ -30,7 +30,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, Pod, PodState
-from labkit.runtime.private import BrokerState
+from labkit.runtime.server import ServerState
 
 PARTITIONS, KEYS = 8, 64
 MOST_PODS = 4
@@ -84,7 +84,7 @@ class Chaos:
                 pod.thaw()
             elif pod.state is PodState.SLOW:
                 pod.slow(0)
-        if self.lab.broker.state is not BrokerState.RUNNING:
+        if self.lab.broker.state is not ServerState.RUNNING:
             self.lab.broker.restart()
         if not self.pods.pods:
             self.pods.scale(2)

@@ -5,8 +5,8 @@ Tests and baselines crash a process *at a step*, so a failure happens where it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -37,6 +37,18 @@ class Step(Enum):
     """Partitions left this member, after its drain. Subject: list of (topic, partition)."""
     LOST = "lost"
     """Partitions were taken while this member was away; nothing is committed. Subject: list of (topic, partition)."""
+    MEASURED = "measured"
+    """A service, a view or a store counted something. Subject: Measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures that only their process knows, by name. Told again as often as they change."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Totals since the process started: of several processes the sum counts, and how fast it grows."""
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    """Values of now: of several processes the highest counts."""
 
 
 Report: TypeAlias = Callable[[Step, Any], None]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import ipywidgets
 from IPython import display
@@ -54,6 +54,8 @@ class DeploymentLike(Protocol):
     """What a board needs of a deployment."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def pods(self) -> Sequence[PodLike]: ...
     def scale(self, replicas: int, /) -> None: ...
 
@@ -75,9 +77,9 @@ class Board:
     """Shows itself at the end of a cell, and redraws in a thread of its own until `close()`.
 
     `status` says in one line what runs. `log` gives the newest lines of the pods, time and pod in front.
-    `deployment` brings the buttons for pods; it is asked at every frame and click, so that a deployment that replaces
-    another is followed. `actions` are further buttons. `slow_seconds` is what "Slow down" adds to each record. `window`
-    is the width of the picture in seconds, once the run is that old.
+    `deployments` brings the buttons for their pods; it is asked at every frame and click, so that a deployment that
+    replaces another is followed. `actions` are further buttons. `slow_seconds` is what "Slow down" adds to each record.
+    `window` is the width of the picture in seconds, once the run is that old.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Board:
         history: History,
         panels: Sequence[picture.Panel],
         status: Callable[[], str],
-        deployment: Callable[[], DeploymentLike] | None = None,
+        deployments: Callable[[], Sequence[DeploymentLike]] | None = None,
         log: Callable[[], Sequence[str]] = list,
         actions: Sequence[Action] = (),
         *,
@@ -113,7 +115,7 @@ class Board:
         self._picture.layout = ipywidgets.Layout(width="100%", max_width=f"{picture.WIDTH}px")
         self._says = ipywidgets.HTML()
         self._lines = ipywidgets.HTML()
-        self._pods = None if deployment is None else _PodButtons(deployment, slow_seconds, self._start, self._lock)
+        self._pods = None if deployments is None else _PodButtons(deployments, slow_seconds, self._start, self._lock)
         self._buttons = [_Button(lambda a=action: a, self._start) for action in actions]  # type: ignore[misc]
         rows: list[Any] = [self._picture, self._says]
         if self._pods is not None:
@@ -298,14 +300,15 @@ class _PodButtons:
 
     def __init__(
         self,
-        deployment: Callable[[], DeploymentLike],
+        deployments: Callable[[], Sequence[DeploymentLike]],
         slow_seconds: float,
         start: Callable[[_Button, Action], None],
         lock: threading.RLock,
     ) -> None:
-        self._deployment, self._slow_seconds, self._lock = deployment, slow_seconds, lock
-        self._pods: Sequence[PodLike] = ()
-        self._chosen = 0
+        self._deployments, self._slow_seconds, self._lock = deployments, slow_seconds, lock
+        self._pods: dict[_Place, PodLike] = {}
+        self._chosen: _Place = ("", 0)
+        self._several = False
         self._choice = ipywidgets.ToggleButtons(
             options=[], style={"button_width": "auto"}, tooltips=[], layout=ipywidgets.Layout(width="auto")
         )
@@ -321,14 +324,17 @@ class _PodButtons:
         )
 
     def refresh(self) -> None:
-        self._pods = pods = self._deployment().pods
-        options = [(_named(pod), pod.index) for pod in pods]
+        deployments = self._deployments()
+        self._several = len(deployments) > 1
+        self._pods = pods = {(one.name, pod.index): pod for one in deployments for pod in one.pods}
+        options = [(_named(self._called(place), pod), place) for place, pod in pods.items()]
         if options != list(self._choice.options):
-            if pods and self._chosen not in {pod.index for pod in pods}:
-                self._chosen = pods[0].index
+            if self._chosen not in pods:
+                mine = [place for place in pods if place[0] == self._chosen[0]]
+                self._chosen = next(iter(mine or pods), (deployments[0].name, 0))
             chosen = self._chosen
             # New options reset the choice; the learner's stays.
-            self._choice.tooltips = [_about(pod) for pod in pods]
+            self._choice.tooltips = [_about(pod) for pod in pods.values()]
             self._choice.options = options
             if pods:
                 self._choice.value = self._chosen = chosen
@@ -342,21 +348,25 @@ class _PodButtons:
                 for button in self.buttons:
                     button.refresh()
 
+    def _called(self, place: _Place) -> str:
+        return f"{place[0]}-{place[1]}" if self._several else f"pod {place[1]}"
+
     def _state(self) -> PodState:
-        return next((pod.state for pod in self._pods if pod.index == self._chosen), PodState.STOPPED)
+        pod = self._pods.get(self._chosen)
+        return PodState.STOPPED if pod is None else pod.state
 
     def _on_pod(self, verb: str, about: str, fault: Callable[[PodLike], None], *states: PodState) -> Action:
         """Do something to the chosen pod, while it is in one of these states."""
-        i, state = self._chosen, self._state()
+        (name, index), called, state = self._chosen, self._called(self._chosen), self._state()
 
         def run() -> None:
-            for pod in self._deployment().pods:
-                if pod.index == i:
+            for pod in (pod for one in self._deployments() if one.name == name for pod in one.pods):
+                if pod.index == index:
                     return fault(pod)
-            raise LookupError(f"there is no pod {i} any more")
+            raise LookupError(f"there is no {called} any more")
 
-        why_not = None if state in states else f"Pod {i} is {state.value}."
-        return Action(f"{verb} pod {i}", about, run, lambda: why_not)
+        why_not = None if state in states else f"{called[0].upper()}{called[1:]} is {state.value}."
+        return Action(f"{verb} {called}", about, run, lambda: why_not)
 
     def _crash(self) -> Action:
         about = "Kill it at once (SIGKILL), in the middle of what it does; it is started again."
@@ -381,15 +391,30 @@ class _PodButtons:
         return self._on_pod("Drain", about, lambda pod: pod.drain(), *_UP)
 
     def _add(self) -> Action:
-        n = len(self._pods) + 1
-        return Action("Add a pod", f"Scale to {n}.", lambda: self._deployment().scale(n))
+        return self._scale("Add", 1, None)
 
     def _remove(self) -> Action:
-        n = len(self._pods) - 1
-        enough = "The last pod stays." if n < 1 else None
-        return Action("Remove a pod", f"Scale to {n}.", lambda: self._deployment().scale(n), lambda: enough)
+        enough = "The last pod stays." if self._siblings() < 2 else None
+        return self._scale("Remove", -1, enough)
+
+    def _siblings(self) -> int:
+        return sum(name == self._chosen[0] for name, _ in self._pods)
+
+    def _scale(self, verb: str, by: int, why_not: str | None) -> Action:
+        """Change the number of pods of the chosen one's deployment."""
+        name, replicas = self._chosen[0], self._siblings() + by
+
+        def run() -> None:
+            for one in self._deployments():
+                if one.name == name:
+                    one.scale(replicas)
+
+        what = f"a {name} pod" if self._several else "a pod"
+        return Action(f"{verb} {what}", f"Scale to {replicas}.", run, lambda: why_not)
 
 
+_Place: TypeAlias = tuple[str, int]
+"""A pod by the name of its deployment and its index."""
 _UP = (PodState.RUNNING, PodState.SLOW)
 _HELPLESS = (PodState.STARTING, PodState.FROZEN, PodState.DRAINING)
 
@@ -425,9 +450,9 @@ def _log_html(lines: Sequence[str]) -> str:
     return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
 
 
-def _named(pod: PodLike) -> str:
+def _named(called: str, pod: PodLike) -> str:
     state = pod.state
-    return f"pod {pod.index}" if state is PodState.RUNNING else f"pod {pod.index} · {state.value}"
+    return called if state is PodState.RUNNING else f"{called} · {state.value}"
 
 
 def _about(pod: PodLike) -> str:

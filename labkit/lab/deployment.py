@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -338,15 +338,6 @@ class Deployment:
         """What its pods printed, prints and tracebacks of handlers included, and what befell them, oldest first."""
         return sorted((*self._log, *self._faults()), key=lambda line: line.time)
 
-    def pane(self, lines: int = 200) -> list[str]:
-        """The newest lines of its log as a board shows them; above them, where the earlier ones are."""
-        log = self.log
-        if earlier := max(0, len(log) - lines + 1):
-            log = log[earlier:]
-        shown = [f"{_clock(line.time)} {line.pod} | {line.text}" for line in log]
-        many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
-        return [f"{many}: lab.logs({self.name!r}, {earlier + len(log)})", *shown] if earlier else shown
-
     @property
     def group(self) -> str | None:
         """Its consumer group, if it is a consumer."""
@@ -470,6 +461,17 @@ class Deployment:
                 if left and not self._retired:
                     self.history.end("scale", self.name, time.time())
             self._ended.wait(0.02)
+
+
+def pane(deployments: Sequence[Deployment], lines: int = 200) -> list[str]:
+    """The newest lines of their logs as a board shows them; above them, where the earlier ones are."""
+    log = sorted({line for one in deployments for line in one.log}, key=lambda line: line.time)
+    if earlier := max(0, len(log) - lines + 1):
+        log = log[earlier:]
+    shown = [f"{_clock(line.time)} {line.pod} | {line.text}" for line in log]
+    many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
+    where = " or ".join(f"lab.logs({one.name!r}, {earlier + len(log)})" for one in deployments)
+    return [f"{many}: {where}", *shown] if earlier else shown
 
 
 def _clock(moment: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import html
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,17 +23,19 @@ from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import picture, runs
 from labkit.lab.audit import Audit, Effect, Sent, audit
-from labkit.lab.board import Board
-from labkit.lab.broker import BrokerFaults
-from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.board import Action, Board
+from labkit.lab.deployment import Deployment, PodState, pane
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.pod import Runnable
 from labkit.lab.sampler import Sampler, undecodable
+from labkit.lab.servers import Database, ServerFaults
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
+from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
-from labkit.runtime.private import BrokerState
+from labkit.runtime.postgres import Postgres
+from labkit.runtime.server import ServerState
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,8 +108,11 @@ class Lab:
         self.topics: dict[str, Topic[Any]] = {}
         self._planned: list[Planned] = []
         self._history = History()
-        self.broker = BrokerFaults(self.connection.broker, self._history, self.notebook)
+        others = f"others use this Kafka too. One of your own to break: Lab({self.notebook!r}, cluster='private')"
+        self.broker = ServerFaults("Kafka", self.connection.broker, self._history, others)
         """Faults of the broker."""
+        self._databases: list[Database] = []
+        self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
         telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
         try:
@@ -176,38 +182,83 @@ class Lab:
         self.loads.append(made)
         return made
 
+    def postgres(self) -> Database:
+        """A PostgreSQL of this lab alone: the real server, empty, in 0.8 s. Each call starts another one.
+
+        Raises LabkitError when it cannot be started.
+        """
+        self._check_open()
+        made = Database(Postgres(), self._history)
+        self._databases.append(made)
+        return made
+
+    def port(self, name: str) -> int:
+        """A port on 127.0.0.1 for the service of this name, the same at each call. Nobody else gets it while this lab
+        lives; several pods may listen on it at once, if they do so with SO_REUSEPORT.
+        """
+        self._check_open()
+        if name not in self._ports:
+            held = socket.socket()
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind((HOST, free_ports()[0]))  # bound, and never listening: connections go to those who do
+            self._ports[name] = held
+        return int(self._ports[name].getsockname()[1])
+
+    def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
+        """Sample what `read` returns three times a second into the history, where a panel of a board finds it.
+
+        It is called in the sampler's thread and must answer soon. What it raises is shown in the board's status line.
+        """
+        self._check_open()
+        self._sampler.watch(metric, label, read)
+
     def board(
         self,
-        lag: Deployment,
+        lag: Deployment | Sequence[Deployment] = (),
         retries: Deployment | None = None,
         completed: Topic[Any] | None = None,
         by: str | Callable[[Any], str] = "id",
+        pods: Sequence[Deployment] = (),
+        panels: Sequence[picture.Panel] = (),
+        actions: Sequence[Action] = (),
     ) -> Board:
-        """A live picture of a deployment: its lag, what it tries again, what took effect, with buttons for faults.
+        """A live picture of deployments: their lag, what they try again, what took effect, with buttons for faults.
 
-        `completed` is the topic in which work takes effect; `by` its business id. A cell that runs again replaces its
-        board.
+        `pods` are the deployments that the buttons break; by default those of `lag` and `retries`. `completed` is the
+        topic in which work takes effect; `by` its business id. `panels` and `actions` come after these: a panel shows
+        what the history holds, `lab.watch` included. A cell that runs again replaces its board.
         """
-        self._check_open(lag, retries, completed)
-        retries = lag if retries is None else retries
-        panels = [
-            picture.lag_panel([topic.short for topic in lag.topics]),
-            picture.retries_panel([retries.name], [] if completed is None else [completed.short]),
-        ]
+        behind = [lag] if isinstance(lag, Deployment) else list(lag)
+        self._check_open(*behind, retries, completed, *pods)
+        retries = behind[0] if retries is None and behind else retries
+        seen = [*behind, *([] if retries is None else [retries])]
+        topics = [topic.short for one in behind for topic in one.topics]
+        shown: list[picture.Panel] = [picture.lag_panel(topics)] if behind else []
+        if retries is not None:
+            shown.append(picture.retries_panel([retries.name], [] if completed is None else [completed.short]))
         if completed is not None:
             self._sampler.tally(completed, identifier(by))
-            panels.append(picture.completed_panel(completed.short, [topic.short for topic in lag.topics]))
-        name = lag.name
+            shown.append(picture.completed_panel(completed.short, topics))
+        shown += panels
+        names = list(dict.fromkeys(one.name for one in pods or seen))
+        if not names or not shown:
+            raise LabkitError(
+                "a board needs a deployment and something to show: lab.board(lag=…), or pods= and panels="
+            )
+
+        def deployments() -> list[Deployment]:
+            return [self.deployments[name] for name in names]
+
         made = Board(
             self._history,
-            panels,
-            lambda: self._status(name),
-            lambda: self.deployments[name],
-            lambda: self.deployments[name].pane(),
-            self.broker.actions(),
+            shown,
+            lambda: self._status(deployments()),
+            deployments,
+            lambda: pane(deployments()),
+            [*actions, *self.broker.actions()],
             slow_seconds=0.1,
         )
-        place = (name, retries.name, completed.short if completed else "")
+        place = (*names, *(panel.title for panel in shown), completed.short if completed else "")
         if (before := self._boards.get(place)) is not None:
             before.close()
         self._boards[place] = made
@@ -391,13 +442,17 @@ class Lab:
         if self._closed:
             return
         self._closing = True
-        if self.broker.state is BrokerState.FROZEN:
+        if self.broker.state is ServerState.FROZEN:
             self.broker.thaw()  # what waits for its answer would wait for long
         with ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
+            for held in self._ports.values():
+                steps.callback(held.close)
             steps.callback(self.connection.close)
             steps.callback(self.run.end, self.cluster, wait)
+            for database in self._databases:
+                steps.callback(database.close)
             steps.callback(self._sampler.close)
-            grace = 5.0 if self.broker.state is BrokerState.RUNNING else 0.0  # nobody could commit
+            grace = 5.0 if self.broker.state is ServerState.RUNNING else 0.0  # nobody could commit
             for deployment in self.deployments.values():
                 steps.callback(deployment.drain, timeout=grace)
             for deployment in self.deployments.values():
@@ -456,9 +511,9 @@ class Lab:
 
     def _hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""
-        if self.broker.state in (BrokerState.DOWN, BrokerState.FROZEN):
+        if self.broker.state in (ServerState.DOWN, ServerState.FROZEN):
             return f"Kafka is {self.broker.state.value}: " + (
-                "lab.broker.restart() starts it" if self.broker.state is BrokerState.DOWN else "thaw it first"
+                "lab.broker.restart() starts it" if self.broker.state is ServerState.DOWN else "thaw it first"
             )
         for deployment in self.deployments.values():
             for pod in deployment.pods:
@@ -473,17 +528,19 @@ class Lab:
                 return f"the load on {load.topic.short} failed: {load.error}"
         return None
 
-    def _status(self, name: str) -> str:
-        deployment = self.deployments[name]
+    def _status(self, deployments: Sequence[Deployment]) -> str:
+        kafka = f"Kafka {self.broker.state.value}"
+        if self.broker.state is ServerState.RUNNING:
+            kafka = self._sampler.trouble or "Kafka up"
+        return " · ".join([*map(self._status_of, deployments), kafka])
+
+    def _status_of(self, deployment: Deployment) -> str:
         pods = deployment.pods
         running = sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods)
         again = [f"pod {pod.index} restarted {_times(pod.restarts)}" for pod in pods if pod.restarts]
-        kafka = f"Kafka {self.broker.state.value}"
-        if self.broker.state is BrokerState.RUNNING:
-            kafka = self._sampler.trouble or "Kafka up"
-        rate = f"{self._sampler.rate.get(name, 0.0):,.0f} records/s"
         more = f" ({', '.join(again)})" if again else ""
-        return f"{name}: {running} of {len(pods)} pods running{more} · {rate} · {kafka}"
+        rate = f" · {self._sampler.rate.get(deployment.name, 0.0):,.0f} records/s" if deployment.topics else ""
+        return f"{deployment.name}: {running} of {len(pods)} pods running{more}{rate}"
 
     def _ledger(self, loads: Sequence[Load[Any]]) -> tuple[list[Sent], set[str]]:
         """All sends of the ids that `loads` sent, by earlier loads of this run too; and the ids only others sent.

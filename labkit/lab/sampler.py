@@ -79,7 +79,8 @@ class Sampler:
         self._reports = Reader(telemetry)
         self._tallies: dict[str, Tally] = {}
         self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
-        self._recent: dict[str, list[tuple[float, int]]] = {}
+        self._recent: dict[tuple[str, str], list[tuple[float, int]]] = {}
+        self._watched: dict[tuple[str, str], Callable[[], float]] = {}
         self._ids: dict[str, set[str]] = {}  # sent, by topic
         self._counted: dict[int, int] = {}  # how much of each load is in there
         self._lock = threading.Lock()
@@ -92,6 +93,11 @@ class Sampler:
         with self._lock:
             if topic.short not in self._tallies:
                 self._tallies[topic.short] = Tally(topic, identify)
+
+    def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
+        """Sample what `read` returns, from now on. It must answer soon; what it raises is shown in the status line."""
+        with self._lock:
+            self._watched[metric, label] = read
 
     def close(self) -> None:
         """End the thread and its clients."""
@@ -127,7 +133,7 @@ class Sampler:
             if report.deployment in self._deployments:
                 self._deployments[report.deployment].heard(report)
         with self._lock:
-            tallies = list(self._tallies.values())
+            tallies, watched = list(self._tallies.values()), list(self._watched.items())
         for tally in tallies:
             tally.read()
         values: list[tuple[str, str, float]] = []
@@ -143,6 +149,11 @@ class Sampler:
         for tally in tallies:
             values.append(("completed", tally.topic.short, tally.completed))
             values.append(("redelivered", tally.topic.short, tally.again))
+        for (metric, label), read in watched:
+            try:
+                values.append((metric, label, read()))
+            except Exception as error:  # the learner's own function, or a server that is down: the others count on
+                trouble = f"{metric} of {label}: {type(error).__name__}: {error}"
         now = time.time()
         self.history.record(Sample(now, metric, label, value) for metric, label, value in values)
         return trouble
@@ -161,19 +172,35 @@ class Sampler:
 
     def _of_pods(self, name: str, deployment: Deployment) -> list[tuple[str, str, float]]:
         reports = [report for (of, _, _), report in self._handled.items() if of == name]
-        handled = sum(report.handled for report in reports)
-        recent = self._recent.setdefault(name, [])
-        recent.append((time.monotonic(), handled))
-        del recent[:-10]
-        (begun, before), (ended, after) = recent[0], recent[-1]
-        self.rate[name] = (after - before) / (ended - begun) if ended > begun else 0.0
-        return [
+        totals = {"handled": sum(report.handled for report in reports)}
+        for report in reports:
+            for metric, count in report.counts.items():
+                totals[metric] = totals.get(metric, 0) + count
+        rates = {metric: self._grows(name, metric, count) for metric, count in totals.items()}
+        self.rate[name] = rates.pop("handled")
+        values: list[tuple[str, str, float]] = [
             ("pods", name, sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in deployment.pods)),
             ("restarts", name, deployment.restarts),
             ("waiting", name, len(deployment.waiting)),
             ("failed", name, sum(report.failed for report in reports)),
             ("rate", name, self.rate[name]),
         ]
+        values += [(metric, name, totals[metric]) for metric in rates]
+        values += [(f"{metric}/s", name, rate) for metric, rate in rates.items()]
+        alive = [pod.report for pod in deployment.pods if pod.report is not None and pod.child is not None]
+        gauges: dict[str, float] = {}
+        for report in alive:
+            for metric, value in report.gauges.items():
+                gauges[metric] = max(value, gauges.get(metric, value))
+        return [*values, *((metric, name, value) for metric, value in gauges.items())]
+
+    def _grows(self, name: str, metric: str, total: int) -> float:
+        """How much a total grows in a second, over the last samples."""
+        recent = self._recent.setdefault((name, metric), [])
+        recent.append((time.monotonic(), total))
+        del recent[:-10]
+        (begun, before), (ended, after) = recent[0], recent[-1]
+        return (after - before) / (ended - begun) if ended > begun else 0.0
 
     def _of_group(self, deployment: Deployment) -> list[tuple[str, str, float]]:
         values: list[tuple[str, str, float]] = []

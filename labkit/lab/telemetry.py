@@ -84,6 +84,9 @@ class PodReport(msgspec.Struct):
     """Since when it was not heard of, the last time."""
     assigned: list[str] = []
     waiting: list[Waiting] = []
+    counts: dict[str, int] = {}
+    gauges: dict[str, float] = {}
+    """What it measured (see `Measured`)."""
     events: list[Event] = []
     """What happened since the report before. In a report that had to be repeated, the same ones again."""
 
@@ -102,6 +105,8 @@ class Telemetry:
         self._pause = (0.0, 0.0)  # the last time it was stopped, or starved: from, until
         self._waiting: dict[str, Waiting] = {}
         self._assigned: set[str] = set()
+        self._counts: dict[str, int] = {}
+        self._gauges: dict[str, float] = {}
         self._done: deque[tuple[str, int, int]] = deque()  # handled: appended to without the lock, for every record
         self._events: deque[Event] = deque(maxlen=10 * EVENTS)  # to be sent
         self._said: deque[Event] = deque(maxlen=10 * EVENTS)  # sent, and perhaps not delivered
@@ -132,6 +137,10 @@ class Telemetry:
                 self._gather(now)  # what is committed was handled before
                 for (topic, number), offset in subject.items():
                     self._events.append(Committed(f"{topic}/{number}", offset, now))
+        elif step is Step.MEASURED:
+            with self._lock:
+                self._counts.update(subject.counts)
+                self._gauges.update(subject.gauges)
         elif step is Step.ASSIGNED:
             with self._lock:
                 self._assigned |= {f"{topic}/{number}" for topic, number, _ in subject}
@@ -215,6 +224,8 @@ class Telemetry:
                 away=self._away,
                 assigned=sorted(self._assigned),
                 waiting=list(self._waiting.values()),
+                counts=dict(self._counts),
+                gauges=dict(self._gauges),
                 events=events,
             )
 

@@ -30,7 +30,7 @@ class Child:
 
     It ends, with everything it started, when this process does (kill -9 included), when `close` is called, and when
     this object is forgotten. `stdin` writes to it. `output` reads its stdout and stderr (do, or a child that writes
-    much will block), unless `output=` names a file to append them to.
+    much will block), unless `output=` names a file to append them to. `user` is another (uid, gid) to run as.
 
     Raises LabkitError when the command cannot be started.
     """
@@ -42,6 +42,7 @@ class Child:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         output: Path | None = None,
+        user: tuple[int, int] | None = None,
     ) -> None:
         appended = None if output is None else os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         # All of these are close-on-exec: no other child can hold this one's pipes open.
@@ -58,9 +59,10 @@ class Child:
             self.output = os.fdopen(output_read, "rb")
         self._text, self._lock = b"", threading.Lock()
         self._code: int | None = None
+        who = "-" if user is None else "{}:{}".format(*user)
         try:
             self._supervisor = subprocess.Popen(
-                supervisor_command("pipe", str(stdin_read), str(appended), *command),
+                supervisor_command("pipe", str(stdin_read), str(appended), who, *command),
                 stdin=owner_read,
                 stdout=told_write,
                 stderr=appended,

@@ -4,9 +4,9 @@ Run as a script by `python -I -S supervisor.py`, with the standard library only:
 session of its own, and its child in another: an interrupt for the owner's process group reaches neither, and a
 signal to the child's group reaches the grandchildren. It has one thread, which never waits for the child.
 
-`supervisor.py pipe STDIN OUTPUT COMMAND…` has a pipe of its owner's as stdin: the end of that is the end of the child,
-by SIGKILL, since a frozen one would notice nothing gentler. Lines on it are signals for the child. Stdout tells
-`pid N`, then `exit N`; or `error TEXT`.
+`supervisor.py pipe STDIN OUTPUT USER COMMAND…` has a pipe of its owner's as stdin: the end of that is the end of the
+child, by SIGKILL, since a frozen one would notice nothing gentler. Lines on it are signals for the child. Stdout tells
+`pid N`, then `exit N`; or `error TEXT`. USER is `UID:GID` for a command that refuses to run as root, else `-`.
 
 `supervisor.py listen FOLDER` gets its orders as one line of JSON on stdin (see `Listen`), and tells a loopback port.
 Users hold connections to it; some seconds after the last one closed, the child is stopped. FOLDER is only there to
@@ -56,8 +56,8 @@ def die_with_this_process() -> Callable[[], None] | None:
 class Supervised:
     """The child, and the signals and files one `select` waits for."""
 
-    def __init__(self, command: list[str], stdin: int, output: int) -> None:
-        self.command, self.stdin, self.output = command, stdin, output
+    def __init__(self, command: list[str], stdin: int, output: int, user: tuple[int, int] | None = None) -> None:
+        self.command, self.stdin, self.output, self.user = command, stdin, output, user
         self.process: subprocess.Popen[bytes] | None = None
         self.asked_to_stop = False
         self.events = selectors.DefaultSelector()
@@ -84,7 +84,10 @@ class Supervised:
             stdout=self.output,
             stderr=self.output,
             start_new_session=True,
-            preexec_fn=self._before_exec,
+            user=self.user[0] if self.user else None,
+            group=self.user[1] if self.user else None,
+            extra_groups=[] if self.user else None,
+            preexec_fn=self._before_exec,  # called after the user has changed, which takes the death signal away
         )
         return self.process.pid
 
@@ -128,9 +131,9 @@ def tell(text: str) -> None:
         os.write(1, text.encode() + b"\n")
 
 
-def pipe(stdin: int, output: int, command: list[str]) -> None:
+def pipe(stdin: int, output: int, user: tuple[int, int] | None, command: list[str]) -> None:
     """Run `command` until it ends or the owner does."""
-    child = Supervised(command, stdin, output)
+    child = Supervised(command, stdin, output, user)
     try:
         pid = child.start()
     except OSError as error:
@@ -355,7 +358,8 @@ class Listen:
 
 def main() -> None:
     if sys.argv[1] == "pipe":
-        pipe(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+        user, _, group = sys.argv[4].partition(":")
+        pipe(int(sys.argv[2]), int(sys.argv[3]), (int(user), int(group)) if group else None, sys.argv[5:])
     else:
         spec = json.loads(sys.stdin.buffer.readline())
         if os.fork() == 0:  # whoever starts us need not wait for us: a zombie would stay until it ends

@@ -39,7 +39,7 @@ def board(bench: Bench) -> Iterator[Row]:
         lab.history,
         panels,
         lambda: "shop: 4 of 4 pods running",
-        lambda: deployment,
+        lambda: [deployment],
         lambda: list(lab.log),
         window=WINDOW,
     )
@@ -89,6 +89,7 @@ class Pods:
     """A deployment, as a board asks."""
 
     pods: list[Pod]
+    name: str = "shop"
 
     def scale(self, replicas: int, /) -> None: ...
 

@@ -128,7 +128,9 @@ def test_records_that_do_not_decode_are_not_called_lost(lab: Lab, capsys: pytest
     capsys.readouterr()
     assert len(lab.records(shop.shipped)) == 3
     assert "Not shown: 1 record of shipped does not decode: shipped/0/" in capsys.readouterr().out
-    wait_until(lambda: "1 record of shipped does not decode" in lab._status("shop"), 5, "the status line")
+    wait_until(
+        lambda: "1 record of shipped does not decode" in lab._status([lab.deployments["shop"]]), 5, "the status line"
+    )
 
 
 def test_a_load_that_is_done_holds_no_threads(lab: Lab) -> None:

@@ -17,7 +17,7 @@ from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
 from labkit.runtime.connect import Connection
 from labkit.runtime.home import state_dir
-from labkit.runtime.private import BrokerState
+from labkit.runtime.server import ServerState
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ class Shop:
 def killed(lab: Lab) -> None:
     lab.broker.kill()
     assert repr(lab.settle()) == "unknown: Kafka is down: lab.broker.restart() starts it"
-    assert "Kafka down" in lab._status("shop")
+    assert "Kafka down" in lab._status([lab.deployments["shop"]])
     lab.broker.restart()
 
 
@@ -68,7 +68,7 @@ def restarted(lab: Lab) -> None:
 def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kinds: list[str]) -> None:
     shop = Shop(lab)
     fault(lab)
-    assert lab.broker.state is BrokerState.RUNNING
+    assert lab.broker.state is ServerState.RUNNING
     audit = lab.verdict(shop.load, shop.shipped)
     assert audit.check().startswith("600 sent · 600 done · lost 0 · duplicated 0 · out of order 0")
     windows = [one for one in lab.faults if one.target == "Kafka"]
@@ -93,12 +93,12 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     assert list(buttons) == ["Kill Kafka", "Freeze Kafka", "Thaw Kafka", "Restart Kafka"]
     assert [one.disabled for one in buttons.values()] == [False, False, True, False]
     buttons["Kill Kafka"].click()
-    wait_until(lambda: lab.broker.state is BrokerState.DOWN)
+    wait_until(lambda: lab.broker.state is ServerState.DOWN)
     wait_until(lambda: buttons["Kill Kafka"].tooltip == "Kafka is down.", what="a dead broker cannot be killed")
     assert buttons["Kill Kafka"].disabled
     assert not buttons["Restart Kafka"].disabled
     buttons["Restart Kafka"].click()
-    wait_until(lambda: lab.broker.state is BrokerState.RUNNING)
+    wait_until(lambda: lab.broker.state is ServerState.RUNNING)
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 

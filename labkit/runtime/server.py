@@ -1,0 +1,194 @@
+"""A server of one owner: one child process on a folder of its own, which its owner may kill and start again.
+
+It ends with its owner, kill -9 included. Its folder goes when it is closed, or with the next server of its kind after
+that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import threading
+from abc import ABC, abstractmethod
+from enum import Enum
+from pathlib import Path
+from typing import ClassVar, Self
+
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.broker import PortTaken
+from labkit.runtime.child import Child
+from labkit.runtime.home import locked, state_dir
+
+STOP = 10.0  # seconds for a server to end in good order; once a broker ignored SIGTERM
+TRIES = 5  # to find ports that nobody else takes meanwhile
+
+
+class ServerState(Enum):
+    """What a server is doing."""
+
+    RUNNING = "running"
+    FROZEN = "frozen"
+    STARTING = "starting"
+    DOWN = "down"
+
+
+class Server(ABC):
+    """Keeps its port and its data when it is started again. Faults may be injected from several threads.
+
+    A subclass says what is in its folder, how it is started, and when it answers. Raises LabkitError when it cannot be
+    started, saying why.
+    """
+
+    name: ClassVar[str]
+    """What its users call it, in messages and on boards."""
+    kind: ClassVar[str]
+    """What its folder's name begins with."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # of what is done to it: one thing after another
+        self._frozen = self._starting = self._closed = False
+        for attempt in range(1, TRIES + 1):
+            self.folder = self._home() / f"{self.kind}-{secrets.token_hex(4)}"
+            with locked(state_dir() / f"{self.kind}.lock"):
+                _sweep(self._home(), self.kind)
+                self._make()
+                # Locked while this process lives: so the next one sees whose folders are nobody's any more.
+                self._owner = os.open(self.folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(self._owner, fcntl.LOCK_EX)
+            try:
+                self._start()
+                break
+            except PortTaken:
+                self.close()
+                if attempt == TRIES:
+                    raise
+                self._closed = False
+            except BaseException:
+                self.close()
+                raise
+
+    @abstractmethod
+    def _make(self) -> None:
+        """Make `self.folder` with all that the server needs, and choose its ports."""
+
+    @abstractmethod
+    def _launch(self) -> Child:
+        """Start its process."""
+
+    @abstractmethod
+    def _wait_until_ready(self, child: Child) -> None:
+        """Return once it answers. Raises PortTaken when somebody took its port, LabkitError when it does not answer."""
+
+    def _home(self) -> Path:
+        """Where its folder is."""
+        return state_dir()
+
+    def _stop(self, child: Child) -> None:
+        """Ask it to end in good order."""
+        child.terminate()
+
+    @property
+    def state(self) -> ServerState:
+        """What it is doing now; DOWN also when nobody ordered it."""
+        if self._starting:
+            return ServerState.STARTING
+        if self._closed or self._child.poll() is not None:
+            return ServerState.DOWN
+        return ServerState.FROZEN if self._frozen else ServerState.RUNNING
+
+    @property
+    def pid(self) -> int:
+        """Its process, the newest one if it was started again."""
+        return self._child.pid
+
+    @property
+    def log(self) -> Path:
+        """What it logs: warnings and errors."""
+        return self.folder / f"{self.kind}.log"
+
+    def kill(self) -> None:
+        """kill -9, frozen or not. It stays down until `restart`. What it had confirmed is in its files."""
+        with self._lock:
+            self._living("kill")
+            self._end()
+
+    def freeze(self) -> None:
+        """SIGSTOP: it holds its connections and answers nothing, until `thaw` or `kill`."""
+        with self._lock:
+            self._living("freeze")
+            self._child.signal(signal.SIGSTOP)
+            self._frozen = True
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        with self._lock:
+            if not self._frozen:
+                raise LabkitError(f"{self.name} is not frozen: there is nothing to thaw")
+            self._child.signal(signal.SIGCONT)
+            self._frozen = False
+
+    def restart(self) -> None:
+        """Stop it in good order if it runs, and start it on its data. Returns once it answers."""
+        with self._lock:
+            if self._closed:
+                raise LabkitError(f"this {self.name} is closed: make a new lab")
+            self._starting = True
+            try:
+                if self._child.poll() is None and not self._frozen:
+                    self._stop(self._child)
+                    try:
+                        self._child.wait(STOP)
+                    except TimeoutError:
+                        pass  # killed next
+                self._end()
+                self._start()
+            finally:
+                self._starting = False
+
+    def close(self) -> None:
+        """End it and remove its data. May be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if hasattr(self, "_child"):
+                self._end()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._owner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self._child = self._launch()
+        self._wait_until_ready(self._child)
+
+    def _end(self) -> None:
+        self._child.close()  # kill -9, if it still runs
+        self._frozen = False
+
+    def _living(self, verb: str) -> None:
+        if self.state is ServerState.DOWN:
+            raise LabkitError(f"cannot {verb} {self.name}: it is down. Restart it first")
+
+
+def _sweep(home: Path, kind: str) -> None:
+    """Remove the folders of this kind whose owners died."""
+    for folder in home.glob(f"{kind}-*/"):
+        try:
+            owner = os.open(folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:
+            continue  # it was closed just now, or is somebody else's
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue  # it lives
+        finally:
+            os.close(owner)

@@ -1,0 +1,99 @@
+"""Clients of an HTTP service: how many there are, how often they ask, and how long they wait."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.steps import Measured, Report, Step
+from labkit.services.http import TELL
+from labkit.services.latency import Latency
+
+PATIENCE = 10.0  # seconds a client waits for an answer
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Some clients in one process, which GET `paths` of the service at `url`, drawn at random.
+
+    `count` of them; each asks again once it was answered and has thought for `think` seconds (closed loop). With
+    `rate`, requests begin so many times a second however long answers take (open loop), and what a request waits for
+    one of the `count` clients is part of its time, as a user would see it. Reports the counts `requests` and `errors`
+    (no answer, or one of 500 and more), and the gauges `p50 ms` and `p99 ms`.
+    """
+
+    url: str
+    paths: Sequence[str]
+    count: int = 10
+    think: float = 0.0
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise LabkitError("clients need paths to ask for: Clients(url, ['/sites/1', …])")
+        if self.count < 1 or self.think < 0 or (self.rate is not None and self.rate <= 0):
+            raise LabkitError(f"clients need count ≥ 1, think ≥ 0 and a positive rate: {self!r}")
+
+    def run(self, stop: threading.Event, report: Report) -> None:
+        """Ask until `stop` is set."""
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._ask_all(stop, report))
+
+    async def _ask_all(self, stop: threading.Event, report: Report) -> None:
+        latency = Latency()
+        requests = errors = 0
+        due: asyncio.Queue[float] = asyncio.Queue()
+
+        async def ask(session: aiohttp.ClientSession, since: float) -> None:
+            nonlocal requests, errors
+            failed = True
+            try:
+                async with session.get(self.url + random.choice(self.paths)) as answer:  # noqa: S311
+                    await answer.read()
+                    failed = answer.status >= 500
+            except (aiohttp.ClientError, TimeoutError):
+                await asyncio.sleep(0.05)  # nobody there: not as fast as possible
+            requests += 1
+            errors += failed
+            latency.add(time.perf_counter() - since)
+
+        async def client(session: aiohttp.ClientSession) -> None:
+            while True:
+                since = time.perf_counter() if self.rate is None else await due.get()
+                await ask(session, since)
+                if self.think:
+                    await asyncio.sleep(self.think)
+
+        async def pace(rate: float) -> None:
+            begun = time.perf_counter()
+            asked = 0
+            while True:
+                now = time.perf_counter()
+                while asked < (now - begun) * rate:
+                    due.put_nowait(begun + asked / rate)
+                    asked += 1
+                await asyncio.sleep(0.001)
+
+        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            tasks = [asyncio.create_task(client(session)) for _ in range(self.count)]
+            if self.rate is not None:
+                tasks.append(asyncio.create_task(pace(self.rate)))
+            while not stop.is_set() and not any(task.done() for task in tasks):
+                report(Step.MEASURED, Measured({"requests": requests, "errors": errors}, latency.gauges()))
+                await asyncio.sleep(TELL)
+            for task in tasks:
+                task.cancel()
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    raise ended

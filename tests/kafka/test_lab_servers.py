@@ -1,0 +1,222 @@
+"""What a lab brings besides Kafka: a PostgreSQL, ports, HTTP services and their clients, figures of any kind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+from aiohttp import web
+from lab_helpers import wait_ready
+from processes import is_alive, wait_until
+
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.steps import Measured, Report, Step
+from labkit.lab import Lab, picture
+from labkit.runtime.connect import Connection
+from labkit.runtime.postgres import Postgres
+from labkit.runtime.server import ServerState
+from labkit.services.clients import Clients
+from labkit.services.http import HttpService
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+
+@pytest.fixture(scope="module")
+def lab(connection: Connection) -> Iterator[Lab]:
+    with Lab("servers") as lab:
+        yield lab
+
+
+def newest(lab: Lab, metric: str, label: str) -> float:
+    return next((one.value for one in reversed(lab._history.samples) if (one.metric, one.label) == (metric, label)), -1)
+
+
+# -- PostgreSQL
+
+
+def test_postgres_killed_keeps_what_it_confirmed(lab: Lab) -> None:
+    database = lab.postgres()
+    with psycopg.connect(database.dsn, autocommit=True) as one:
+        one.execute("create table charges (id int primary key)")
+        one.execute("insert into charges select generate_series(1, 1000)")
+        assert one.execute("show wal_level").fetchone() == ("logical",)
+        database.kill()
+        assert database.state is ServerState.DOWN
+        with pytest.raises(psycopg.OperationalError):
+            one.execute("select 1")
+    with pytest.raises(LabkitError, match="cannot kill PostgreSQL: it is down"):
+        database.kill()
+    database.restart()
+    idle = psycopg.connect(database.dsn, autocommit=True)
+    assert idle.execute("select count(*) from charges").fetchone() == (1000,)
+    database.restart()  # in good order, though somebody is connected
+    idle.close()
+    with psycopg.connect(database.dsn) as one:
+        assert one.execute("select count(*) from charges").fetchone() == (1000,)
+    done = [fault.text for fault in lab.faults if fault.target == "PostgreSQL"]
+    assert done == ["kill PostgreSQL", "restart PostgreSQL"]
+    assert [action.label for action in database.actions()] == ["Kill PostgreSQL", "Restart PostgreSQL"]
+
+
+def test_postgres_cannot_be_frozen(lab: Lab) -> None:
+    with pytest.raises(LabkitError, match="each of its connections is a process"):
+        lab.postgres().freeze()
+
+
+def test_postgres_dies_with_its_owner_and_leaves_nothing() -> None:
+    code = """
+        import psycopg, time
+        from labkit.runtime.postgres import Postgres
+        server = Postgres()
+        busy = psycopg.connect(server.dsn)
+        pid = busy.execute("select pg_backend_pid()").fetchone()[0]
+        print(server.folder, server.pid, pid, flush=True)
+        time.sleep(600)
+    """
+    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    with owner:
+        assert owner.stdout
+        folder, *pids = owner.stdout.readline().split()
+        assert all(is_alive(int(pid)) for pid in pids)
+        owner.kill()
+        wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), 5, "the end of the server and its backends")
+    with Postgres() as other:
+        assert not Path(folder).exists()
+    assert not other.folder.exists()
+
+
+def test_a_supervisor_that_is_killed_takes_postgres_along() -> None:
+    with Postgres() as server:
+        supervisor = psutil.Process(server.pid).parent()
+        assert supervisor
+        supervisor.kill()
+        wait_until(lambda: not is_alive(server.pid), 5, "the end of the server")
+        server.restart()
+        with psycopg.connect(server.dsn) as one:
+            assert one.execute("select 1").fetchone() == (1,)
+
+
+# -- HTTP services
+
+
+@dataclass(frozen=True)
+class Shop(HttpService):
+    """Answers with its process; `/broken` fails."""
+
+    greeting: str = "hello"
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.get("/hello", self.hello), web.get("/broken", self.broken)]
+
+    async def hello(self, request: web.Request) -> web.Response:
+        return web.json_response({"says": self.greeting})
+
+    async def broken(self, request: web.Request) -> web.Response:
+        raise RuntimeError("broken on purpose")
+
+
+def get(url: str) -> object:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return json.load(answer)
+
+
+def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> None:
+    service = Shop(lab.port("shop"))
+    assert lab.port("shop") == service.port != lab.port("another")
+    shop = lab.deploy("shop", service, replicas=2)
+    wait_ready(shop)
+    assert get(f"{service.url}/hello") == {"says": "hello"}
+    clients = lab.deploy("clients", Clients(service.url, ["/hello"], count=4, rate=200))
+    wait_ready(clients)
+    wait_until(lambda: newest(lab, "requests/s", "clients") > 100, 20, "200 requests a second")
+    wait_until(lambda: newest(lab, "requests", "shop") > 100, 20, "the same at the service")
+    assert newest(lab, "p99 ms", "shop") > 0
+    assert newest(lab, "p99 ms", "clients") >= newest(lab, "p50 ms", "clients") > 0
+    assert newest(lab, "errors", "shop") == newest(lab, "errors", "clients") == 0
+    shop.pods[0].crash()  # the other one goes on, and the port stays ours
+    wait_until(lambda: shop.pods[0].restarts == 1 and shop.ready(), 20, "its restart")
+    assert get(f"{service.url}/hello") == {"says": "hello"}
+    with pytest.raises(urllib.error.HTTPError):
+        get(f"{service.url}/broken")
+    wait_until(lambda: newest(lab, "errors", "shop") == 1, 20, "the failure to be counted")
+    clients.drain()
+    shop.drain()
+
+
+def test_clients_of_a_service_that_is_away_count_errors(lab: Lab) -> None:
+    figures: list[Measured] = []
+    stop = threading.Event()
+
+    def report(step: Step, subject: Measured) -> None:
+        figures.append(subject)
+        if subject.counts["errors"] >= 3:
+            stop.set()
+
+    Clients(f"http://127.0.0.1:{lab.port('nobody')}", ["/"], count=2).run(stop, report)
+    assert figures[-1].counts["requests"] == figures[-1].counts["errors"] >= 3
+
+
+@pytest.mark.parametrize("wrong", [{"paths": []}, {"count": 0}, {"rate": 0}, {"think": -1}])
+def test_clients_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(LabkitError, match="clients need"):
+        Clients("http://127.0.0.1:1", **{"paths": ["/"], **wrong})  # type: ignore[arg-type]
+
+
+# -- figures and boards
+
+
+class Meter:
+    """Reports one count and one gauge, and waits."""
+
+    def run(self, stop: threading.Event, report: Report) -> None:
+        report(Step.MEASURED, Measured({"drops": 3}, {"level": 0.5}))
+        stop.wait()
+
+
+def test_what_pods_measure_and_what_is_watched_is_in_the_history(lab: Lab) -> None:
+    meters = lab.deploy("meters", Meter(), replicas=2)
+    lab.watch("entries", "store", lambda: 42.0)
+    wait_until(lambda: newest(lab, "drops", "meters") == 6, 20, "the sum of both pods")
+    assert newest(lab, "level", "meters") == 0.5  # not summed: the highest
+    assert newest(lab, "entries", "store") == 42
+    assert {"drops", "drops/s", "level", "entries"} <= set(lab.history().metric)
+    meters.drain()
+
+
+def test_a_watch_that_raises_is_told_and_hides_nothing_else(lab: Lab) -> None:
+    lab.watch("broken", "thing", lambda: 1 / 0)
+    lab.watch("whole", "thing", lambda: 1.0)
+    wait_until(lambda: newest(lab, "whole", "thing") == 1, 10, "the other figure")
+    wait_until(lambda: "broken of thing: ZeroDivisionError" in lab._status([]), 10, "the status line")
+    lab.watch("broken", "thing", lambda: 0.0)
+
+
+def test_a_board_of_two_deployments_breaks_either(lab: Lab) -> None:
+    first, second = lab.deploy("first", Meter()), lab.deploy("second", Meter(), replicas=2)
+    wait_ready(first)
+    wait_ready(second)
+    plot = picture.Plot("level", "line", ["first", "second"])
+    panel = picture.Panel("Level", "metres", [plot], lambda now: [f"{max(now['level'].values()):g} m"])
+    board = lab.board(pods=[first, second], panels=[panel])
+    board.start()
+    choice = board._pods._choice  # type: ignore[union-attr]
+    assert [label for label, _ in choice.options] == ["first-0", "second-0", "second-1"]
+    choice.value = ("second", 1)
+    buttons = {button.widget.description: button.widget for button in board._all_buttons()}
+    buttons["Crash second-1"].click()
+    wait_until(lambda: [pod.restarts for pod in second.pods] == [0, 1], 20, "the crash")
+    wait_until(second.ready, 20, "its restart")
+    assert first.pods[0].restarts == 0
+    with pytest.raises(LabkitError, match="a board needs"):
+        lab.board()
+    board.close()
