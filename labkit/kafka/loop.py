@@ -545,6 +545,10 @@ class Loop:
                         result.close()
                         raise TypeError("the handler returned a coroutine, which nobody runs: make it an `async def`")
                 except BaseException as error:
+                    if record is None:
+                        hand.record = Record(
+                            message, None, None
+                        )  # what a policy sends names the poison, not the last one
                     if not self.failed(lane, message, record, error):
                         return
                     continue
@@ -561,7 +565,9 @@ class Loop:
         try:
             async with self.slots:
                 again = await self.take_turn(lane)
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise  # the end of the loop
+        except BaseException as error:  # of a hook or a policy: it would end the thread of all coroutines
             self.end(lane, error)
             return
         if again:
@@ -585,6 +591,8 @@ class Loop:
                 self.tell(Step.HANDLING, record)
                 await handler(record)
             except BaseException as error:
+                if record is None:
+                    handling.set(Hand(Record(message, None, None)))
                 if not self.failed(lane, message, record, error):
                     return False
                 continue

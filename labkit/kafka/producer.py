@@ -153,3 +153,9 @@ def producer(cluster: Cluster) -> Producer:
         with _making:
             found = _producers.setdefault(key, _producers.get(key) or Producer(cluster))
     return found
+
+
+def let_go(cluster: Cluster) -> None:
+    """Forget the process's producer for `cluster`, with what it has not sent."""
+    with _making:
+        _producers.pop((cluster, os.getpid()), None)

@@ -61,7 +61,6 @@ class Pod:
         self.restarts = 0
         self.child: Child | None = None
         self.report: PodReport | None = None
-        self.exit_code: int | None = None
         self._lock = threading.Lock()
         self._wanted = True  # False: not started again
         self._reader: threading.Thread | None = None  # of what it prints
@@ -225,7 +224,6 @@ class Pod:
         child, self.child = self.child, None
         if child is not None:
             self._close(child)
-        self.exit_code = code
         self._recovered()
         # SIGTERM ends a pod that was not up yet; what it had in hand then is nothing.
         drained = self._draining and code in (0, -signal.SIGTERM)

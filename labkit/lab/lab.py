@@ -121,7 +121,7 @@ class Lab:
             self.run.forget()
             raise
         self._telemetry = telemetry
-        self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads)
+        self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads, self._look_at_kafka)
         self._closing = self._closed = False
         _open[self.notebook] = self
 
@@ -508,6 +508,14 @@ class Lab:
             stale = isinstance(thing, Deployment) and self.deployments.get(thing.name) is not thing
             if stale or (name.startswith(earlier) and not name.startswith(self.run.prefix)):
                 raise LabkitError(f"{thing!r} belongs to an earlier run: run the notebook's cells again from the first")
+
+    def _look_at_kafka(self) -> None:
+        """Deaths that nobody ordered are faults too: without them, what was redelivered would have no explanation."""
+        deaths = 0
+        with suppress(LabkitError):  # its supervisor is silent, or gone with it: nobody knows
+            deaths = self.connection.deaths()
+        if not self._closing:
+            self.broker.look(deaths)
 
     def _hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""

@@ -69,8 +69,11 @@ class Sampler:
         telemetry: Topic[PodReport],
         deployments: Mapping[str, Deployment],
         loads: Sequence[Load[Any]],
+        look: Callable[[], None] = lambda: None,
     ) -> None:
+        """`look` notes what befell Kafka; it is called before each sample."""
         self.history = history
+        self._look = look
         self.trouble: str | None = None
         """Why the last sample is not complete, for the status line."""
         self.rate: dict[str, float] = {}
@@ -126,6 +129,7 @@ class Sampler:
 
     def _sample(self) -> str | None:
         """Take one. What could not be read is left out; returns why."""
+        self._look()
         for record in self._reports.take(0):
             report = record.value
             self._look_for_eviction(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ class ServerFaults:
     def __init__(self, name: str, server: Server | None, history: History, shared: str = "") -> None:
         self.name = name
         self._server, self._history, self._shared = server, history, shared
+        self._looked, self._deaths = time.time(), 0
+        self._doing = threading.Lock()  # what is being done is not to be taken for what befell it
 
     @property
     def state(self) -> ServerState:
@@ -71,6 +74,18 @@ class ServerFaults:
             for kind in ("kill", "freeze", "restart"):
                 self._history.end(kind, self.name, time.time())
 
+    def look(self, deaths: int = 0) -> None:
+        """Note a death that nobody ordered. `deaths` is how often one that is started again by itself has died."""
+        before, self._looked = self._looked, time.time()
+        if deaths > self._deaths:
+            self._deaths = deaths
+            self._history.begin(Fault(before, self._looked, "death", self.name, f"{self.name} died"))
+        with self._doing:
+            if self._server is None or self.state is not ServerState.DOWN:
+                return
+            if not any((one.kind, one.target) == ("kill", self.name) for one in self._history.standing()):
+                self._history.begin(Fault(before, None, "kill", self.name, f"{self.name} died"))
+
     def __repr__(self) -> str:
         return f"{self.name} is {self.state.value}; {'a fault may be injected' if self._server else self._shared}"
 
@@ -79,8 +94,9 @@ class ServerFaults:
 
     def _stands(self, kind: str, act: Callable[[], None]) -> None:
         since = time.time()
-        act()
-        self._history.begin(Fault(since, None, kind, self.name, f"{kind} {self.name}"))
+        with self._doing:
+            act()
+            self._history.begin(Fault(since, None, kind, self.name, f"{kind} {self.name}"))
 
     def _own(self) -> Server:
         if self._server is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 
@@ -39,9 +40,15 @@ class Connection:
 
     def close(self) -> None:
         """Let go. May be called again."""
+        if self.broker is not None:
+            forget(self.cluster)
         for held in (self.lease, self.broker):
             if held is not None:
                 held.close()
+
+    def deaths(self) -> int:
+        """How often a shared embedded broker has died and been started again. Raises LabkitError when nobody knows."""
+        return 0 if self.lease is None else int(self.lease.control.ask("status")["restarts"])
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +101,7 @@ def running() -> Connection | None:
 def _outside() -> Connection | None:
     if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
         return _external()
-    return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID) if _is_compose() else None
+    return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID) if composed() else None
 
 
 def _embedded(lease: Lease) -> Connection:
@@ -119,7 +126,8 @@ def _external() -> Connection:
         ) from error
 
 
-def _is_compose() -> bool:
+def composed() -> bool:
+    """Whether the broker of docker-compose.yml answers."""
     host, port = COMPOSE.bootstrap.split(":")
     try:
         socket.create_connection((host, int(port)), 0.5).close()

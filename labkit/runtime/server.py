@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 from labkit.kafka.errors import LabkitError
 from labkit.runtime.broker import PortTaken
 from labkit.runtime.child import Child
-from labkit.runtime.home import locked, state_dir
+from labkit.runtime.home import state_dir
 
 STOP = 10.0  # seconds for a server to end in good order; once a broker ignored SIGTERM
 TRIES = 5  # to find ports that nobody else takes meanwhile
@@ -51,14 +51,10 @@ class Server(ABC):
         self._lock = threading.RLock()  # of what is done to it: one thing after another
         self._frozen = self._starting = self._closed = False
         for attempt in range(1, TRIES + 1):
-            self.folder = self._home() / f"{self.kind}-{secrets.token_hex(4)}"
-            with locked(state_dir() / f"{self.kind}.lock"):
-                _sweep(self._home(), self.kind)
-                self._make()
-                # Locked while this process lives: so the next one sees whose folders are nobody's any more.
-                self._owner = os.open(self.folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                fcntl.flock(self._owner, fcntl.LOCK_EX)
+            _sweep(self._home(), self.kind)
+            self.folder, self._owner = _claim(self._home(), self.kind)
             try:
+                self._make()
                 self._start()
                 break
             except PortTaken:
@@ -157,6 +153,7 @@ class Server(ABC):
             if hasattr(self, "_child"):
                 self._end()
             shutil.rmtree(self.folder, ignore_errors=True)
+            _owner_of(self.folder).unlink(missing_ok=True)
             os.close(self._owner)
 
     def __enter__(self) -> Self:
@@ -178,17 +175,34 @@ class Server(ABC):
             raise LabkitError(f"cannot {verb} {self.name}: it is down. Restart it first")
 
 
+def _owner_of(folder: Path) -> Path:
+    """The file beside a folder that is locked as long as its owner lives."""
+    return folder.with_suffix(".owner")
+
+
+def _claim(home: Path, kind: str) -> tuple[Path, int]:
+    """The name of a new folder, and its lock, held before anything is there that a sweep could remove."""
+    while True:
+        folder = home / f"{kind}-{secrets.token_hex(4)}"
+        lock = os.open(_owner_of(folder), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _owner_of(folder).exists():
+            return folder, lock
+        os.close(lock)  # a sweep came between these two lines
+
+
 def _sweep(home: Path, kind: str) -> None:
     """Remove the folders of this kind whose owners died."""
-    for folder in home.glob(f"{kind}-*/"):
+    for owner in home.glob(f"{kind}-*.owner"):
         try:
-            owner = os.open(folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             continue  # it was closed just now, or is somebody else's
         try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.with_suffix(""), ignore_errors=True)
+            owner.unlink(missing_ok=True)
         except BlockingIOError:
             continue  # it lives
         finally:
-            os.close(owner)
+            os.close(lock)

@@ -148,6 +148,7 @@ def pipe(stdin: int, output: int, user: tuple[int, int] | None, command: list[st
         if child.ready(None):
             chunk = os.read(0, 4096)
             if not chunk:
+                child.events.unregister(0)  # readable from now on, which would spin
                 child.kill()
                 while child.ended() is None:
                     child.ready(None)
@@ -265,6 +266,8 @@ class Listen:
             chunk = b""
         *lines, self.received[connection] = (self.received[connection] + chunk).split(b"\n")
         for line in lines:
+            if connection not in self.received:
+                return  # closed by the line before
             if connection in self.trusted:
                 self.on_command(connection, line.decode(errors="replace"))
             elif line.decode(errors="replace") == self.spec["token"]:
@@ -272,15 +275,22 @@ class Listen:
             else:
                 chunk = b""
                 break
-        if not chunk or len(self.received[connection]) > 4096:
-            self.child.events.unregister(connection)
-            del self.received[connection]
-            self.trusted.discard(connection)
-            self.users.discard(connection)
-            connection.close()
-            self.count()
+        if not chunk or len(self.received.get(connection, b"")) > 4096:
+            self.close(connection)
+
+    def close(self, connection: socket.socket) -> None:
+        if self.received.pop(connection, None) is None:
+            return
+        self.child.events.unregister(connection)
+        self.trusted.discard(connection)
+        self.users.discard(connection)
+        connection.close()
+        self.count()
 
     def on_command(self, connection: socket.socket, command: str) -> None:
+        if self.stopping and command in ("hold", "ready", "pin"):
+            self.close(connection)  # too late: whoever came just now starts anew
+            return
         if command == "hold":
             self.users.add(connection)
         elif command == "ready":

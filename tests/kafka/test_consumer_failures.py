@@ -82,6 +82,45 @@ def test_poison_names_its_place_and_blocks_only_its_lane(cluster: Cluster) -> No
     assert {record.value for record in member.journal.of(Step.HANDLED)} == {1, 3, 4}
 
 
+@pytest.mark.parametrize("kind", ["function", "coroutine"])
+def test_what_a_policy_sends_for_poison_names_the_poison_as_its_cause(cluster: Cluster, kind: str) -> None:
+    """And not the record before it: an audit and a dead-letter queue go by it."""
+    topic, dead = fresh_topic(cluster), fresh_topic(cluster, value=str)
+    put(topic, 1, 2, b"{poison", 3, b"{poison")
+
+    def policy(failure: Failure) -> Decision:
+        dead.send(failure.place)
+        return Done()
+
+    async def coroutine(record: Record[int]) -> None:
+        pass
+
+    handler = coroutine if kind == "coroutine" else lambda record: None
+    with Member(Consumer(topic, handler, fresh_group(), on_failure=policy)) as member:
+        member.wait_committed({0: 5})
+    with Reader(dead) as reader:
+        found = {record.value: record.headers["cause"] for record in reader.rest()}
+    assert found == {place: place for place in (f"{topic.name}/0/2", f"{topic.name}/0/4")}
+
+
+def test_a_policy_whose_own_records_are_refused_commits_nothing(cluster: Cluster) -> None:
+    """correctness 10, 17: a dead letter that the broker does not take is not done, and is not tried hot."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    nowhere = Topic(cluster, f"{topic.name}.nowhere", 1, str)
+    put(topic, 1)
+    asked: list[Failure] = []
+
+    def policy(failure: Failure) -> Decision:
+        asked.append(failure)
+        nowhere.send(failure.place)
+        return Done()
+
+    with Member(Consumer(topic, lambda record: 1 / 0, group, on_failure=policy)) as member:
+        assert isinstance(member.ends(), DeliveryFailed)
+    assert committed(topic, group) == {}
+    assert len(asked) == 1
+
+
 def test_a_policy_that_says_done_passes_poison(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, 1, b"{poison", 2)
@@ -174,10 +213,15 @@ def test_a_handler_that_exits_is_not_committed(cluster: Cluster, order: Any) -> 
     assert committed(topic, group) == {0: 1}
 
 
-def test_an_exit_in_a_policy_ends_the_consumer(cluster: Cluster) -> None:
+async def fails_in_a_coroutine(record: Record[int]) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("handler", [lambda record: 1 / 0, fails_in_a_coroutine], ids=["function", "coroutine"])
+def test_an_exit_in_a_policy_ends_the_consumer(cluster: Cluster, handler: Any) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, 0)
-    with Member(Consumer(topic, lambda record: 1 / 0, group, on_failure=lambda failure: sys.exit(1))) as member:
+    with Member(Consumer(topic, handler, group, on_failure=lambda failure: sys.exit(1))) as member:
         assert isinstance(member.ends(), HandlerExit)
     assert committed(topic, group) == {}
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 from lab_helpers import Order, Shipped, orders, wait_ready
 from processes import wait_until
@@ -18,6 +22,7 @@ from labkit.lab.load import Load
 from labkit.runtime.connect import Connection
 from labkit.runtime.home import state_dir
 from labkit.runtime.server import ServerState
+from labkit.runtime.shared import status
 
 
 @pytest.fixture
@@ -87,6 +92,44 @@ def test_killed_while_frozen(lab: Lab) -> None:
     assert not any(one.end is None for one in lab.faults)
 
 
+def test_a_death_that_nobody_ordered_is_a_fault(lab: Lab) -> None:
+    shop = Shop(lab)
+    os.kill(lab.connection.broker.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    # The question that the sampler has just asked is waited for: 10 s.
+    wait_until(lambda: [one.text for one in lab.faults] == ["Kafka died"], 40, "the fault")
+    lab.broker.restart()
+    assert lab.faults[0].end is not None
+    assert lab.verdict(shop.load, shop.shipped).result == "valid"
+
+
+def test_a_shared_broker_that_died_explains_what_came_again(own_state: Path) -> None:
+    with Lab("shaken") as lab:
+        shop = Shop(lab)
+        found = status()
+        assert found
+        os.kill(found.pid, signal.SIGKILL)
+        wait_until(lambda: [one.text for one in lab.faults] == ["Kafka died"], 40, "the fault")
+        audit = lab.verdict(shop.load, shop.shipped)
+        assert audit.result == "valid", audit.verdict()
+
+
+def test_closed_it_leaves_no_client_that_goes_on_trying() -> None:
+    def once() -> None:
+        with Lab("fragile", cluster="private") as lab:
+            topic = lab.topic("orders", 1, Order)
+            topic.send(Order(1))
+            topic.flush()
+            pods = lab.deploy("shop", Consumer(topic, print))
+            assert lab.settle(30)
+            assert pods.ready()
+
+    once()
+    before = psutil.Process().num_threads()
+    for _ in range(2):
+        once()
+    wait_until(lambda: psutil.Process().num_threads() <= before, 10, "as many threads as before")
+
+
 def test_the_buttons_do_the_same(lab: Lab) -> None:
     shop = Shop(lab)
     board = lab.board(lag=shop.pods, completed=shop.shipped)
@@ -100,7 +143,7 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     assert buttons["Kill Kafka"].disabled
     assert not buttons["Restart Kafka"].disabled
     buttons["Restart Kafka"].click()
-    wait_until(lambda: lab.broker.state is ServerState.RUNNING)
+    wait_until(lambda: lab.broker.state is ServerState.RUNNING, 60, "its restart")
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -104,6 +105,16 @@ def test_a_supervisor_that_is_killed_takes_postgres_along() -> None:
         server.restart()
         with psycopg.connect(server.dsn) as one:
             assert one.execute("select 1").fetchone() == (1,)
+
+
+def test_servers_that_start_at_once_leave_each_other_alone(tmp_path: Path) -> None:
+    """Two processes with state folders of their own: what one is making, the other must not take for a dead one's."""
+    code = "from labkit.runtime.postgres import Postgres\nfor _ in range(2):\n    Postgres().close()"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "LABKIT_STATE": str(tmp_path / name)})
+        for name in ("one", "another")
+    ]
+    assert [process.wait(60) for process in running] == [0, 0]
 
 
 # -- HTTP services

@@ -46,6 +46,16 @@ def make(clone: Path, *arguments: str, path: str = os.environ["PATH"]) -> subpro
     )
 
 
+@pytest.mark.parametrize(("version", "fits"), [((3, 10), False), ((3, 11), True), ((3, 14), True), ((3, 15), False)])
+def test_what_fits(version: tuple[int, int], fits: bool) -> None:
+    """The question itself, as make asks it."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    told = dict(line.split(" := ", 1) for line in lines if " := " in line)
+    question = told["FITS"].replace("$(OLDEST)", told["OLDEST"]).replace("$(NEWEST)", told["NEWEST"])
+    code = f"import sys; sys.version_info = {(*version, 0, 'final', 0)}; {question}"
+    assert (subprocess.run([sys.executable, "-c", code], check=False).returncode == 0) is fits
+
+
 @pytest.mark.parametrize("version", ["3.10.13", "3.15.0"])
 def test_too_old_or_too_new(clone: Path, tmp_path: Path, version: str) -> None:
     fake_python(tmp_path, "fake", version, fits=False)

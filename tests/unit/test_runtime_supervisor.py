@@ -107,6 +107,28 @@ def test_ends_after_the_last_user_with_its_data(listen: Listen) -> None:
     assert not running.state_file.exists()
 
 
+def test_nobody_is_let_in_once_it_is_stopping(listen: Listen) -> None:
+    """One who came just before, and asks only now, would hold a broker whose data is being removed."""
+    running = listen(sys.executable, "-c", STUBBORN, linger=0.3)  # so it takes a while to end
+    early, last = running.connect(), running.connect()
+    last.ask("hold")
+    running.let_go()
+    last.close()
+    wait_until(lambda: not accepts(running), 10, "no more connections")
+    assert early.ask("status")["users"] == 0
+    with pytest.raises(Gone):
+        early.ask("hold")
+    wait_until(running.is_gone, 10)
+
+
+def accepts(running: Running) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", running.state["port"]), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_ends_when_its_starter_dies_before_anyone_else_came(listen: Listen) -> None:
     running = listen()
     running.let_go()
