@@ -61,7 +61,7 @@ environment:
 		echo "Or name another Python: make lab PYTHON=/path/to/python3.13" >&2; \
 		exit 1; \
 	fi; \
-	echo "Making the environment .venv with Python $$found (once; a minute or two) …"; \
+	echo "Making the environment .venv with Python $$found (once; one to four minutes) …"; \
 	rm -rf .venv; \
 	"$$python" -m venv .venv; \
 	.venv/bin/python -I -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock; \

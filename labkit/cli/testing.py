@@ -21,7 +21,6 @@ import typer
 from labkit.cli.lab import ROOT
 from labkit.cli.output import say_table
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.connect import composed
 
 PYTEST = ("-m", "pytest", "-ra")
 # Two at once, each with a state folder and a broker of its own: these tests wait more than they compute.
@@ -89,6 +88,8 @@ def run_tests(
         raise LabkitError(f"there are no tests in {ROOT}: `labkit test` runs in a clone of the repository")
     if find_spec("pytest") is None:
         raise LabkitError("pytest is not installed here: pip install 'labkit[lab,test]', or use `make test`")
+    from labkit.runtime.connect import composed
+
     if composed():
         raise LabkitError("the broker of docker-compose.yml runs, and tests would use it: `docker compose stop` first")
     results = [

@@ -57,7 +57,8 @@ def resolve(wanted: str, names: Iterable[str]) -> str:
     if found:
         return max(found, key=lambda name: name.run).full
     known = ", ".join(sorted({name.short for name in newest(names)})) or "none"
-    raise LabkitError(f"there is no {wanted!r}; there are: {known}")
+    which = f"there is no {wanted!r}" if wanted else "name one"
+    raise LabkitError(f"{which}; there are: {known}")
 
 
 def topics(

@@ -318,7 +318,7 @@ class _PodButtons:
         self.buttons = [*on_pod, *on_all]
         self.widget = ipywidgets.VBox(
             [
-                _row([self._choice, *(button.widget for button in on_all)]),
+                _row([*(button.widget for button in on_all), self._choice]),  # what is clicked often stays in its place
                 _row([button.widget for button in on_pod]),
             ]
         )

@@ -77,6 +77,8 @@ class Pod:
     def state(self) -> PodState:
         """What it is doing."""
         child = self.child
+        if child is None and self._wanted and not self._born:
+            return PodState.STARTING
         if child is None or self._crashed:
             return PodState.RESTARTING if self._wanted else PodState.STOPPED
         if self._frozen:
@@ -437,7 +439,8 @@ class Deployment:
         """What was done to its pods, to itself, and to Kafka."""
         for fault in self.history.faults:
             if fault.target in (self.name, "Kafka", "machine") or fault.target.rpartition("-")[0] == self.name:
-                yield LogLine(fault.start, fault.target, f"fault: {fault.text}")
+                word = "" if fault.kind in ("scale", "redeploy") else "fault: "
+                yield LogLine(fault.start, fault.target, f"{word}{fault.text}")
                 if fault.end is not None and not fault.instant:
                     yield LogLine(fault.end, fault.target, f"over after {fault.end - fault.start:.1f} s: {fault.text}")
 

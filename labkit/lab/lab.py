@@ -108,7 +108,8 @@ class Lab:
         self.topics: dict[str, Topic[Any]] = {}
         self._planned: list[Planned] = []
         self._history = History()
-        others = f"others use this Kafka too. One of your own to break: Lab({self.notebook!r}, cluster='private')"
+        others = "this Kafka is shared with other notebooks and `make lab`. "
+        others += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
         self.broker = ServerFaults("Kafka", self.connection.broker, self._history, others)
         """Faults of the broker."""
         self._databases: list[Database] = []

@@ -301,7 +301,7 @@ def _curves(plot: Plot, mine: Mapping[str, Points], start: float) -> list[_Curve
             # Counters begin again at 0 with a new process: only rises are news.
             gained = np.concatenate(([0.0], np.cumsum(np.maximum(np.diff(values), 0.0))))
             gained -= gained[max(int(np.searchsorted(times, start)) - 1, 0)]
-            if gained[-1] > 0:
+            if values[-1] > 0:
                 curves.append(_Curve(plot.name(label), *_broken(times, gained, start), plot.colours[0], 2.0))
     return curves
 

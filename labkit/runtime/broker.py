@@ -215,7 +215,7 @@ def prepare() -> Kafka:
                 console.print(
                     f"The AOT cache could not be made now; the next start tries again. {reason}", markup=False
                 )
-            for old in sorted(home.glob("*.aot"), key=lambda path: path.stat().st_mtime)[:-3]:
+            for old in sorted(home.glob("*.aot"), key=lambda path: path.stat().st_mtime)[:-12]:
                 old.unlink()  # 65 MB each, for Javas that may be gone
     return kafka
 

@@ -162,7 +162,7 @@ def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None
 def test_a_kafka_of_others_is_not_broken(connection: Connection) -> None:
     with Lab("polite") as lab:
         for fault in (lab.broker.kill, lab.broker.freeze, lab.broker.thaw, lab.broker.restart):
-            with pytest.raises(LabkitError, match=r"others use this Kafka too.*Lab\('polite', cluster='private'\)"):
+            with pytest.raises(LabkitError, match=r"this Kafka is shared.*Lab\('polite', cluster='private'\)"):
                 fault()
         assert lab.faults == []
         pods = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), print))

@@ -114,7 +114,7 @@ def test_servers_that_start_at_once_leave_each_other_alone(tmp_path: Path) -> No
         subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "LABKIT_STATE": str(tmp_path / name)})
         for name in ("one", "another")
     ]
-    assert [process.wait(60) for process in running] == [0, 0]
+    assert [process.wait(110) for process in running] == [0, 0]
 
 
 # -- HTTP services
