@@ -64,8 +64,7 @@ def execute(notebook: NotebookNode, folder: Path, environment: Mapping[str, str]
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        store_widget_state=False,
-    )
+    )  # the state of widgets is kept until `clean`: without it nbclient stumbles over the progress of a first start
     try:
         client.execute(env={"LABKIT_PACE": PACE, **environment, "JUPYTER_PREFER_ENV_PATH": "1"})
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
