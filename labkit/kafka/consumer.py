@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing
 from labkit.kafka.loop import EXIT_DEADLINE as EXIT_DEADLINE
-from labkit.kafka.loop import Loop
-from labkit.kafka.records import Record
+from labkit.kafka.loop import Loop, is_coroutine_function
 from labkit.kafka.steps import OnFailure, Report, keep_trying
 from labkit.kafka.topics import Topic
 
@@ -24,8 +23,8 @@ class Consumer:
     """
 
     topics: Topic[Any] | Sequence[Topic[Any]]
-    handler: Callable[[Record[Any]], Any]
-    """A function or a coroutine function. If it raises, `on_failure` decides."""
+    handler: Callable[[Any], Any]
+    """A function or a coroutine function that takes a record. If it raises, `on_failure` decides."""
     group: str = ""
     order: Literal["partition", "key"] = "partition"
     """What is kept in order: all records of a partition, or only those of one key (more run at once)."""
@@ -41,6 +40,13 @@ class Consumer:
     drain: float = 5.0
     """Seconds that running handlers get when partitions are revoked or the consumer stops."""
     commit_interval: float = 0.2
+    batch: int | None = None
+    """With a number, the handler (no coroutine) takes a list of up to so many records of one lane instead, at least
+    one. In the place of one that does not decode stands its PoisonRecord. If it raises, the same records come one by
+    one, so that `on_failure` is asked about the right one. What it sends names no cause."""
+    positions: Callable[[Sequence[tuple[str, int]]], Mapping[tuple[str, int], int]] | None = None
+    """Tells where to read on in these (topic, partition), instead of the group's committed offsets: for who keeps
+    offsets beside the effect. What is not in its answer begins at `start`. If it raises, the consumer ends."""
     on_step: Report | None = None
     """A hook called at every step (see `Step`): where tests and baselines crash."""
 
@@ -58,6 +64,10 @@ class Consumer:
         for name in ("workers", "max_ahead", "deadline", "drain", "commit_interval"):
             if getattr(self, name) <= 0:
                 raise LabkitError(f"{name} must be positive, not {getattr(self, name)!r}")
+        if self.batch is not None and self.batch < 1:
+            raise LabkitError(f"batch is how many records the handler takes at once, at least 1, not {self.batch!r}")
+        if self.batch is not None and is_coroutine_function(self.handler):
+            raise LabkitError("a handler of batches must be a plain function, not a coroutine function")
 
     @property
     def sources(self) -> tuple[Topic[Any], ...]:

@@ -39,7 +39,7 @@ _ALLOWED = {
 class Lane:
     """Records that must be handled one after the other."""
 
-    __slots__ = ("began", "due", "failure", "key", "partition", "queue", "state")
+    __slots__ = ("alone", "began", "due", "failure", "key", "partition", "queue", "state")
 
     def __init__(self, partition: Partition, key: bytes | None) -> None:
         self.partition = partition
@@ -49,6 +49,7 @@ class Lane:
         self.failure: Failure | None = None  # of the first record, while it keeps failing
         self.began: float | None = None  # consumer's clock at which the running handler was called
         self.due = 0.0  # monotonic time of the next attempt
+        self.alone = 0  # how many records are to be handled one by one, as a batch of them failed
 
     def to(self, state: LaneState) -> None:
         """Change state; a change that makes no sense is a bug and raises."""

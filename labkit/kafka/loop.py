@@ -93,7 +93,7 @@ class Loop:
         self.commit_sent = False
         self.ready: SimpleQueue[Lane | None] = SimpleQueue()  # lanes that want a worker
         self.coroutines: asyncio.AbstractEventLoop | None = None
-        if _is_coroutine_function(consumer.handler):
+        if is_coroutine_function(consumer.handler):
             self.coroutines = asyncio.new_event_loop()
             self.slots = asyncio.Semaphore(consumer.workers)
             self.threads = [
@@ -463,16 +463,20 @@ class Loop:
     ) -> tuple[list[TopicPartition], dict[Place, int]]:
         starts: list[TopicPartition] = []
         fresh: dict[Place, int] = {}
+        told = self.spec.positions and self.spec.positions([(one.topic, one.partition) for one in partitions])
         for one in client.committed(partitions, timeout=REACH):
             if one.error is not None:  # not to be taken for "nothing committed"
                 raise KafkaException(one.error)
-            offset = one.offset
+            place = (one.topic, one.partition)
+            offset = one.offset if told is None else told.get(place, -1)
             if offset < 0:
-                low, high = client.get_watermark_offsets(TopicPartition(one.topic, one.partition), timeout=REACH)
+                low, high = client.get_watermark_offsets(TopicPartition(*place), timeout=REACH)
                 offset = high if self.spec.start == "latest" else low
                 if self.spec.start == "latest":
-                    fresh[one.topic, one.partition] = offset
-            starts.append(TopicPartition(one.topic, one.partition, offset))
+                    fresh[place] = offset
+            if told is not None and offset != one.offset:
+                fresh[place] = offset  # else the group's lag would be that of another one's work
+            starts.append(TopicPartition(*place, offset))
         return starts, fresh
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
@@ -514,7 +518,7 @@ class Loop:
         """A worker thread."""
         while (lane := self.ready.get()) is not None:
             try:
-                self.work(lane)
+                self.work(lane) if self.spec.batch is None else self.work_in_batches(lane, self.spec.batch)
             except BaseException as error:  # of a hook: never to be swallowed by a thread
                 self.end(lane, error)
 
@@ -559,6 +563,47 @@ class Loop:
                 lane.began = None
                 self.submit(lane)
                 return
+
+    def work_in_batches(self, lane: Lane, most: int) -> None:
+        """The same for a handler that takes batches."""
+        queue, partition, decode = lane.queue, lane.partition, self.decode[lane.partition.topic]
+        handling.set(Hand())
+        done = 0
+        while done < STAY or self.ready.empty():
+            lane.began = self.clock
+            if not (queue and partition.active):
+                if self.rests(lane):
+                    return
+                continue
+            if self.shut:
+                self.gate.wait()
+            # By index: the thread that polls appends meanwhile, which an iterator would not survive.
+            messages = [queue[number] for number in range(min(len(queue), 1 if lane.alone else most))]
+            batch: list[Record[Any] | PoisonRecord] = []
+            for message in messages:
+                try:
+                    batch.append(decode(message))
+                except PoisonRecord as poison:
+                    batch.append(poison)
+            records = [one for one in batch if isinstance(one, Record)] if self.hooks else []
+            try:
+                for record in records:
+                    self.tell(Step.HANDLING, record)
+                self.spec.handler(batch)
+            except BaseException as error:
+                first = batch[0] if isinstance(batch[0], Record) else None
+                if not self.failed(lane, messages[0], first, error, len(messages)):
+                    return
+                continue
+            for record in records:
+                self.tell(Step.HANDLED, record)
+            self.recovered(lane)
+            for _ in messages:
+                queue.popleft()
+            lane.alone = max(0, lane.alone - len(messages))
+            done += len(messages)
+        lane.began = None
+        self.submit(lane)
 
     async def work_async(self, lane: Lane) -> None:
         """The same for a coroutine handler."""
@@ -611,12 +656,17 @@ class Loop:
 
     def handled(self, lane: Lane, record: Record[Any]) -> None:
         self.tell(Step.HANDLED, record)
+        self.recovered(lane)
+
+    def recovered(self, lane: Lane) -> None:
         failure, lane.failure = lane.failure, None
         if failure is not None:
             self.tell(Step.RECOVERED, failure)
 
-    def failed(self, lane: Lane, message: Message, record: Record[Any] | None, error: BaseException) -> bool:
-        """Ask the policy about a failed record. True when the lane goes on with its next one at once."""
+    def failed(
+        self, lane: Lane, message: Message, record: Record[Any] | None, error: BaseException, many: int = 1
+    ) -> bool:
+        """Ask the policy about a failed record, the first of `many`. True when the lane goes on at once."""
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return self.end(lane, error, message)
         if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
@@ -635,6 +685,10 @@ class Loop:
             # A policy that cannot do its work (its dead-letter topic is away) must neither lose the record nor spin.
             traceback.print_exception(broken)
             decision = keep_trying(0.5)(failure)
+        if many > 1:
+            lane.alone = many
+            if isinstance(decision, Done):
+                decision = Retry(0.0)  # which of them it was is known once they come one by one
         failure = replace(failure, decision=decision)
         _log_failure(failure)
         self.tell(Step.FAILED, failure)
@@ -706,7 +760,8 @@ def _place(message: Message) -> str:
     return place_of(message.topic(), message.partition(), message.offset())
 
 
-def _is_coroutine_function(handler: Callable[..., Any]) -> bool:
+def is_coroutine_function(handler: Callable[..., Any]) -> bool:
+    """Whether calling it makes a coroutine; a callable object may too."""
     plain = inspect.unwrap(handler)
     return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
 

@@ -169,6 +169,8 @@ class Member:
 class Process:
     """A member in a process of its own (see `member.py`); leaving the `with` block ends it, frozen or not."""
 
+    script = "member.py"
+
     def __init__(self, topic: Topic[Any], group: str, **options: Any) -> None:
         self.lines: list[dict[str, Any]] = []
         self.changed = threading.Condition()
@@ -178,7 +180,7 @@ class Process:
     def __enter__(self) -> Self:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.popen = subprocess.Popen(
-            [sys.executable, str(FOLDER / "member.py"), json.dumps(self.options)],
+            [sys.executable, str(FOLDER / self.script), json.dumps(self.options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,0 +1,725 @@
+"""Consume and project: a view of one's own, made of a topic's records, instead of asking whoever owns the objects.
+
+A *projection* is a topic, a function from a record to rows, and a view. A view is a table in a database of the reader's
+own, and says of itself which records it is made of:
+
+- the offset it was built up to is stored in the transaction of the rows, by compare-and-set: a writer that was frozen,
+  and goes on when another one has taken over, changes nothing;
+- beside it stands the topic's UUID: a topic made anew under its name is not taken for the old one;
+- of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back.
+
+So a view is as good after any crash as without one, and can be built again beside the one that is read. Offsets of
+commit markers are not stored: on a topic written in transactions a view seems a record or two behind its end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, Self, cast
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError, PoisonRecord
+from labkit.kafka.lag import end_offsets
+from labkit.kafka.records import Record, T
+from labkit.kafka.steps import Decision, Failure, Stop, keep_trying
+from labkit.kafka.topics import Topic
+
+VERSION = "version"  # the field of a value, or the header of a tombstone, that says how new it is
+NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+BUSY = 5.0  # seconds to wait for another writer of the database
+
+
+class ViewOutdated(LabkitError):
+    """The view was made of another topic, or for other columns: it must be built anew."""
+
+
+class ViewTakenBack(LabkitError):
+    """The view lost what this writer had put into it (its file was deleted): the writer has to start again."""
+
+
+class ViewOvertaken(LabkitError):
+    """Somebody else has written the records that this writer has in hand; nothing was changed."""
+
+
+class ViewUnavailable(LabkitError):
+    """There is no view to be read (yet), or its database does not answer."""
+
+
+Row = tuple[Any, ...]
+
+
+class Change(NamedTuple):
+    """What one record means to a view."""
+
+    key: str
+    version: int | None
+    """None: newer than whatever is there, whose version it keeps."""
+    rows: Sequence[Row] | None
+    """Replace all rows of the key. None: the key is deleted."""
+
+
+class Batch(NamedTuple):
+    """Changes of one partition, in order, and how far the view has got with them."""
+
+    partition: int
+    next_offset: int
+    time: float
+    """When the last of its records was produced, in seconds since 1970."""
+    changes: Sequence[Change]
+    aside: Sequence[tuple[int, str]]
+    """Records that could not be projected: offset and reason."""
+
+
+class Mark(NamedTuple):
+    """How far a view has got in a partition."""
+
+    next_offset: int
+    time: float
+
+
+class Database(Protocol):
+    """A connection in a transaction; parameters are marked `?`."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Any: ...
+    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any: ...
+
+
+class View(ABC):
+    """A table made of records, in a database of its own. Use SqliteView or PostgresView.
+
+    `table` has a column `key` and `columns` (name → SQL type). `indexes` are columns by which keys are looked up.
+    A view that fills its table in another way than row for row overrides `write`, and nothing else.
+
+    To build it anew, project into `view.beside()` with a group of its own, then `switch` that.
+    """
+
+    def __init__(
+        self, table: str, columns: Mapping[str, str], indexes: Sequence[str] = (), key: str = "id", generation: int = 1
+    ) -> None:
+        for name in (table, key, *columns, *indexes):
+            if not NAME.fullmatch(name):
+                raise LabkitError(f"{name!r} cannot be a name in a view: use small letters, digits and _, at most 41")
+        if unknown := set(indexes) - set(columns):
+            raise LabkitError(f"view {table} has no column {', '.join(sorted(unknown))} to look up by")
+        self.table, self.columns, self.indexes, self.key = table, dict(columns), tuple(indexes), key
+        self.generation = generation
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """A view in a new process has no connection and has written nothing."""
+        self._lock = threading.RLock()
+        self._writer: Any = None
+        self._reading: Any = None
+        self._topic = self._topic_id = ""
+        self._written: dict[int, int] = {}  # by partition: the offset that we stored last
+        self._sure: set[int] = set()  # partitions in which nobody else can have written since
+
+    @property
+    def name(self) -> str:
+        """Of this generation's table."""
+        return f"{self.table}_{self.generation}"
+
+    # -- what a new view overrides
+
+    def write(self, database: Database, changes: Sequence[Change]) -> None:
+        """Put these changes, one a key, into the table `name`. Runs in the transaction that also moves the offset."""
+        database.executemany(f"delete from {self.name} where {self.key} = ?", [(change.key,) for change in changes])
+        rows = [(change.key, *row) for change in changes for row in change.rows or ()]
+        if rows:
+            database.executemany(f"insert into {self.name} values ({_marks(rows[0])})", rows)
+
+    # -- writing
+
+    def begin(self, topic: str, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Where to read on in these partitions, as far as the view has them. Makes the tables.
+
+        Raises ViewOutdated when it was made of another topic, or for other columns; ViewUnavailable.
+        """
+        with self._lock:
+            self._topic, self._topic_id = topic, topic_id
+            with self._transaction() as database:
+                found = self._stored(database)
+            for partition in partitions:  # of the others we know what we wrote
+                self._written.pop(partition, None)
+                self._sure.discard(partition)
+                if partition in found:
+                    self._written[partition] = found[partition]
+            return found
+
+    def position(self, partition: int) -> int:
+        """The first offset that the view does not have. Raises ViewTakenBack, ViewOutdated."""
+        with self._lock:
+            self._writable()  # connections that lead nowhere any more are given up, and with them what was sure
+            if partition not in self._sure:
+                with self._transaction() as database:
+                    stored = self._stored(database)
+                if stored.get(partition, 0) < self._written.get(partition, 0):
+                    raise ViewTakenBack(
+                        f"view {self.name} had {self._topic}/{partition} up to offset {self._written[partition]:,} "
+                        f"and now up to {stored.get(partition, 0):,}: start again, to read on from there"
+                    )
+                self._written.update(stored)
+                self._sure.add(partition)
+            return self._written.get(partition, 0)
+
+    def apply(self, batch: Batch) -> None:
+        """Write a batch, in one transaction of these steps:
+
+        1. claim:  the offset moves on, if it still is what this writer stored last;
+        2. select: of each key the last change, if it is newer than what is there;
+        3. write:  rows, and versions, those of deleted keys too;
+        4. aside:  the places of records that could not be projected;
+        5. commit.
+
+        Raises ViewOvertaken when another writer has moved the offset.
+        """
+        with self._lock:
+            before = self._written.get(batch.partition)
+            self._sure.discard(batch.partition)  # whether a commit that fails was stored nobody knows
+            with self._transaction() as database:
+                self._claim(database, batch, before)
+                if changes := newest(batch.changes, self._versions(database, batch.changes)):
+                    self.write(database, changes)
+                    database.executemany(
+                        f"insert into {self.name}_keys values (?, ?, ?) on conflict ({self.key}) do update "
+                        "set version = excluded.version, deleted = excluded.deleted",
+                        [(change.key, change.version, int(change.rows is None)) for change in changes],
+                    )
+                if batch.aside:
+                    database.executemany(
+                        "insert into view_aside values (?, ?, ?, ?, ?) on conflict do nothing",
+                        [(self.name, self._topic, batch.partition, offset, why) for offset, why in batch.aside],
+                    )
+            self._written[batch.partition] = batch.next_offset
+            self._sure.add(batch.partition)
+
+    def _claim(self, database: Database, batch: Batch, before: int | None) -> None:
+        place = (self.name, self._topic, batch.partition)
+        mark = (self._topic_id, batch.next_offset, batch.time)
+        if before is None:
+            sql = "insert into view_offsets values (?, ?, ?, ?, ?, ?) on conflict do nothing"
+            moved = database.execute(sql, (*place, *mark))
+        else:
+            sql = "update view_offsets set topic_id = ?, next_offset = ?, time = ? where view = ? and topic = ? "
+            sql += "and partition = ? and topic_id = ? and next_offset = ?"
+            moved = database.execute(sql, (*mark, *place, self._topic_id, before))
+        if moved.rowcount != 1:
+            raise ViewOvertaken(
+                f"{self._topic}/{batch.partition}: another writer of view {self.name} has moved the offset on from "
+                f"{before or 0:,}; nothing was changed"
+            )
+
+    def _versions(self, database: Database, changes: Sequence[Change]) -> dict[str, int]:
+        keys = list({change.key for change in changes})
+        if not keys:
+            return {}
+        sql = f"select {self.key}, version from {self.name}_keys where {self.key} in ({_marks(keys)})"
+        return dict(database.execute(sql, keys).fetchall())
+
+    def _stored(self, database: Database) -> dict[int, int]:
+        sql = "select partition, next_offset, topic_id from view_offsets where view = ? and topic = ?"
+        rows = database.execute(sql, (self.name, self._topic)).fetchall()
+        if any(topic_id != self._topic_id for _, _, topic_id in rows):
+            raise ViewOutdated(
+                f"view {self.name} was made of another topic {self._topic}, which was deleted and made anew: build it "
+                f"anew (generation={self.generation + 1})"
+            )
+        return {partition: offset for partition, offset, _ in rows}
+
+    # -- generations
+
+    def beside(self) -> Self:
+        """The same view one generation on: built by a group of its own, unseen by readers until its `switch`."""
+        made = copy(self)
+        made.generation += 1
+        return made
+
+    def switch(self) -> None:
+        """Let readers see this generation from now on; a read sees the one before or this one, and never fails."""
+        with self._lock, self._transaction() as database:
+            self._show(database)
+
+    def _show(self, database: Database) -> None:
+        for suffix, source in self._sources.items():
+            database.execute(f"drop view if exists {self.table}{suffix}")
+            database.execute(f"create view {self.table}{suffix} as select * from {source}")
+        database.execute("update view_definitions set shown = 0 where name = ?", (self.table,))
+        database.execute("update view_definitions set shown = 1 where view = ?", (self.name,))
+
+    @property
+    def _sources(self) -> dict[str, str]:
+        """What readers read, by the end of its name."""
+        mine = f"view_offsets where view = '{self.name}'"
+        return {"": self.name, "_keys": f"{self.name}_keys", "_offsets": mine}
+
+    def _shown(self, database: Database) -> str | None:
+        found = database.execute("select view from view_definitions where name = ? and shown = 1", (self.table,))
+        row = found.fetchone()
+        return row and cast(str, row[0])
+
+    def _make(self, database: Database) -> None:
+        """The tables, unless they are there. Raises ViewOutdated when they are there in another form."""
+        wanted = f"{self.key}; " + ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
+        wanted += f"; by {', '.join(self.indexes)}"
+        for sql in _SHARED:
+            database.execute(sql)
+        there = database.execute("select definition from view_definitions where view = ?", (self.name,)).fetchone()
+        if there is None:
+            self._create(database)
+            row = (self.name, self.table, wanted, 0)
+            database.execute("insert into view_definitions values (?, ?, ?, ?)", row)
+            if self._shown(database) is None:
+                self._show(database)
+        elif there[0] != wanted:
+            raise ViewOutdated(
+                f"view {self.name} has the columns [{there[0]}], not [{wanted}]: build it anew "
+                f"(generation={self.generation + 1})"
+            )
+
+    def _create(self, database: Database) -> None:
+        try:
+            columns = "".join(f", {name} {kind}" for name, kind in self.columns.items())
+            database.execute(f"create table {self.name} ({self.key} text not null{columns})")
+            database.execute(f"create index {self.name}_of on {self.name} ({self.key})")
+            for column in self.indexes:
+                database.execute(f"create index {self.name}_{column} on {self.name} ({column}, {self.key})")
+            keys = f"({self.key} text primary key, version bigint not null, deleted int not null)"
+            database.execute(f"create table {self.name}_keys {keys}")
+        except Exception as error:
+            if "already exists" not in str(error):
+                raise
+            raise ViewOutdated(f"{error}, and is not known as a view: use another name than {self.table}") from error
+
+    # -- reading
+
+    def rows(self, key: str) -> list[Row] | None:
+        """The rows of a key, without the key itself; None for a key that is unknown or deleted."""
+        columns = ", ".join(f"t.{name}" for name in self.columns)
+        sql = f"select t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
+        sql += f"on t.{self.key} = k.{self.key} where k.{self.key} = ? and k.deleted = 0"
+        found = self._read(sql, (key,))
+        return [row[1:] for row in found if row[0] is not None] if found else None
+
+    def keys(self, column: str, value: Any, after: str = "", limit: int = 100) -> list[str]:
+        """Up to `limit` keys beyond `after` that have a row with this value, in order: the reverse lookup."""
+        if column not in self.indexes:
+            raise LabkitError(f"view {self.table} has no index by {column!r}; it has: {', '.join(self.indexes)}")
+        sql = f"select distinct {self.key} from {self.table} where {column} = ? and {self.key} > ? "
+        return [row[0] for row in self._read(f"{sql}order by {self.key} limit ?", (value, after, limit))]
+
+    def content(self) -> dict[str, list[Row]]:
+        """Everything in it, by key: for verdicts, not for a table that is large."""
+        found: dict[str, list[Row]] = {}
+        columns = ", ".join(f"t.{name}" for name in self.columns)
+        sql = f"select k.{self.key}, t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
+        for key, has_rows, *row in self._read(f"{sql}on t.{self.key} = k.{self.key} where k.deleted = 0"):
+            found.setdefault(key, []).extend([tuple(row)] if has_rows is not None else [])
+        return {key: sorted(rows) for key, rows in found.items()}
+
+    def count(self) -> int:
+        """How many rows it has."""
+        return int(self._read(f"select count(*) from {self.table}")[0][0])
+
+    def marks(self, topic: str) -> dict[int, Mark]:
+        """How far it has got, by partition."""
+        sql = f"select partition, next_offset, time from {self.table}_offsets where topic = ?"
+        return {partition: Mark(offset, moment) for partition, offset, moment in self._read(sql, (topic,))}
+
+    def aside(self) -> list[tuple[str, int, int, str]]:
+        """The records of this generation that could not be projected: topic, partition, offset, reason."""
+        sql = "select topic, partition, record, reason from view_aside where view = ? order by 1, 2, 3"
+        return cast(list[tuple[str, int, int, str]], self._read(sql, (self.name,)))
+
+    def close(self) -> None:
+        """Let its connections go. It can be used again."""
+        with self._lock:
+            self._disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- connections
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Database]:
+        database = self._writable()
+        try:
+            self._start(database)
+            yield database
+            database.execute("commit")
+        except BaseException:
+            try:
+                database.execute("rollback")
+            except Exception:
+                self._disconnect()
+            raise
+
+    def _writable(self) -> Any:
+        if self._writer is not None and self._is_stale():
+            self._disconnect()
+        if self._writer is None:
+            writer = self._connect()
+            try:
+                self._start(writer)
+                self._make(writer)
+                writer.execute("commit")
+            except BaseException:
+                with suppress(Exception):
+                    writer.close()
+                raise
+            self._writer = writer
+        return self._writer
+
+    def _disconnect(self) -> None:
+        connections, self._writer, self._reading = (self._writer, self._reading), None, None
+        self._sure.clear()
+        for connection in connections:
+            if connection is not None:
+                with suppress(Exception):
+                    connection.close()
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """A connection to write with."""
+
+    @abstractmethod
+    def _start(self, database: Any) -> None:
+        """Begin a transaction in which nobody else makes tables."""
+
+    @abstractmethod
+    def _is_stale(self) -> bool:
+        """Whether the connections lead to what is no longer there."""
+
+    @abstractmethod
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """What a query finds. Raises ViewUnavailable."""
+
+    @abstractmethod
+    def is_about_rows(self, error: Exception) -> bool:
+        """Whether the database refuses these rows, and would again and again."""
+
+
+_SHARED = (
+    "create table if not exists view_definitions (view text primary key, name text, definition text, shown int)",
+    """create table if not exists view_offsets (view text, topic text, partition int, topic_id text,
+    next_offset bigint, time double precision, primary key (view, topic, partition))""",
+    """create table if not exists view_aside (view text, topic text, partition int, record bigint, reason text,
+    primary key (view, topic, partition, record))""",
+)
+
+
+class SqliteView(View):
+    """A view in a file, in WAL mode: any number of processes read it while one writes.
+
+    A transaction that power loss takes back takes its offset back too. A writer that is frozen in the middle of a
+    transaction keeps the others waiting until it goes on or ends; readers do not notice.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        table: str,
+        columns: Mapping[str, str],
+        indexes: Sequence[str] = (),
+        key: str = "id",
+        generation: int = 1,
+    ) -> None:
+        self.path = str(Path(path).absolute())
+        super().__init__(table, columns, indexes, key, generation)
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            connection = self._open("rwc")
+            connection.execute("pragma journal_mode = wal")
+            connection.execute("pragma synchronous = normal")
+        except sqlite3.Error as error:
+            raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
+        return connection
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        # Our lock keeps threads apart. "rw" makes no file: who reads must not be the one who makes an empty view.
+        uri = f"{Path(self.path).as_uri()}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        self._file = self._identity()
+        return connection
+
+    def _start(self, database: Any) -> None:
+        try:
+            database.execute("begin immediate")
+        except sqlite3.OperationalError as error:
+            raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _is_stale(self) -> bool:
+        """Whether the file was deleted: what is written to it, or read from it, would be seen by nobody else."""
+        return self._file is None or self._file != self._identity()
+
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        with self._lock:
+            try:
+                if self._reading is not None and self._is_stale():
+                    self._disconnect()
+                if self._reading is None:
+                    self._reading = self._open("rw")
+                return cast(list[Row], self._reading.execute(sql, parameters).fetchall())
+            except sqlite3.Error as error:
+                raise ViewUnavailable(f"view {self.table} cannot be read: {self.path}: {error}") from error
+
+    def is_about_rows(self, error: Exception) -> bool:
+        kinds = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+        return isinstance(error, (*kinds, OverflowError))
+
+
+class PostgresView(View):
+    """A view in a PostgreSQL, named by its connection string; needs psycopg (`pip install 'labkit[postgres]'`).
+
+    The server ends the transaction of a writer that is frozen in the middle of it after 5 s.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        table: str,
+        columns: Mapping[str, str],
+        indexes: Sequence[str] = (),
+        key: str = "id",
+        generation: int = 1,
+    ) -> None:
+        self.dsn = dsn
+        super().__init__(table, columns, indexes, key, generation)
+
+    def _connect(self) -> _Marked:
+        return _Marked(self._dial())
+
+    def _dial(self) -> Any:
+        import psycopg
+
+        try:
+            connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=int(BUSY))
+            connection.execute(f"set idle_in_transaction_session_timeout = {int(BUSY * 1000)}")
+        except psycopg.Error as error:
+            raise ViewUnavailable(f"view {self.name}: its database does not answer: {error}") from error
+        return connection
+
+    def _start(self, database: Any) -> None:
+        database.execute("begin")
+        if self._writer is None:  # two writers that make the tables at once would both find none
+            database.execute("select pg_advisory_xact_lock(7451)")
+
+    def _is_stale(self) -> bool:
+        return bool(self._writer.connection.broken)
+
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        import psycopg
+
+        with self._lock:
+            try:
+                if self._reading is None:
+                    self._reading = _Marked(self._dial())
+                return cast(list[Row], self._reading.execute(sql, parameters).fetchall())
+            except psycopg.Error as error:
+                reading, self._reading = self._reading, None
+                reading.close()
+                raise ViewUnavailable(f"view {self.table} cannot be read: {error}") from error
+
+    def is_about_rows(self, error: Exception) -> bool:
+        import psycopg
+
+        if isinstance(error, psycopg.DataError | psycopg.IntegrityError):
+            return True
+        return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
+
+
+class _Marked:
+    """A connection of psycopg that takes `?` for a parameter."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        return self.connection.execute(sql.replace("?", "%s"), parameters)
+
+    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]]) -> Any:
+        with closing(self.connection.cursor()) as cursor:
+            cursor.executemany(sql.replace("?", "%s"), parameters)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]:
+    """Of each key the last change that is newer than what is there; `stored` has the versions that are."""
+    versions = dict(stored)
+    kept: dict[str, Change] = {}
+    for change in changes:
+        known = versions.get(change.key)
+        if change.version is None:
+            change = change._replace(version=-1 if known is None else known)
+        elif known is not None and change.version <= known:
+            continue
+        versions[change.key] = cast(int, change.version)
+        kept[change.key] = change
+    return list(kept.values())
+
+
+def version_of(record: Record[Any]) -> int | None:
+    """The value's field `version`; of a tombstone the header of that name. A tombstone without it is the newest."""
+    if record.value is None:
+        told = record.headers.get(VERSION)
+        return None if told is None else int(told)
+    return cast(int, record.value[VERSION] if isinstance(record.value, dict) else getattr(record.value, VERSION))
+
+
+@dataclass(frozen=True)
+class Projection(Generic[T]):
+    """A topic, a function from a record to rows, and a view.
+
+    The key of a record is the key in the view. A tombstone deletes it; so does a function that returns None. A record
+    that does not decode, whose function raises, or whose rows the database refuses is set aside with its place
+    (`view.aside()`), and the view goes on.
+    """
+
+    topic: Topic[T]
+    rows: Callable[[Record[T]], Iterable[Row] | None]
+    view: View
+    version: Callable[[Record[T]], int | None] = version_of
+    """How new a record's object is. `lambda record: None` takes them in the order of the topic."""
+
+    def consumer(self, group: str = "", batch: int = 500) -> Consumer:
+        """What writes the view, in one process or many: a member of `group`, `batch` records a transaction.
+
+        It reads on where the view says, whatever the group has committed, and ends with ViewOutdated if the view must
+        be built anew. A database that is away or locked is waited for.
+        """
+        return Consumer(
+            self.topic,
+            self.write,
+            group,
+            on_failure=self.decide,
+            max_ahead=max(1000, 4 * batch),
+            batch=batch,
+            positions=self.positions,
+        )
+
+    def positions(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Where the view says to read on."""
+        name = self.topic.name
+        topic_id = self.topic.cluster.topic_id(name)
+        found = self.view.begin(name, topic_id, [number for _, number in partitions])
+        return {(name, number): at for number, at in found.items()}
+
+    def write(self, batch: Sequence[Record[T] | PoisonRecord]) -> None:
+        """The consumer's handler: puts a batch of one partition into the view, records it already has left out."""
+        partition, last = batch[0].partition, batch[-1]
+        at = self.view.position(partition)
+        changes: list[Change] = []
+        aside: list[tuple[int, str]] = []
+        for record in batch:
+            if record.offset < at:
+                continue
+            try:
+                if isinstance(record, PoisonRecord):
+                    raise record
+                changes.append(self.change(record))
+            except Exception as error:
+                aside.append((record.offset, _reason(error)))
+        if last.offset < at:
+            return
+        moment = time.time() if isinstance(last, PoisonRecord) else last.timestamp
+        try:
+            self.view.apply(Batch(partition, last.offset + 1, moment, changes, aside))
+        except Exception as error:
+            if len(batch) > 1 or not self.view.is_about_rows(error):
+                raise  # the consumer hands them over again, one by one
+            aside = [(last.offset, _reason(error))]
+            self.view.position(partition)
+            self.view.apply(Batch(partition, last.offset + 1, moment, [], aside))
+
+    def change(self, record: Record[T]) -> Change:
+        """What a record means to the view. Raises LabkitError, or what the function raises."""
+        if record.key is None:
+            raise LabkitError("it has no key")
+        version = self.version(record)
+        if version is not None and (not isinstance(version, int) or not 0 <= version < 2**63):
+            raise LabkitError(f"its version is {version!r}, not a number from 0 on")
+        found = None if record.value is None else self.rows(record)
+        rows = None if found is None else list(found)
+        for row in rows or ():
+            if not isinstance(row, tuple) or len(row) != len(self.view.columns):
+                raise LabkitError(f"{row!r} is no row of {', '.join(self.view.columns)}")
+        return Change(record.key, version, rows)
+
+    @staticmethod
+    def decide(failure: Failure) -> Decision:
+        """Wait for a database that is away; end where waiting would not help."""
+        ends = isinstance(failure.error, ViewOutdated | ViewTakenBack)
+        return Stop() if ends else keep_trying(cap=5.0)(failure)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500].replace("\0", "")
+
+
+class Staleness:
+    """How far a view is behind its topic, as of the last `look`. For one thread that looks and any that ask."""
+
+    def __init__(self, topic: Topic[Any], view: View) -> None:
+        self.topic, self.view = topic, view
+        self.records: int | None = None
+        """Records that were in the topic and not in the view. None before the first look."""
+        self._looks: deque[tuple[float, dict[int, int]]] = deque()
+        self._since: float | None = None  # Unix time up to which the view has everything that was in the topic
+        self._seen_complete = False
+
+    def look(self) -> None:
+        """Ask Kafka for the topic's end, then the view how far it is. Raises ClusterUnreachable, ViewUnavailable."""
+        moment = time.time()
+        ends = {number: end for (_, number), end in end_offsets(self.topic.cluster, [self.topic.name]).items()}
+        marks = self.view.marks(self.topic.name)
+        reached = {number: marks[number].next_offset if number in marks else 0 for number in ends}
+        self._looks.append((moment, ends))
+        while self._looks and all(reached[number] >= self._looks[0][1].get(number, 0) for number in reached):
+            self._since, self._seen_complete = self._looks.popleft()[0], True
+        if len(self._looks) > 1000:  # behind for long: fewer looks say when it catches up, only not as finely
+            self._looks = deque(look for number, look in enumerate(self._looks) if number % 2 == 0)
+        behind = [number for number, end in ends.items() if reached[number] < end]
+        self.records = sum(ends[number] - reached[number] for number in behind)
+        if not self._seen_complete and all(number in marks for number in behind):
+            # What it lacks of a partition is newer than what it has.
+            self._since = min((marks[number].time for number in behind), default=moment)
+
+    @property
+    def seconds(self) -> float | None:
+        """The view has everything that the topic had so many seconds ago. None as long as that cannot be told."""
+        return None if self._since is None else max(0.0, time.time() - self._since)

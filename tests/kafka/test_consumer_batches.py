@@ -1,0 +1,158 @@
+"""Handlers that take batches, and consumers that are told where to read on."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from consuming import Member, committed, fresh_group, fresh_topic, put
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError, PoisonRecord
+from labkit.kafka.steps import Decision, Done, Failure, Retry, Step, Stop
+
+
+def test_a_batch_is_of_one_partition_in_order_and_no_longer_than_asked(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    for partition in range(2):
+        put(topic, *range(300), partition=partition)
+    batches: list[list[Any]] = []
+    with Member(Consumer(topic, batches.append, group, batch=100)) as member:
+        member.wait_committed({0: 300, 1: 300})
+    assert all(1 <= len(batch) <= 100 and len({one.partition for one in batch}) == 1 for batch in batches)
+    assert len(batches) < 60  # what has been fetched is handed over together
+    for partition in range(2):
+        seen = [one.value for batch in batches for one in batch if one.partition == partition]
+        assert seen == list(range(300))
+    assert len(member.journal.of(Step.HANDLED)) == 600
+
+
+def test_one_record_makes_a_batch_at_once(cluster: Cluster) -> None:
+    """correctness 8"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    batches: list[list[Any]] = []
+    with Member(Consumer(topic, batches.append, group, batch=100)) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        put(topic, 1)
+        member.journal.wait(lambda: batches, 2)
+
+
+def test_a_record_that_does_not_decode_comes_in_its_place(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0, b"{", 2)
+    batches: list[list[Any]] = []
+    with Member(Consumer(topic, batches.append, group, batch=10)) as member:
+        member.wait_committed({0: 3})
+    found = [one for batch in batches for one in batch]
+    assert [one.offset for one in found] == [0, 1, 2]
+    assert isinstance(found[1], PoisonRecord)
+
+
+def test_of_a_batch_that_fails_the_policy_gets_the_record_that_does_it(cluster: Cluster) -> None:
+    """All others are handled; only that one is set aside."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(50))
+    handled: list[int] = []
+    failures: list[Failure] = []
+
+    def handle(batch: list[Any]) -> None:
+        if any(one.value == 20 for one in batch):
+            raise ValueError("not that one")
+        handled.extend(one.value for one in batch)
+
+    def decide(failure: Failure) -> Decision:
+        failures.append(failure)
+        return Done()
+
+    with Member(Consumer(topic, handle, group, batch=30, on_failure=decide)) as member:
+        member.wait_committed({0: 50})
+    assert handled == [number for number in range(50) if number != 20]
+    assert failures[-1].offset == 20
+    assert len(failures) == 2  # the batch, then the record; none of the others was ever asked about alone
+    assert not [failure for failure in member.journal.of(Step.FAILED)[:-1] if isinstance(failure.decision, Done)]
+
+
+def test_a_batch_that_fails_for_a_while_is_handled_then(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(20))
+    tries: list[int] = []
+    handled: list[int] = []
+
+    def handle(batch: list[Any]) -> None:
+        tries.append(len(batch))
+        if len(tries) <= 3:
+            raise ValueError("away")
+        handled.extend(one.value for one in batch)
+
+    with Member(Consumer(topic, handle, group, batch=20, on_failure=lambda failure: Retry(0.01))) as member:
+        member.wait_committed({0: 20})
+        put(topic, *range(20, 40))
+        member.wait_committed({0: 40})
+    assert handled == list(range(40))
+    assert tries[1:4] == [1, 1, 1]
+    assert len(member.journal.of(Step.RECOVERED)) == 1
+    assert max(tries[len(tries) - 2 :]) > 1  # later ones come together again
+
+
+def test_a_batch_may_stop_the_consumer(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(20))
+
+    def handle(batch: list[Any]) -> None:
+        raise ValueError("over")
+
+    with Member(Consumer(topic, handle, group, batch=20, on_failure=lambda failure: Stop())) as member:
+        assert str(member.ends()) == "over"
+    assert committed(topic, group) == {}
+
+
+def test_positions_are_read_from_instead_of_what_the_group_has_committed(cluster: Cluster) -> None:
+    """Forwards and backwards; the group's offsets, so its lag, follow at once."""
+    topic, group = fresh_topic(cluster, 3), fresh_group()
+    for partition in range(3):
+        put(topic, *range(10), partition=partition)
+    with Member(Consumer(topic, lambda record: None, group)) as member:
+        member.wait_committed({0: 10, 1: 10, 2: 10})
+    asked: list[Any] = []
+    seen: list[tuple[int, int]] = []
+    going = threading.Event()
+
+    def positions(partitions: Any) -> dict[tuple[str, int], int]:
+        asked.extend(partitions)
+        return {(topic.name, 0): 4, (topic.name, 1): 10}
+
+    def handle(record: Any) -> None:
+        going.wait(10)
+        seen.append((record.partition, record.offset))
+
+    with Member(Consumer(topic, handle, group, positions=positions)) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        assert committed(topic, group) == {0: 4, 1: 10, 2: 0}
+        going.set()
+        member.wait_committed({0: 10, 1: 10, 2: 10})
+    assert sorted(asked) == [(topic.name, number) for number in range(3)]
+    assert sorted(seen) == [(0, number) for number in range(4, 10)] + [(2, number) for number in range(10)]
+
+
+def test_positions_that_cannot_be_told_end_the_consumer(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+
+    def positions(partitions: Any) -> dict[tuple[str, int], int]:
+        raise LabkitError("the view must be built anew")
+
+    with Member(Consumer(topic, lambda record: None, group, positions=positions)) as member:
+        assert str(member.ends()) == "the view must be built anew"
+
+
+def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster)
+
+    async def coroutine(batch: Any) -> None: ...
+
+    with pytest.raises(LabkitError, match="at least 1"):
+        Consumer(topic, print, batch=0)
+    with pytest.raises(LabkitError, match="coroutine"):
+        Consumer(topic, coroutine, batch=10)

@@ -1,0 +1,525 @@
+"""Views: what they hold after crashes, zombies, replays, bad records and databases that fail."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import random
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from consuming import Member, Process, committed, fresh_group, fresh_topic, put
+from processes import wait_until
+from view_member import numbers, projection
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.lag import lag
+from labkit.kafka.records import Record
+from labkit.kafka.steps import Step
+from labkit.kafka.topics import Topic
+from labkit.patterns.consume_and_project import (
+    PostgresView,
+    Projection,
+    SqliteView,
+    Staleness,
+    View,
+    ViewOutdated,
+    ViewTakenBack,
+    ViewUnavailable,
+)
+
+
+class Site(msgspec.Struct):
+    version: int
+    apps: list[str] = []
+
+
+def apps_of(record: Record[Site]) -> list[tuple[str]]:
+    return [(app,) for app in record.value.apps]
+
+
+def site(key: str, version: int, *apps: str) -> tuple[str, Site]:
+    return key, Site(version, list(apps))
+
+
+def send(topic: Topic[Any], *sites: tuple[str, Site | None] | tuple[str, None, int]) -> None:
+    """A third figure is the version of a tombstone."""
+    for key, value, *version in sites:
+        topic.send(value, key, {"version": str(version[0])} if version else None)
+    topic.flush()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def view(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[View]:
+    """A view of nobody yet."""
+    columns, indexes = {"app": "text"}, ["app"]
+    if request.param == "sqlite":
+        made: View = SqliteView(tmp_path / "view.db", "apps", columns, indexes, key="site")
+    else:
+        dsn = request.getfixturevalue("postgres").dsn
+        made = PostgresView(dsn, f"apps_{uuid.uuid4().hex[:8]}", columns, indexes, key="site")
+    with made:
+        yield made
+
+
+@pytest.fixture
+def in_file(tmp_path: Path) -> Iterator[SqliteView]:
+    with SqliteView(tmp_path / "view.db", "apps", {"app": "text"}, ["app"], key="site") as made:
+        yield made
+
+
+def build(view: View, topic: Topic[Any], group: str | None = None) -> Member:
+    """A member that writes it."""
+    return Member(Projection(topic, apps_of, view).consumer(group or fresh_group()))
+
+
+def catch_up(member: Member, view: View, topic: Topic[Any]) -> None:
+    """Wait until the view has all of the topic."""
+
+    def behind() -> bool:
+        try:
+            return bool(stale(topic, view))
+        except ViewUnavailable:
+            return True
+
+    member.journal.wait(lambda: not behind(), what="the view to have everything")
+
+
+def stale(topic: Topic[Any], view: View) -> int | None:
+    staleness = Staleness(topic, view)
+    staleness.look()
+    return staleness.records
+
+
+# -- what a view holds -------------------------------------------------------------------------------------------------
+
+
+def test_a_view_follows_creations_updates_and_deletions(cluster: Cluster, view: View) -> None:
+    topic = fresh_topic(cluster, 2, Site)
+    send(topic, site("a", 1, "stores", "bookings"), site("b", 1, "stores"), site("c", 1), site("d", 1, "events"))
+    send(topic, site("a", 2, "bookings", "forum"), ("d", None, 2))
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+        assert view.content() == {"a": [("bookings",), ("forum",)], "b": [("stores",)], "c": []}
+        send(topic, site("c", 2, "forum"), ("b", None))
+        catch_up(member, view, topic)
+    assert view.rows("a") == [("bookings",), ("forum",)]
+    assert view.rows("b") is view.rows("d") is view.rows("never") is None
+    assert view.keys("app", "forum") == ["a", "c"]
+    assert view.keys("app", "forum", after="a") == ["c"]
+    assert view.keys("app", "forum", limit=1) == ["a"]
+    assert view.count() == 3
+    assert view.aside() == []
+
+
+def test_older_versions_neither_overwrite_nor_revive(cluster: Cluster, view: View) -> None:
+    """correctness 29: neither in one batch nor in later ones, by another writer."""
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 5, "new"), site("a", 4, "old"), site("b", 3, "gone"), ("b", None, 4), site("b", 3, "gone"))
+    for _ in range(2):
+        with build(view, topic) as member:
+            catch_up(member, view, topic)
+        assert view.content() == {"a": [("new",)]}
+        send(topic, site("a", 3, "old"), ("a", None, 4), site("b", 3, "gone"), site("b", 4, "gone"))
+    send(topic, ("a", None), site("a", 5, "again"))  # a tombstone without a version keeps the one that is there
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+        assert view.content() == {}
+        send(topic, site("a", 6, "back"), site("b", 5, "back"))
+        catch_up(member, view, topic)
+    assert view.content() == {"a": [("back",)], "b": [("back",)]}
+
+
+def test_a_whole_topic_replayed_gives_the_same_view(cluster: Cluster, view: View) -> None:
+    """correctness 29: whatever the order in which the records come again."""
+    topic = fresh_topic(cluster, 1, Site)
+    chance = random.Random(7)
+    records: list[Any] = []
+    for key, version in itertools.product("abcdefgh", range(1, 12)):
+        gone = chance.random() < 0.3
+        records.append((key, None, version) if gone else site(key, version, *chance.sample(["x", "y", "z"], 2)))
+    send(topic, *records)
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+        before = view.content()
+        chance.shuffle(records)
+        send(topic, *records)
+        catch_up(member, view, topic)
+    assert view.content() == before
+    last = {key: value for key, value, *_ in sorted(records, key=lambda one: one[1].version if one[1] else one[2])}
+    assert set(before) == {key for key, value in last.items() if value is not None}
+
+
+def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, view: View) -> None:
+    """A function that raises, poison, no key, no version, rows of the wrong form or that the database refuses."""
+    topic = fresh_topic(cluster, 1, Site)
+
+    def rows(record: Record[Site]) -> Any:
+        match record.value.apps:
+            case ["raise"]:
+                raise ZeroDivisionError("by zero")
+            case ["shape"]:
+                return [("one", "two")]
+            case ["value"]:
+                return [({"no": "text"},)]
+        return apps_of(record)
+
+    send(topic, site("a", 1, "stores"), site("b", 1, "raise"))
+    put(topic, b"{", key="c")
+    put(topic, {"version": 1, "apps": []})
+    send(topic, site("d", -1, "stores"), site("e", 1, "shape"), site("f", 1, "value"), site("g", 1, "stores"))
+    topic.send(None, "a", {"version": "many"})
+    send(topic, site("h", 1, "forum"))
+    with Member(Projection(topic, rows, view).consumer(fresh_group())) as member:
+        catch_up(member, view, topic)
+    assert view.content() == {"a": [("stores",)], "g": [("stores",)], "h": [("forum",)]}
+    aside = view.aside()
+    assert [(name, partition, offset) for name, partition, offset, _ in aside] == [
+        (topic.name, 0, offset) for offset in (1, 2, 3, 4, 5, 6, 8)
+    ]
+    for (*_, reason), said in zip(
+        aside, ("by zero", "does not decode", "no key", "-1", "no row of app", "", "many"), strict=True
+    ):
+        assert said in reason, reason
+
+
+def test_a_view_travels_without_its_connections(in_file: SqliteView, cluster: Cluster) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"))
+    with build(in_file, topic) as member:
+        catch_up(member, in_file, topic)
+    with pickle.loads(pickle.dumps(in_file)) as copy:
+        assert copy.rows("a") == [("stores",)]
+
+
+@pytest.mark.parametrize("name", ["apps; drop table x", "Apps", "", "1st"])
+def test_names_that_are_no_names_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LabkitError, match="cannot be a name"):
+        SqliteView(tmp_path / "view.db", name, {"app": "text"})
+    with pytest.raises(LabkitError, match="cannot be a name"):
+        SqliteView(tmp_path / "view.db", "apps", {name: "text"})
+
+
+# -- offsets in the transaction of the rows ----------------------------------------------------------------------------
+
+
+class Writer(Process):
+    """A process that writes the view `numbers` and stops where it is told to: {"before-2": "kill"}."""
+
+    script = "view_member.py"
+
+    def __init__(self, topic: Topic[Any], group: str, where: Any, stops: dict[str, str], batch: int = 10) -> None:
+        super().__init__(topic, group, where=str(where), stops=stops, batch=batch)
+
+    def wait_said(self, step: str) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: any(line["step"] == step for line in self.lines), 20):
+                pytest.fail(f"never {step}: {self.lines} {self.stderr}")
+
+    def go_on(self) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write("\n")
+        self.popen.stdin.flush()
+
+
+def numbered(topic: Topic[Any], *values: int) -> None:
+    """Each under a key of its own."""
+    for value in values:
+        put(topic, value, key=str(value), partition=value % topic.partitions)
+
+
+def expected(count: int) -> dict[str, list[tuple[int]]]:
+    """Each written once."""
+    return {str(value): [(value,)] for value in range(count)}
+
+
+def finish(topic: Topic[Any], view: View, group: str | None = None) -> None:
+    """Let a writer that nothing disturbs do the rest."""
+    with Member(projection(topic, view).consumer(group or fresh_group())) as member:
+        catch_up(member, view, topic)
+
+
+def test_killed_at_any_point_of_a_transaction_nothing_is_lost_or_doubled(cluster: Cluster, tmp_path: Path) -> None:
+    """correctness 28: kill -9 before, between, and after; the next writer goes on from the view's offset."""
+    topic, where = fresh_topic(cluster), tmp_path / "view.db"
+    numbered(topic, *range(100))
+    view, done = numbers(str(where)), 0
+    for point in ("before", "claimed", "written", "after"):
+        with Writer(topic, fresh_group(), where, {f"{point}-3": "kill"}) as writer:
+            assert writer.ends() == -9
+        assert done < view.count() < 100
+        done = view.count()
+    finish(topic, view)
+    assert view.content() == expected(100)
+
+
+def test_a_writer_goes_on_where_the_view_is_not_where_its_group_is(cluster: Cluster, tmp_path: Path) -> None:
+    """correctness 28: a view that was deleted is built from the beginning by the same group, whose lag tells so."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    numbered(topic, *range(20))
+    with numbers(str(tmp_path / "one.db")) as view:
+        finish(topic, view, group)
+        assert committed(topic, group) == {0: 10, 1: 10}
+    with numbers(str(tmp_path / "two.db")) as view:
+        finish(topic, view, group)
+        assert view.content() == expected(20)
+    assert sum(lag(cluster, group, [topic.name]).values()) == 0
+
+
+def test_a_frozen_writer_that_wakes_up_when_another_has_taken_over_changes_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """correctness 28: its batch, read before, is refused by the offset."""
+    topic, group, where = fresh_topic(cluster), fresh_group(), tmp_path / "view.db"
+    numbered(topic, *range(40))
+    with Writer(topic, group, where, {"before-3": "wait"}) as zombie:
+        zombie.wait_said("waiting")
+        zombie.freeze()
+        view = numbers(str(where))
+        held = view.count()
+        assert 0 < held < 40
+        with Member(projection(topic, view).consumer(group)) as member:
+            catch_up(member, view, topic)
+            assert view.content() == expected(40)
+            zombie.thaw()
+            zombie.go_on()
+            wait_until(lambda: "ViewOvertaken" in zombie.stderr, 10, "the zombie to be refused")
+            numbered(topic, 40, 41)
+            catch_up(member, view, topic)
+            assert view.content() == expected(42)
+
+
+def test_two_groups_on_one_view_write_each_record_once(cluster: Cluster, tmp_path: Path) -> None:
+    """A mistake in the set-up, and the worst of zombies: both are alive. The offset alone decides."""
+    topic = fresh_topic(cluster, 2)
+    numbered(topic, *range(200))
+    views = [numbers(str(tmp_path / "view.db")) for _ in range(2)]
+    members = [Member(projection(topic, view).consumer(fresh_group(), batch=5)) for view in views]
+    with members[0], members[1]:
+        catch_up(members[0], views[0], topic)
+    assert views[0].content() == expected(200)
+
+
+def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> None:
+    """correctness 28: the offsets of the topic that was deleted say nothing of the one of its name."""
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"), site("b", 1, "stores"))
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+    cluster.delete_topics([topic.name])
+    wait_until(lambda: topic.name not in cluster.topics(), 10, "the end of the topic")
+    topic.create()
+    send(topic, site("c", 1, "forum"))
+    with build(view, topic) as member:
+        error = member.ends()
+    assert isinstance(error, ViewOutdated)
+    assert "generation=2" in str(error)
+    with view.beside() as beside, build(beside, topic) as member:
+        member.wait_committed({0: 1})
+        beside.switch()
+    assert view.content() == {"c": [("forum",)]}
+
+
+# -- databases that fail -----------------------------------------------------------------------------------------------
+
+
+def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.patterns.consume_and_project.BUSY", 0.2)
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"))
+    with build(in_file, topic) as member, closing(sqlite3.connect(in_file.path, isolation_level=None)) as other:
+        catch_up(member, in_file, topic)
+        other.execute("begin immediate")
+        send(topic, site("b", 1, "stores"))
+        failure = member.journal.wait_for(Step.FAILED)[0]
+        assert "locked" in str(failure.error)
+        assert in_file.rows("a") == [("stores",)]  # readers do not notice
+        other.execute("rollback")
+        catch_up(member, in_file, topic)
+    assert set(in_file.content()) == {"a", "b"}
+
+
+def test_a_deleted_file_ends_the_writer_and_the_next_one_builds_it_anew(cluster: Cluster, in_file: SqliteView) -> None:
+    """What is written to a file that was deleted would be seen by nobody."""
+    topic, group = fresh_topic(cluster, 1, Site), fresh_group()
+    send(topic, site("a", 1, "stores"))
+    with build(in_file, topic, group) as member:
+        catch_up(member, in_file, topic)
+        for path in Path(in_file.path).parent.glob("view.db*"):
+            path.unlink()
+        with pytest.raises(ViewUnavailable):
+            in_file.rows("a")
+        send(topic, site("b", 1, "stores"))
+        assert isinstance(member.ends(), ViewTakenBack)
+    with build(in_file, topic, group) as member:
+        catch_up(member, in_file, topic)
+    assert set(in_file.content()) == {"a", "b"}
+
+
+def test_a_view_of_an_older_form_is_built_beside_and_switched_to(cluster: Cluster, in_file: SqliteView) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"))
+    with build(in_file, topic) as member:
+        catch_up(member, in_file, topic)
+    newer = SqliteView(in_file.path, "apps", {"app": "text", "version": "bigint"}, ["app"], key="site")
+
+    def rows(record: Record[Site]) -> list[tuple[str, int]]:
+        return [(app, record.value.version) for app in record.value.apps]
+
+    with Member(Projection(topic, rows, newer).consumer(fresh_group())) as member:
+        error = member.ends()
+    assert isinstance(error, ViewOutdated)
+    assert "generation=2" in str(error)
+    with newer.beside() as newest, Member(Projection(topic, rows, newest).consumer(fresh_group())) as member:
+        member.wait_committed({0: 1})
+        assert in_file.rows("a") == [("stores",)]
+        newest.switch()
+        assert newest.rows("a") == [("stores", 1)]
+
+
+def test_a_table_that_is_none_of_ours_is_left_alone(in_file: SqliteView) -> None:
+    with closing(sqlite3.connect(in_file.path)) as other:
+        other.execute("create table apps_1 (precious text)")
+    with pytest.raises(ViewOutdated, match="another name"):
+        in_file.begin("topic", "id", [0])
+    with closing(sqlite3.connect(in_file.path)) as other:
+        assert other.execute("select name from sqlite_master").fetchall() == [("apps_1",)]
+
+
+def test_a_file_that_is_no_database_is_told(in_file: SqliteView) -> None:
+    Path(in_file.path).write_text("something else, and long enough for a header of a database " * 10)
+    with pytest.raises(ViewUnavailable, match="not a database"):
+        in_file.begin("topic", "id", [0])
+
+
+class Small(SqliteView):
+    """A disk with room for this many pages: SQLite answers as it does when the real one is full."""
+
+    pages = 40
+
+    def _writable(self) -> Any:
+        writer = super()._writable()
+        writer.execute(f"pragma max_page_count = {self.pages}")
+        return writer
+
+
+def test_a_full_disk_loses_nothing_and_is_gone_on_from(cluster: Cluster, tmp_path: Path) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    many = [site(f"site-{number}", 1, "stores" * 50) for number in range(300)]
+    send(topic, *many)
+    view = Small(tmp_path / "view.db", "apps", {"app": "text"}, ["app"], key="site")
+    with build(view, topic) as member:
+        failure = member.journal.wait_for(Step.FAILED)[0]
+        assert "full" in str(failure.error)
+        assert view.marks(topic.name)[0].next_offset == len(view.content())  # all or nothing
+        view.pages = 100_000
+        catch_up(member, view, topic)
+    assert len(view.content()) == 300
+    assert view.aside() == []
+
+
+def test_a_postgres_killed_while_writing_loses_and_doubles_nothing(cluster: Cluster, postgres: Any) -> None:
+    topic = fresh_topic(cluster, 2)
+    numbered(topic, *range(100))
+    view = numbers(postgres.dsn)
+    view.table = f"numbers_{uuid.uuid4().hex[:8]}"
+    with Member(projection(topic, view).consumer(fresh_group(), batch=10)) as member:
+        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) >= 50)
+        postgres.kill()
+        for value in range(100, 200):
+            put(topic, value, key=str(value), partition=value % 2)
+        member.journal.wait_for(Step.FAILED)
+        postgres.restart()
+        catch_up(member, view, topic)
+    assert view.content() == expected(200)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_view_that_is_not_there_yet_is_told_and_not_made(in_file: SqliteView) -> None:
+    with pytest.raises(ViewUnavailable):
+        in_file.rows("a")
+    assert not os.path.exists(in_file.path)
+    sqlite3.connect(in_file.path).close()
+    with pytest.raises(ViewUnavailable):
+        in_file.keys("app", "stores")
+    with pytest.raises(LabkitError, match="no index by 'site'"):
+        in_file.keys("site", "a")
+
+
+def test_a_rebuild_beside_is_switched_to_without_a_failed_read(cluster: Cluster, view: View) -> None:
+    """Four threads read all the time: what they see is the one view or the other."""
+    topic = fresh_topic(cluster, 2, Site)
+    send(topic, *(site(f"site-{number}", 1, "stores", "forum") for number in range(50)))
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+    seen: list[Any] = []
+    stop = threading.Event()
+
+    def read(reader: View) -> None:
+        with reader:
+            while not stop.is_set():
+                try:
+                    seen.append(tuple(reader.rows("site-7") or ()))
+                except Exception as error:
+                    seen.append(error)
+
+    threads = [threading.Thread(target=read, args=(pickle.loads(pickle.dumps(view)),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+
+    def shouted(record: Record[Site]) -> list[tuple[str]]:
+        return [(app.upper(),) for app in record.value.apps]
+
+    with view.beside() as beside, Member(Projection(topic, shouted, beside).consumer(fresh_group())) as member:
+        member.journal.wait(lambda: sum(committed(topic, member.consumer.group).values()) == 50)
+        beside.switch()
+    wait_until(lambda: seen[-1] == (("STORES",), ("FORUM",)), 5, "the rebuilt view to be read")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {(("stores",), ("forum",)), (("STORES",), ("FORUM",))}
+    assert stale(topic, view) == 0  # of the generation that is shown
+
+
+def test_staleness_in_records_and_seconds(cluster: Cluster, in_file: SqliteView) -> None:
+    topic = fresh_topic(cluster, 2, Site)
+    send(topic, site("a", 1, "stores"), site("b", 1, "stores"), site("c", 1, "stores"))
+    staleness = Staleness(topic, in_file)
+    with pytest.raises(ViewUnavailable):
+        staleness.look()
+    assert staleness.records is staleness.seconds is None
+    with build(in_file, topic) as member:
+        catch_up(member, in_file, topic)
+        staleness.look()
+        assert staleness.records == 0
+        assert staleness.seconds is not None
+        assert staleness.seconds < 1
+    send(topic, site("a", 2, "stores"), site("b", 2, "stores"))
+    staleness.look()
+    assert staleness.records == 2
+    began = staleness.seconds
+    assert began is not None
+    wait_until(lambda: (staleness.seconds or 0) > began + 0.3, 2, "age without a look")
+    staleness.look()
+    assert staleness.seconds > began + 0.3
+    late = Staleness(topic, in_file)  # never saw it complete: what is missing is newer than what is there
+    late.look()
+    assert late.records == 2
+    assert late.seconds is not None
+    assert late.seconds >= staleness.seconds - 1
+    with build(in_file, topic) as member:
+        catch_up(member, in_file, topic)
+        staleness.look()
+    assert staleness.records == 0
+    assert staleness.seconds < 1
