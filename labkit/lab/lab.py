@@ -281,6 +281,18 @@ class Lab:
         """A length of time at this lab's pace."""
         return told / self.pace
 
+    def figure(self, metric: str, label: str) -> float:
+        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`."""
+        return self._history.now(metric, label)
+
+    def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+        """Wait until a condition holds. Raises LabkitError, naming `what` was waited for, after `timeout` seconds."""
+        until = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > until:
+                raise LabkitError(f"not within {timeout:g} s: {what}")
+            time.sleep(0.02)
+
     def settle(self, timeout: float = 60.0) -> Settled:
         """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
 

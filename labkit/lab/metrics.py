@@ -134,6 +134,11 @@ class History:
                     self._changed = max(self._changed, at)
         return ended
 
+    def now(self, metric: str, label: str) -> float:
+        """The newest value of a series; NaN before its first."""
+        with self._lock:
+            return self._last.get((metric, label), float("nan"))
+
     def standing(self) -> list[Fault]:
         """The faults that have not ended."""
         return [fault for fault in self.faults if fault.end is None]

@@ -133,6 +133,21 @@ def completed_panel(completed: str, topics: Sequence[str]) -> Panel:
     return Panel("Completed", "records", plots, words)
 
 
+def figures_panel(title: str, unit: str, metric: str, owners: Sequence[str]) -> Panel:
+    """One metric, a line for each of its owners (deployments, or labels of `lab.watch`)."""
+    plot = Plot(metric, "line", owners, (BLUE, PURPLE, GREEN, SKY, ORANGE, BLACK))
+
+    def words(now: Now) -> Sequence[str]:
+        each = [f"{plot.name(label)} {_amount(value)}" for label, value in now[metric].items()]
+        return [" · ".join(each[:number]) for number in range(len(each), 0, -1)] or ["nothing yet"]
+
+    return Panel(title, unit, (plot,), words)
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
+
 # -- Public: draw and snapshot ---------------------------------------------------------------------------------------
 
 

@@ -266,9 +266,9 @@ class View(ABC):
 
     @property
     def _sources(self) -> dict[str, str]:
-        """What readers read, by the end of its name."""
+        """What readers read, by the end of its name; in the order of `rows`, or PostgreSQL sees a deadlock."""
         mine = f"view_offsets where view = '{self.name}'"
-        return {"": self.name, "_keys": f"{self.name}_keys", "_offsets": mine}
+        return {"_keys": f"{self.name}_keys", "": self.name, "_offsets": mine}
 
     def _shown(self, database: Database) -> str | None:
         found = database.execute("select view from view_definitions where name = ? and shown = 1", (self.table,))

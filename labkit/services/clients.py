@@ -1,4 +1,4 @@
-"""Clients of an HTTP service: how many there are, how often they ask, and how long they wait."""
+"""Clients of an HTTP service: how many there are, how often they ask, and how long they wait; or a single question."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import asyncio
 import random
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
+import msgspec
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.steps import Measured, Report, Step
@@ -97,3 +101,29 @@ class Clients:
             for ended in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(ended, Exception):
                     raise ended
+
+
+def ask(url: str, method: str = "GET", body: Any = None, patience: float = 0.0) -> tuple[int, Any]:
+    """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON, bytes as they are.
+
+    While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as
+    most clients do. Raises OSError after that.
+    """
+    data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
+    until = time.monotonic() + patience
+    while True:
+        try:
+            with _OPENER.open(urllib.request.Request(url, data, method=method), timeout=PATIENCE) as answer:  # noqa: S310
+                text = answer.read()
+                is_json = answer.headers.get_content_subtype() == "json"
+                return answer.status, msgspec.json.decode(text) if is_json else text.decode()
+        except urllib.error.HTTPError as refused:
+            with refused:
+                return refused.code, refused.read().decode()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)  # between two attempts: nothing tells when somebody listens
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # what is asked is on this machine

@@ -14,6 +14,7 @@ from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import producer
 from labkit.runtime import shared
 from labkit.runtime.connect import Connection
+from labkit.runtime.postgres import Postgres
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,13 @@ def connection(state_dir: Path) -> Iterator[Connection]:
 def cluster(connection: Connection) -> Cluster:
     """The session's embedded broker."""
     return connection.cluster
+
+
+@pytest.fixture(scope="session")
+def postgres(state_dir: Path) -> Iterator[Postgres]:
+    """One PostgreSQL for the tests; who kills it starts it again, and tables have names of their own."""
+    with Postgres() as server:
+        yield server
 
 
 @pytest.fixture

@@ -441,6 +441,7 @@ def test_a_postgres_killed_while_writing_loses_and_doubles_nothing(cluster: Clus
         postgres.restart()
         catch_up(member, view, topic)
     assert view.content() == expected(200)
+    view.close()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

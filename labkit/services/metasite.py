@@ -1,0 +1,205 @@
+"""MetaSite: the service that owns the sites, and that everybody asks.
+
+A site is one large object in its PostgreSQL. Whatever a client wants of it, MetaSite reads the object, takes it apart,
+and answers with a piece: that is its load, and why clients that only want the installed apps should read elsewhere.
+
+How a change gets into the table and into the topic: `dual_write` does the one, then the other, and loses an event when
+it ends in between. Otherwise a change is only sent, and `table_writer` makes the row of it: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import psycopg
+from aiohttp import web
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import PoisonRecord
+from labkit.kafka.records import Record, encode
+from labkit.kafka.topics import Topic
+from labkit.patterns.consume_and_project import VERSION, version_of
+from labkit.services.http import HttpService
+from labkit.services.sites import Site
+
+TABLE = "create table if not exists sites (id text primary key, version bigint not null, object jsonb)"
+# A deleted site keeps its row and its version, without an object.
+UPSERT = """insert into sites values (%s, %s, %s) on conflict (id) do update
+set version = excluded.version, object = excluded.object where sites.version < excluded.version"""
+OBJECT = "select object::text from sites where id = %s and object is not null"
+LIMIT = 100  # sites in one answer
+FREE = web.AppKey("free", asyncio.Queue)  # connections to the database that nobody uses, and None for one to be made
+_site = msgspec.json.Decoder(Site)
+
+
+@dataclass(frozen=True)
+class MetaSite(HttpService):
+    """Its HTTP APIs, on the PostgreSQL named by `dsn`. Changes go to `topic`."""
+
+    dsn: str
+    topic: Topic[Site]
+    connections: int = 4
+    dual_write: bool = False
+    between: Callable[[Site], object] = lambda site: None
+    """Called by a dual write when the row is stored and the event is not yet sent: where the baseline crashes."""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        yield web.get("/sites/{id}", self.whole)
+        for part in ("apps", "pages", "owner", "name"):
+            yield web.get(f"/sites/{{id}}/{part}", self.part(part))
+        yield web.get("/apps/{app}/sites", self.with_app)
+        yield web.put("/sites/{id}", self.put)
+        yield web.delete("/sites/{id}", self.delete)
+
+    async def start(self, app: web.Application) -> None:
+        app[FREE] = asyncio.Queue()
+        for _ in range(self.connections):
+            app[FREE].put_nowait(None)
+
+    async def finish(self, app: web.Application) -> None:
+        while not app[FREE].empty():
+            if (connection := app[FREE].get_nowait()) is not None:
+                await connection.close()
+
+    # -- reading
+
+    async def whole(self, request: web.Request) -> web.Response:
+        return _json(await self._object(request))
+
+    def part(self, name: str) -> Any:
+        async def part(request: web.Request) -> web.Response:
+            site = _site.decode(await self._object(request))
+            return _json(encode({"id": site.id, "version": site.version, name: getattr(site, name)}))
+
+        return part
+
+    async def with_app(self, request: web.Request) -> web.Response:
+        """Which sites have an app: nothing but a look at every object can tell."""
+        wanted = encode([{"name": request.match_info["app"]}]).decode()
+        sql = "select id from sites where object->'apps' @> %s::jsonb order by id limit %s"
+        return _json(encode([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))]))
+
+    async def _object(self, request: web.Request) -> bytes:
+        name = request.match_info["id"]
+        found = await self._ask(request, OBJECT, (name,))
+        if not found:
+            raise web.HTTPNotFound(text=f"there is no site {name}\n")
+        return bytes(found[0][0].encode())
+
+    # -- writing
+
+    async def put(self, request: web.Request) -> web.Response:
+        """Create or change a site: the body is all of it, its next version."""
+        try:
+            site = _site.decode(await request.read())
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=f"this is no site: {error}\n") from error
+        if site.id != request.match_info["id"]:
+            raise web.HTTPBadRequest(text=f"the site in the body is {site.id}, not {request.match_info['id']}\n")
+        if self.dual_write:
+            stored = await self._ask(request, f"{UPSERT} returning id", _row(site))
+            if not stored:
+                return web.Response(text="nothing to do: this version, or a newer one, is stored\n")
+            self.between(site)
+        self.topic.send(site, site.id)
+        await asyncio.to_thread(self.topic.flush)
+        return web.Response(status=202)
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """Delete a site: `?version=8` is the version in which it is gone."""
+        told = request.query.get(VERSION, "")
+        if not told.isdecimal():
+            raise web.HTTPBadRequest(text=f"say in which version it is gone: ?{VERSION}=8\n")
+        self.topic.send(None, request.match_info["id"], {VERSION: told})
+        await asyncio.to_thread(self.topic.flush)
+        return web.Response(status=202)
+
+    async def _ask(self, request: web.Request, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Wait for a connection, then for the answer. 503 while the database is away."""
+        free = request.app[FREE]
+        connection: psycopg.AsyncConnection[Any] | None = await free.get()
+        try:
+            if connection is None or connection.broken:
+                connection = None
+                connection = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True, connect_timeout=2)
+            cursor = await connection.execute(sql, parameters)
+            return await cursor.fetchall()
+        except psycopg.OperationalError as error:
+            raise web.HTTPServiceUnavailable(text=f"the database does not answer: {error}\n") from error
+        finally:
+            free.put_nowait(connection)
+
+
+def _row(site: Site) -> tuple[str, int, str]:
+    return site.id, site.version, encode(site).decode()
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")
+
+
+class _Table:
+    """The handler of `table_writer`; it connects where it runs."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+
+    def __getstate__(self) -> str:
+        return self.dsn
+
+    def __setstate__(self, dsn: str) -> None:
+        self.dsn = dsn
+
+    def write(self, batch: Sequence[Record[Site] | PoisonRecord]) -> None:
+        rows = []
+        for record in batch:
+            if isinstance(record, PoisonRecord) or (version := version_of(record)) is None:
+                print(f"passed over: {record!r}", file=sys.stderr)  # noqa: T201 - a pod's log is its stderr
+                continue
+            rows.append((record.key, version, encode(record.value).decode() if record.value is not None else None))
+        with psycopg.connect(self.dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
+            cursor.execute(TABLE)
+            cursor.executemany(UPSERT, rows)
+
+
+def table_writer(sites: Topic[Site], dsn: str, batch: int = 100) -> Consumer:
+    """Makes the rows of the table of what comes through the topic. A version that is there already changes nothing, so
+    what is delivered twice does no harm."""
+    return Consumer(sites, _Table(dsn).write, batch=batch)
+
+
+def fill(dsn: str, sites: Iterable[Site]) -> None:
+    """Rows as they were before there was a topic."""
+    with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
+        cursor.execute(TABLE)
+        with cursor.copy("copy sites from stdin") as copy:
+            for site in sites:
+                copy.write_row(_row(site))
+
+
+def stored(dsn: str) -> Iterator[tuple[str, int, Site | None]]:
+    """Every row of the table: id, version, and the site unless it is deleted. Streamed."""
+    with psycopg.connect(dsn) as connection, connection.cursor("every_row") as cursor:
+        cursor.itersize = 200
+        cursor.execute("select id, version, object::text from sites order by id")
+        for name, version, text in cursor:
+            yield name, version, None if text is None else _site.decode(text)
+
+
+def backfill(dsn: str, sites: Topic[Site]) -> int:
+    """Send every row to the topic, and say how many.
+
+    Changes have to go through the topic already: then none is missed, and where one overtakes the row that was read
+    before it, the row is the older version, which views pass over. (The topic must not be compacted while they do:
+    compaction keeps what was sent last.)
+    """
+    count = 0
+    for count, (name, version, site) in enumerate(stored(dsn), 1):  # noqa: B007 - the last one counts
+        sites.send(site, name, None if site is not None else {VERSION: str(version)})
+    sites.flush()
+    return count

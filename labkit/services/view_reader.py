@@ -1,0 +1,131 @@
+"""The read side of a projection: an HTTP service over a view, which asks nobody else.
+
+It answers while the writer, Kafka, and whoever owns the objects are down, and every answer says how old it may be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.records import encode
+from labkit.kafka.topics import Topic
+from labkit.patterns.consume_and_project import Staleness, View, ViewUnavailable
+from labkit.services.http import HttpService
+
+LOOK = 0.2  # seconds between two looks at how far the view is behind
+PAGE, LARGEST_PAGE = 100, 1000  # keys in one answer
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SEAL = 12  # bytes of a page token that say that it is ours
+STALENESS, LOOKING = web.AppKey("staleness", Staleness), web.AppKey("looking", asyncio.Task[None])
+
+
+@dataclass(frozen=True)
+class ViewReader(HttpService):
+    """Reads `view`, which is made of `topic`. Start it before the view exists, and it answers 503 until it does.
+
+    `GET /site/site-000017` (the name of the view's key): the rows of that key; 404 if there are none.
+    `GET /app/stores?limit=50` (an indexed column): keys with that value, and `next`, the token of the following page.
+    """
+
+    view: View
+    topic: Topic[Any]
+    secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    """Signs the tokens of pages; all processes of one service share it."""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        yield web.get(f"/{self.view.key}/{{key}}", self.rows)
+        for column in self.view.indexes:
+            yield web.get(f"/{column}/{{value}}", self.keys(column))
+
+    async def start(self, app: web.Application) -> None:
+        staleness = Staleness(self.topic, copy(self.view))  # its own connection: a look delays no answer
+        app[STALENESS], app[LOOKING] = staleness, asyncio.create_task(self._look(staleness))
+
+    async def finish(self, app: web.Application) -> None:
+        app[LOOKING].cancel()
+        self.view.close()
+
+    async def _look(self, staleness: Staleness) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(staleness.look)
+            except LabkitError:
+                pass  # no view yet, or no Kafka: what was seen before grows older, and answers say so
+            await asyncio.sleep(LOOK)
+
+    async def rows(self, request: web.Request) -> web.Response:
+        key = self._name(request, "key")
+        found = self._ask(lambda: self.view.rows(key))
+        if found is None:
+            raise web.HTTPNotFound(text=f"there is no {self.view.key} {key}\n")
+        rows = [dict(zip(self.view.columns, row, strict=True)) for row in found]
+        return _answer(request, {self.view.key: key, "rows": rows})
+
+    def keys(self, column: str) -> Any:
+        async def keys(request: web.Request) -> web.Response:
+            value, limit = self._name(request, "value"), self._limit(request)
+            after = self._after(request.query.get("page"), column, value)
+            found = self._ask(lambda: self.view.keys(column, value, after, limit + 1))
+            page = found[:limit]
+            more = self._token(column, value, page[-1]) if len(found) > limit else None
+            return _answer(request, {column: value, f"{self.view.key}s": page, "next": more})
+
+        return keys
+
+    def _ask(self, read: Any) -> Any:
+        try:
+            return read()
+        except ViewUnavailable as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
+
+    def _name(self, request: web.Request, part: str) -> str:
+        name = request.match_info[part]
+        if not NAME.fullmatch(name):
+            raise web.HTTPBadRequest(text=f"{name!r} is no name: letters, digits and . _ - make one, at most 64\n")
+        return name
+
+    def _limit(self, request: web.Request) -> int:
+        told = request.query.get("limit", str(PAGE))
+        if not re.fullmatch(r"[0-9]{1,9}", told) or not 1 <= int(told) <= LARGEST_PAGE:
+            raise web.HTTPBadRequest(text=f"limit is a number from 1 to {LARGEST_PAGE}, not {told!r}\n")
+        return int(told)
+
+    def _token(self, column: str, value: str, after: str) -> str:
+        return base64.urlsafe_b64encode(self._seal(column, value, after) + after.encode()).decode()
+
+    def _after(self, token: str | None, column: str, value: str) -> str:
+        """The key after which a page begins. A token that is not ours for this question is refused."""
+        if token is None:
+            return ""
+        try:
+            raw = base64.b64decode(token, altchars=b"-_", validate=True)
+            seal, after = raw[:SEAL], raw[SEAL:].decode()
+        except (binascii.Error, ValueError):
+            seal, after = b"", ""
+        if not hmac.compare_digest(seal, self._seal(column, value, after)):
+            raise web.HTTPBadRequest(text="this page token is not one of ours for this question: begin without one\n")
+        return after
+
+    def _seal(self, *parts: str) -> bytes:
+        return hmac.digest(self.secret.encode(), "\0".join(parts).encode(), hashlib.sha256)[:SEAL]
+
+
+def _answer(request: web.Request, found: dict[str, Any]) -> web.Response:
+    staleness = request.app[STALENESS]
+    seconds = staleness.seconds
+    age = None if seconds is None else round(seconds, 3)
+    found["stale"] = {"records": staleness.records, "seconds": age}
+    return web.Response(body=encode(found), content_type="application/json")

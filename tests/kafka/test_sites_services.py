@@ -1,0 +1,292 @@
+"""MetaSite, how its changes get into table and topic, and the reader of a view: over HTTP, as clients meet them."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from consuming import Member, fresh_group, fresh_topic, put
+from processes import wait_until
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record, encode
+from labkit.kafka.topics import Topic
+from labkit.patterns.consume_and_project import Projection, SqliteView
+from labkit.runtime.broker import free_ports
+from labkit.runtime.postgres import Postgres
+from labkit.services.clients import ask
+from labkit.services.http import HttpService
+from labkit.services.metasite import MetaSite, backfill, fill, stored, table_writer
+from labkit.services.sites import Site, site, site_id, sites
+from labkit.services.view_reader import ViewReader
+
+
+@contextmanager
+def serving(service: HttpService) -> Iterator[str]:
+    """It, in a thread; its address."""
+    stop = threading.Event()
+    thread = threading.Thread(target=service.run, args=(stop, lambda step, subject: None))
+    thread.start()
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return ask(f"{service.url}/none")[0] == 404
+        return False
+
+    try:
+        wait_until(answers, 10, "the service to answer")
+        yield service.url
+    finally:
+        stop.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def apps_of(record: Record[Site]) -> list[tuple[str, str]]:
+    return [(app.name, app.version) for app in record.value.apps]
+
+
+def apps_view(path: Path) -> SqliteView:
+    return SqliteView(path, "apps", {"app": "text", "version": "text"}, ["app"], key="site")
+
+
+def writer(topic: Topic[Site], view: SqliteView) -> Member:
+    return Member(Projection(topic, apps_of, view).consumer(fresh_group()))
+
+
+@pytest.fixture
+def dsn(postgres: Postgres) -> str:
+    """A database of the test's own."""
+    name = f"metasite_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return postgres.dsn.replace("dbname=postgres", f"dbname={name}")
+
+
+# -- the reader --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def topic(cluster: Cluster) -> Topic[Site]:
+    """250 sites, of which one was deleted."""
+    topic = fresh_topic(cluster, 2, Site)
+    for one in sites(250, pages=0):
+        topic.send(one, one.id)
+    topic.send(None, site_id(249), {"version": "2"})
+    topic.flush()
+    return topic
+
+
+@pytest.fixture(scope="module")
+def reader(topic: Topic[Site], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    view = apps_view(tmp_path_factory.mktemp("reader") / "view.db")
+    with serving(ViewReader(free_ports()[0], view, topic)) as url:
+        status, said = ask(f"{url}/site/{site_id(1)}")  # before there is a view
+        assert status == 503
+        assert "cannot be read" in said
+        with writer(topic, view):
+            wait_until(lambda: stale(url) == 0, 20, "the view to be complete")
+        yield url
+
+
+def stale(url: str, name: str = site_id(1)) -> Any:
+    status, answer = ask(f"{url}/site/{name}")
+    return answer["stale"]["records"] if status == 200 else None
+
+
+def test_a_site_has_its_apps_and_says_how_old_they_may_be(reader: str) -> None:
+    status, answer = ask(f"{reader}/site/{site_id(3)}")
+    assert status == 200
+    assert answer["rows"] == [{"app": app.name, "version": app.version} for app in site(3).apps]
+    assert answer["stale"]["records"] == 0
+    assert 0 <= answer["stale"]["seconds"] < 5
+
+
+def test_an_app_has_its_sites_page_by_page(reader: str) -> None:
+    wanted = sorted(one.id for one in sites(249, pages=0) if any(app.name == "stores" for app in one.apps))
+    found: list[str] = []
+    page: str | None = ""
+    while page is not None:
+        _, answer = ask(f"{reader}/app/stores?limit=7" + (f"&page={page}" if page else ""))
+        assert len(answer["sites"]) <= 7
+        found += answer["sites"]
+        page = answer["next"]
+    assert found == wanted
+    assert ask(f"{reader}/app/nobody-has-it")[1]["sites"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("site/site-999999", 404, "there is no site site-999999"),
+        (f"site/{site_id(249)}", 404, "there is no site"),  # deleted
+        ("site/%27%20or%201=1", 400, "is no name"),
+        (f"site/{'x' * 65}", 400, "is no name"),
+        ("site/%ff%00", 400, "is no name"),
+        ("app/stores?limit=0", 400, "1 to 1000"),
+        ("app/stores?limit=1000000", 400, "1 to 1000"),
+        ("app/stores?limit=-1", 400, "1 to 1000"),
+        ("app/stores?limit=many", 400, "1 to 1000"),
+        ("app/stores?page=forged", 400, "not one of ours"),
+        ("app/stores?page=%00%ff", 400, "not one of ours"),
+        (f"app/stores?page={base64.urlsafe_b64encode(b'123456789012site-000001').decode()}", 400, "not one of ours"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(reader: str, path: str, status: int, said: str) -> None:
+    found, text = ask(f"{reader}/{path}")
+    assert (found, said in text) == (status, True), text
+
+
+def test_a_token_is_good_for_its_own_question_only(reader: str) -> None:
+    token = ask(f"{reader}/app/stores?limit=3")[1]["next"]
+    assert ask(f"{reader}/app/stores?page={token}")[0] == 200
+    assert ask(f"{reader}/app/forms?page={token}")[0] == 400
+
+
+def test_it_answers_while_the_view_falls_behind_and_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    """The writer is gone: the same rows, older and older. Then a tombstone is in the view, and the site is not."""
+    topic, view = fresh_topic(cluster, 1, Site), apps_view(tmp_path / "view.db")
+    topic.send(site(1), site_id(1))
+    topic.flush()
+    with serving(ViewReader(free_ports()[0], view, topic)) as url:
+        with writer(topic, view):
+            wait_until(lambda: stale(url) == 0, 20, "the view")
+        topic.send(None, site_id(1), {"version": "2"})
+        topic.flush()
+        wait_until(lambda: stale(url) == 1, 10, "the record that is missing")
+        age = ask(f"{url}/site/{site_id(1)}")[1]["stale"]["seconds"]
+        wait_until(lambda: ask(f"{url}/site/{site_id(1)}")[1]["stale"]["seconds"] > age, 5, "growing older")
+        with writer(topic, view):
+            wait_until(lambda: ask(f"{url}/site/{site_id(1)}")[0] == 404, 20, "the deletion")
+
+
+# -- MetaSite ----------------------------------------------------------------------------------------------------------
+
+
+def table(dsn: str) -> dict[str, int]:
+    """Version by id; of deleted ones negative."""
+    return {name: version if one else -version for name, version, one in stored(dsn)}
+
+
+def told(topic: Topic[Site]) -> dict[str, int]:
+    """Highest version by id, as the topic has it."""
+    with Reader(topic) as reader:
+        return {one.value.id: one.value.version for one in reader.rest() if one.value is not None}
+
+
+def test_metasite_answers_with_pieces_of_a_large_object(cluster: Cluster, dsn: str) -> None:
+    fill(dsn, sites(20))
+    with serving(MetaSite(free_ports()[0], dsn, fresh_topic(cluster, 1, Site))) as url:
+        whole = ask(f"{url}/sites/{site_id(3)}")[1]
+        assert len(encode(whole)) > 8000
+        apps = ask(f"{url}/sites/{site_id(3)}/apps")[1]["apps"]
+        assert [app["name"] for app in apps] == [app.name for app in site(3).apps]
+        assert ask(f"{url}/sites/{site_id(3)}/owner")[1]["owner"] == site(3).owner
+        wanted = sorted(one.id for one in sites(20) if any(app.name == "stores" for app in one.apps))
+        assert ask(f"{url}/apps/stores/sites")[1] == wanted
+        assert ask(f"{url}/sites/site-9/apps")[0] == 404
+        assert ask(f"{url}/sites/{site_id(3)}", "PUT", b"{")[0] == 400
+        assert ask(f"{url}/sites/{site_id(4)}", "PUT", encode(site(3, 2)))[0] == 400
+        assert ask(f"{url}/sites/{site_id(3)}", "DELETE")[0] == 400
+
+
+def test_a_change_is_sent_and_the_row_follows(cluster: Cluster, dsn: str) -> None:
+    """Commands → topic → table; late and repeated ones change nothing, poison stops nothing."""
+    fill(dsn, sites(5, pages=0))
+    topic = fresh_topic(cluster, 2, Site)
+    with serving(MetaSite(free_ports()[0], dsn, topic)) as url, Member(table_of(topic, dsn)):
+        for version in (2, 3):
+            assert ask(f"{url}/sites/{site_id(1)}", "PUT", encode(site(1, version)))[0] == 202
+        assert ask(f"{url}/sites/{site_id(9)}", "PUT", encode(site(9)))[0] == 202
+        assert ask(f"{url}/sites/{site_id(2)}?version=2", "DELETE")[0] == 202
+        put(topic, b"{", key="poison")
+        assert ask(f"{url}/sites/{site_id(2)}", "PUT", encode(site(2)))[0] == 202
+        assert ask(f"{url}/sites/{site_id(1)}", "PUT", encode(site(1, 2)))[0] == 202
+        assert ask(f"{url}/sites/{site_id(4)}", "PUT", encode(site(4, 2)))[0] == 202
+        assert ask(f"{url}/sites/{site_id(0)}", "PUT", encode(site(0, 2)))[0] == 202
+        after = {0: 2, 1: 3, 2: -2, 3: 1, 4: 2, 9: 1}
+        wait_until(lambda: table(dsn) == {site_id(number): at for number, at in after.items()}, 10, "the rows")
+        assert ask(f"{url}/sites/{site_id(2)}")[0] == 404
+
+
+def table_of(topic: Topic[Site], dsn: str) -> Consumer:
+    return replace(table_writer(topic, dsn), group=fresh_group())
+
+
+def test_a_backfill_beside_live_changes_leaves_no_gap(cluster: Cluster, dsn: str, tmp_path: Path) -> None:
+    """Rows that changed, or were deleted, after they were read come late and old: the newest stands everywhere."""
+    fill(dsn, sites(300, pages=1))
+    topic, view = fresh_topic(cluster, 2, Site), apps_view(tmp_path / "view.db")
+    with Member(table_of(topic, dsn)), writer(topic, view):
+        live = threading.Thread(target=lambda: [topic.send(site(n, 2, pages=1), site_id(n)) for n in range(0, 300, 3)])
+        live.start()
+        assert backfill(dsn, topic) >= 300
+        live.join()
+        topic.send(None, site_id(1), {"version": "2"})
+        assert backfill(dsn, topic) >= 300
+        topic.flush()
+        wanted = {n: 2 if n % 3 == 0 else 1 for n in range(300) if n != 1}
+        rows = {site_id(n): sorted((app.name, app.version) for app in site(n, at).apps) for n, at in wanted.items()}
+        wait_until(lambda: view.content() == rows, 20, "the view")
+        assert table(dsn) == {site_id(n): at for n, at in wanted.items()} | {site_id(1): -2}
+
+
+def test_a_dual_write_that_ends_in_between_loses_the_event(cluster: Cluster, dsn: str) -> None:
+    """At a named step, so always; the client's retry does not mend it."""
+    topic, port = fresh_topic(cluster, 1, Site), free_ports()[0]
+    fill(dsn, [])
+    script = (
+        "import os, signal, sys, threading\n"
+        "from labkit.kafka.cluster import Cluster\n"
+        "from labkit.kafka.topics import Topic\n"
+        "from labkit.services.metasite import MetaSite\n"
+        "from labkit.services.sites import Site\n"
+        "def between(site):\n"
+        "    if site.id == 'site-000005': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "topic = Topic(Cluster(sys.argv[1]), sys.argv[2], 1, Site)\n"
+        "service = MetaSite(int(sys.argv[3]), sys.argv[4], topic, dual_write=True, between=between)\n"
+        "service.run(threading.Event(), lambda *_: None)\n"
+    )
+    command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, str(port), dsn]
+
+    def change(number: int) -> int | None:
+        with suppress(OSError):
+            return ask(f"http://127.0.0.1:{port}/sites/{site_id(number)}", "PUT", encode(site(number, pages=0)))[0]
+        return None
+
+    with subprocess.Popen(command) as first:
+        wait_until(lambda: change(0) is not None, 15, "the service")
+        assert [change(number) for number in range(1, 7)] == [202] * 4 + [None] * 2
+        assert first.wait(10) == -signal.SIGKILL
+    with subprocess.Popen(command) as second:
+        wait_until(lambda: change(5) == 200, 15, "the service, and the client's retry")
+        assert change(6) == 202
+        os.kill(second.pid, signal.SIGKILL)
+    assert set(table(dsn)) - set(told(topic)) == {site_id(5)}
+
+
+def test_metasite_says_503_while_its_database_is_away(cluster: Cluster, dsn: str, postgres: Postgres) -> None:
+    fill(dsn, sites(2, pages=0))
+    with serving(MetaSite(free_ports()[0], dsn, fresh_topic(cluster, 1, Site))) as url:
+        answers: Callable[[], int] = lambda: ask(f"{url}/sites/{site_id(1)}")[0]  # noqa: E731
+        assert answers() == 200
+        postgres.kill()
+        try:
+            wait_until(lambda: answers() == 503, 10, "503")
+        finally:
+            postgres.restart()
+        wait_until(lambda: answers() == 200, 10, "its return")
