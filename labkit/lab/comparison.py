@@ -63,5 +63,5 @@ def compare(name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) ->
         len(found),
         sorted(expected.keys() - found.keys()),
         sorted(found.keys() - expected.keys()),
-        sorted(id for id in both if expected[id] != found[id]),
+        sorted(name for name in both if expected[name] != found[name]),
     )

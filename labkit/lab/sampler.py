@@ -159,7 +159,10 @@ class Sampler:
             except Exception as error:  # the learner's own function, or a server that is down: the others count on
                 trouble = f"{metric} of {label}: {type(error).__name__}: {error}"
         now = time.time()
-        self.history.record(Sample(now, metric, label, value) for metric, label, value in values)
+        highest: dict[tuple[str, str], float] = {}  # of the groups that read one topic, the one that is most behind
+        for metric, label, value in values:
+            highest[metric, label] = max(value, highest.get((metric, label), value))
+        self.history.record(Sample(now, *series, value) for series, value in highest.items())
         return trouble
 
     def _look_for_eviction(self, report: PodReport) -> None:
@@ -215,6 +218,7 @@ class Sampler:
             for (topic, number), count in sorted(behind.items()):
                 label = f"{short[topic]}/{number}"
                 values += [("lag", label, count), ("blocked", label, f"{topic}/{number}" in stuck)]
+            values.append(("behind", deployment.name, sum(behind.values())))
         return values
 
     def _sent(self) -> dict[str, int]:

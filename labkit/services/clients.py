@@ -104,7 +104,7 @@ class Clients:
 
 
 def ask(url: str, method: str = "GET", body: Any = None, patience: float = 0.0) -> tuple[int, Any]:
-    """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON, bytes as they are.
+    """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON.
 
     While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as
     most clients do. Raises OSError after that.

@@ -8,32 +8,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SABOTAGE = Path(__file__).parent / "sabotage"
 
 
-def run_notebook(name: str, sabotage: str | None, state: Path) -> subprocess.CompletedProcess[str]:
-    """Run one notebook under nbval, as `labkit test notebooks` does, in processes that import `sabotage` first."""
-    env = {**os.environ, "LABKIT_STATE": str(state), "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
-    if sabotage is not None:
-        env["PYTHONPATH"] = str(SABOTAGE / sabotage)
+def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run one notebook up to its cell `last` under nbval, as `labkit test notebooks` does, in processes that import
+    `sabotage` first."""
+    book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    book.cells = book.cells[: 1 + next(number for number, cell in enumerate(book.cells) if cell.id == last)]
+    nbformat.write(book, folder / name)
+    env = {**os.environ, "LABKIT_STATE": str(folder / "state"), "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
+    env["PYTHONPATH"] = str(SABOTAGE / sabotage)
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--timeout=150"]
-    command += ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=90", f"notebooks/{name}"]
+    command += ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=90", str(folder / name)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("notebook", "sabotage", "sign"),
+    ("notebook", "sabotage", "last", "sign"),
     [
-        ("00_start_here.ipynb", "lossy_produce", r"invalid: .* lost [1-9]"),
-        ("00_start_here.ipynb", "early_commit", r"invalid: .* lost [1-9]"),
+        ("00_start_here.ipynb", "lossy_produce", "verdict", r"invalid: .* lost [1-9]"),
+        ("00_start_here.ipynb", "early_commit", "verdict", r"invalid: .* lost [1-9]"),
+        ("01_consume_and_project.ipynb", "lossy_produce", "crash-verdict", r"invalid: view: .* (missing|different) [1-9]"),
+        ("01_consume_and_project.ipynb", "offsets_outside", "crash-verdict", r"invalid: view: .* different [1-9]"),
+        ("01_consume_and_project.ipynb", "early_commit", "table-verdict", r"invalid: MetaSite's table: .* different [1-9]"),
+        ("01_consume_and_project.ipynb", "no_version_check", "verdict", r"invalid: view: .* (unexpected|different) [1-9]"),
     ],
 )
-def test_a_sabotaged_labkit_fails_the_verdict(notebook: str, sabotage: str, sign: str, tmp_path: Path) -> None:
+def test_a_sabotaged_labkit_fails_the_verdict(
+    notebook: str, sabotage: str, last: str, sign: str, tmp_path: Path
+) -> None:
     assert (SABOTAGE / sabotage / "sitecustomize.py").exists()
-    done = run_notebook(notebook, sabotage, tmp_path / "state")
+    done = run_notebook(notebook, sabotage, last, tmp_path)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
     assert re.search(sign, done.stdout), done.stdout[-3000:]

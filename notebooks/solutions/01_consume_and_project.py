@@ -1,0 +1,14 @@
+# %% crowded-sites
+def crowded(record):
+    apps = record.value.apps
+    return [(len(apps),)] if len(apps) >= 10 else []
+
+def judge(crowded):
+    class Of(Struct):
+        value: Context
+    few, many = ([App(f"app-{n}", "1.0") for n in range(size)] for size in (9, 12))
+    if list(crowded(Of(Context(1, "ada", many)))) != [(12,)]:
+        return "A site with twelve apps should give one row, (12,): a list with one tuple in it."
+    return list(crowded(Of(Context(1, "ada", few)))) == [] or "A site with nine apps should give no row: []."
+
+exercise("Rows of a view that knows the sites with ten apps or more.", check=judge, crowded=crowded)
