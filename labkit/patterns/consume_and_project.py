@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from labkit.kafka.topics import Topic
 
 VERSION = "version"  # the field of a value, or the header of a tombstone, that says how new it is
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+AT_ONCE = 500  # rows in one statement
 BUSY = 5.0  # seconds to wait for another writer of the database
 
 
@@ -67,6 +68,8 @@ class Change(NamedTuple):
     """None: newer than whatever is there, whose version it keeps."""
     rows: Sequence[Row] | None
     """Replace all rows of the key. None: the key is deleted."""
+    known: bool = True
+    """False if the view has never had this key: then there is nothing to be replaced."""
 
 
 class Batch(NamedTuple):
@@ -92,7 +95,18 @@ class Database(Protocol):
     """A connection in a transaction; parameters are marked `?`."""
 
     def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Any: ...
-    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any: ...
+
+
+def insert(database: Database, table: str, rows: Sequence[Row], conflict: str = "") -> None:
+    """Insert rows, many in one statement: SQLite lets other threads in at each, and waits to be let in again.
+
+    `conflict` says what becomes of those that are there already ("do nothing").
+    """
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        values = ", ".join([f"({_marks(part[0])})"] * len(part))
+        sql = f"insert into {table} values {values}" + (f" on conflict {conflict}" if conflict else "")
+        database.execute(sql, [value for row in part for value in row])
 
 
 class View(ABC):
@@ -131,6 +145,9 @@ class View(ABC):
         self._topic = self._topic_id = ""
         self._written: dict[int, int] = {}  # by partition: the offset that we stored last
         self._sure: set[int] = set()  # partitions in which nobody else can have written since
+        columns = ", ".join(f"t.{name}" for name in self.columns)
+        sql = f"select t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
+        self._rows_of_key = f"{sql}on t.{self.key} = k.{self.key} where k.{self.key} = ? and k.deleted = 0"
 
     @property
     def name(self) -> str:
@@ -141,10 +158,9 @@ class View(ABC):
 
     def write(self, database: Database, changes: Sequence[Change]) -> None:
         """Put these changes, one a key, into the table `name`. Runs in the transaction that also moves the offset."""
-        database.executemany(f"delete from {self.name} where {self.key} = ?", [(change.key,) for change in changes])
-        rows = [(change.key, *row) for change in changes for row in change.rows or ()]
-        if rows:
-            database.executemany(f"insert into {self.name} values ({_marks(rows[0])})", rows)
+        if known := [change.key for change in changes if change.known]:
+            database.execute(f"delete from {self.name} where {self.key} in ({_marks(known)})", known)
+        insert(database, self.name, [(change.key, *row) for change in changes for row in change.rows or ()])
 
     # -- writing
 
@@ -198,16 +214,11 @@ class View(ABC):
                 self._claim(database, batch, before)
                 if changes := newest(batch.changes, self._versions(database, batch.changes)):
                     self.write(database, changes)
-                    database.executemany(
-                        f"insert into {self.name}_keys values (?, ?, ?) on conflict ({self.key}) do update "
-                        "set version = excluded.version, deleted = excluded.deleted",
-                        [(change.key, change.version, int(change.rows is None)) for change in changes],
-                    )
-                if batch.aside:
-                    database.executemany(
-                        "insert into view_aside values (?, ?, ?, ?, ?) on conflict do nothing",
-                        [(self.name, self._topic, batch.partition, offset, why) for offset, why in batch.aside],
-                    )
+                    keys = [(change.key, change.version, int(change.rows is None)) for change in changes]
+                    newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
+                    insert(database, f"{self.name}_keys", keys, newer)
+                place = (self.name, self._topic, batch.partition)
+                insert(database, "view_aside", [(*place, *aside) for aside in batch.aside], "do nothing")
             self._written[batch.partition] = batch.next_offset
             self._sure.add(batch.partition)
 
@@ -312,11 +323,10 @@ class View(ABC):
 
     def rows(self, key: str) -> list[Row] | None:
         """The rows of a key, without the key itself; None for a key that is unknown or deleted."""
-        columns = ", ".join(f"t.{name}" for name in self.columns)
-        sql = f"select t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
-        sql += f"on t.{self.key} = k.{self.key} where k.{self.key} = ? and k.deleted = 0"
-        found = self._read(sql, (key,))
-        return [row[1:] for row in found if row[0] is not None] if found else None
+        found = self._read(self._rows_of_key, (key,))
+        if not found:
+            return None
+        return [row[1:] for row in found] if found[0][0] is not None else []
 
     def keys(self, column: str, value: Any, after: str = "", limit: int = 100) -> list[str]:
         """Up to `limit` keys beyond `after` that have a row with this value, in order: the reverse lookup."""
@@ -488,7 +498,8 @@ class SqliteView(View):
                     self._disconnect()
                 if self._reading is None:
                     self._reading = self._open("rw")
-                return cast(list[Row], self._reading.execute(sql, parameters).fetchall())
+                found: list[Row] = self._reading.execute(sql, parameters).fetchall()
+                return found
             except sqlite3.Error as error:
                 raise ViewUnavailable(f"view {self.table} cannot be read: {self.path}: {error}") from error
 
@@ -543,7 +554,8 @@ class PostgresView(View):
             try:
                 if self._reading is None:
                     self._reading = _Marked(self._dial())
-                return cast(list[Row], self._reading.execute(sql, parameters).fetchall())
+                found: list[Row] = self._reading.execute(sql, parameters).fetchall()
+                return found
             except psycopg.Error as error:
                 reading, self._reading = self._reading, None
                 reading.close()
@@ -566,10 +578,6 @@ class _Marked:
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         return self.connection.execute(sql.replace("?", "%s"), parameters)
 
-    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]]) -> Any:
-        with closing(self.connection.cursor()) as cursor:
-            cursor.executemany(sql.replace("?", "%s"), parameters)
-
     def close(self) -> None:
         self.connection.close()
 
@@ -589,7 +597,7 @@ def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]
         elif known is not None and change.version <= known:
             continue
         versions[change.key] = cast(int, change.version)
-        kept[change.key] = change
+        kept[change.key] = change if change.key in stored else change._replace(known=False)
     return list(kept.values())
 
 

@@ -9,10 +9,13 @@ LATELY = 5.0  # seconds
 
 
 class Latency:
-    """The times of the last seconds, at most 20,000 of them. Not for use by several threads at once."""
+    """The times of the last seconds, at most 4,000 of them: to sort more would hold up a busy service.
+
+    Not for use by several threads at once.
+    """
 
     def __init__(self) -> None:
-        self._times: deque[tuple[float, float]] = deque(maxlen=20_000)
+        self._times: deque[tuple[float, float]] = deque(maxlen=4000)
 
     def add(self, seconds: float) -> None:
         """One more."""

@@ -25,9 +25,10 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Staleness, View, ViewUnavailable
 from labkit.services.http import HttpService
 
-LOOK = 0.2  # seconds between two looks at how far the view is behind
+LOOK = 0.5  # seconds between two looks at how far the view is behind
 PAGE, LARGEST_PAGE = 100, 1000  # keys in one answer
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+JSON = {"Content-Type": "application/json"}
 SEAL = 12  # bytes of a page token that say that it is ours
 STALENESS, LOOKING = web.AppKey("staleness", Staleness), web.AppKey("looking", asyncio.Task[None])
 
@@ -67,29 +68,29 @@ class ViewReader(HttpService):
             await asyncio.sleep(LOOK)
 
     async def rows(self, request: web.Request) -> web.Response:
-        key = self._name(request, "key")
-        found = self._ask(lambda: self.view.rows(key))
+        view, key = self.view, self._name(request, "key")
+        try:
+            found = view.rows(key)
+        except ViewUnavailable as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
         if found is None:
-            raise web.HTTPNotFound(text=f"there is no {self.view.key} {key}\n")
-        rows = [dict(zip(self.view.columns, row, strict=True)) for row in found]
+            raise web.HTTPNotFound(text=f"there is no {view.key} {key}\n")
+        rows = [dict(zip(view.columns, row, strict=True)) for row in found]
         return _answer(request, {self.view.key: key, "rows": rows})
 
     def keys(self, column: str) -> Any:
         async def keys(request: web.Request) -> web.Response:
             value, limit = self._name(request, "value"), self._limit(request)
             after = self._after(request.query.get("page"), column, value)
-            found = self._ask(lambda: self.view.keys(column, value, after, limit + 1))
+            try:
+                found = self.view.keys(column, value, after, limit + 1)
+            except ViewUnavailable as error:
+                raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
             page = found[:limit]
             more = self._token(column, value, page[-1]) if len(found) > limit else None
             return _answer(request, {column: value, f"{self.view.key}s": page, "next": more})
 
         return keys
-
-    def _ask(self, read: Any) -> Any:
-        try:
-            return read()
-        except ViewUnavailable as error:
-            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
 
     def _name(self, request: web.Request, part: str) -> str:
         name = request.match_info[part]
@@ -128,4 +129,4 @@ def _answer(request: web.Request, found: dict[str, Any]) -> web.Response:
     seconds = staleness.seconds
     age = None if seconds is None else round(seconds, 3)
     found["stale"] = {"records": staleness.records, "seconds": age}
-    return web.Response(body=encode(found), content_type="application/json")
+    return web.Response(body=encode(found), headers=JSON)

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import consuming, pictures, sending, servers, waiting
+from benchmarks import consuming, pictures, sending, servers, views, waiting
 from benchmarks.bench import Bench, say
 from benchmarks.report import Moment, Row, json_document, markdown_table, measured, text_table
 
@@ -18,6 +18,8 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "send": sending.send,
     "wait": waiting.wait,
     "board": pictures.board,
+    "view": views.view,
+    "reader": views.reader,
     "start": servers.start,
     "kill": servers.kill,
     "pod": servers.pod,

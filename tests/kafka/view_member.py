@@ -16,7 +16,16 @@ from typing import Any, ClassVar
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Batch, Change, Database, PostgresView, Projection, SqliteView, View
+from labkit.patterns.consume_and_project import (
+    Batch,
+    Change,
+    Database,
+    PostgresView,
+    Projection,
+    SqliteView,
+    View,
+    insert,
+)
 
 OUTPUT = threading.Lock()
 
@@ -49,7 +58,7 @@ class Written:
     def write(self, database: Database, changes: Sequence[Change]) -> None:
         self.at("claimed")
         rows = [(change.key, *row) for change in changes for row in change.rows or ()]
-        database.executemany(f"insert into {self.name} values (?, ?)", rows)  # type: ignore[attr-defined]
+        insert(database, self.name, rows)  # type: ignore[attr-defined]
         self.at("written")
 
 

@@ -1,0 +1,49 @@
+"""Which change of a key stands, and what a view refuses to be called."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from labkit.patterns.consume_and_project import Change, newest
+
+
+def change(key: str, version: int | None, *rows: str) -> Change:
+    return Change(key, version, [(row,) for row in rows] if rows else None)
+
+
+def versions(changes: list[Change]) -> dict[str, int | None]:
+    return {one.key: one.version for one in changes}
+
+
+def test_of_a_key_the_newest_stands_in_whatever_order_they_come() -> None:
+    for order in itertools.permutations([change("a", 1, "x"), change("a", 2), change("a", 3, "z")]):
+        (kept,) = newest(order, {})
+        assert (kept.version, kept.rows) == (3, [("z",)])
+
+
+def test_what_is_stored_stands_unless_something_newer_comes() -> None:
+    changes = [change("a", 4, "old"), change("a", 5, "same"), change("b", 6, "new"), change("c", 1, "first")]
+    kept = newest(changes, {"a": 5, "b": 5})
+    assert versions(kept) == {"b": 6, "c": 1}
+    assert [one.known for one in kept] == [True, False]
+
+
+def test_a_change_without_a_version_is_the_newest_and_keeps_the_version() -> None:
+    (kept,) = newest([change("a", 4, "x"), change("a", None)], {"a": 3})
+    assert (kept.version, kept.rows) == (4, None)
+    assert newest([change("a", None), change("a", 3, "late")], {"a": 3})[0].rows is None
+    assert newest([change("a", None), change("a", 4, "back")], {"a": 3})[0].rows == [("back",)]
+    assert newest([change("never", None), change("never", 0, "first")], {})[0].rows == [("first",)]
+
+
+def test_batches_of_any_size_come_to_the_same() -> None:
+    """As do replays: what is kept of one batch is what the next one finds."""
+    chance = random.Random(3)
+    changes = [change(chance.choice("abcde"), chance.randrange(30), "x") for _ in range(400)]
+    highest = {key: max(one.version or 0 for one in changes if one.key == key) for key in "abcde"}
+    for size in (1, 3, 50, 400):
+        stored: dict[str, int] = {}
+        for start in range(0, 2 * len(changes), size):
+            stored |= {one.key: one.version or 0 for one in newest((changes * 2)[start : start + size], stored)}
+        assert stored == highest
