@@ -268,3 +268,12 @@ def test_time_of_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
         print(f" [{each * 1000:.0f} ms a frame]", end="")
     # Not a benchmark: only that nobody put axes, layout or text-setting back into every frame.
     assert each < 0.3
+
+
+def test_a_panel_of_one_metric_names_its_owners_and_their_figures() -> None:
+    panel = picture.figures_panel("Clients wait", "ms", "p99 ms", ["few", "many"])
+    samples = [Sample(T - 1 + tick / 4, "p99 ms", label, 3.25) for tick in range(5) for label in ("few", "other")]
+    scene = picture.compose([panel], samples, [], T)
+    assert {mark.text for mark in scene.marks if isinstance(mark, canvas.Text) and mark.role == "label"} == {"few"}
+    assert panel.words({"p99 ms": {"few": 3.25, "many": 1234.5}})[0] == "few 3.2 · many 1,234"
+    assert panel.words({"p99 ms": {}}) == ["nothing yet"]

@@ -1,0 +1,53 @@
+"""Several groups on one topic, and the figures a notebook asks a lab for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import pytest
+from lab_helpers import Order, orders
+from processes import wait_until
+
+from labkit.kafka.errors import LabkitError
+from labkit.lab import Consumer, Lab
+from labkit.runtime.connect import Connection
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+
+@pytest.fixture(scope="module")
+def lab(connection: Connection) -> Iterator[Lab]:
+    with Lab("figures") as lab:
+        yield lab
+
+
+def test_of_several_groups_on_a_topic_each_has_its_lag_and_the_topic_that_of_the_last(lab: Lab) -> None:
+    """As when several views are made of one topic."""
+    topic = lab.topic("orders", 1, Order)
+
+    def stuck(record: object) -> None:
+        threading.Event().wait()
+
+    lab.deploy("quick", Consumer(topic, lambda record: None))
+    lab.deploy("stuck", Consumer(topic, stuck))
+    lab.load(topic, orders(20), rate=1000).wait()
+    wait_until(lambda: lab.figure("behind", "quick") == 0 and lab.figure("behind", "stuck") == 20, 20, "both lags")
+    wait_until(lambda: lab.figure("lag", "orders/0") == 20, 5, "the lag of the topic")
+    same = [one for one in lab._history.samples if one.metric == "lag"]
+    assert len({one.time for one in same}) == len(same)  # one value at a time, or lines would jump up and down
+    for deployment in lab.deployments.values():
+        deployment.close()
+
+
+def test_a_figure_that_nobody_has_measured_is_no_number(lab: Lab) -> None:
+    assert math.isnan(lab.figure("requests/s", "nobody"))
+
+
+def test_waiting_ends_with_the_condition_or_says_what_for(lab: Lab) -> None:
+    looks: list[int] = []
+    lab.wait_until(lambda: looks.append(1) or len(looks) > 3, "four looks")
+    assert len(looks) == 4
+    with pytest.raises(LabkitError, match=r"not within 0\.1 s: the end of time"):
+        lab.wait_until(lambda: False, "the end of time", 0.1)
