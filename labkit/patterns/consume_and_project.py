@@ -38,6 +38,7 @@ from labkit.kafka.topics import Topic
 VERSION = "version"  # the field of a value, or the header of a tombstone, that says how new it is
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 AT_ONCE = 500  # rows in one statement
+LARGEST_BATCH = 10_000  # records in one transaction, whose keys are looked up in one statement
 BUSY = 5.0  # seconds to wait for another writer of the database
 
 
@@ -625,11 +626,15 @@ class Projection(Generic[T]):
     """How new a record's object is. `lambda record: None` takes them in the order of the topic."""
 
     def consumer(self, group: str = "", batch: int = 500) -> Consumer:
-        """What writes the view, in one process or many: a member of `group`, `batch` records a transaction.
+        """What writes the view, in one process or many: a member of `group`, up to `batch` records a transaction.
 
         It reads on where the view says, whatever the group has committed, and ends with ViewOutdated if the view must
         be built anew. A database that is away or locked is waited for.
         """
+        if not 1 <= batch <= LARGEST_BATCH:
+            raise LabkitError(
+                f"a batch is 1 to {LARGEST_BATCH:,} records, as databases limit a statement; not {batch!r}"
+            )
         return Consumer(
             self.topic,
             self.write,

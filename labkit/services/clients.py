@@ -103,7 +103,7 @@ class Clients:
                     raise ended
 
 
-def ask(url: str, method: str = "GET", body: Any = None, patience: float = 0.0) -> tuple[int, Any]:
+def ask(url: str, method: str = "GET", body: Any = None, patience: float = 5.0) -> tuple[int, Any]:
     """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON.
 
     While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as

@@ -209,6 +209,13 @@ def test_names_that_are_no_names_are_refused(name: str, tmp_path: Path) -> None:
         SqliteView(tmp_path / "view.db", "apps", {name: "text"})
 
 
+def test_a_batch_that_no_statement_can_hold_is_refused(in_file: SqliteView, cluster: Cluster) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    for batch in (0, 100_000):
+        with pytest.raises(LabkitError, match="1 to 10,000"):
+            Projection(topic, apps_of, in_file).consumer(batch=batch)
+
+
 # -- offsets in the transaction of the rows ----------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ def serving(service: HttpService) -> Iterator[str]:
 
     def answers() -> bool:
         with suppress(OSError):
-            return ask(f"{service.url}/none")[0] == 404
+            return ask(f"{service.url}/none", patience=0)[0] == 404
         return False
 
     try:
@@ -273,7 +273,9 @@ def test_a_dual_write_that_ends_in_between_loses_the_event(cluster: Cluster, dsn
 
     def change(number: int) -> int | None:
         with suppress(OSError):
-            return ask(f"http://127.0.0.1:{port}/sites/{site_id(number)}", "PUT", encode(site(number, pages=0)))[0]
+            return ask(
+                f"http://127.0.0.1:{port}/sites/{site_id(number)}", "PUT", encode(site(number, pages=0)), patience=0
+            )[0]
         return None
 
     with subprocess.Popen(command) as first:
