@@ -427,7 +427,8 @@ def test_a_full_disk_loses_nothing_and_is_gone_on_from(cluster: Cluster, tmp_pat
     with build(view, topic) as member:
         failure = member.journal.wait_for(Step.FAILED)[0]
         assert "full" in str(failure.error)
-        assert view.marks(topic.name)[0].next_offset == len(view.content())  # all or nothing
+        marks = view.marks(topic.name)
+        assert (marks[0].next_offset if marks else 0) == len(view.content())  # all or nothing
         view.pages = 100_000
         catch_up(member, view, topic)
     assert len(view.content()) == 300
