@@ -161,13 +161,20 @@ class Cluster:
         return described
 
     def delete_topics(self, names: Collection[str]) -> None:
-        """Delete topics; those that are already gone are passed over. Raises LabkitError when that fails."""
+        """Delete topics; those that are already gone are passed over. Returns once the broker lists them no more.
+
+        Raises LabkitError when that fails.
+        """
         if names:
             try:
                 futures = admin(self).delete_topics(list(names), operation_timeout=10)
                 self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
             except (KafkaException, TimeoutError) as error:
                 raise LabkitError(f"topics at {self.bootstrap} could not be deleted: {_reason(error)}") from error
+            # The controller has answered; the broker hears of it a moment later.
+            until = time.monotonic() + ANSWER
+            while not self.topics().keys().isdisjoint(names) and time.monotonic() < until:
+                time.sleep(0.02)
 
     def delete_groups(self, names: Collection[str]) -> None:
         """Delete consumer groups; those that are unknown, or still have a member, are passed over.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import psutil
@@ -204,6 +205,12 @@ class Lab:
             held.bind((HOST, free_ports()[0]))  # bound, and never listening: connections go to those who do
             self._ports[name] = held
         return int(self._ports[name].getsockname()[1])
+
+    @property
+    def folder(self) -> Path:
+        """A folder for files of this run: the databases of views, say. It goes when the lab is closed."""
+        self._check_open()
+        return self.run.folder
 
     def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
         """Sample what `read` returns three times a second into the history, where a panel of a board finds it.

@@ -10,6 +10,7 @@ import fcntl
 import getpass
 import os
 import re
+import shutil
 import time
 import zlib
 from contextlib import suppress
@@ -77,6 +78,13 @@ class Run:
             self._write()
         return name
 
+    @property
+    def folder(self) -> Path:
+        """A folder for this run's files, made when first asked for. It goes with the run's record."""
+        folder = self._path.with_suffix("")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
     def end(self, cluster: Cluster, wait: float = 0.0) -> None:
         """Delete the topics and groups this run made, and its record. What cannot be deleted the next run collects.
 
@@ -86,12 +94,13 @@ class Run:
         if self._ended:
             return
         until = time.monotonic() + wait
+        shutil.rmtree(self._path.with_suffix(""), ignore_errors=True)
         try:
             while not _delete(cluster, self._made):
                 if time.monotonic() >= until:
                     return
                 time.sleep(0.1)
-            self._path.unlink(missing_ok=True)
+            _drop(self._path)
             self._ended = True
         except LabkitError:
             pass
@@ -122,21 +131,27 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             made = _read(file)
             if made.private:
-                path.unlink(missing_ok=True)
+                _drop(path)
             elif made.cluster_id == cluster_id:
                 if _delete(cluster, made):
-                    path.unlink(missing_ok=True)
+                    _drop(path)
                 collected.append(made.prefix)
             elif time.time() - made.started > FORGET:
-                path.unlink(missing_ok=True)
+                _drop(path)
         except msgspec.DecodeError:  # being made now; or its process died then, before it had made anything else
             if time.time() - os.fstat(file).st_mtime > FORGET:
-                path.unlink(missing_ok=True)
+                _drop(path)
         except (BlockingIOError, LabkitError):
             continue  # alive, or not to be had now
         finally:
             os.close(file)
     return collected
+
+
+def _drop(path: Path) -> None:
+    """Remove a run's record, and its files."""
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 def living() -> list[tuple[str, int]]:

@@ -65,7 +65,10 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
     shop.pods[1].crash()
     pids = [pod.child.pid for pod in shop.pods if pod.child]
     assert len(left(cluster, lab.run.prefix)) == 3  # two topics and a group
+    (folder := lab.folder).joinpath("view.db").write_text("rows")
+    assert lab.folder == folder
     lab.close()
+    assert not folder.exists()
     assert left(cluster, lab.run.prefix) == []
     assert not [pid for pid in pids if is_alive(pid)]
     assert not record(lab, state_dir).exists()
