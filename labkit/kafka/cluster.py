@@ -128,16 +128,16 @@ class Cluster:
                 f"topic {name} exists with {there} partitions, not {partitions}: use that number or another name"
             )
         if cleanup is not None:
-            resource = ConfigResource(ConfigResource.Type.TOPIC, name)
-            has: str = self.ask(
-                lambda: admin(self).describe_configs([resource], request_timeout=ANSWER)[resource].result(ANSWER + 1),
-                about=f"topic {name}: ",
-                also=KafkaError.UNKNOWN_TOPIC_OR_PART,  # just made: this broker does not know it yet
-            )["cleanup.policy"].value
+            unknown = KafkaError.UNKNOWN_TOPIC_OR_PART  # just made: this broker does not know it yet
+            has = self.ask(lambda: self._configured(name), about=f"topic {name}: ", also=unknown)["cleanup.policy"]
             if set(has.split(",")) != set(cleanup.split(",")):
                 raise TopicMismatch(
                     f"topic {name} exists with cleanup.policy {has}, not {cleanup}: ask for that or use another name"
                 )
+
+    def topic_config(self, name: str) -> dict[str, str]:
+        """All settings of a topic, defaults included, by name. Raises TopicMissing, ClusterUnreachable."""
+        return self._of_topic(name, lambda: self._configured(name))
 
     def topic_id(self, name: str) -> str:
         """The topic's UUID, which a topic deleted and made anew does not share.
@@ -145,15 +145,23 @@ class Cluster:
         Raises TopicMissing, ClusterUnreachable.
         """
 
-        def described() -> str:
+        return self._of_topic(name, lambda: str(self._described(name).topic_id))
+
+    def _of_topic(self, name: str, question: Callable[[], T]) -> T:
+        def asked() -> T:
             try:
-                return str(self._described(name).topic_id)
+                return question()
             except KafkaException as error:
                 if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
                 raise
 
-        return self.ask(described, about=f"topic {name}: ")
+        return self.ask(asked, about=f"topic {name}: ")
+
+    def _configured(self, name: str) -> dict[str, str]:
+        resource = ConfigResource(ConfigResource.Type.TOPIC, name)
+        answer = admin(self).describe_configs([resource], request_timeout=ANSWER)[resource].result(ANSWER + 1)
+        return {entry.name: entry.value for entry in answer.values()}
 
     def _described(self, name: str) -> TopicDescription:
         asked = admin(self).describe_topics(TopicCollection([name]), request_timeout=ANSWER)

@@ -12,8 +12,11 @@ import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
+from typing import TypeAlias
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import Message as Report
@@ -36,6 +39,9 @@ class Hand:
 # An object that is changed, because setting the variable itself for every record takes longer than calling a handler.
 handling: ContextVar[Hand] = ContextVar("handling", default=Hand())  # noqa: B039 - the default is never changed
 
+Told: TypeAlias = Callable[[str | None, int, int], None]
+"""Called once it is known what became of a record: why it was refused (None: it was not), its partition and offset."""
+
 POLL = 500  # records from one look at what was refused to the next
 POD = "LABKIT_POD"  # environment variable: the pod's name, put into what it sends
 
@@ -46,16 +52,15 @@ class Producer:
     `send` only queues. A record that the broker refuses, or does not confirm in `timeout` seconds, makes the next
     `flush` raise DeliveryFailed.
 
-    Its first record waits 0.5 to 1 s, until the client has the id by which the broker knows it. With
-    `idempotent=False` it does not wait, and a record may arrive twice.
+    With `idempotent=False` a record may arrive twice. Only with `tells` may `send` be given `told`.
     """
 
-    def __init__(self, cluster: Cluster, timeout: float = 30.0, idempotent: bool = True) -> None:
+    def __init__(self, cluster: Cluster, timeout: float = 30.0, idempotent: bool = True, tells: bool = False) -> None:
         own = {
             "enable.idempotence": idempotent,
             "partitioner": "murmur2_random",  # where Java clients put the same key
             "linger.ms": 2,
-            "delivery.report.only.error": True,  # a callback for each record costs up to half the speed
+            "delivery.report.only.error": not tells,  # a callback for each record costs up to half the speed
             "delivery.timeout.ms": int(timeout * 1000),
             "queue.buffering.max.messages": 1_000_000,
             "topic.metadata.refresh.interval.ms": 1000,
@@ -77,11 +82,17 @@ class Producer:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
         partition: int = -1,
+        told: Told | None = None,
     ) -> None:
-        """Queue one record. Blocks only while the client's buffer is full. Raises DeliveryFailed when it stays full."""
+        """Queue one record. Blocks only while the client's buffer is full. Raises DeliveryFailed when it stays full.
+
+        `told` hears what became of it, from the thread that calls `hear` or sends; then it is no business of `flush`.
+        """
         number = next(self._count)
-        if number % POLL == 0:
+        if number % POLL == 1:
             self._client.poll(0)
+            if number == 1:
+                self._connect(topic)
         cause = handling.get().record
         wire: dict[str, str | bytes | None] = {name: text.encode() for name, text in headers.items()} if headers else {}
         if "correlation-id" not in wire:
@@ -92,10 +103,11 @@ class Producer:
         if self._pod:
             wire["pod"] = self._pod
         raw_key = None if key is None else key.encode()
+        report = self._report if told is None else partial(_tell, told)
         for wait in (0.1, 1.0, 10.0, 0.0):
             try:
                 # By position (value, key, partition, on_delivery, timestamp, headers): names cost a tenth of a send.
-                self._client.produce(topic, value, raw_key, partition, self._report, None, 0, wire)
+                self._client.produce(topic, value, raw_key, partition, report, None, 0, wire)
                 return
             except BufferError:
                 self._client.poll(wait)
@@ -120,6 +132,16 @@ class Producer:
         """How many records are unconfirmed after at most `wait` seconds."""
         return int(self._client.flush(wait))
 
+    def _connect(self, topic: str) -> None:
+        """Find the broker before the first record: the client asks for the id by which the broker knows an idempotent
+        producer every 0.5 s only, and the first time before it has a connection."""
+        with suppress(KafkaException):  # the broker is away: the record waits for it
+            self._client.list_topics(topic, timeout=0.5)
+
+    def hear(self) -> None:
+        """Have `told` called for what is known by now."""
+        self._client.poll(0)
+
     def raise_failures(self) -> None:
         """Raise DeliveryFailed, once, for what was refused since the last call."""
         with self._failing:
@@ -139,6 +161,10 @@ class Producer:
             with self._failing:
                 self.refused += 1
                 self._reasons.append(f"{message.topic()}: {error.str()}")
+
+
+def _tell(told: Told, error: KafkaError | None, message: Report) -> None:
+    told(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
 
 
 _producers: dict[tuple[Cluster, int], Producer] = {}

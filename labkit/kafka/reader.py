@@ -13,10 +13,13 @@ from typing import Any, Generic, cast
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from labkit.kafka.errors import ClusterUnreachable, PoisonRecord
+from labkit.kafka.errors import ClusterUnreachable, PoisonRecord, TopicMissing
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.records import Message, Record, T, decoder
 from labkit.kafka.topics import Topic
+
+_GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
+_BATCH = 2000  # records taken at once, if they are there
 
 
 class Reader(Generic[T]):
@@ -35,6 +38,7 @@ class Reader(Generic[T]):
                     "enable.auto.offset.store": False,
                     "auto.offset.reset": "earliest",
                     "fetch.queue.backoff.ms": 1,
+                    "queued.min.messages": 300_000,  # with less, the client pauses between fetches
                     "fetch.wait.max.ms": 100,
                     "topic.metadata.refresh.interval.ms": 1000,
                 }
@@ -43,11 +47,29 @@ class Reader(Generic[T]):
         self._client.assign([TopicPartition(topic.name, number, 0) for number in range(topic.partitions)])
 
     def take(self, timeout: float) -> list[Record[T]]:
-        """What is there: waits at most `timeout` seconds for a first record."""
-        messages = self._client.consume(1, timeout)
-        if messages:
-            messages += self._client.consume(1000, 0)
-        return list(self._records(cast(list[Message], messages)))
+        """What is there: waits at most `timeout` seconds for a first record.
+
+        Raises TopicMissing when the topic was deleted.
+        """
+        return list(self._records(self.messages(timeout)))
+
+    def messages(self, timeout: float) -> list[Message]:
+        """The same, not decoded."""
+        found = self._client.consume(1, timeout)
+        if found:
+            found += self._client.consume(_BATCH, 0)
+        messages = cast(list[Message], found)
+        if any(message.error() is not None for message in messages):
+            return [message for message in messages if self._is_record(message)]
+        return messages
+
+    def positions(self) -> dict[tuple[str, int], int]:
+        """The offset that is read next, for each (topic, partition).
+
+        It also passes commit markers, aborted and compacted records, which no one is handed.
+        """
+        whole = [TopicPartition(self.topic.name, number) for number in range(self.topic.partitions)]
+        return {(one.topic, one.partition): max(one.offset, 0) for one in self._client.position(whole)}
 
     def rest(self, timeout: float = 30.0) -> list[Record[T]]:
         """Everything up to the end the topic has now. Raises ClusterUnreachable when that takes too long."""
@@ -74,17 +96,22 @@ class Reader(Generic[T]):
         self.close()
 
     def _behind(self, ends: dict[tuple[str, int], int]) -> bool:
-        # The position also passes commit markers and compacted records, which no one is handed.
-        here = self._client.position([TopicPartition(name, number) for name, number in ends])
-        return any(max(one.offset, 0) < ends[one.topic, one.partition] for one in here)
+        here = self.positions()
+        return any(here[place] < end for place, end in ends.items())
 
     def _records(self, messages: list[Message]) -> Iterator[Record[T]]:
         for message in messages:
-            error: Any = message.error()
-            if error is None:
-                try:
-                    yield self._decode(message)
-                except PoisonRecord as poison:
-                    self.poison.append(poison)
-            elif error.fatal() or error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
-                raise KafkaException(error)
+            try:
+                yield self._decode(message)
+            except PoisonRecord as poison:
+                self.poison.append(poison)
+
+    def _is_record(self, message: Message) -> bool:
+        error: Any = message.error()
+        if error is None:
+            return True
+        if error.code() in _GONE:
+            raise TopicMissing(f"topic {self.topic.short} ({self.topic.name}) was deleted while it was read")
+        if error.fatal() or error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+            raise KafkaException(error)
+        return False  # a broker that is away comes back by itself

@@ -30,6 +30,7 @@ class Message(Protocol):
 
 
 encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what keys and values that are none raise
 
 
 class Record(Generic[T]):
@@ -69,13 +70,19 @@ class Record(Generic[T]):
         return f"Record({self.place}, key={self.key!r}, value={self.value!r})"
 
 
-def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
-    """A function from a client's message to a `Record`; it raises PoisonRecord, naming the place.
+def parser(value: type[T]) -> Callable[[bytes], T]:
+    """A function from a value on the wire to the value; it raises one of UNDECODABLE.
 
     `value` is anything msgspec can check: a Struct, a dataclass, a TypedDict, `dict`, `list`, `str`, `int` … Unknown
     fields are ignored, missing ones take their default, so producers and consumers can be upgraded one by one.
     """
     parse: Callable[[bytes], T] = msgspec.json.Decoder(value).decode
+    return parse
+
+
+def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
+    """A function from a client's message to a `Record` (see `parser`); it raises PoisonRecord, naming the place."""
+    parse = parser(value)
 
     def decode(message: Message) -> Record[T]:
         raw_key, raw = message.key(), message.value()
@@ -85,7 +92,7 @@ def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
                 None if raw_key is None else raw_key.decode(),
                 None if raw is None else parse(raw),  # type: ignore[arg-type]
             )
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise PoisonRecord(message.topic(), message.partition(), message.offset(), str(error)) from error
 
     return decode

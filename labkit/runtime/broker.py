@@ -63,6 +63,8 @@ share.coordinator.state.topic.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # The default of 128 MB is zeroed at every start.
 log.cleaner.dedupe.buffer.size=16777216
+# How soon a topic is compacted that asks for it; by default 15 s after the last time there was nothing to do.
+log.cleaner.backoff.ms=250
 # After kill -9 the broker is let back in when the session of its predecessor is over. It asks 0.1, 0.3, 0.7 and 1.5 s
 # after its start: below 0.7 it is back in 2 s, between 0.7 and 1.5 in 3 s, with the default of 9 s in 12.
 broker.session.timeout.ms=600

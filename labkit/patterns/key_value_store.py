@@ -1,0 +1,509 @@
+"""Pattern 3: a key-value store in memory, kept in a compacted topic.
+
+The topic is the store: Kafka keeps the latest value of each key however old it is, whoever wants one reads all of them
+into memory, and from then on follows what is written. A read asks nobody. Several processes may have a store on one
+topic; each of them may write.
+
+An entry costs its key and value as Python objects and some 120 bytes: 1M entries of a key of 10 characters and a Struct
+of three fields take 0.3 GB and are loaded in some seconds. A data set that is larger than that belongs in a table.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from contextlib import suppress
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, overload
+
+from labkit.kafka.errors import (
+    ClientRefused,
+    ClusterUnreachable,
+    DeliveryFailed,
+    LabkitError,
+    PoisonRecord,
+    TopicMismatch,
+    TopicMissing,
+)
+from labkit.kafka.lag import end_offsets
+from labkit.kafka.producer import Producer
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import UNDECODABLE, Message, encode, parser
+from labkit.kafka.topics import Topic
+
+V = TypeVar("V")
+D = TypeVar("D")
+Place: TypeAlias = tuple[str, int]
+Changes: TypeAlias = dict[str, tuple[V | None, V | None]]
+"""Old and new value by key; None is no value."""
+Callback: TypeAlias = Callable[[str, V | None, V | None], object]
+
+PATIENCE = 30.0  # seconds for a store to be loaded
+CONFIRM = 10.0  # seconds for a write to be confirmed
+TURN = 0.1  # seconds that a store waits for something new, before it looks whether it was closed
+LOOK = 3.0  # seconds from one look at the topic's ends to the next
+BUSY_TURN = 0.001  # the same, while a write waits to be confirmed
+
+log = logging.getLogger(__name__)
+
+
+class StoreNotReady(LabkitError):
+    """A store was read before all of its topic was loaded: what it does not have might still come."""
+
+
+class StoreClosed(LabkitError):
+    """A store was used after `close`."""
+
+
+class KeyValueStore(Mapping[str, V]):
+    """A mapping from keys to values of the topic's type. It begins to load when it is made.
+
+    Reading is local: it takes no lock, asks no broker, and never goes back to an older value. Reading before the store
+    is loaded raises StoreNotReady. A key whose newest record does not decode raises PoisonRecord when it is read, until
+    the key is written again; records without a key are passed over (`ignored`). Values are handed out as they are, not
+    copied: do not change them.
+
+    It travels to a pod as the coordinates of its topic, and is loaded there anew.
+    """
+
+    def __init__(self, topic: Topic[V]) -> None:
+        self.topic = topic
+        self.loads = 0
+        """How often it was loaded: more than once if this process was away for longer than Kafka keeps tombstones."""
+        # Empty until all is loaded, and again in the end: what is found needs no further look, what is missing does.
+        self._entries: dict[str, V] = {}
+        self._contents: _Contents[V] = _Contents(topic.value)
+        self._positions: dict[Place, int] = {}
+        self._subscriptions: list[Subscription[V]] = []
+        self._writes: list[_Write] = []
+        self._producer: Producer | None = None
+        self._lock = threading.Lock()  # of the lists above, and of what subscribers are told
+        self._known = threading.Event()  # whether it was loaded, or never will be
+        self._trouble = "it has only just begun"
+        self._failure: LabkitError | None = None
+        self._thread = threading.Thread(target=self._run, name=f"store {topic.short}", daemon=True)
+        self._thread.start()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def wait_ready(self, timeout: float = PATIENCE) -> Self:
+        """Wait until it is loaded.
+
+        Raises StoreNotReady, saying what it waits for; TopicMismatch when the topic is not compacted or has another
+        number of partitions; TopicMissing; ClientRefused; StoreClosed.
+        """
+        if not self._known.wait(timeout):
+            raise StoreNotReady(f"store {self.topic.short} was not loaded within {timeout:g} s: {self._trouble}")
+        self._check()
+        return self
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be read."""
+        return self._known.is_set() and self._failure is None
+
+    @overload
+    def get(self, key: str, /) -> V | None: ...
+    @overload
+    def get(self, key: str, /, default: V | D) -> V | D: ...
+    def get(self, key: str, /, default: Any = None) -> Any:
+        """The newest value of `key`, else `default`. Raises StoreNotReady, StoreClosed, PoisonRecord."""
+        value = self._entries.get(key)
+        return self._missing(key, default) if value is None else value
+
+    def __getitem__(self, key: str) -> V:
+        value = self.get(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
+
+    def __len__(self) -> int:
+        self._check()
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.snapshot())
+
+    def snapshot(self) -> dict[str, V]:
+        """A copy of all entries, as they are at one moment. What iterates goes over one too."""
+        self._check()
+        return self._entries.copy()
+
+    def keys(self) -> KeysView[str]:
+        return self.snapshot().keys()
+
+    def values(self) -> ValuesView[V]:
+        return self.snapshot().values()
+
+    def items(self) -> ItemsView[str, V]:
+        return self.snapshot().items()
+
+    @property
+    def ignored(self) -> int:
+        """Records without a key that were passed over."""
+        return self._contents.ignored
+
+    @property
+    def unreadable(self) -> list[PoisonRecord]:
+        """The newest records of keys that cannot be read, because these do not decode."""
+        return [one.error for one in list(self._contents.unreadable.values())]
+
+    def lag(self) -> int:
+        """Records of the topic that this store has still to read. Raises ClusterUnreachable."""
+        return _behind(self._positions, self._ends())
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, value: V, timeout: float = CONFIRM) -> None:
+        """Write one entry. Returns once the broker has it and this store shows it. Of two writers the last one wins.
+
+        Raises DeliveryFailed when it is refused, or not confirmed within `timeout` seconds: then it may still come.
+        """
+        self.update({key: value}, timeout)
+
+    def update(self, entries: Mapping[str, V], timeout: float = CONFIRM) -> None:
+        """Write many entries and wait once, as `put` does. They become visible one after the other."""
+        if empty := [key for key, value in entries.items() if value is None]:
+            raise LabkitError(f"None is no value for {empty[0]!r} in store {self.topic.short}: delete the key instead")
+        self._write([(key, encode(value)) for key, value in entries.items()], timeout)
+
+    def delete(self, key: str, timeout: float = CONFIRM) -> None:
+        """Take an entry out, by a record without a value (a tombstone). One that is not there may be deleted too.
+
+        Returns and raises as `put` does.
+        """
+        self._write([(key, None)], timeout)
+
+    # -- following -------------------------------------------------------------------------------------------------
+
+    def subscribe(self, callback: Callback[V]) -> Subscription[V]:
+        """Call `callback(key, old, new)` for every entry there is (`old` is None), and from then on at every change.
+
+        `new` is None when the key was deleted. Each subscriber has a thread of its own: it may take its time, or write
+        to this store. To one that is slower than the changes the newest of a key is told, with the value that it was
+        told before. What it raises is logged, and the next change is told.
+        """
+        self._check_open()
+        subscription = Subscription(self, callback)
+        with self._lock:
+            self._subscriptions.append(subscription)
+            subscription._note({key: (None, value) for key, value in self._entries.items()})
+        return subscription
+
+    def close(self) -> None:
+        """Stop following the topic. It cannot be read any more; the entries stay in the topic. May be called again."""
+        self._end(StoreClosed(f"store {self.topic.short} is closed"))
+        if self._thread is not threading.current_thread():
+            self._thread.join(2.0)
+
+    def __enter__(self) -> Self:
+        """Wait until it is loaded: see `wait_ready`."""
+        try:
+            return self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        holds = f"{len(self._entries):,} entries" if self.ready else "closed" if self._failure else "not loaded"
+        return f"KeyValueStore({self.topic.short}, {holds})"
+
+    def __reduce__(self) -> tuple[type[KeyValueStore[V]], tuple[Topic[V]]]:
+        return type(self), (self.topic,)
+
+    __hash__ = object.__hash__  # a Mapping has none; this one is no value
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _missing(self, key: str, default: Any) -> Any:
+        """What a read answers that found nothing."""
+        self._check()
+        if (found := self._contents.unreadable.get(key)) is not None:
+            error = found.error
+            raise PoisonRecord(error.topic, error.partition, error.offset, error.reason)
+        return self._entries.get(key, default)  # it may have become readable between the two looks
+
+    def _check(self) -> None:
+        self._check_open()
+        if not self._known.is_set():
+            raise StoreNotReady(f"store {self.topic.short} is not loaded: call wait_ready() first ({self._trouble})")
+
+    def _check_open(self) -> None:
+        if (failure := self._failure) is not None:
+            raise type(failure)(str(failure)) from failure
+
+    def _write(self, records: list[tuple[str, bytes | None]], timeout: float) -> None:
+        self._check_open()
+        write = _Write(len(records))
+        with self._lock:
+            self._producer = producer = self._producer or Producer(self.topic.cluster, tells=True)
+            self._writes.append(write)
+        try:
+            for key, value in records:
+                producer.send(self.topic.name, value, key, told=write.told)
+            done = write.done.wait(timeout)
+        finally:
+            with self._lock:
+                self._writes.remove(write)
+        self._check_open()
+        what = f"{records[0][0]!r} in store {self.topic.short}" if len(records) == 1 else f"store {self.topic.short}"
+        if write.refused is not None:
+            raise DeliveryFailed(f"the write to {what} was refused: {write.refused}")
+        if done:
+            return
+        if len(write.confirmed) < len(records):
+            why = "is the broker up? It may still take effect: read it before you write again"
+        else:
+            why = "the broker has it, but an open transaction on the topic keeps it from being read"
+        raise DeliveryFailed(f"the write to {what} was not confirmed within {timeout:g} s: {why}")
+
+    def _end(self, why: LabkitError) -> None:
+        """Nothing is read or written from now on; everybody who waits hears of it."""
+        with self._lock:
+            self._failure = self._failure or why
+            self._entries = {}
+            self._known.set()
+            for write in self._writes:
+                write.done.set()
+            for subscription in self._subscriptions:
+                subscription.close()
+
+    # -- the store's thread: it alone reads the topic and changes entries ------------------------------------------
+
+    def _run(self) -> None:
+        while self._failure is None:
+            try:
+                keeps = self._check_topic()
+                with Reader(self.topic) as reader:
+                    self._follow(reader, keeps, self._load(reader, keeps))
+            except ClientRefused as error:
+                self._end(error)
+            except ClusterUnreachable as error:
+                self._trouble = str(error)  # it comes back, and loading begins anew
+            except LabkitError as error:
+                self._end(error)
+            except Exception as error:  # a thread has nobody to raise to; who reads next is told
+                self._end(LabkitError(f"store {self.topic.short} ended: {type(error).__name__}: {error}"))
+
+    def _check_topic(self) -> float:
+        """How long the topic keeps tombstones, in seconds. Raises TopicMismatch for one that cannot hold a store."""
+        cluster, name, short = self.topic.cluster, self.topic.name, self.topic.short
+        config = cluster.topic_config(name)
+        if (policy := config["cleanup.policy"]) != "compact":
+            raise TopicMismatch(
+                f"topic {short} cannot hold a store: with cleanup.policy={policy} Kafka deletes what is old, the "
+                "latest value of a key too. Make it with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
+            )
+        if (there := cluster.topics().get(name)) != self.topic.partitions:
+            raise TopicMismatch(f"topic {short} has {there} partitions, not {self.topic.partitions}: use that number")
+        return max(1.0, int(config["delete.retention.ms"]) / 1000)
+
+    def _load(self, reader: Reader[V], keeps: float) -> float:
+        """Read the topic to the end that it has now, and show it. Returns when it began; 0 if all is to be read again.
+
+        Up to the end of what is not committed, too: only behind it one knows what becomes of that.
+        """
+        began, ends = time.time(), self._ends()
+        contents: _Contents[V] = _Contents(self.topic.value)
+        while left := _behind(reader.positions(), ends):
+            self._trouble = f"{left:,} records are to be read; if that stands still, a transaction on the topic is open"
+            contents.apply(reader.messages(TURN))
+            if self._failure is not None:
+                return 0.0
+        if time.time() - began > keeps:
+            self._trouble = f"reading it takes longer than its delete.retention.ms ({keeps:g} s): set that higher"
+            return 0.0
+        with self._lock:
+            if self._failure is None:
+                if self._subscriptions:
+                    self._tell(_differences(self._entries, contents.entries))
+                self._entries, self._contents, self._positions = contents.entries, contents, reader.positions()
+                self.loads += 1
+                self._known.set()
+        return began
+
+    def _follow(self, reader: Reader[V], keeps: float, fresh: float) -> None:
+        """Take in what comes. `fresh` is when this store was last known to have all there was.
+
+        Returns when a tombstone may have come and gone unseen, so that all is to be read again: after a time without
+        Kafka, or one in which this process stood still.
+        """
+        ends, asked = None, fresh
+        while self._failure is None and (now := time.time()) - fresh <= keeps:
+            if ends is None and now - asked > min(LOOK, keeps / 4):
+                asked = now
+                with suppress(ClusterUnreachable):  # it comes back; meanwhile nothing changes
+                    ends = self._ends()
+            if ends is not None and not _behind(self._positions, ends):
+                ends, fresh = None, asked
+            if messages := reader.messages(BUSY_TURN if self._writes else TURN):
+                with self._lock:
+                    self._tell(self._contents.apply(messages, bool(self._subscriptions)))
+            self._positions = reader.positions()
+            if self._producer is not None:
+                self._producer.hear()
+                for write in list(self._writes):
+                    write.settle(self._positions)
+
+    def _ends(self) -> dict[Place, int]:
+        """The topic's ends. Raises TopicMissing when it was deleted: the client would wait for ever, without a word."""
+        ends = end_offsets(self.topic.cluster, [self.topic.name])
+        if not ends or any(at > ends.get(place, 0) for place, at in self._positions.items()):
+            raise TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
+        return ends
+
+    def _tell(self, changes: Changes[V]) -> None:
+        if changes:
+            for subscription in self._subscriptions:
+                subscription._note(changes)
+
+
+class Subscription(Generic[V]):
+    """One who follows a store. Ends with the store, or by `close`."""
+
+    def __init__(self, store: KeyValueStore[V], callback: Callback[V]) -> None:
+        self.store, self.callback = store, callback
+        self.failures = 0
+        """How often the callback raised."""
+        self._changes: Changes[V] = {}  # not yet told; the newest of each key
+        self._telling = False
+        self._open = True
+        self._wake = threading.Condition()
+        threading.Thread(target=self._run, name=f"subscriber of {store.topic.short}", daemon=True).start()
+
+    @property
+    def behind(self) -> int:
+        """Changes that were not told yet."""
+        with self._wake:
+            return len(self._changes) + self._telling
+
+    def close(self) -> None:
+        """Tell nothing more, not even what is waiting."""
+        with self._wake:
+            self._open = False
+            self._wake.notify()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _note(self, changes: Changes[V]) -> None:
+        with self._wake:
+            for key, (old, new) in changes.items():
+                told, _ = self._changes.get(key, (old, None))
+                self._changes[key] = (told, new)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._telling = False
+                self._wake.wait_for(lambda: self._changes or not self._open)
+                if not self._open:
+                    return
+                key = next(iter(self._changes))
+                old, new = self._changes.pop(key)
+                self._telling = True
+            if old is None and new is None:
+                continue  # it came and went meanwhile
+            try:
+                self.callback(key, old, new)
+            except Exception:
+                self.failures += 1
+                log.exception("a subscriber of store %s failed at %r", self.store.topic.short, key)
+
+
+class _Unreadable(NamedTuple):
+    error: PoisonRecord
+    before: Any
+    """The last value that could be read, if there was one."""
+
+
+class _Contents(Generic[V]):
+    """What the records of a topic come to: the newest value of each key."""
+
+    def __init__(self, value: type[V]) -> None:
+        self.entries: dict[str, V] = {}
+        self.unreadable: dict[str, _Unreadable] = {}
+        self.ignored = 0
+        self._parse = parser(value)
+
+    def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
+        """Take records in. What that changes is told if asked for."""
+        entries, unreadable, parse = self.entries, self.unreadable, self._parse
+        changes: Changes[V] = {}
+        for message in messages:
+            raw_key, raw = message.key(), message.value()
+            if raw_key is None:
+                self.ignored += 1
+                continue
+            try:
+                key = raw_key.decode()
+                value = None if raw is None else parse(raw)
+            except UNDECODABLE as error:
+                self._set_aside(raw_key.decode(errors="replace"), message, error)
+                continue
+            if tell:
+                before, _ = changes.get(key) or (entries.get(key), None)
+                if before is None and key in unreadable:
+                    before = unreadable[key].before
+                changes[key] = (before, value)
+            if value is None:
+                entries.pop(key, None)
+            else:
+                entries[key] = value
+            if unreadable:
+                unreadable.pop(key, None)
+        return changes
+
+    def _set_aside(self, key: str, message: Message, error: Exception) -> None:
+        poison = PoisonRecord(message.topic(), message.partition(), message.offset(), str(error))
+        log.error("store: key %r cannot be read until it is written again: %s", key, poison)
+        known = self.unreadable.get(key)
+        before = self.entries.get(key) if known is None else known.before
+        self.unreadable[key] = _Unreadable(poison, before)  # first: who reads meanwhile must not find nothing at all
+        self.entries.pop(key, None)
+
+
+class _Write:
+    """Records that somebody waits for."""
+
+    def __init__(self, records: int) -> None:
+        self.records = records
+        self.confirmed: list[tuple[int, int]] = []  # partition, offset
+        self.refused: str | None = None
+        self.done = threading.Event()
+
+    def told(self, refused: str | None, partition: int, offset: int) -> None:
+        """What became of one of them."""
+        if refused is None:
+            self.confirmed.append((partition, offset))
+        else:
+            self.refused = refused
+
+    def settle(self, positions: Mapping[Place, int]) -> None:
+        """It is done once one record was refused, or all are confirmed and were read."""
+        if self.refused is not None:
+            self.done.set()
+        elif len(self.confirmed) == self.records:
+            here = {partition: at for (_, partition), at in positions.items()}
+            if all(here[partition] > offset for partition, offset in self.confirmed):
+                self.done.set()
+
+
+def _behind(positions: Mapping[Place, int], ends: Mapping[Place, int]) -> int:
+    return sum(max(0, end - positions.get(place, 0)) for place, end in ends.items())
+
+
+def _differences(before: Mapping[str, V], after: Mapping[str, V]) -> Changes[V]:
+    keys = dict.fromkeys([*before, *after])
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
