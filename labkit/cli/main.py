@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labkit.cli import broker, doctor, lab, notebooks, testing, topics
+from labkit.cli import broker, doctor, faults, lab, notebooks, testing, topics
 from labkit.kafka.errors import LabkitError
 
 
@@ -41,5 +41,6 @@ app.command("down")(broker.down)
 app.command("status")(broker.status)
 app.command("topics")(topics.topics)
 app.command("lag")(topics.lag)
+app.command("fault")(faults.fault)
 app.command("test")(testing.run_tests)
 app.command("notebooks")(notebooks.notebooks)

@@ -70,7 +70,7 @@ def topics(
     """List topics with their number of records: those of each notebook's newest run."""
     from labkit.kafka.lag import end_offsets, start_offsets
 
-    with _kafka() as connection:
+    with kafka() as connection:
         there = connection.cluster.topics()
         shown = [Name.parse(name) for name in there] if everything else newest(n for n in there if n[0] != "_")
         wanted = [name.full for name in shown]
@@ -116,7 +116,7 @@ def lag(
     from labkit.kafka.lag import committed_offsets
     from labkit.kafka.lag import lag as behind
 
-    with _kafka() as connection:
+    with kafka() as connection:
         full = resolve(group, connection.cluster.groups())
         committed = committed_offsets(connection.cluster, full)
         if not committed:
@@ -139,7 +139,8 @@ def lag(
         )
 
 
-def _kafka() -> Connection:
+def kafka() -> Connection:
+    """The Kafka that is running. Raises LabkitError when there is none."""
     from labkit.kafka.errors import LabkitError
     from labkit.runtime.connect import running
 

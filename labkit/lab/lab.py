@@ -30,13 +30,15 @@ from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.pod import Runnable
 from labkit.lab.sampler import Sampler, undecodable
-from labkit.lab.servers import Database, ServerFaults
+from labkit.lab.servers import Cache, Database, ServerFaults
+from labkit.lab.services import ServiceControls, Switches, store_lag, store_panels
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import ServerState
+from labkit.runtime.valkey import Valkey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +115,8 @@ class Lab:
         others += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
         self.broker = ServerFaults("Kafka", self.connection.broker, self._history, others)
         """Faults of the broker."""
-        self._databases: list[Database] = []
+        self._databases: list[Database | Cache] = []
+        self._services: list[ServiceControls] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
         telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
@@ -129,8 +132,16 @@ class Lab:
 
     # -- making things ---------------------------------------------------------------------------------------------
 
-    def topic(self, name: str, partitions: int = 4, value: type[T] = dict, compacted: bool = False) -> Topic[T]:  # type: ignore[assignment]
-        """A topic of this run, made if it is not there. `value` is the type its values decode to.
+    def topic(
+        self,
+        name: str,
+        partitions: int = 4,
+        value: type[T] = dict,  # type: ignore[assignment]
+        compacted: bool = False,
+        config: Mapping[str, str] | None = None,
+    ) -> Topic[T]:
+        """A topic of this run, made if it is not there. `value` is the type its values decode to; `config` are Kafka's
+        own settings of a topic.
 
         Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions.
         """
@@ -142,7 +153,7 @@ class Lab:
         except (TypeError, NameError) as error:
             raise LabkitError(f"values of topic {name} cannot be of type {value!r}: {error}") from error
         topic = Topic(self.cluster, self.run.topic(name), partitions, value)
-        topic.create({"cleanup.policy": "compact"} if compacted else None)
+        topic.create({**({"cleanup.policy": "compact"} if compacted else {}), **(config or {})})
         self.topics[name] = topic
         return topic
 
@@ -193,6 +204,31 @@ class Lab:
         made = Database(Postgres(), self._history)
         self._databases.append(made)
         return made
+
+    def valkey(self) -> Cache:
+        """A Valkey of this lab alone: the real server, empty, in 0.2 s. Each call starts another one.
+
+        Raises LabkitError where no wheel brings it, or when it cannot be started.
+        """
+        self._check_open()
+        made = Cache(Valkey(), self._history)
+        self._databases.append(made)
+        return made
+
+    def service(self, name: str, faults: Switches) -> ServiceControls:
+        """What can be done to the service of this name, which asks `faults` how it is to misbehave."""
+        self._check_open()
+        made = ServiceControls(name, faults, self._history)
+        self._services.append(made)
+        return made
+
+    def stores(self, *stores: tuple[Deployment, Topic[Any]]) -> list[picture.Panel]:
+        """Panels for a board: lag, loads and entries of the stores on these topics that run in these deployments."""
+        self._check_open(*(deployment for deployment, _ in stores))
+        for deployment, topic in stores:
+            name = deployment.name  # one that replaces it is followed
+            self.watch("behind", name, lambda name=name, topic=topic: store_lag(self.deployments[name], topic))  # type: ignore[misc]
+        return store_panels(stores)
 
     def port(self, name: str) -> int:
         """A port on 127.0.0.1 for the service of this name, the same at each call. Nobody else gets it while this lab
@@ -327,6 +363,19 @@ class Lab:
                 return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}", spent)
             time.sleep(0.05)
 
+    def wait(self, condition: Callable[[], object], timeout: float = 30.0) -> bool:
+        """Wait until `condition` holds, which is looked at every 20 ms. If it does not within `timeout` seconds, the
+        pods' last lines are printed. What it raises counts as not yet."""
+        until = time.monotonic() + timeout
+        while time.monotonic() < until:
+            with suppress(Exception):
+                if condition():
+                    return True
+            time.sleep(0.02)
+        for name in self.deployments:
+            self.logs(name)
+        return False
+
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
         return self._hopeless() or self._moving() or self._planned_still()
@@ -423,6 +472,12 @@ class Lab:
         table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])
         return table.assign(time=pd.to_datetime(table["time"], unit="s").dt.round("ms"))
 
+    def size_on_disk(self, topic: Topic[Any]) -> int:
+        """Bytes of a topic's records in Kafka's files. Raises LabkitError where Kafka is not this lab's own."""
+        if (broker := self.connection.broker) is None:
+            raise LabkitError("only of a Kafka of its own does a lab know the files: Lab(…, cluster='private')")
+        return sum(file.stat().st_size for file in broker.folder.glob(f"data/{topic.name}-*/*.log"))
+
     def history(self) -> pd.DataFrame:
         """Everything the sampler saw, tidy: time, seconds, metric, label, value."""
         return self._history.frame()
@@ -469,8 +524,10 @@ class Lab:
                 steps.callback(held.close)
             steps.callback(self.connection.close)
             steps.callback(self.run.end, self.cluster, wait)
-            for database in self._databases:
-                steps.callback(database.close)
+            for server in self._databases:
+                steps.callback(server.close)
+            for service in self._services:
+                steps.callback(service.close)
             steps.callback(self._sampler.close)
             grace = 5.0 if self.broker.state is ServerState.RUNNING else 0.0  # nobody could commit
             for deployment in self.deployments.values():

@@ -11,6 +11,7 @@ from labkit.lab.board import Action
 from labkit.lab.metrics import Fault, History
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import Server, ServerState
+from labkit.runtime.valkey import Valkey
 
 
 class ServerFaults:
@@ -118,3 +119,15 @@ class Database(ServerFaults):
     def actions(self) -> list[Action]:
         """The board's buttons for it. It cannot be frozen: each of its connections is a process of its own."""
         return [action for action in super().actions() if action.label.split()[0] in ("Kill", "Restart")]
+
+
+class Cache(ServerFaults):
+    """A lab's own Valkey, and what can be done to it. It ends with the lab."""
+
+    _stays_in_the_notebook = "give a handler its `port`, which is a number"
+
+    def __init__(self, server: Valkey, history: History) -> None:
+        super().__init__(server.name, server, history)
+        self.port = server.port
+        """Where it answers, on 127.0.0.1."""
+        self.close = server.close

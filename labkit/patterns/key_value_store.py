@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from contextlib import suppress
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, overload
 
 from labkit.kafka.errors import (
@@ -30,6 +29,7 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import UNDECODABLE, Message, encode, parser
+from labkit.kafka.steps import Measured
 from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
@@ -156,6 +156,13 @@ class KeyValueStore(Mapping[str, V]):
         """Records of the topic that this store has still to read. Raises ClusterUnreachable."""
         return _behind(self._positions, self._ends())
 
+    def measured(self) -> Measured:
+        """Its figures, to be reported as Step.MEASURED: `<topic> loads`, `<topic> entries`, and `<topic> read`, the sum
+        of the offsets up to which it has read."""
+        short = self.topic.short
+        gauges = {f"{short} entries": float(len(self._entries)), f"{short} read": float(sum(self._positions.values()))}
+        return Measured({f"{short} loads": self.loads}, gauges)
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def put(self, key: str, value: V, timeout: float = CONFIRM) -> None:
@@ -169,7 +176,8 @@ class KeyValueStore(Mapping[str, V]):
         """Write many entries and wait once, as `put` does. They become visible one after the other."""
         if empty := [key for key, value in entries.items() if value is None]:
             raise LabkitError(f"None is no value for {empty[0]!r} in store {self.topic.short}: delete the key instead")
-        self._write([(key, encode(value)) for key, value in entries.items()], timeout)
+        if entries:
+            self._write([(key, encode(value)) for key, value in entries.items()], timeout)
 
     def delete(self, key: str, timeout: float = CONFIRM) -> None:
         """Take an entry out, by a record without a value (a tombstone). One that is not there may be deleted too.
@@ -335,27 +343,25 @@ class KeyValueStore(Mapping[str, V]):
         Returns when a tombstone may have come and gone unseen, so that all is to be read again: after a time without
         Kafka, or one in which this process stood still.
         """
-        ends, asked = None, fresh
-        while self._failure is None and (now := time.time()) - fresh <= keeps:
-            if ends is None and now - asked > min(LOOK, keeps / 4):
-                asked = now
-                with suppress(ClusterUnreachable):  # it comes back; meanwhile nothing changes
-                    ends = self._ends()
-            if ends is not None and not _behind(self._positions, ends):
-                ends, fresh = None, asked
-            if messages := reader.messages(BUSY_TURN if self._writes else TURN):
-                with self._lock:
-                    self._tell(self._contents.apply(messages, bool(self._subscriptions)))
-            self._positions = reader.positions()
-            if self._producer is not None:
-                self._producer.hear()
-                for write in list(self._writes):
-                    write.settle(self._positions)
+        with _Look(self._ends, min(LOOK, keeps / 4)) as look:
+            while self._failure is None and time.time() - fresh <= keeps:
+                fresh = max(fresh, look.all_was_read(self._positions))
+                self._take(reader)
+
+    def _take(self, reader: Reader[V]) -> None:
+        if messages := reader.messages(BUSY_TURN if self._writes else TURN):
+            with self._lock:
+                self._tell(self._contents.apply(messages, bool(self._subscriptions)))
+        self._positions = reader.positions()
+        if self._producer is not None:
+            self._producer.hear()
+            for write in list(self._writes):
+                write.settle(self._positions)
 
     def _ends(self) -> dict[Place, int]:
         """The topic's ends. Raises TopicMissing when it was deleted: the client would wait for ever, without a word."""
-        ends = end_offsets(self.topic.cluster, [self.topic.name])
-        if not ends or any(at > ends.get(place, 0) for place, at in self._positions.items()):
+        read, ends = self._positions, end_offsets(self.topic.cluster, [self.topic.name])
+        if not ends or any(at > ends.get(place, 0) for place, at in read.items()):
             raise TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
         return ends
 
@@ -472,6 +478,40 @@ class _Contents(Generic[V]):
         before = self.entries.get(key) if known is None else known.before
         self.unreadable[key] = _Unreadable(poison, before)  # first: who reads meanwhile must not find nothing at all
         self.entries.pop(key, None)
+
+
+class _Look:
+    """Looks every so many seconds where the topic ends. In a thread: while Kafka is away an answer takes its time."""
+
+    def __init__(self, ends: Callable[[], dict[Place, int]], every: float) -> None:
+        self._ask, self._every = ends, every
+        self._seen: tuple[float, dict[Place, int]] | None = None
+        self._failure: LabkitError | None = None
+        self._stop = threading.Event()
+
+    def all_was_read(self, positions: Mapping[Place, int]) -> float:
+        """The last time of which it is known that all there was is read by now. Raises TopicMissing."""
+        if self._failure is not None:
+            raise self._failure
+        return self._seen[0] if self._seen is not None and not _behind(positions, self._seen[1]) else 0.0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._run, name="look at a topic's end", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every):
+            asked = time.time()
+            try:
+                self._seen = asked, self._ask()
+            except ClusterUnreachable:
+                pass  # it comes back; meanwhile nothing changes
+            except LabkitError as error:
+                self._failure = error
+                return
 
 
 class _Write:

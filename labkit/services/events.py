@@ -1,0 +1,73 @@
+"""Events says when something begins on the clocks of a place. It has the time zones of Bookings in its own memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from aiohttp import web
+
+from labkit.kafka.steps import Measured
+from labkit.kafka.topics import Topic
+from labkit.patterns.key_value_store import KeyValueStore
+from labkit.services.countries import Zone
+from labkit.services.faults import ServiceFaults
+from labkit.services.http import HttpService
+
+ZONES: web.AppKey[KeyValueStore[Zone]] = web.AppKey("zones", KeyValueStore)
+
+
+@dataclass(frozen=True)
+class Events(HttpService):
+    """GET /zones: all of them, with their offsets in minutes. GET /zones/{name}: one.
+
+    GET /local/{name}?utc=2026-03-29T09:00: the time that a visitor there reads.
+    """
+
+    zones: Topic[Zone]
+    faults: ServiceFaults | None = None
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        one = r"{name:[\w/+-]+}"
+        return [
+            web.get("/zones", self._all),
+            web.get(f"/zones/{one}", self._one),
+            web.get(f"/local/{one}", self._local),
+        ]
+
+    async def start(self, app: web.Application) -> None:
+        app[ZONES] = KeyValueStore(self.zones)
+        await asyncio.to_thread(app[ZONES].wait_ready)
+        if self.faults is not None:
+            await asyncio.to_thread(self.faults.wait_ready)
+
+    async def finish(self, app: web.Application) -> None:
+        await asyncio.to_thread(app[ZONES].close)
+
+    def measured(self, app: web.Application) -> Iterable[Measured]:
+        return [app[ZONES].measured()]
+
+    async def _all(self, request: web.Request) -> web.Response:
+        if self.faults is not None:
+            await self.faults.meet("events")
+        return web.json_response({name: zone.offset for name, zone in request.app[ZONES].items()})
+
+    async def _one(self, request: web.Request) -> web.Response:
+        zone = self._zone(request)
+        return web.json_response({"country": zone.country, "offset": zone.offset, "abbreviation": zone.abbreviation})
+
+    async def _local(self, request: web.Request) -> web.Response:
+        try:
+            utc = datetime.fromisoformat(request.query["utc"])
+        except (KeyError, ValueError) as error:
+            raise web.HTTPBadRequest(text="utc must be a time like 2026-03-29T09:00") from error
+        return web.Response(text=(utc + timedelta(minutes=self._zone(request).offset)).isoformat(timespec="minutes"))
+
+    @staticmethod
+    def _zone(request: web.Request) -> Zone:
+        name = request.match_info["name"]
+        if (zone := request.app[ZONES].get(name)) is None:
+            raise web.HTTPNotFound(text=f"no time zone {name!r}")
+        return zone

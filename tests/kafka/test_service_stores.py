@@ -1,0 +1,248 @@
+"""The story of pattern 3: Business Manager, Bookings and Events, which share stores and never call each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from lab_helpers import wait_ready
+from processes import wait_until
+from stores import store_topic
+from typer.testing import CliRunner
+
+from labkit.cli.main import app
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError
+from labkit.lab import Lab
+from labkit.lab.services import store_lag
+from labkit.patterns.key_value_store import KeyValueStore, StoreNotReady
+from labkit.runtime.connect import Connection
+from labkit.services.bookings import Bookings
+from labkit.services.business_manager import BusinessManager
+from labkit.services.countries import Country, Zone, countries, zone_at, zones_by_country
+from labkit.services.events import Events
+from labkit.services.faults import NONE, TOPIC, Misbehaviour, ServiceFaults
+
+WINTER, SUMMER = datetime(2026, 3, 29, 0, 59, tzinfo=UTC), datetime(2026, 3, 29, 1, 0, tzinfo=UTC)
+
+
+class Platform:
+    """The three services on a Kafka of their own."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.countries = lab.topic("countries", 2, Country, compacted=True)
+        self.zones = lab.topic("zones", 2, Zone, compacted=True)
+        self.clock = KeyValueStore(lab.topic("clock", 1, datetime, compacted=True)).wait_ready()
+        self.faults = ServiceFaults(lab.topic(TOPIC, 1, Misbehaviour, compacted=True))
+        self.faults.wait_ready()
+        with KeyValueStore(self.countries) as store:
+            store.update({code: country for code, country in countries().items() if code != "SS"})
+        self.manager = lab.deploy("manager", BusinessManager(lab.port("manager"), self.countries))
+        self.bookings = lab.deploy("bookings", Bookings(self.countries, self.clock.topic, self.zones))
+        self.events = lab.deploy("events", Events(lab.port("events"), self.zones, self.faults))
+        for deployment in (self.manager, self.bookings, self.events):
+            wait_ready(deployment)
+
+    def ask(self, service: str, path: str, method: str = "GET") -> tuple[int, Any]:
+        """Status and answer; 0 while nobody listens."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.lab.port(service)}{path}", method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=15) as answer:
+                text = answer.read().decode()
+                return answer.status, json.loads(text) if text[:1] in "{[" and text else text
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except (urllib.error.URLError, ConnectionError):
+            return 0, None
+
+    def offset(self, zone: str) -> int | None:
+        status, answer = self.ask("events", f"/zones/{zone}")
+        return answer["offset"] if status == 200 else None
+
+    def begin(self) -> None:
+        """A winter's day without South Sudan."""
+        self.clock.put("now", WINTER)
+        wait_until(lambda: self.ask("manager", "/countries/SS", "DELETE")[0] == 204, 30, "the manager")
+        here = lambda: (self.offset("Europe/Berlin"), self.offset("Africa/Juba"))  # noqa: E731
+        wait_until(lambda: here() == (60, None), 30, f"the zones: {self.logs()}")
+
+    def logs(self) -> list[str]:
+        return [line.text for one in (self.manager, self.bookings, self.events) for line in one.log]
+
+    def change(self, code: str, method: str) -> None:
+        assert self.ask("manager", f"/countries/{code}", method) == (204, "")
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with Lab("stores", cluster="private") as lab:
+        platform = Platform(lab)
+        yield platform
+        platform.clock.close()
+        platform.faults.close()
+
+
+def test_iso_and_iana() -> None:
+    assert len(countries()) == 249
+    assert countries()["SS"] == Country("South Sudan")
+    zones = zones_by_country()
+    assert set(countries()) - set(zones) == {"BV", "HM"}
+    assert zones["SS"] == ("Africa/Juba",)
+    assert zones["DE"][0] == "Europe/Berlin"
+    assert zone_at("Europe/Berlin", "DE", WINTER) == Zone("DE", 60, "CET")
+    assert zone_at("Europe/Berlin", "DE", SUMMER) == Zone("DE", 120, "CEST")
+
+
+def test_a_country_appears_and_goes_without_anyone_calling_bookings(platform: Platform) -> None:
+    platform.begin()
+    assert platform.ask("events", "/zones/Africa/Juba")[0] == 404
+    platform.change("SS", "PUT")
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 10, "Africa/Juba")
+    assert platform.ask("events", "/local/Africa/Juba?utc=2026-03-29T09:00") == (200, "2026-03-29T11:00")
+    platform.change("SS", "DELETE")
+    wait_until(lambda: platform.offset("Africa/Juba") is None, 10, "the end of Africa/Juba")
+    assert platform.ask("manager", "/countries/XX", "PUT")[0] == 400
+    assert platform.ask("events", "/local/Europe/Berlin?utc=noon")[0] == 400
+
+
+def test_clocks_go_forward_in_both_stores(platform: Platform) -> None:
+    platform.begin()
+    before = platform.ask("events", "/zones")[1]
+    platform.clock.put("now", SUMMER)
+    wait_until(lambda: platform.offset("Europe/Berlin") == 120, 10, "summer")
+    expected = {
+        name: zone_at(name, code, SUMMER).offset
+        for code, names in zones_by_country().items()
+        for name in names
+        if code != "SS"
+    }
+    wait_until(lambda: platform.ask("events", "/zones")[1] == expected, 10, "all zones as their rules say")
+    with KeyValueStore(platform.zones) as zones:
+        assert {name: zone.offset for name, zone in zones.items()} == expected
+    changed = {name for name, offset in expected.items() if before[name] != offset}
+    assert {"Europe/Berlin", "Europe/London"} <= changed
+    assert "America/Phoenix" not in changed
+
+
+def test_each_survives_kill_9_and_what_happened_meanwhile(platform: Platform) -> None:
+    platform.begin()
+    platform.change("SS", "PUT")
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, "Africa/Juba")
+    for deployment in (platform.manager, platform.bookings, platform.events):
+        deployment.pods[0].crash()
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, "Africa/Juba again")
+    wait_until(lambda: platform.ask("manager", "/countries")[0] == 200, 20, "the manager")
+    assert platform.ask("manager", "/countries")[1]["SS"] == "South Sudan"
+    platform.bookings.scale(0)
+    wait_until(lambda: not platform.bookings._retired, 20, "the end of bookings")
+    platform.change("SS", "DELETE")  # nobody who would take the zone away
+    assert platform.offset("Africa/Juba") == 120
+    platform.bookings.scale(1)
+    wait_until(lambda: platform.offset("Africa/Juba") is None, 20, "what is made up for")
+
+
+def test_all_go_on_reading_while_kafka_is_down_and_writing_once_it_is_back(platform: Platform) -> None:
+    platform.begin()
+    platform.lab.broker.kill()
+    try:
+        assert platform.offset("Europe/Berlin") == 60
+        status, why = platform.ask("manager", "/countries/SS", "PUT")
+        assert status == 503
+        assert "not confirmed within 3 s" in why
+        assert len(platform.ask("manager", "/countries")[1]) == 248
+    finally:
+        platform.lab.broker.restart()
+    platform.change("SS", "PUT")
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 30, "Africa/Juba")
+
+
+def test_the_lag_of_a_frozen_pods_store_grows(platform: Platform) -> None:
+    pod = platform.events.pods[0]
+    wait_until(lambda: store_lag(platform.events, platform.zones) == 0, 20, "no lag")
+    pod.freeze()
+    try:
+        with KeyValueStore(platform.zones) as zones:
+            for _ in range(3):
+                zones.put("Mars/Olympus", Zone("DE", 0, "MST"))  # which Bookings takes away
+        wait_until(lambda: store_lag(platform.events, platform.zones) >= 3, 10, "lag")
+    finally:
+        pod.thaw()
+    wait_until(lambda: store_lag(platform.events, platform.zones) == 0, 20, "no lag")
+    panels = platform.lab.stores((platform.events, platform.zones), (platform.bookings, platform.countries))
+    assert [panel.title for panel in panels] == ["Lag", "Reloads", "Entries"]
+
+    def seen(metric: str, label: str) -> float:
+        samples = platform.lab._history.snapshot().samples
+        return next((one.value for one in reversed(samples) if (one.metric, one.label) == (metric, label)), -1)
+
+    wait_until(lambda: seen("behind", "events") == 0, 10, "the watched lag")
+    wait_until(lambda: seen("countries entries", "bookings") >= 248, 10, "entries")
+    assert seen("zones loads", "events") >= 1
+
+
+# -- faults of services
+
+
+def test_a_service_misbehaves_as_told_and_recovers(platform: Platform) -> None:
+    events = platform.lab.service("events", platform.faults)
+    status = lambda: platform.ask("events", "/zones")[0]  # noqa: E731
+    wait_until(lambda: status() == 200, 30, "the service")
+    events.fail(status=500)
+    wait_until(lambda: status() == 500, 5, "the fault")
+    assert [fault.text for fault in platform.lab._history.standing()] == ["fail events"]
+    events.slow(0.3)
+    wait_until(lambda: status() == 200, 5, "the other fault")
+    began = time.monotonic()
+    assert status() == 200
+    assert time.monotonic() - began > 0.3
+    events.recover()
+    assert platform.lab._history.standing() == []
+    events.fail(seconds=0.5)
+    wait_until(lambda: status() == 503, 5, "the fault")
+    wait_until(lambda: status() == 200, 5, "its end by itself")
+    wait_until(lambda: platform.lab._history.standing() == [], 5, "the end of its window")
+    assert [action.label for action in events.actions()] == ["Fail events", "Slow events", "Recover events"]
+    assert events.actions()[2].available() == "events behaves already."
+    for wrong in (lambda: events.fail(1.5), lambda: events.fail(status=200), lambda: events.slow(-1)):
+        with pytest.raises(LabkitError, match="events cannot be told to do that"):
+            wrong()
+
+
+def test_faults_that_are_not_loaded_say_so_and_those_that_are_over_count_no_more(cluster: Cluster) -> None:
+    topic = store_topic(cluster, 1, Misbehaviour)
+    faults = ServiceFaults(topic)
+    with pytest.raises(StoreNotReady):
+        faults.of("anyone")
+    faults.wait_ready()
+    assert faults.of("anyone") is NONE
+    faults.set("anyone", errors=0.5, seconds=60)
+    assert faults.of("anyone").errors == 0.5
+    faults.store.put("anyone", Misbehaviour(errors=0.5, until=time.time() - 1))
+    assert faults.of("anyone") is NONE
+    faults.close()
+
+
+def test_the_command_line_switches_them_too(connection: Connection) -> None:
+    run = f"labkit.test.faults.{os.getpid()}"
+    topic = store_topic(connection.cluster, 1, Misbehaviour, name=f"{run}.{TOPIC}")
+    faults = ServiceFaults(topic)
+    faults.wait_ready()
+    command = CliRunner()
+    done = command.invoke(app, ["fault", "payments", "--errors", "0.5", "--delay", "2"])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[1].split() == ["payments", "50%", "503", "2", "s"]
+    wait_until(lambda: faults.of("payments") == Misbehaviour(0.5, 503, 2.0), 5, "the fault")
+    assert '"service": "payments"' in command.invoke(app, ["fault", "--json"]).output
+    assert "All services behave." in command.invoke(app, ["fault", "payments", "--clear"]).output
+    wait_until(lambda: faults.of("payments") is NONE, 5, "its end")
+    assert "say what payments is to do" in command.invoke(app, ["fault", "payments"]).output
+    faults.close()
+    connection.cluster.delete_topics([topic.name])
