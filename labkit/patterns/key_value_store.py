@@ -79,7 +79,8 @@ class KeyValueStore(Mapping[str, V]):
         self._writes: list[_Write] = []
         self._producer: Producer | None = None
         self._lock = threading.Lock()  # of the lists above, and of what subscribers are told
-        self._known = threading.Event()  # whether it was loaded, or never will be
+        self._loaded = False
+        self._known = threading.Event()  # it was loaded, or never will be
         self._trouble = "it has only just begun"
         self._failure: LabkitError | None = None
         self._thread = threading.Thread(target=self._run, name=f"store {topic.short}", daemon=True)
@@ -101,7 +102,7 @@ class KeyValueStore(Mapping[str, V]):
     @property
     def ready(self) -> bool:
         """Whether it can be read."""
-        return self._known.is_set() and self._failure is None
+        return self._loaded
 
     @overload
     def get(self, key: str, /) -> V | None: ...
@@ -232,7 +233,8 @@ class KeyValueStore(Mapping[str, V]):
 
     def _missing(self, key: str, default: Any) -> Any:
         """What a read answers that found nothing."""
-        self._check()
+        if not self._loaded:
+            self._check()
         if (found := self._contents.unreadable.get(key)) is not None:
             error = found.error
             raise PoisonRecord(error.topic, error.partition, error.offset, error.reason)
@@ -240,7 +242,7 @@ class KeyValueStore(Mapping[str, V]):
 
     def _check(self) -> None:
         self._check_open()
-        if not self._known.is_set():
+        if not self._loaded:
             raise StoreNotReady(f"store {self.topic.short} is not loaded: call wait_ready() first ({self._trouble})")
 
     def _check_open(self) -> None:
@@ -276,7 +278,7 @@ class KeyValueStore(Mapping[str, V]):
         """Nothing is read or written from now on; everybody who waits hears of it."""
         with self._lock:
             self._failure = self._failure or why
-            self._entries = {}
+            self._loaded, self._entries = False, {}
             self._known.set()
             for write in self._writes:
                 write.done.set()
@@ -334,6 +336,7 @@ class KeyValueStore(Mapping[str, V]):
                     self._tell(_differences(self._entries, contents.entries))
                 self._entries, self._contents, self._positions = contents.entries, contents, reader.positions()
                 self.loads += 1
+                self._loaded = True
                 self._known.set()
         return began
 
