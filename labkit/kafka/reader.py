@@ -59,7 +59,7 @@ class Reader(Generic[T]):
         if found:
             found += self._client.consume(_BATCH, 0)
         messages = cast(list[Message], found)
-        if any(message.error() is not None for message in messages):
+        if [message for message in messages if message.error() is not None]:  # faster than `any`, by record
             return [message for message in messages if self._is_record(message)]
         return messages
 
