@@ -4,8 +4,8 @@ The topic is the store: Kafka keeps the latest value of each key however old it 
 into memory, and from then on follows what is written. A read asks nobody. Several processes may have a store on one
 topic; each of them may write.
 
-An entry costs some 300 to 450 bytes, its key and value as Python objects included: a million of them with a Struct of three
-fields took 0.4 GB, and some seconds to load. A data set that is larger than that belongs in a table.
+An entry costs some 300 to 450 bytes, its key and value as Python objects included: a million of them, with a Struct of
+three fields, took 0.4 GB, and some seconds to load. A data set that is larger than that belongs in a table.
 """
 
 from __future__ import annotations

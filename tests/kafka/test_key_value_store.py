@@ -527,13 +527,14 @@ def test_a_process_frozen_through_a_compaction_forgets_what_was_deleted(cluster:
         store.put("gone", 1)
         assert frozen.ask("wait", "gone", 1) == 1
         frozen.freeze()
+        store.put("first", 1)  # what answers the request that it has sent already: the tombstone must not
         store.delete("gone")
         store.put("stays", 2)
         compact(topic, lambda: not any(key == "gone" for _, key, _ in on_disk(topic)))
         frozen.thaw()
         assert frozen.ask("wait", "gone", None) is None
         assert frozen.ask("wait", "stays", 2) == 2
-        assert frozen.ask("loads") >= 2
+        assert frozen.ask("loads", 2) >= 2
 
 
 def test_a_million_entries(cluster: Cluster) -> None:
