@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import time
 
 import pytest
 from PIL import Image
@@ -255,19 +254,6 @@ def test_nonsense_is_refused() -> None:
         picture.draw([], [], [], T)
     with pytest.raises(ValueError, match="above 0"):
         picture.draw(PANELS, [], [], T, window=0)
-
-
-def test_time_of_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
-    samples, faults = RUNS["sixteen partitions"]
-    picture.draw(PANELS, samples, faults, T)
-    begun = time.perf_counter()
-    for _ in range(10):
-        picture.draw(PANELS, samples, faults, T)
-    each = (time.perf_counter() - begun) / 10
-    with capsys.disabled():
-        print(f" [{each * 1000:.0f} ms a frame]", end="")
-    # Not a benchmark: only that nobody put axes, layout or text-setting back into every frame.
-    assert each < 0.3
 
 
 def test_a_panel_of_one_metric_names_its_owners_and_their_figures() -> None:
