@@ -49,6 +49,10 @@ class Consumer:
     offsets beside the effect. What is not in its answer begins at `start`. If it raises, the consumer ends."""
     on_step: Report | None = None
     """A hook called at every step (see `Step`): where tests and baselines crash."""
+    on_change: Report | None = None
+    """The same without HANDLING and HANDLED, which come with every record: it costs nothing."""
+    not_before: Mapping[str, Callable[[Record[Any]], float]] = field(default_factory=dict)
+    """By topic: a record's time, in seconds since 1970, before which the handler is not called; its lane waits."""
 
     def __post_init__(self) -> None:
         if not self.sources:

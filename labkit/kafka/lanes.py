@@ -25,7 +25,7 @@ class LaneState(Enum):
     RUNNING = "running"
     """A worker has it, or will take it next."""
     BACKING_OFF = "backing off"
-    """Its first record failed; it waits for the next attempt."""
+    """Its first record failed, or is not due yet; it waits for the next attempt."""
 
 
 _ALLOWED = {
@@ -39,7 +39,7 @@ _ALLOWED = {
 class Lane:
     """Records that must be handled one after the other."""
 
-    __slots__ = ("alone", "began", "due", "failure", "key", "partition", "queue", "state")
+    __slots__ = ("alone", "asks", "began", "due", "failure", "key", "partition", "queue", "state")
 
     def __init__(self, partition: Partition, key: bytes | None) -> None:
         self.partition = partition
@@ -50,6 +50,7 @@ class Lane:
         self.began: float | None = None  # consumer's clock at which the running handler was called
         self.due = 0.0  # monotonic time of the next attempt
         self.alone = 0  # how many records are to be handled one by one, as a batch of them failed
+        self.asks = False  # then the policy is asked first, before the handler is called
 
     def to(self, state: LaneState) -> None:
         """Change state; a change that makes no sense is a bug and raises."""
@@ -71,6 +72,7 @@ class Lane:
             error=error,
             attempt=before.attempt + 1 if before else 1,
             since=before.since if before else time.time(),
+            raw=message,
         )
 
 

@@ -46,7 +46,7 @@ from labkit.kafka.lanes import Lane, LaneState, Partition
 from labkit.kafka.producer import Hand, handling, producer
 from labkit.kafka.records import Message, Record, decoder
 from labkit.kafka.refusal import explain, is_final
-from labkit.kafka.steps import Done, Failure, Report, Retry, Step, Stop, keep_trying
+from labkit.kafka.steps import Ask, Decision, Done, Failure, Report, Retry, Step, Stop, keep_trying
 
 if TYPE_CHECKING:
     from labkit.kafka.consumer import Consumer
@@ -58,6 +58,7 @@ FULL = 0.1  # seconds a partition may stay full before it is paused
 FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records
 REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
 AWAY = 30.0  # seconds to ask again and again where partitions begin
+TRACED = 1.0  # seconds from one traceback to the next of its kind
 EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
 
 GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
@@ -71,6 +72,7 @@ class Loop:
     def __init__(self, consumer: Consumer, stop: threading.Event, report: Report | None) -> None:
         self.spec, self.stop = consumer, stop
         self.hooks = [hook for hook in (consumer.on_step, report) if hook is not None]
+        self.change_hooks = self.hooks if consumer.on_change is None else [*self.hooks, consumer.on_change]
         self.by_key = consumer.order == "key"
         self.topic_ids = {topic.name: consumer.cluster.topic_id(topic.name) for topic in consumer.sources}
         self.decode = {topic.name: decoder(topic.value) for topic in consumer.sources}
@@ -82,6 +84,7 @@ class Loop:
         self.back_offs: list[tuple[float, int, Lane]] = []
         self.back_offs_lock = threading.Lock()
         self.tie = itertools.count()
+        self.traced: dict[type[BaseException], float] = {}  # until when errors of this type are told in one line
         self.wake = threading.Event()  # a lane ran empty
         self.shut = False  # True while a commit waits for what handlers sent: no handler is called until
         self.gate = threading.Event()  # this is set
@@ -274,9 +277,10 @@ class Loop:
             with self.back_offs_lock:
                 if not self.back_offs or self.back_offs[0][0] > now:
                     return
-                _, _, lane = heapq.heappop(self.back_offs)
+                due, _, lane = heapq.heappop(self.back_offs)
             with lane.partition.lock:
-                if lane.state is not LaneState.BACKING_OFF or not lane.partition.active:
+                waits = lane.state is LaneState.BACKING_OFF and lane.due == due  # else this back-off ended before
+                if not waits or not lane.partition.active:
                     continue
                 lane.to(LaneState.RUNNING)
             self.submit(lane)
@@ -529,7 +533,10 @@ class Loop:
         """
         handler, hooks, queue, partition = self.spec.handler, self.hooks, lane.queue, lane.partition
         decode, hand = self.decode[partition.topic], Hand()
+        not_before = self.spec.not_before.get(partition.topic)
         handling.set(hand)
+        if lane.asks and not self.ask_again(lane):
+            return
         while True:
             for _ in range(STAY):
                 lane.began = self.clock  # before the look at `active`: either we see the release, or it waits for us
@@ -542,17 +549,17 @@ class Loop:
                 message, record = queue[0], None
                 try:
                     record = hand.record = decode(message)  # what its handler sends names it as the cause
-                    if hooks:
-                        self.tell(Step.HANDLING, record)
+                    if not_before is not None and self.waits(lane, not_before(record)):
+                        return
+                    for hook in hooks:
+                        hook(Step.HANDLING, record)
                     result = handler(record)
                     if result is not None and inspect.iscoroutine(result):
                         result.close()
                         raise TypeError("the handler returned a coroutine, which nobody runs: make it an `async def`")
                 except BaseException as error:
                     if record is None:
-                        hand.record = Record(
-                            message, None, None
-                        )  # what a policy sends names the poison, not the last one
+                        hand.record = Record(message, None, None)  # what a policy sends names the poison
                     if not self.failed(lane, message, record, error):
                         return
                     continue
@@ -568,6 +575,8 @@ class Loop:
         """The same for a handler that takes batches."""
         queue, partition, decode = lane.queue, lane.partition, self.decode[lane.partition.topic]
         handling.set(Hand())
+        if lane.asks and not self.ask_again(lane):
+            return
         done = 0
         while done < STAY or self.ready.empty():
             lane.began = self.clock
@@ -621,6 +630,10 @@ class Loop:
     async def take_turn(self, lane: Lane) -> bool:
         """True when the lane has more to do, but others come first."""
         handler, decode, queue = self.spec.handler, self.decode[lane.partition.topic], lane.queue
+        not_before = self.spec.not_before.get(lane.partition.topic)
+        handling.set(Hand())
+        if lane.asks and not await asyncio.to_thread(self.ask_again, lane):
+            return False
         for _ in range(STAY):
             lane.began = self.clock
             if not (queue and lane.partition.active):
@@ -633,12 +646,16 @@ class Loop:
             try:
                 record = decode(message)
                 handling.set(Hand(record))
-                self.tell(Step.HANDLING, record)
+                if not_before is not None and self.waits(lane, not_before(record)):
+                    return False
+                for hook in self.hooks:
+                    hook(Step.HANDLING, record)
                 await handler(record)
             except BaseException as error:
                 if record is None:
                     handling.set(Hand(Record(message, None, None)))
-                if not self.failed(lane, message, record, error):
+                # A policy may take its time, which must not hold up the other coroutines.
+                if not await asyncio.to_thread(self.failed, lane, message, record, error):
                     return False
                 continue
             self.handled(lane, record)
@@ -655,18 +672,19 @@ class Loop:
         return True
 
     def handled(self, lane: Lane, record: Record[Any]) -> None:
-        self.tell(Step.HANDLED, record)
+        for hook in self.hooks:
+            hook(Step.HANDLED, record)
         self.recovered(lane)
 
     def recovered(self, lane: Lane) -> None:
-        failure, lane.failure = lane.failure, None
+        failure, lane.failure, lane.asks = lane.failure, None, False
         if failure is not None:
             self.tell(Step.RECOVERED, failure)
 
     def failed(
         self, lane: Lane, message: Message, record: Record[Any] | None, error: BaseException, many: int = 1
     ) -> bool:
-        """Ask the policy about a failed record, the first of `many`. True when the lane goes on at once."""
+        """Ask the policy about a failed record. Of `many`, hand them over one by one. True when the lane goes on at once."""
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return self.end(lane, error, message)
         if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
@@ -674,41 +692,90 @@ class Loop:
             lane.began = None
             self.wake.set()
             return False
+        if many > 1:  # which of them it was is known once they come one by one: only then the policy is asked
+            lane.alone, lane.began = many, None
+            return True
         failure = lane.next_failure(message, record, error)
+        failure = replace(failure, reconsider=lambda: self.reconsider(lane, failure))
+        return self.decide(lane, failure, news=True)
+
+    def ask_again(self, lane: Lane) -> bool:
+        """Ask the policy about a failure that it had been asked about. True when the lane goes on at once."""
+        if (failure := lane.failure) is None or not lane.partition.active:
+            lane.asks = False
+            return True
+        handling.get().record = failure.record or Record(lane.queue[0], None, None)
+        return self.decide(lane, failure, news=False)
+
+    def decide(self, lane: Lane, failure: Failure, news: bool) -> bool:
+        """Do what the policy decides. True when the lane goes on with its next record at once."""
+        while True:
+            lane.began, lane.asks = self.clock, False  # deciding has a deadline of its own
+            failure = replace(failure, decision=(decision := self.decision(failure)))
+            if news:
+                self.log_failure(failure)
+                self.tell(Step.FAILED, failure)
+                news = False
+            match decision:
+                case Retry(after) | Ask(after):
+                    lane.failure = failure
+                    if self.back_off(lane, after, isinstance(decision, Ask)):
+                        return False
+                case Done():
+                    self.tell(Step.RECOVERED, failure)
+                    lane.failure = None
+                    lane.queue.popleft()
+                    lane.began, lane.alone = None, max(0, lane.alone - 1)
+                    return True
+                case Stop():
+                    return self.end(lane, failure.error)
+
+    def decision(self, failure: Failure) -> Decision:
+        """The policy's, or the default's when it cannot do its work: that must neither lose the record nor spin."""
         try:
             decision = self.spec.on_failure(failure)
-            if not isinstance(decision, Retry | Done | Stop):
-                raise TypeError(f"on_failure returned {decision!r}, not Retry, Done or Stop")
-            if isinstance(decision, Retry) and not decision.after >= 0:  # NaN is not either
+            if not isinstance(decision, Decision):
+                raise TypeError(f"on_failure returned {decision!r}, not Retry, Ask, Done or Stop")
+            if isinstance(decision, Retry | Ask) and not decision.after >= 0:  # NaN is not either
                 raise ValueError(f"on_failure returned {decision!r}, which says no time to wait")
         except Exception as broken:
-            # A policy that cannot do its work (its dead-letter topic is away) must neither lose the record nor spin.
             traceback.print_exception(broken)
-            decision = keep_trying(0.5)(failure)
-        if many > 1:
-            lane.alone = many
-            if isinstance(decision, Done):
-                decision = Retry(0.0)  # which of them it was is known once they come one by one
-        failure = replace(failure, decision=decision)
-        _log_failure(failure)
-        self.tell(Step.FAILED, failure)
-        match decision:
-            case Retry(after):
-                lane.failure, lane.began = failure, None
-                lane.due = time.monotonic() + after
-                with lane.partition.lock:
-                    lane.to(LaneState.BACKING_OFF)
-                with self.back_offs_lock:
-                    heapq.heappush(self.back_offs, (lane.due, next(self.tie), lane))
+            return keep_trying(0.5)(failure)
+        return decision
+
+    def back_off(self, lane: Lane, after: float, asks: bool = False) -> bool:
+        """Let a lane wait. False when somebody wants its failure reconsidered since the policy was asked."""
+        with lane.partition.lock:
+            if lane.asks:
                 return False
-            case Done():
-                self.tell(Step.RECOVERED, failure)
-                lane.failure = None
-                lane.queue.popleft()
-                lane.began = None
-                return True
-            case Stop():
-                return self.end(lane, error)
+            lane.began, lane.asks = None, asks
+            lane.due = time.monotonic() + after
+            lane.to(LaneState.BACKING_OFF)
+        with self.back_offs_lock:
+            heapq.heappush(self.back_offs, (lane.due, next(self.tie), lane))
+        return True
+
+    def waits(self, lane: Lane, due: float) -> bool:
+        """Whether its first record is not due yet (seconds since 1970); then the lane waits, and nothing has failed."""
+        left = due - time.time()
+        if left <= 0:
+            return False
+        lane.asks = False
+        return self.back_off(lane, left)
+
+    def reconsider(self, lane: Lane, failure: Failure) -> None:
+        """See `Failure.reconsider`. Called from any thread."""
+        with lane.partition.lock:
+            try:
+                if lane.queue[0].offset() != failure.offset or not lane.partition.active:
+                    return
+            except IndexError:
+                return
+            lane.asks = True
+            if lane.state is not LaneState.BACKING_OFF:
+                return  # its worker looks before it lets the lane wait
+            lane.to(LaneState.RUNNING)
+        self.submit(lane)
 
     def end(self, lane: Lane, error: BaseException, message: Message | None = None) -> bool:
         """Let the consumer stop with an error; what the lane has in hand stays uncommitted."""
@@ -720,8 +787,17 @@ class Loop:
         self.wake.set()
         return False
 
+    def log_failure(self, failure: Failure) -> None:
+        """One line for each failed attempt; the traceback, below the loop's own frame, once for errors of a kind that
+        come in numbers."""
+        error, now = failure.error, time.monotonic()
+        _log(f"{failure.place} failed, attempt {failure.attempt}: {type(error).__name__}: {error}")
+        if failure.attempt == 1 and not isinstance(error, PoisonRecord) and now > self.traced.get(type(error), 0):
+            self.traced[type(error)] = now + TRACED
+            traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+
     def tell(self, step: Step, subject: Any) -> None:
-        for hook in self.hooks:
+        for hook in self.change_hooks:
             hook(step, subject)
 
 
@@ -746,14 +822,6 @@ def _log_awaiting(coroutine: Any) -> None:
     while inspect.iscoroutine(coroutine) and (frame := coroutine.cr_frame) is not None:
         _log(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
         coroutine = coroutine.cr_await
-
-
-def _log_failure(failure: Failure) -> None:
-    """The whole traceback of a first failure, below the loop's own frame; one line for each further attempt."""
-    error = failure.error
-    _log(f"{failure.place} failed, attempt {failure.attempt}: {type(error).__name__}: {error}")
-    if failure.attempt == 1 and not isinstance(error, PoisonRecord):
-        traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
 
 
 def _place(message: Message) -> str:

@@ -79,8 +79,8 @@ class Producer:
         self,
         topic: str,
         value: bytes | None,
-        key: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        key: str | bytes | None = None,
+        headers: Mapping[str, str | bytes | None] | Mapping[str, str] | None = None,
         partition: int = -1,
         told: Told | None = None,
     ) -> None:
@@ -94,7 +94,7 @@ class Producer:
             if number == 1:
                 self._connect(topic)
         cause = handling.get().record
-        wire: dict[str, str | bytes | None] = {name: text.encode() for name, text in headers.items()} if headers else {}
+        wire: dict[str, str | bytes | None] = dict(headers) if headers else {}
         if "correlation-id" not in wire:
             correlation = None if cause is None else cause.headers.get("correlation-id")
             wire["correlation-id"] = b"%b-%d" % (self._prefix, number) if correlation is None else correlation.encode()
@@ -102,7 +102,7 @@ class Producer:
             wire["cause"] = cause.place.encode()
         if self._pod:
             wire["pod"] = self._pod
-        raw_key = None if key is None else key.encode()
+        raw_key = key.encode() if isinstance(key, str) else key
         report = self._report if told is None else partial(_tell, told)
         for wait in (0.1, 1.0, 10.0, 0.0):
             try:
@@ -138,9 +138,9 @@ class Producer:
         with suppress(KafkaException):  # the broker is away: the record waits for it
             self._client.list_topics(topic, timeout=0.5)
 
-    def hear(self) -> None:
-        """Have `told` called for what is known by now."""
-        self._client.poll(0)
+    def hear(self, wait: float = 0.0) -> None:
+        """Have `told` called for what is known by now, or becomes known within `wait` seconds."""
+        self._client.poll(wait)
 
     def raise_failures(self) -> None:
         """Raise DeliveryFailed, once, for what was refused since the last call."""

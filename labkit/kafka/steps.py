@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from labkit.kafka.errors import place_of
-from labkit.kafka.records import Record
+from labkit.kafka.records import Message, Record
 
 
 class Step(Enum):
@@ -63,6 +63,13 @@ class Retry:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Ask again about the same failure after `after` seconds, without calling the handler; the lane waits."""
+
+    after: float
+
+
+@dataclass(frozen=True)
 class Done:
     """The record counts as finished: it was set aside somewhere else (confirmed before the commit)."""
 
@@ -72,7 +79,11 @@ class Stop:
     """The consumer stops with the handler's error; the record stays uncommitted."""
 
 
-Decision: TypeAlias = Retry | Done | Stop
+Decision: TypeAlias = Retry | Ask | Done | Stop
+
+
+def _nothing() -> None:
+    """A failure that no loop holds."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,11 @@ class Failure:
     since: float
     """When the first attempt failed, in seconds since 1970."""
     decision: Decision | None = None
+    raw: Message | None = field(default=None, repr=False, compare=False)
+    """The record as it was fetched: a poison record too has bytes that can be set aside."""
+    reconsider: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    """Ask about this failure again now, as after `Ask`: for who decides otherwise while the lane backs off. From any
+    thread; it does nothing once the record is finished or its partition was given up."""
 
     @property
     def place(self) -> str:

@@ -17,7 +17,7 @@ import msgspec
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import encode
-from labkit.kafka.steps import Failure, Retry, Step
+from labkit.kafka.steps import Ask, Failure, Retry, Step
 from labkit.kafka.topics import Topic
 
 INTERVAL = 0.2  # seconds between two reports
@@ -168,7 +168,7 @@ class Telemetry:
         with self._lock:
             self._failed += 1
             now, error = time.time(), f"{type(failure.error).__name__}: {failure.error}"[:500]
-            after = failure.decision.after if isinstance(failure.decision, Retry) else None
+            after = failure.decision.after if isinstance(failure.decision, Retry | Ask) else None
             self._events.append(Failed(failure.place, failure.attempt, now, error[:200], after))
             if after is not None:
                 due = now + after

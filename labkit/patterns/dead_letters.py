@@ -1,0 +1,172 @@
+"""The dead-letter queue: records whose attempts are used up, with where they came from and why they failed.
+
+One compacted topic for each topic and group, keyed by the place where a record came from: a record is in it once, and
+leaves it by a tombstone, when its replay succeeded or when it is purged. It is read into memory as a whole.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+import msgspec
+
+from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
+from labkit.kafka.producer import Producer
+from labkit.kafka.records import Message, encode
+from labkit.kafka.topics import Topic
+from labkit.patterns.key_value_store import KeyValueStore
+from labkit.patterns.trails import HEADER, Trail, headers_of, own_topic, text_of
+
+DEAD_LETTERS, REPLAY = "dead-letters", "replay"  # what the two topics are called
+CONFIRM = 30.0  # seconds for a replay or a purge to be confirmed
+
+
+class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A record that could not be handled. Times are seconds since 1970."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: float
+    group: str
+    key: str | None
+    value: str | None
+    headers: dict[str, str]
+    """As text; those that labkit adds for tracing are among them."""
+    attempts: int
+    failed: tuple[float, ...]
+    """When its attempts failed: the newest."""
+    error: str
+    """The last one."""
+    at: float
+    """When it came here."""
+    raw_key: bytes | None = None
+    """If the key is no UTF-8, and so in `key` only for show."""
+    raw_value: bytes | None = None
+    replayed: float | None = None
+    """When it was last put back; it is here until that succeeds."""
+
+    @property
+    def place(self) -> str:
+        """`topic/partition/offset` where it came from first: its name in the queue."""
+        return place_of(self.topic, self.partition, self.offset)
+
+
+def dead_letter_of(message: Message, trail: Trail, at: float) -> DeadLetter:
+    """A record as it is kept in the queue."""
+    key, value = message.key(), message.value()
+    headers = {name: text_of(raw) or "" for name, raw in headers_of(message).items() if name != HEADER}
+    return DeadLetter(
+        *(trail.topic, trail.partition, trail.offset, trail.timestamp, trail.group, text_of(key), text_of(value)),
+        *(headers, trail.attempts, trail.failed, trail.error, at, _unless_text(key), _unless_text(value)),
+    )
+
+
+def _unless_text(raw: bytes | None) -> bytes | None:
+    return None if raw is None or raw.decode(errors="replace").encode() == raw else raw
+
+
+def dead_letters_topic(topic: Topic[Any], group: str) -> Topic[DeadLetter]:
+    """Where the dead letters of this topic and group are kept."""
+    return Topic(topic.cluster, own_topic(topic.name, group, DEAD_LETTERS), 1, DeadLetter)
+
+
+def replay_topic(topic: Topic[Any], group: str) -> Topic[Any]:
+    """Where they come back. Not into `topic` itself, which others read too."""
+    return replace(topic, name=own_topic(topic.name, group, REPLAY))
+
+
+class DeadLetters(Mapping[str, DeadLetter]):
+    """The dead letters of a topic and group, by the place where they came from, oldest first.
+
+    Raises TopicMissing when no consumer with retries ever ran there.
+    """
+
+    def __init__(self, topic: Topic[Any], group: str) -> None:
+        self.topic, self.group = topic, group
+        self.store: KeyValueStore[DeadLetter] = KeyValueStore(dead_letters_topic(topic, group))
+        self._producer: Producer | None = None
+        try:
+            self.store.wait_ready()
+        except BaseException:
+            self.store.close()
+            raise
+
+    def __getitem__(self, place: str) -> DeadLetter:
+        return self.store[place]
+
+    def __iter__(self) -> Iterator[str]:
+        letters = self.store.snapshot()
+        return iter(sorted(letters, key=lambda place: letters[place].at))
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def replay(self, *places: str) -> int:
+        """Put these back where their retries start, all if none is named; returns how many.
+
+        Each stays in the queue until it is handled. An interrupted replay may be repeated: none is lost, some may be
+        handled twice. Raises LabkitError for one that is not here, DeliveryFailed.
+        """
+        letters = self._chosen(places)
+        now, back = time.time(), replay_topic(self.topic, self.group)
+        # Marked first: the consumer may be done with a record before the mark would come.
+        marked = {letter.place: msgspec.structs.replace(letter, replayed=now) for letter in letters}
+        self.store.update(marked, CONFIRM)
+        self._producer = producer = self._producer or Producer(self.topic.cluster, tells=True)
+        waiting = _Confirmations(len(letters))
+        for one in letters:
+            origin = (one.topic, one.partition, one.offset, one.timestamp, one.group)
+            trail = Trail(*origin, attempts=one.attempts, failed=one.failed, error=one.error, replayed=True)
+            key = one.key if one.raw_key is None else one.raw_key
+            value = one.raw_value if one.raw_value is not None else None if one.value is None else one.value.encode()
+            producer.send(back.name, value, key, {**one.headers, HEADER: encode(trail)}, told=waiting.told)
+        waiting.wait(producer, CONFIRM)
+        return len(letters)
+
+    def purge(self, *places: str) -> int:
+        """Remove these for good, all if none is named; returns how many. Raises LabkitError, DeliveryFailed."""
+        letters = self._chosen(places)
+        for letter in letters:
+            self.store.delete(letter.place, CONFIRM)
+        return len(letters)
+
+    def close(self) -> None:
+        """Look no more."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _chosen(self, places: tuple[str, ...]) -> list[DeadLetter]:
+        if missing := [place for place in places if place not in self.store]:
+            raise LabkitError(f"{missing[0]} is not among the {len(self):,} dead letters of {self.group}")
+        return [self[place] for place in (places or self)]
+
+
+class _Confirmations:
+    """Counts what is to be confirmed."""
+
+    def __init__(self, expected: int) -> None:
+        self.left, self.refused = expected, ""
+        self._lock = threading.Lock()
+
+    def told(self, refused: str | None, partition: int, offset: int) -> None:
+        with self._lock:
+            self.left -= 1
+            self.refused = refused or self.refused
+
+    def wait(self, producer: Producer, timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while self.left and time.monotonic() < until:
+            producer.hear(0.05)
+        if self.left or self.refused:
+            why = self.refused or f"{self.left:,} were not confirmed within {timeout:g} s"
+            raise DeliveryFailed(f"not all dead letters were put back ({why}): all are still here, replay again")

@@ -1,0 +1,99 @@
+"""What retries, blocked lanes and dead letters share: names of a consumer's own topics, and the trail of a record.
+
+The trail is one header, JSON. Headers come from outside and may be forged: one that does not hold counts as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated
+
+import msgspec
+
+from labkit.kafka.errors import LabkitError, place_of
+from labkit.kafka.records import Message
+
+HEADER = "retry"
+LONGEST_NAME = 249  # of a topic, says Kafka
+TIMES = 50  # of failed attempts that are kept: the newest
+ERROR = 500  # characters kept of an error
+FUTURE = 1e12  # seconds since 1970: no time is later
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
+Time = Annotated[float, msgspec.Meta(ge=0, le=FUTURE)]
+
+
+class Trail(msgspec.Struct, omit_defaults=True, frozen=True):
+    """Where a record came from first, which never changes, and what has happened to it since."""
+
+    topic: str
+    partition: Count
+    offset: Count
+    timestamp: Time
+    """When it was produced, in seconds since 1970."""
+    group: str
+    attempts: Count = 0
+    """Failed calls of the handler so far."""
+    failed: Annotated[tuple[Time, ...], msgspec.Meta(max_length=TIMES)] = ()
+    """When these were: the newest."""
+    error: str = ""
+    """The last one."""
+    due: Time | None = None
+    """When it may be handled, in seconds since 1970."""
+    replayed: bool = False
+    """It comes out of the dead-letter queue, and leaves that once it is handled."""
+
+    @property
+    def place(self) -> str:
+        """`topic/partition/offset` where it came from first."""
+        return place_of(self.topic, self.partition, self.offset)
+
+
+def parse(header: str | bytes | None) -> Trail | None:
+    """The trail in a header; None when there is none that holds."""
+    if header is None:
+        return None
+    try:
+        return msgspec.json.decode(header, type=Trail)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def headers_of(message: Message) -> dict[str, bytes | None]:
+    """Headers as bytes; the last of a name wins."""
+    return dict(message.headers() or [])
+
+
+def text_of(raw: bytes | None) -> str | None:
+    """Bytes for people; what is no UTF-8 is shown by replacement characters."""
+    return None if raw is None else raw.decode(errors="replace")
+
+
+def error_text(error: BaseException) -> str:
+    """An error in one text of bounded length."""
+    return f"{type(error).__name__}: {error}"[:ERROR]
+
+
+def own_topic(topic: str, group: str, what: str) -> str:
+    """The name of a topic that a group has beside `topic`; two groups, or two topics, never get the same.
+
+    It begins with the topic's name, so that who clears away by prefix finds it. Raises LabkitError when it would be
+    longer than Kafka allows.
+    """
+    told = group if re.fullmatch(r"[A-Za-z0-9.-]+", group) else _digest(group)
+    name = f"{topic}_{told}_{what}"
+    if len(name) > LONGEST_NAME:
+        name = f"{topic}_{_digest(group)}_{what}"
+    if len(name) > LONGEST_NAME:
+        raise LabkitError(
+            f"topic {topic} has a name too long for {what} topics of its consumers: at most "
+            f"{LONGEST_NAME - len(name) + len(topic)} characters"
+        )
+    return name
+
+
+def _digest(group: str) -> str:
+    """A group whose name cannot be part of a topic's; no underscore, which separates the parts."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", group)[:24]
+    return f"{readable}-{hashlib.sha256(group.encode()).hexdigest()[:12]}"

@@ -1,0 +1,131 @@
+"""Retry policies as data, names of topics, and headers that come from outside."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.topics import Topic
+from labkit.patterns.retries import (
+    Policy,
+    RetryingConsumer,
+    blocking,
+    dead_letter,
+    exponential,
+    retry_topics,
+)
+from labkit.patterns.trails import Trail, own_topic, parse
+
+TOPIC = Topic(Cluster("127.0.0.1:1"), "shop.orders", 3, int)
+
+
+def delays(policy: Policy, attempts: int) -> list[float | None]:
+    return [policy.blocks.delay(attempt) for attempt in range(1, attempts + 1)]
+
+
+def test_delays_are_what_was_said() -> None:
+    """correctness 13"""
+    assert delays(blocking(1, 5, 30), 5) == [1, 5, 30, None, None]
+    assert delays(blocking(exponential(0.5, cap=3)), 5) == [0.5, 1, 2, 3, 3]
+    assert delays(blocking(exponential(0.5, cap=3, times=2)), 3) == [0.5, 1, None]
+    assert blocking(exponential(0.1, cap=60)).blocks.delay(10_000) == 60
+    assert retry_topics(1, 10).topics == (1, 10)
+    assert delays(dead_letter(), 1) == [None]
+
+
+def test_policies_follow_each_other() -> None:
+    both = blocking(0.1, non_retriable=(ValueError,)).then(retry_topics(1, 10, non_retriable=[KeyError]))
+    assert both == Policy(blocking(0.1).blocks, (1, 10), (ValueError, KeyError))
+    assert both.then(dead_letter()) == both
+    assert retry_topics(1).then(retry_topics(2)) == retry_topics(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: blocking(), "at least one delay"),
+        (lambda: retry_topics(), "at least one delay"),
+        (lambda: blocking(-1), "from 0 to"),
+        (lambda: retry_topics(1, -0.5), "from 0 to"),
+        (lambda: blocking(float("nan")), "from 0 to"),
+        (lambda: retry_topics(float("inf")), "from 0 to"),
+        (lambda: blocking("1"), "from 0 to"),  # type: ignore[arg-type]
+        (lambda: blocking(True), "from 0 to"),
+        (lambda: blocking(1, exponential(1, 2)), "one exponential"),
+        (lambda: exponential(0, 5), "0 < first"),
+        (lambda: exponential(5, 1), "0 < first"),
+        (lambda: exponential(1, 5, times=0), "times ≥ 1"),
+        (lambda: blocking(exponential(1, 2)).then(retry_topics(1)), "for ever is followed by nothing"),
+        (lambda: retry_topics(1).then(blocking(1)), "comes first"),
+        (lambda: blocking(1).then(blocking(1)), "comes first"),
+        (lambda: blocking(1, non_retriable=["ValueError"]), "types of errors"),  # type: ignore[list-item]
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_told(make: Any, message: str) -> None:
+    with pytest.raises(LabkitError, match=message):
+        make()
+
+
+def test_delays_of_nothing_and_of_a_million_seconds_are_delays() -> None:
+    assert blocking(0).blocks.delay(1) == 0
+    assert retry_topics(0, 1_000_000).topics == (0, 1_000_000)
+
+
+def test_a_consumer_has_topics_of_its_own_with_its_group_in_their_names() -> None:
+    """correctness 12"""
+    consumer = RetryingConsumer(TOPIC, print, "billing", retry=retry_topics(0.1, 10, 10))
+    assert [topic.name for topic in consumer.sources] == [
+        "shop.orders",
+        *("shop.orders_billing_replay", "shop.orders_billing_retry1-100ms"),
+        *("shop.orders_billing_retry2-10s", "shop.orders_billing_retry3-10s"),
+    ]
+    assert {topic.partitions for topic in consumer.sources} == {3}
+    other = RetryingConsumer(TOPIC, print, "shipping", retry=retry_topics(0.1, 10, 10))
+    assert {one.name for one in consumer.sources} & {one.name for one in other.sources} == {"shop.orders"}
+    assert RetryingConsumer(TOPIC, print).sources == (TOPIC,)  # a lab names the group later
+
+
+def test_no_two_groups_or_topics_share_a_name() -> None:
+    """correctness 12: whatever Kafka allows in the name of a group."""
+    groups = ["b", "b_c", "b-c", "b.c", "b c", "b/c", "ü", "x" * 300, "x" * 301]
+    names = [own_topic(topic, group, "replay") for topic in ("a", "a_b", "a.b", "a-b") for group in groups]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= 249 and set(name) <= set("abcxreply.-_0123456789def") for name in names)
+    with pytest.raises(LabkitError, match="too long"):
+        RetryingConsumer(Topic(TOPIC.cluster, "t" * 240, 1, int), print, "billing")
+
+
+def test_each_topic_may_have_a_policy_of_its_own() -> None:
+    other = Topic(TOPIC.cluster, "shop.returns", 1, int)
+    both = RetryingConsumer((TOPIC, other), print, "g", retry={"orders": blocking(1), "shop.returns": retry_topics(2)})
+    assert both.policy(TOPIC) == blocking(1)
+    assert both.policy(other) == retry_topics(2)
+    with pytest.raises(LabkitError, match="retry for topic returns is a policy"):
+        RetryingConsumer((TOPIC, other), print, "g", retry={"orders": blocking(1)})
+    with pytest.raises(LabkitError, match="is a policy, such as"):
+        RetryingConsumer(TOPIC, print, "g", retry=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *(None, b"", b"\xff\xfe", b"{", "[]", "3", "[" * 100_000, json.dumps({"topic": "t"})),
+        json.dumps({"topic": "t", "partition": -1, "offset": 0, "timestamp": 0, "group": "g"}),
+        json.dumps({"topic": "t", "partition": 0, "offset": 0, "timestamp": 0, "group": "g", "attempts": 10**40}),
+        json.dumps({"topic": "t", "partition": 0, "offset": 0, "timestamp": 0, "group": "g", "attempts": "x"}),
+        json.dumps({"topic": "t", "partition": 0, "offset": 0, "timestamp": 0, "group": "g", "failed": [0] * 51}),
+        json.dumps({"topic": "t", "partition": 0, "offset": 0, "timestamp": 0, "group": "g", "due": 1e300}),
+    ],
+)
+def test_a_header_that_does_not_hold_counts_as_none(broken: Any) -> None:
+    """correctness 16"""
+    assert parse(broken) is None
+
+
+def test_a_header_that_holds() -> None:
+    told = {"topic": "t", "partition": 1, "offset": 2, "timestamp": 3.5, "group": "g", "new": "field"}
+    assert parse(json.dumps(told)) == Trail("t", 1, 2, 3.5, "g")
