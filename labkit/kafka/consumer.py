@@ -51,6 +51,9 @@ class Consumer:
     """A hook called at every step (see `Step`): where tests and baselines crash."""
     on_change: Report | None = None
     """The same without HANDLING and HANDLED, which come with every record: it costs nothing."""
+    companions: Mapping[str, Sequence[Topic[Any]]] = field(default_factory=dict)
+    """By topic: others among `sources`, whose partitions come and go with its partitions of the same number. The group
+    shares out none of them, so none keeps a member from its share of what matters."""
     not_before: Mapping[str, Callable[[Record[Any]], float]] = field(default_factory=dict)
     """By topic: a record's time, in seconds since 1970, before which the handler is not called; its lane waits."""
 

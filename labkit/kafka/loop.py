@@ -75,6 +75,11 @@ class Loop:
         self.change_hooks = self.hooks if consumer.on_change is None else [*self.hooks, consumer.on_change]
         self.by_key = consumer.order == "key"
         self.topic_ids = {topic.name: consumer.cluster.topic_id(topic.name) for topic in consumer.sources}
+        there = consumer.cluster.topics()
+        self.companions = {
+            main: [(topic.name, there.get(topic.name, 0)) for topic in beside]
+            for main, beside in consumer.companions.items()
+        }
         self.decode = {topic.name: decoder(topic.value) for topic in consumer.sources}
         self.producer = producer(consumer.cluster)
         self.refused = self.producer.refused  # before this run: none of our handlers' business
@@ -133,8 +138,9 @@ class Loop:
     def run(self) -> None:
         before = time.monotonic()
         try:
+            beside = {name for topics in self.companions.values() for name, _ in topics}
             self.client.subscribe(
-                [topic.name for topic in self.spec.sources],
+                [topic.name for topic in self.spec.sources if topic.name not in beside],
                 on_assign=self.guarded(self.assigned),
                 on_revoke=self.guarded(self.revoked),
                 on_lost=self.guarded(self.lost),
@@ -429,7 +435,18 @@ class Loop:
 
         return call
 
+    def with_companions(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """The partitions that the group gives or takes, and those which go with them."""
+        beside = [
+            TopicPartition(name, one.partition)
+            for one in partitions
+            for name, count in self.companions.get(one.topic, ())
+            if one.partition < count
+        ]
+        return [*partitions, *beside]
+
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
+        partitions = self.with_companions(partitions)
         starts, fresh = self.starts(client, partitions)
         client.incremental_assign(starts)
         if not starts:
@@ -484,6 +501,7 @@ class Loop:
         return starts, fresh
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
+        partitions = self.with_companions(partitions)
         try:
             self.release(self.held(partitions))
         finally:
@@ -491,6 +509,7 @@ class Loop:
         self.tell(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
 
     def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
+        partitions = self.with_companions(partitions)
         self.forget(self.held(partitions))
         client.incremental_unassign(partitions)
         self.tell(Step.LOST, [(one.topic, one.partition) for one in partitions])
@@ -727,8 +746,8 @@ class Loop:
                     lane.queue.popleft()
                     lane.began, lane.alone = None, max(0, lane.alone - 1)
                     return True
-                case Stop():
-                    return self.end(lane, failure.error)
+                case Stop(error):
+                    return self.end(lane, error or failure.error)
 
     def decision(self, failure: Failure) -> Decision:
         """The policy's, or the default's when it cannot do its work: that must neither lose the record nor spin."""

@@ -76,7 +76,9 @@ class Done:
 
 @dataclass(frozen=True)
 class Stop:
-    """The consumer stops with the handler's error; the record stays uncommitted."""
+    """The consumer stops with this error, else the handler's; the record stays uncommitted."""
+
+    error: Exception | None = None
 
 
 Decision: TypeAlias = Retry | Ask | Done | Stop

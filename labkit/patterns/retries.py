@@ -23,10 +23,10 @@ from typing import Any, Self
 import msgspec
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import DeliveryFailed, LabkitError, PoisonRecord
+from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError, PoisonRecord, TopicMissing
 from labkit.kafka.producer import POD, Producer
 from labkit.kafka.records import Record, encode
-from labkit.kafka.steps import Ask, Decision, Done, Failure, Report, Retry, Step
+from labkit.kafka.steps import Ask, Decision, Done, Failure, Report, Retry, Step, Stop
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import SHOWN, Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
@@ -194,6 +194,7 @@ class RetryingConsumer(Consumer):
                 if own.name not in there:
                     # The broker's clock says since when a record waits: a forged timestamp could make it wait for ever.
                     keep = f"{(WEEK + delay) * 1000:.0f}"
+                    own = replace(own, partitions=there.get(main.name, own.partitions))
                     own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime"})
             if (letters := dead_letters_topic(main, self.group)).name not in there:
                 letters.create({"cleanup.policy": "compact"})
@@ -210,8 +211,9 @@ class RetryingConsumer(Consumer):
         with _Retries(self) as retries:
             not_before = {**self.not_before, **retries.not_before()}
             on_change = _both(self.on_change, retries.told)
-            bound = replace(self, on_failure=retries.decide, on_change=on_change, not_before=not_before)
-            Consumer.run(bound, stop, report)
+            beside = {main.name: self.own_topics(main) for main in self.mains}
+            bound = replace(self, companions=beside, on_failure=retries.decide)
+            Consumer.run(replace(bound, on_change=on_change, not_before=not_before), stop, report)
 
 
 def _written(seconds: float) -> str:
@@ -370,12 +372,22 @@ class _Retries:
                 return self.skip(failure, case, hop, trail, skip)
             decision = self.next(failure, case, hop, trail)
         except DeliveryFailed as error:
+            if (gone := self.missing(case)) is not None:
+                return Stop(TopicMissing(f"topic {gone} was deleted while {self.group} was running: start it again"))
             case.tries += 1
             decision = Ask(min(AGAIN_CAP, AGAIN * 2.0 ** min(case.tries - 1, 60)))
             failure = replace(failure, error=error)  # that is what it is blocked by now
         if isinstance(decision, Retry | Ask):
             commands.block(failure, trail.attempts, time.time() + decision.after, self.me)
         return decision
+
+    def missing(self, case: _Case) -> str | None:
+        """A topic that should have taken the record and does not exist any more."""
+        try:
+            there = self.consumer.cluster.topics()
+        except ClusterUnreachable:
+            return None
+        return next((name for name in case.sent if name not in there), None)
 
     def case(self, failure: Failure) -> _Case:
         """What is known of this record; a new attempt is noted."""

@@ -15,6 +15,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Failure, Step
 from labkit.kafka.topics import Topic
+from labkit.patterns.retries import RetryingConsumer, retry_topics
 
 OPTIONS = json.loads(sys.argv[1])
 OUTPUT = threading.Lock()
@@ -27,6 +28,10 @@ def handle(record: Record[Any]) -> None:
         Topic(CLUSTER, OPTIONS["output"], 1, int).send(record.value)
     if seconds := OPTIONS.get("hang"):
         time.sleep(seconds)  # the handler of a test about handlers that hang
+
+
+def refuse(record: Record[Any]) -> None:
+    raise ConnectionError("no answer")
 
 
 async def hang(record: Record[Any]) -> None:
@@ -54,6 +59,9 @@ def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     topic = Topic(CLUSTER, OPTIONS["topic"], OPTIONS["partitions"], int)
+    if delays := OPTIONS.get("retry_topics"):
+        RetryingConsumer(topic, refuse, OPTIONS["group"], retry=retry_topics(*delays)).run(stop, told)
+        return
     consumer = Consumer(
         topic,
         hang if OPTIONS.get("coroutine") else handle,

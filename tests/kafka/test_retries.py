@@ -1,0 +1,408 @@
+"""Records that fail: retried in their lane, through retry topics, or set aside; never early, never lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from confluent_kafka.admin import NewPartitions
+from consuming import Member, committed, fresh_group, fresh_topic, put
+from processes import wait_until
+
+import labkit.kafka.loop as loop
+import labkit.patterns.retries as module
+from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.errors import TopicMissing
+from labkit.kafka.lag import lag
+from labkit.kafka.producer import Producer
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record
+from labkit.kafka.steps import Step
+from labkit.kafka.topics import Topic
+from labkit.patterns.dead_letters import DeadLetter, DeadLetters, dead_letters_topic
+from labkit.patterns.retries import RetryingConsumer, blocking, dead_letter, exponential, retry_topics
+from labkit.patterns.trails import HEADER, parse
+
+
+class Handler:
+    """Fails on chosen values, so often as told; notes every call with its time."""
+
+    def __init__(self, fails: dict[Any, int], error: type[Exception] = ConnectionError) -> None:
+        self.fails, self.error = fails, error
+        self.calls: defaultdict[Any, list[float]] = defaultdict(list)
+        self.records: list[Record[Any]] = []
+        self.done: list[Any] = []
+
+    def __call__(self, record: Record[Any]) -> None:
+        value = record.value
+        self.calls[value].append(time.time())
+        self.records.append(record)
+        if len(self.calls[value]) <= self.fails.get(value, 0):
+            raise self.error(f"no answer for {value}")
+        self.done.append(value)
+
+
+ALWAYS = 10**9
+
+
+def letters(topic: Topic[Any], group: str) -> list[DeadLetter]:
+    """What is in the queue now."""
+    with DeadLetters(topic, group) as found:
+        return list(found.values())
+
+
+def at_rest(consumer: RetryingConsumer) -> bool:
+    """Whether nothing waits in any topic that it reads."""
+    return not sum(lag(consumer.cluster, consumer.group, [topic.name for topic in consumer.sources]).values())
+
+
+def run_to_rest(consumer: RetryingConsumer, timeout: float = 30.0) -> Member:
+    """Let it run until nothing is left."""
+    with Member(consumer) as member:
+        member.journal.wait(lambda: at_rest(consumer), timeout, "no lag, retry topics included")
+    return member
+
+
+# -- Blocking
+
+
+def test_the_fourth_call_succeeds_and_none_is_early(cluster: Cluster) -> None:
+    """correctness 11, 13: delays [0.2, 0.2, 0.2], three failures; key, value and headers are intact; order is kept."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    sender = Producer(cluster)
+    sender.send(topic.name, b"0", "k", {"tenant": "t1"})
+    sender.flush()
+    put(topic, 1, 2, key="k")
+    handler = Handler({0: 3})
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(0.2, 0.2, 0.2)))
+    assert handler.done == sorted(handler.done)
+    assert [len(handler.calls[value]) for value in (0, 1, 2)] == [4, 1, 1]
+    gaps = [b - a for a, b in zip(handler.calls[0], handler.calls[0][1:], strict=False)]
+    assert all(gap >= 0.2 for gap in gaps)
+    first = next(record for record in handler.records if "tenant" in record.headers)
+    assert (first.key, first.headers["tenant"]) == ("k", "t1")
+    assert letters(topic, group) == []
+
+
+def test_exponential_makes_exactly_its_calls_then_the_queue(cluster: Cluster) -> None:
+    """correctness 13, 16: times=3 means 1 + 3 calls; the letter names the source and every attempt."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 7, key="k")
+    handler = Handler({7: ALWAYS})
+    policy = blocking(exponential(0.05, cap=0.1, times=3)).then(dead_letter())
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=policy))
+    (letter,) = letters(topic, group)
+    calls = handler.calls[7]
+    assert len(calls) == 4
+    assert letter.place == f"{topic.name}/0/0"
+    assert (letter.group, letter.key, letter.value, letter.attempts) == (group, "k", "7", 4)
+    assert letter.error == "ConnectionError: no answer for 7"
+    assert all(0 <= failed - called < 0.5 for called, failed in zip(calls, letter.failed, strict=True))
+
+
+def test_for_ever_keeps_order_and_blocks_only_its_partition(cluster: Cluster) -> None:
+    """correctness 7, 13: p0 fails twelve times while p1's records go on; then p0 goes on in order."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put(topic, *range(3), partition=0)
+    put(topic, *range(10, 30), partition=1)
+    handler = Handler({1: 12})
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(exponential(0.02, cap=0.1))))
+    assert len(handler.calls[1]) == 13
+    assert [value for value in handler.done if value < 10] == [0, 1, 2]
+    last_of_other = max(times[-1] for value, times in handler.calls.items() if value >= 10)
+    assert last_of_other < handler.calls[1][-1]
+
+
+async def refuse(record: Record[int]) -> None:
+    raise ConnectionError("no")
+
+
+def test_coroutines_and_order_by_key(cluster: Cluster) -> None:
+    """correctness 13, 14"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, key="a")
+    put(topic, 2, key="b")
+    member = run_to_rest(
+        RetryingConsumer(topic, refuse, group, order="key", retry=blocking(0.1).then(retry_topics(0.1)))
+    )
+    assert len(member.journal.of(Step.FAILED)) == 6  # two records: two blocking calls, one of the retry topic
+    assert [letter.attempts for letter in letters(topic, group)] == [3, 3]
+
+
+def test_blocking_longer_than_the_poll_interval_evicts_nobody(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """correctness 2"""
+    real = loop.Client
+    monkeypatch.setattr(loop, "Client", lambda config: real({**config, "max.poll.interval.ms": 6000}))
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    handler = Handler({1: 1})
+    member = run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(6.5)))
+    assert len(handler.calls[1]) == 2
+    assert len(member.journal.of(Step.ASSIGNED)) == 1
+    assert not member.journal.of(Step.LOST)
+
+
+def test_a_shutdown_in_a_long_back_off_is_quick_and_loses_nothing(cluster: Cluster) -> None:
+    """correctness 5: returns within its drain bound; the record is delivered again, its attempts counted anew."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0, 1)
+    handler = Handler({1: 1})
+    consumer = RetryingConsumer(topic, handler, group, retry=blocking(15))
+    with Member(consumer) as member:
+        member.journal.wait_for(Step.FAILED)
+        began = time.monotonic()
+        member.stop()
+        assert time.monotonic() - began < consumer.drain
+    assert committed(topic, group) == {0: 1}
+    run_to_rest(consumer)
+    assert handler.done == [0, 1]
+    assert letters(topic, group) == []
+
+
+def test_a_rebalance_during_a_long_back_off_moves_the_blocked_partition(cluster: Cluster) -> None:
+    """correctness 5: the next owner blocks on the same record; nothing is committed past it, and nothing set aside."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    for partition in (0, 1):
+        put(topic, partition, partition=partition)
+    handler = Handler({0: ALWAYS, 1: ALWAYS})
+    consumer = RetryingConsumer(topic, handler, group, retry=blocking(30, 30))
+    with Member(consumer) as first:
+        first.journal.wait_for(Step.FAILED, 2)
+        with Member(consumer) as second:
+            second.journal.wait_for(Step.FAILED)
+            assert sum(map(len, handler.calls.values())) == 3
+            mine, others = first.journal.assigned(), second.journal.assigned()
+            assert [sum(name == topic.name for name, _ in held) for held in (mine, others)] == [1, 1]
+            assert {number for _, number in mine} != {number for _, number in others}  # its own topics go along
+    assert committed(topic, group) == {}
+    assert letters(topic, group) == []
+
+
+# -- Retry topics
+
+
+def test_retry_topics_hold_nobody_up_and_are_never_early(cluster: Cluster) -> None:
+    """correctness 11: due = failure + delay, through both topics; what came later is handled at once."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put(topic, *range(40), key="k")
+    handler = Handler(dict.fromkeys(range(0, 40, 4), 2))
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=retry_topics(0.3, 0.6)))
+    assert sorted(handler.done) == list(range(40))
+    for value in range(0, 40, 4):
+        first, second, third = handler.calls[value]
+        assert 0.3 <= second - first < 2.0
+        assert 0.6 <= third - second < 2.5
+    assert max(times[0] for times in handler.calls.values()) < min(handler.calls[n][1] for n in range(0, 40, 4)) + 0.1
+    assert letters(topic, group) == []
+
+
+def test_blocking_then_topics_then_queue_with_exact_counts(cluster: Cluster) -> None:
+    """correctness 10, 16: 1 + 1 calls in the source, one in each retry topic; the queue names the main topic."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put(topic, 3, partition=1, key="k")
+    handler = Handler({3: ALWAYS})
+    policy = blocking(0.1).then(retry_topics(0.1, 0.2)).then(dead_letter())
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=policy))
+    assert len(handler.calls[3]) == 4
+    (letter,) = letters(topic, group)
+    assert (letter.place, letter.attempts, len(letter.failed)) == (f"{topic.name}/1/0", 4, 4)
+    assert list(letter.failed) == sorted(letter.failed)
+    assert 0 < handler.calls[3][0] - letter.timestamp < 30
+    last = handler.records[-1]
+    trail = parse(last.headers[HEADER])
+    assert trail is not None
+    assert (trail.place, trail.group, trail.attempts, trail.error) == (letter.place, group, 3, letter.error)
+
+
+def test_topics_come_with_the_consumer_and_keep_for_long_enough(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster, 3), fresh_group()
+    consumer = RetryingConsumer(topic, print, group, retry=retry_topics(10, 1_000_000))
+    consumer.create_topics()
+    consumer.create_topics()
+    there = cluster.topics()
+    assert [there[own.name] for own in consumer.sources] == [3, 3, 3, 3]
+    _, _, short, long = consumer.sources
+    assert int(cluster.topic_config(short.name)["retention.ms"]) == (7 * 24 * 3600 + 10) * 1000
+    assert int(cluster.topic_config(long.name)["retention.ms"]) == (7 * 24 * 3600 + 1_000_000) * 1000
+    assert cluster.topic_config(dead_letters_topic(topic, group).name)["cleanup.policy"] == "compact"
+
+
+def test_two_groups_on_one_topic_do_not_take_each_others_retries(cluster: Cluster) -> None:
+    """correctness 12"""
+    topic, groups = fresh_topic(cluster), (fresh_group(), fresh_group())
+    put(topic, 1, 2)
+    one, other = Handler({1: 1}), Handler({2: 1})
+    consumers = [
+        RetryingConsumer(topic, handler, group, retry=retry_topics(0.2))
+        for handler, group in zip((one, other), groups, strict=True)
+    ]
+    with Member(consumers[0]) as first, Member(consumers[1]):
+        first.journal.wait(lambda: all(map(at_rest, consumers)) and len(one.done) == len(other.done) == 2, 30)
+    assert {value: len(times) for value, times in one.calls.items()} == {1: 2, 2: 1}
+    assert {value: len(times) for value, times in other.calls.items()} == {1: 1, 2: 2}
+
+
+def test_each_topic_keeps_to_its_own_policy(cluster: Cluster) -> None:
+    topic, other, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    put(other, 2)
+    handler = Handler({1: ALWAYS, 2: ALWAYS})
+    retry = {topic.name: blocking(0.05, 0.05), other.name: retry_topics(0.05)}
+    run_to_rest(RetryingConsumer((topic, other), handler, group, retry=retry))
+    assert [len(handler.calls[value]) for value in (1, 2)] == [3, 2]
+    assert [letter.value for letter in letters(topic, group)] == ["1"]
+    assert [letter.value for letter in letters(other, group)] == ["2"]
+
+
+# -- The queue
+
+
+def test_non_retriable_and_undecodable_records_go_straight_to_the_queue(cluster: Cluster) -> None:
+    """correctness 14: one call, or none; bytes that are no text come back as they were."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, key="k")
+    put(topic, b"{\xffpoison", 2)
+    handler = Handler({1: ALWAYS}, error=ZeroDivisionError)
+    policy = blocking(30, non_retriable=(ArithmeticError,)).then(retry_topics(30))
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=policy))
+    assert {value: len(times) for value, times in handler.calls.items()} == {1: 1, 2: 1}
+    refused, poison = letters(topic, group)
+    assert (refused.attempts, refused.error) == (1, "ZeroDivisionError: no answer for 1")
+    assert (poison.offset, poison.raw_value, poison.attempts) == (1, b"{\xffpoison", 1)
+    assert "does not decode" in poison.error
+
+
+def test_two_always_failing_records_of_one_partition_both_reach_the_queue(cluster: Cluster) -> None:
+    """Of one key, too: the queue is keyed by place."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(5), key="k")
+    handler = Handler({1: ALWAYS, 3: ALWAYS})
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(0.05)))
+    assert handler.done == [0, 2, 4]
+    assert [letter.value for letter in letters(topic, group)] == ["1", "3"]
+
+
+@pytest.mark.parametrize("policy", [retry_topics(0.1), dead_letter()], ids=["retry topic", "queue"])
+def test_what_cannot_be_published_three_times_waits_and_is_not_lost(
+    cluster: Cluster, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """correctness 10, 17: refused by the broker three times, then taken. The handler is not called for that; the lane
+    waits longer each time, shown as blocked; nothing is committed before, and other partitions go on."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    put(topic, 1, partition=0)
+    put(topic, *range(10, 15), partition=1)
+    monkeypatch.setattr(module, "AGAIN", 0.1)
+    tries: list[float] = []
+    at_third: list[dict[int, int]] = []
+
+    class Refused(Producer):
+        def send(self, topic_name: str, value: Any, *rest: Any, told: Any = None, **more: Any) -> None:
+            if "retry" in topic_name or "dead" in topic_name:
+                tries.append(time.monotonic())
+                if len(tries) == 3:
+                    at_third.append(committed(topic, group))
+                if len(tries) <= 3:
+                    topic_name = f"{topic.name}.missing"  # the broker's own refusal
+            super().send(topic_name, value, *rest, told=told, **more)
+
+    monkeypatch.setattr(module, "Producer", lambda cluster, tells: Refused(cluster, timeout=1.0, tells=tells))
+    handler = Handler({1: 1})
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=policy))
+    assert len(tries) == 4
+    assert len(handler.calls[1]) == (2 if policy.topics else 1)
+    assert 0 not in at_third[0]
+    assert sorted(value for value in handler.done if value >= 10) == list(range(10, 15))
+    assert len(letters(topic, group)) == (0 if policy.topics else 1)
+    assert all(later - sooner >= 0.1 for sooner, later in itertools.pairwise(tries))
+
+
+def test_a_retry_topic_deleted_under_way_is_named_and_loses_nothing_of_the_source(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    consumer = RetryingConsumer(topic, Handler({1: ALWAYS}), group, retry=retry_topics(0.1))
+    put(topic, 0)
+    with Member(consumer) as member:
+        member.wait_committed({0: 1})
+        cluster.delete_topics([consumer.sources[2].name])
+        put(topic, 1)
+        error = member.ends(25)
+    assert isinstance(error, TopicMissing)
+    assert consumer.sources[2].name in str(error)
+    assert committed(topic, group) == {0: 1}
+    handler = Handler({1: 1})
+    run_to_rest(replace(consumer, handler=handler))  # makes it anew
+    assert handler.done == [1]
+    assert len(handler.calls[1]) == 2
+
+
+def test_partitions_added_to_the_source_are_retried_too(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    handler = Handler({5: 1})
+    consumer = RetryingConsumer(topic, handler, group, retry=retry_topics(0.2))
+    put(topic, 0, partition=0)
+    with Member(consumer) as member:
+        member.wait_committed({0: 1})
+        admin(cluster).create_partitions([NewPartitions(topic.name, 3)])[topic.name].result(10)
+        wait_until(lambda: cluster.topics()[topic.name] == 3)
+        sender = Producer(cluster)  # one that does not know the topic as it was
+        sender.send(topic.name, b"5", partition=2)
+        sender.flush()
+        member.journal.wait(lambda: 5 in handler.done, 20)
+    run_to_rest(replace(consumer, topics=replace(topic, partitions=3)))  # upgraded: its retry topics stay as they are
+    assert len(handler.calls[5]) == 2
+
+
+# -- Headers from outside
+
+
+def test_forged_headers_neither_crash_nor_hold_up_nor_loop(cluster: Cluster) -> None:
+    """correctness 16: in a retry topic the wait is at most the topic's delay, whatever a header says."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    handler = Handler(dict.fromkeys(range(10), ALWAYS))
+    consumer = RetryingConsumer(topic, handler, group, retry=retry_topics(0.3))
+    consumer.create_topics()
+    origin = {"topic": "elsewhere", "partition": 9, "offset": 9, "timestamp": 1.0, "group": "other"}
+    forged = [
+        *(None, "", "{", "nonsense", "[1]"),
+        *(json.dumps({**origin, "due": time.time() + 1e9}), json.dumps({**origin, "due": -5})),
+        *(json.dumps({**origin, "attempts": 10**17, "due": 0}), json.dumps({**origin, "attempts": "many"})),
+        json.dumps({**origin, "replayed": True}),
+    ]
+    sender = Producer(cluster)
+    retries = consumer.sources[2]
+    for value, header in enumerate(forged):
+        sender.send(retries.name, str(value).encode(), "k", None if header is None else {HEADER: header})
+        sender.send(topic.name, str(100 + value).encode(), "k", None if header is None else {HEADER: header})
+    sender.flush()
+    began = time.time()
+    run_to_rest(consumer)
+    assert {value: len(times) for value, times in handler.calls.items() if value < 100} == dict.fromkeys(range(10), 1)
+    assert max(times[-1] for times in handler.calls.values()) - began < 10
+    assert Counter(value for value in handler.done) == Counter(range(100, 110))
+
+
+def test_a_consumer_without_failures_has_a_quiet_life(cluster: Cluster) -> None:
+    """No hook comes with every record: the loop tells the policy only what is rare."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(100))
+    seen: set[Step] = set()
+    consumer = RetryingConsumer(
+        topic, lambda record: None, group, retry=blocking(1), on_change=lambda step, _: seen.add(step)
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=consumer.run, args=(stop,))
+    thread.start()
+    wait_until(lambda: committed(topic, group) == {0: 100}, 20)
+    stop.set()
+    thread.join(20)
+    assert Step.COMMITTED in seen
+    assert not seen & {Step.HANDLING, Step.HANDLED}
+    with Reader(dead_letters_topic(topic, group)) as reader:
+        assert reader.rest() == []
