@@ -110,6 +110,7 @@ class Lab:
         self.loads: list[Load[Any]] = []
         self.topics: dict[str, Topic[Any]] = {}
         self._planned: list[Planned] = []
+        self._at_end: list[Callable[[], object]] = []
         self._history = History()
         others = "this Kafka is shared with other notebooks and `make lab`. "
         others += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
@@ -255,6 +256,11 @@ class Lab:
         """
         self._check_open()
         self._sampler.watch(metric, label, read)
+
+    def at_end(self, close: Callable[[], object]) -> None:
+        """Call `close` when this lab is closed, before Kafka is let go."""
+        self._check_open()
+        self._at_end.append(close)
 
     def board(
         self,
@@ -540,6 +546,8 @@ class Lab:
                 steps.callback(load.cancel)
             for planned in self._planned:
                 steps.callback(planned.cancel)
+            for close in self._at_end:
+                steps.callback(close)
         self._closed = True
         if _open.get(self.notebook) is self:
             del _open[self.notebook]

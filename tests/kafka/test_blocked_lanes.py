@@ -28,9 +28,11 @@ class Stubborn:
     def __init__(self, *values: int) -> None:
         self.values, self.calls = values, Counter[int]()
         self.done: list[int] = []
+        self.called = 0.0  # when it was called last
 
     def __call__(self, record: Record[int]) -> None:
         self.calls[record.value] += 1
+        self.called = time.monotonic()
         if record.value in self.values:
             raise ConnectionError(f"no answer for {record.value}")
         self.done.append(record.value)
@@ -71,9 +73,9 @@ def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: C
             blocked_at(lanes, f"{topic.name}/0/{offset}")
             began = time.monotonic()
             assert lanes.skip(f"{topic.name}/0/{offset}").offset == offset
-            took.append(time.monotonic() - began)
+            took.append(handler.called - began)  # the next record's turn
         member.wait_committed({0: 5})
-        assert min(took) < 0.2
+        assert 0 < min(took) < 0.2
         assert handler.done == [0, 2, 4]
         assert handler.calls[1] == handler.calls[3] == 1
         trace = lanes.skipped()
@@ -110,7 +112,6 @@ def test_a_forged_skip_of_another_offset_does_nothing(cluster: Cluster) -> None:
         for place in (f"{topic.name}/0/0", f"{topic.name}/0/2", f"{topic.name}/1/1", "x", "", f"{topic.name}/0/ü"):
             sender.send(control.name, encode(Skip("me", 0.0)), f"skip {place}")
         sender.send(control.name, b"nonsense", f"skip {topic.name}/0/1")
-        sender.send(control.name, b"nonsense", None)
         sender.send(control.name, encode(Skip("me", 0.0)), "all")
         sender.flush()
         wait_until(lambda: f"skip {topic.name}/0/0" not in lanes.store, 10, "an old command to be taken back")
