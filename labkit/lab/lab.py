@@ -257,6 +257,15 @@ class Lab:
         self._check_open()
         self._sampler.watch(metric, label, read)
 
+    def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
+        """Wait until every pod of these runs. Raises LabkitError, with the last lines of one that does not."""
+        until = time.monotonic() + timeout
+        while late := [one for one in deployments if not one.ready()]:
+            if time.monotonic() > until:
+                said = "\n".join(line.text for line in late[0].log[-10:])
+                raise LabkitError(f"{late[0]!r} does not run after {timeout:g} s. It says:\n{said}")
+            time.sleep(0.02)  # between two looks
+
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this lab is closed, before Kafka is let go."""
         self._check_open()

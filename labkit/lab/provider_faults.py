@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-import urllib.error
 import urllib.request
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from labkit.kafka.errors import LabkitError
@@ -23,7 +23,7 @@ SEVERAL = 3  # connections that the button cuts
 class ProviderFaults:
     """Make the provider at `url` misbehave, as the buttons of a board do. Each is noted among the lab's faults.
 
-    A fault stands until `recover`, or for `seconds` at the lab's pace. What is set replaces what was set before.
+    A fault stands until `recover`, which ends all of them, or for `seconds` at the lab's pace.
     Methods raise LabkitError when the provider cannot be reached.
     """
 
@@ -32,7 +32,8 @@ class ProviderFaults:
     def __init__(self, lab: Lab, url: str, name: str = "provider") -> None:
         self.name = name
         self._lab, self._url, self._history = lab, url, lab._history
-        self._over: threading.Timer | None = None
+        self._faults: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def fail(self, seconds: float | None = None) -> None:
         """It refuses everybody (503)."""
@@ -64,7 +65,9 @@ class ProviderFaults:
 
     def recover(self) -> None:
         """It behaves again."""
-        self._tell({})
+        with self._lock:
+            self._faults.clear()
+            self._tell()
         self._ended()
 
     def actions(self) -> list[Action]:
@@ -73,9 +76,7 @@ class ProviderFaults:
             Action(f"Fail {self.name}", "It refuses every call, until it recovers.", self.fail),
             Action(f"Slow {self.name}", "Each answer takes a second longer.", self.slow),
             Action(f"Make {self.name} flaky", "It refuses every second call.", self.flaky),
-            Action(
-                "Cut connections", f"It charges {SEVERAL} times and cuts the connection before it answers.", self.drop
-            ),
+            Action("Cut connections", f"It charges, and cuts {SEVERAL} connections before it answers.", self.drop),
             Action(f"Recover {self.name}", "It behaves again.", self.recover, self._well),
         ]
 
@@ -84,27 +85,35 @@ class ProviderFaults:
         return None if standing else f"The {self.name} behaves already."
 
     def _set(self, kind: str, text: str, seconds: float | None, **faults: Any) -> None:
-        self._tell(faults)
-        self._ended()
+        with self._lock:
+            self._faults |= faults
+            self._tell()
+            if seconds == 0:  # told once: the provider counts it down
+                self._faults = {name: value for name, value in self._faults.items() if name not in faults}
+        self._ended(kind)
         now = time.time()
         self._history.begin(Fault(now, now if seconds == 0 else None, kind, self.name, text))
         if seconds:
-            self._over = threading.Timer(self._lab.seconds(seconds), self.recover)
-            self._over.daemon = True
-            self._over.start()
+            timer = threading.Timer(self._lab.seconds(seconds), self._expire, (kind, faults))
+            timer.daemon = True
+            timer.start()
 
-    def _ended(self) -> None:
-        if self._over is not None:
-            self._over.cancel()
+    def _expire(self, kind: str, faults: dict[str, Any]) -> None:
+        with self._lock:
+            for name in faults:
+                self._faults.pop(name, None)
+            with suppress(LabkitError):  # it is gone, its faults with it
+                self._tell()
+        self._ended(kind)
+
+    def _ended(self, kind: str = "") -> None:
         for fault in self._history.standing():
-            if fault.target == self.name:
+            if fault.target == self.name and kind in ("", fault.kind):
                 self._history.end(fault.kind, self.name, time.time())
 
-    def _tell(self, faults: dict[str, Any]) -> None:
-        request = urllib.request.Request(f"{self._url}/faults", json.dumps(faults).encode(), method="PUT")  # noqa: S310
+    def _tell(self) -> None:
+        request = urllib.request.Request(f"{self._url}/faults", json.dumps(self._faults).encode(), method="PUT")  # noqa: S310
         try:
             urllib.request.urlopen(request, timeout=ANSWER).close()  # noqa: S310 - our own service
-        except (urllib.error.URLError, OSError) as error:
-            raise LabkitError(
-                f"the {self.name} at {self._url} takes no orders: {error}. Is its pod running?"
-            ) from error
+        except OSError as error:
+            raise LabkitError(f"the {self.name} at {self._url} takes no orders: is its pod running? {error}") from error

@@ -66,6 +66,15 @@ class RetryDesk:
         """Seconds that the longest blocked lane has been blocked."""
         return max((time.time() - one.since for one in self.lanes.values()), default=0.0)
 
+    def wait_blocked(self, timeout: float = 30.0) -> Blocked:
+        """Wait until something is blocked; that which has been longest. Raises TimeoutError."""
+        until = time.monotonic() + timeout
+        while not (found := list(self.lanes.values())):
+            if time.monotonic() > until:
+                raise TimeoutError(f"nothing of {self.name} is blocked after {timeout:g} s")
+            time.sleep(0.02)  # between two looks into memory
+        return found[0]
+
     @property
     def panels(self) -> list[Panel]:
         """For a board: how long lanes have been blocked; what waits in each retry topic, and the dead letters."""

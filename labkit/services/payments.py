@@ -1,37 +1,20 @@
-"""The payment provider: a real HTTP service that misbehaves when told to, and keeps a ledger of its own.
-
-The ledger (PostgreSQL) is the witness of every audit: what was charged, and each call with its time and outcome.
-"""
+"""What one needs of the payment provider: to ask it to charge, and to read its ledger, the witness of every audit."""
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
-import random
-import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-import psycopg
-from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
-from labkit.services.http import HttpService
 
 PATIENCE = 5.0  # seconds a client waits for an answer
-
-TABLES = """
-create table if not exists charges (
-    id serial primary key, renewal text not null, customer text not null, cents int not null,
-    idempotency_key text unique, at double precision not null);
-create table if not exists calls (
-    id serial primary key, renewal text not null, customer text not null, outcome text not null,
-    began double precision not null, ended double precision not null);
-"""
 
 
 class Renewal(msgspec.Struct, frozen=True):
@@ -107,87 +90,6 @@ def receipt_of(status: int, body: bytes) -> dict[str, Any]:
     return dict(receipt)
 
 
-@dataclass(frozen=True)
-class PaymentsProvider(HttpService):
-    """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a Misbehaviour.
-
-    `dsn` is the PostgreSQL of its ledger. `takes` is how long one charge takes it, in seconds.
-    """
-
-    dsn: str = ""
-    takes: float = 0.01
-
-    def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/charges", self.charge), web.get("/faults", self.told), web.put("/faults", self.tell)]
-
-    async def start(self, app: web.Application) -> None:
-        ledger = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
-        await ledger.execute("set synchronous_commit = off")  # it outlives the process, if not the machine
-        await ledger.execute(TABLES.encode())
-        app[LEDGER], app[FAULTS] = ledger, [Misbehaviour()]
-
-    async def finish(self, app: web.Application) -> None:
-        await app[LEDGER].close()
-
-    async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(request.app[FAULTS][0]))
-
-    async def tell(self, request: web.Request) -> web.Response:
-        try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=Misbehaviour)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
-        return await self.told(request)
-
-    async def charge(self, request: web.Request) -> web.Response:
-        began, faults = time.time(), request.app[FAULTS][0]
-        try:
-            renewal = msgspec.json.decode(await request.read(), type=Renewal)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
-        await asyncio.sleep(self.takes + faults.slow)
-        if refusal := _refusal(faults, renewal):
-            outcome, answer = refusal
-        elif faults.wrong:
-            outcome, answer = "wrong", web.json_response({"status": "perhaps"})
-        else:
-            outcome, answer = await self._charge(request, renewal)
-            faults = request.app[FAULTS][0]
-            if outcome == "charged" and faults.drops:
-                request.app[FAULTS][0] = msgspec.structs.replace(faults, drops=faults.drops - 1)
-                outcome = "dropped"
-        await request.app[LEDGER].execute(
-            "insert into calls (renewal, customer, outcome, began, ended) values (%s, %s, %s, %s, %s)",
-            (renewal.id, renewal.customer, outcome, began, time.time()),
-        )
-        if outcome == "dropped" and request.transport is not None:
-            request.transport.abort()
-        return answer
-
-    async def _charge(self, request: web.Request, renewal: Renewal) -> tuple[str, web.Response]:
-        cursor = await request.app[LEDGER].execute(
-            "insert into charges (renewal, customer, cents, idempotency_key, at) values (%s, %s, %s, %s, %s) "
-            "on conflict (idempotency_key) do nothing returning id",
-            (renewal.id, renewal.customer, renewal.cents, request.headers.get("Idempotency-Key"), time.time()),
-        )
-        row = await cursor.fetchone()
-        return ("charged" if row else "repeated"), web.json_response({"charge": renewal.id})
-
-
-LEDGER = web.AppKey("ledger", psycopg.AsyncConnection[Any])
-FAULTS = web.AppKey("faults", list[Misbehaviour])
-
-
-def _refusal(faults: Misbehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:
-    if faults.down or random.random() < faults.flaky:  # noqa: S311
-        return "refused", web.json_response({"error": "unavailable"}, status=503)
-    if renewal.customer == faults.stuck:
-        return "broken", web.json_response({"error": "internal error"}, status=500)
-    if renewal.customer == faults.declined:
-        return "declined", web.json_response({"error": "declined"}, status=402)
-    return None
-
-
 # -- Its ledger, read by an audit --------------------------------------------------------------------------------------
 
 
@@ -214,24 +116,86 @@ class Call:
 
 def charges(dsn: str) -> list[Charge]:
     """All charges, oldest first."""
+    import psycopg  # pods that only ask for charges wait for no database library
+
     with psycopg.connect(dsn) as ledger:
         return [Charge(*row) for row in ledger.execute("select id, renewal, customer, at from charges order by id")]
 
 
 def calls(dsn: str) -> list[Call]:
     """All calls, in the order in which they were answered."""
+    import psycopg  # pods that only ask for charges wait for no database library
+
     with psycopg.connect(dsn) as ledger:
         rows = ledger.execute("select renewal, customer, outcome, began, ended from calls order by ended, id")
         return [Call(*row) for row in rows]
 
 
-def early_retries(log: Iterable[Call], delays: Iterable[float]) -> list[str]:
-    """Renewals that were tried again sooner than so many seconds after each failure, by the provider's own clock."""
-    wait, before, early = list(delays), dict[str, list[Call]](), list[str]()
+ANSWERED = ("charged", "repeated")
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the provider's ledger says of renewals that were due: ids by what is wrong with them."""
+
+    due: int
+    charged: int
+    not_charged: list[str]
+    charged_twice: list[str]
+    answered_twice: list[str]
+    out_of_order: list[str]
+    early: list[str]
+
+    def __str__(self) -> str:
+        wrong = {name: ids for name, ids in vars(self).items() if isinstance(ids, list)}
+        counts = " · ".join(f"{name.replace('_', ' ')} {len(ids):,}" for name, ids in wrong.items())
+        named = [f"  {name.replace('_', ' ')}: {', '.join(ids[:10])}" for name, ids in wrong.items() if ids]
+        return "\n".join([f"{self.due:,} due · {self.charged:,} charged · {counts}", *named])
+
+    def check(self) -> str:
+        """The account, if nothing is wrong. Raises Unaccounted with it."""
+        if any(isinstance(ids, list) and ids for ids in vars(self).values()):
+            raise Unaccounted(f"invalid: {self}")
+        return str(self)
+
+
+class Unaccounted(LabkitError, AssertionError):
+    """Something is wrong with an account; the message names the renewals."""
+
+
+def account(
+    dsn: str, due: Collection[str], delays: Sequence[float], ordered: bool = True, redelivered: bool = False
+) -> Account:
+    """Compare the renewals that were due with the ledger. Each is to be charged once, by one answer.
+
+    `delays`: seconds that lie at least between a failed call and the next, by the provider's own clock; the last one
+    stands for all further ones. `ordered`: each customer's periods were to be charged in order. `redelivered`: a pod
+    died or lost its partitions, so a renewal may have been answered again (not charged again).
+    """
+    wanted = set(due)
+    log = [call for call in calls(dsn) if call.renewal in wanted]
+    made = Counter(charge.renewal for charge in charges(dsn) if charge.renewal in wanted)
+    answered = Counter(call.renewal for call in log if call.outcome in ANSWERED)
+    failed: dict[str, list[Call]] = {}
+    latest: dict[str, int] = {}
+    early, disordered = [], []
     for call in log:
-        earlier = before.setdefault(call.renewal, [])
-        if earlier and call.began < earlier[-1].ended + wait[min(len(earlier), len(wait)) - 1]:
+        before = failed.setdefault(call.renewal, [])
+        if before and call.began < before[-1].ended + delays[min(len(before), len(delays)) - 1]:
             early.append(call.renewal)
-        if call.outcome not in ("charged", "repeated"):
-            earlier.append(call)
-    return early
+        if call.outcome not in ANSWERED:
+            before.append(call)
+            continue
+        period = int(call.renewal.rpartition("-")[2])
+        if period < latest.get(call.customer, 0):
+            disordered.append(call.renewal)
+        latest[call.customer] = max(period, latest.get(call.customer, 0))
+    return Account(
+        due=len(wanted),
+        charged=len(made),
+        not_charged=sorted(wanted - made.keys()),
+        charged_twice=sorted(name for name, count in made.items() if count > 1),
+        answered_twice=[] if redelivered else sorted(name for name, count in answered.items() if count > 1),
+        out_of_order=sorted(set(disordered)) if ordered else [],
+        early=sorted(set(early)),
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -22,9 +23,9 @@ create table if not exists subscriptions (
     id int primary key, customer text not null, plan text not null, cents int not null,
     paid_through int not null default 0, claimed int not null default 0, version int not null default 0);
 """
-AT_ONCE = 16  # renewals that one request of the baseline works on at a time
+AT_ONCE = 8  # renewals that one request of the baseline works on at a time
 
-Lock: TypeAlias = Literal["none", "pessimistic", "optimistic"]
+LOCKS = ("none", "pessimistic", "optimistic")
 
 
 class Due(msgspec.Struct):
@@ -34,67 +35,78 @@ class Due(msgspec.Struct):
     period: int
 
 
-def subscribe(dsn: str, count: int, plan: str = "monthly", first: int = 0) -> None:
-    """Make so many subscriptions, each of a customer of its own."""
-    rows = [(number, f"customer {number}", plan, 2900) for number in range(first, first + count)]
+def subscribe(dsn: str, numbers: Iterable[int], plan: str) -> None:
+    """Make subscriptions of these numbers, each of a customer of its own; those that are there stay as they are."""
+    rows = [(number, f"customer {number}", plan, 2900) for number in numbers]
     with psycopg.connect(dsn) as database:
         database.execute(TABLES.encode())
         with database.cursor() as cursor:
-            cursor.executemany("insert into subscriptions (id, customer, plan, cents) values (%s, %s, %s, %s)", rows)
+            cursor.executemany(
+                "insert into subscriptions (id, customer, plan, cents) values (%s, %s, %s, %s) on conflict do nothing",
+                rows,
+            )
 
 
 @dataclass(frozen=True)
 class Polling(HttpService):
     """The baseline: `POST /due` charges all that is due, one request of the scheduler doing all the work.
 
-    Without a lock two requests that overlap charge twice. "pessimistic" holds a row locked while it charges;
-    "optimistic" claims it by its version before.
+    Without a lock two requests that overlap charge twice. `?lock=pessimistic` holds a row locked while it charges;
+    `?lock=optimistic` claims it by its version before. `GET /due` tells what that costs.
     """
 
     dsn: str = ""
     provider: str = ""
-    lock: Lock = "none"
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/due", self.due)]
+        return [web.post("/due", self.due), web.get("/due", self.told)]
 
     async def start(self, app: web.Application) -> None:
+        app[COSTS] = Costs()
         app[SESSION] = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5))
 
     async def finish(self, app: web.Application) -> None:
         await app[SESSION].close()
 
-    async def due(self, request: web.Request) -> web.Response:
-        told = msgspec.json.decode(await request.read(), type=Due)
-        rows = await _due(self.dsn, told)
-        turns = asyncio.Semaphore(AT_ONCE)
+    async def told(self, request: web.Request) -> web.Response:
+        return web.json_response(body=msgspec.json.encode(request.app[COSTS]))
 
-        async def renew(number: int, renewal: Renewal, version: int) -> float:
+    async def due(self, request: web.Request) -> web.Response:
+        told, lock = msgspec.json.decode(await request.read(), type=Due), request.query.get("lock", "none")
+        if lock not in LOCKS:
+            raise web.HTTPBadRequest(text=f"a lock is one of {', '.join(LOCKS)}")
+        costs, turns = request.app[COSTS], asyncio.Semaphore(AT_ONCE)
+        rows = await _due(self.dsn, told)
+
+        async def renew(number: int, renewal: Renewal, version: int) -> bool:
             async with turns:
                 try:
-                    return await self._renew(request.app[SESSION], number, renewal, version)
-                except (ProviderFailed, CardDeclined, aiohttp.ClientError, TimeoutError):
-                    return -1.0
+                    await self._renew(request.app, lock, number, renewal, version)
+                except (ProviderFailed, CardDeclined, aiohttp.ClientError, TimeoutError, psycopg.Error):
+                    return False
+                return True
 
-        waited = await asyncio.gather(*(renew(*row) for row in rows))  # though the scheduler hangs up meanwhile
-        left = sum(seconds < 0 for seconds in waited)
-        held = sum(seconds for seconds in waited if seconds > 0)
-        return web.json_response({"left": left, "waited for locks": held}, status=503 if left else 200)
+        costs.under_way += 1
+        try:
+            renewed = await asyncio.gather(*(renew(*row) for row in rows))  # though the scheduler hangs up meanwhile
+        finally:
+            costs.under_way -= 1
+        left = renewed.count(False)
+        return web.json_response({"left": left}, status=503 if left else 200)
 
-    async def _renew(self, session: aiohttp.ClientSession, number: int, renewal: Renewal, version: int) -> float:
-        """Seconds that it waited for a lock, or that a conflict cost."""
-        waited = 0.0
+    async def _renew(self, app: web.Application, lock: str, number: int, renewal: Renewal, version: int) -> None:
+        costs = app[COSTS]
         async with await psycopg.AsyncConnection.connect(self.dsn) as database:
-            if self.lock == "pessimistic":
+            if lock == "pessimistic":
                 began = time.perf_counter()
                 cursor = await database.execute(
                     "select 1 from subscriptions where id = %s and paid_through < %s for update",
                     (number, renewal.period),
                 )
-                waited = time.perf_counter() - began
+                costs.waited += time.perf_counter() - began
                 if await cursor.fetchone() is None:
-                    return waited  # somebody else has paid it meanwhile
-            elif self.lock == "optimistic":
+                    return  # somebody else has paid it meanwhile
+            elif lock == "optimistic":
                 cursor = await database.execute(
                     "update subscriptions set claimed = %s, version = version + 1 "
                     "where id = %s and version = %s and claimed < %s",
@@ -102,16 +114,43 @@ class Polling(HttpService):
                 )
                 await database.commit()
                 if not cursor.rowcount:
-                    return 0.0  # somebody else has it; should he crash, nobody ever will
+                    costs.conflicts += 1
+                    return  # somebody else has it; should he crash, nobody ever will
             try:
-                async with session.post(f"{self.provider}/charges", data=msgspec.json.encode(renewal)) as answer:
+                async with app[SESSION].post(f"{self.provider}/charges", data=msgspec.json.encode(renewal)) as answer:
                     receipt_of(answer.status, await answer.read())
             except BaseException:
                 await database.execute("update subscriptions set claimed = paid_through where id = %s", (number,))
                 await database.commit()
                 raise
             await database.execute("update subscriptions set paid_through = %s where id = %s", (renewal.period, number))
-        return waited
+
+
+class Costs(msgspec.Struct):
+    """What locks cost the baseline so far."""
+
+    under_way: int = 0
+    """Requests that are being worked on now, those included whose caller has hung up."""
+    waited: float = 0.0
+    """Seconds that requests waited for locked rows, each holding a connection to the database."""
+    conflicts: int = 0
+    """Rows that somebody else had claimed."""
+
+
+def costs(polling: str, at_rest: bool = False, timeout: float = 30.0) -> Costs:
+    """What the service at this URL tells of its costs; `at_rest`, once no request is being worked on.
+
+    Raises TimeoutError when that takes longer than `timeout` seconds.
+    """
+    until = time.monotonic() + timeout
+    while True:
+        with urllib.request.urlopen(f"{polling}/due", timeout=5) as answer:  # noqa: S310 - our own service
+            found = msgspec.json.decode(answer.read(), type=Costs)
+        if not (at_rest and found.under_way):
+            return found
+        if time.monotonic() > until:
+            raise TimeoutError(f"{found.under_way} requests are still being worked on after {timeout:g} s")
+        time.sleep(0.02)  # between two questions
 
 
 @dataclass(frozen=True)
@@ -143,6 +182,7 @@ class Requesting(HttpService):
         self.renewals.flush()
 
 
+COSTS = web.AppKey("costs", Costs)
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 

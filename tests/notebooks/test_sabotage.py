@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 FIRST = "00_start_here.ipynb"
 VIEWS = "01_consume_and_project.ipynb"
 STORE = "03_in_memory_key_value_store.ipynb"
+RETRIES = "04_schedule_and_forget.ipynb"
 SABOTAGE = Path(__file__).parent / "sabotage"
 
 
@@ -44,6 +45,11 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
         (STORE, "ignored_tombstones", "verdict", r"a new store: missing \[\] · came back \['"),
         (STORE, "ready_too_early", "verdict", r"a new store: missing \['"),
         (STORE, "keyless_put", "verdict", r"the write to store countries was refused: Broker: Broker failed to validate record"),
+        (RETRIES, "early_retry", "verdict-topics", r"invalid: .* early [1-9]"),
+        (RETRIES, "doubling_produce", "verdict-topics", r"invalid: .* answered twice [1-9]"),
+        (RETRIES, "skip_fires_twice", "verdict-topics", r"invalid: .* not charged 1 "),
+        (RETRIES, "commit_before_publish", "verdict-topics", r"invalid: .* not charged [1-9]"),
+        (RETRIES, "group_missing", "verdict-topics", r": announced twice"),
     ],
 )
 def test_a_sabotaged_labkit_fails_the_verdict(

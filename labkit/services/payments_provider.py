@@ -1,0 +1,110 @@
+"""The payment provider: a real HTTP service that misbehaves when told to, and keeps a ledger of its own.
+
+The ledger (PostgreSQL) is the witness of every audit: what was charged, and each call with its time and outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import psycopg
+from aiohttp import web
+
+from labkit.services.http import HttpService
+from labkit.services.payments import Misbehaviour, Renewal
+
+TABLES = """
+create table if not exists charges (
+    id serial primary key, renewal text not null, customer text not null, cents int not null,
+    idempotency_key text unique, at double precision not null);
+create table if not exists calls (
+    id serial primary key, renewal text not null, customer text not null, outcome text not null,
+    began double precision not null, ended double precision not null);
+"""
+
+
+@dataclass(frozen=True)
+class PaymentsProvider(HttpService):
+    """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a Misbehaviour.
+
+    `dsn` is the PostgreSQL of its ledger. `takes` is how long one charge takes it, in seconds.
+    """
+
+    dsn: str = ""
+    takes: float = 0.01
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/charges", self.charge), web.get("/faults", self.told), web.put("/faults", self.tell)]
+
+    async def start(self, app: web.Application) -> None:
+        ledger = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
+        await ledger.execute("set synchronous_commit = off")  # it outlives the process, if not the machine
+        await ledger.execute(TABLES.encode())
+        app[LEDGER], app[FAULTS] = ledger, [Misbehaviour()]
+
+    async def finish(self, app: web.Application) -> None:
+        await app[LEDGER].close()
+
+    async def told(self, request: web.Request) -> web.Response:
+        return web.json_response(body=msgspec.json.encode(request.app[FAULTS][0]))
+
+    async def tell(self, request: web.Request) -> web.Response:
+        try:
+            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=Misbehaviour)
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        return await self.told(request)
+
+    async def charge(self, request: web.Request) -> web.Response:
+        began, faults = time.time(), request.app[FAULTS][0]
+        try:
+            renewal = msgspec.json.decode(await request.read(), type=Renewal)
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        await asyncio.sleep(self.takes + faults.slow)
+        if refusal := _refusal(faults, renewal):
+            outcome, answer = refusal
+        elif faults.wrong:
+            outcome, answer = "wrong", web.json_response({"status": "perhaps"})
+        else:
+            outcome, answer = await self._charge(request, renewal)
+            faults = request.app[FAULTS][0]
+            if outcome == "charged" and faults.drops:
+                request.app[FAULTS][0] = msgspec.structs.replace(faults, drops=faults.drops - 1)
+                outcome = "dropped"
+        await request.app[LEDGER].execute(
+            "insert into calls (renewal, customer, outcome, began, ended) values (%s, %s, %s, %s, %s)",
+            (renewal.id, renewal.customer, outcome, began, time.time()),
+        )
+        if outcome == "dropped" and request.transport is not None:
+            request.transport.abort()
+        return answer
+
+    async def _charge(self, request: web.Request, renewal: Renewal) -> tuple[str, web.Response]:
+        cursor = await request.app[LEDGER].execute(
+            "insert into charges (renewal, customer, cents, idempotency_key, at) values (%s, %s, %s, %s, %s) "
+            "on conflict (idempotency_key) do nothing returning id",
+            (renewal.id, renewal.customer, renewal.cents, request.headers.get("Idempotency-Key"), time.time()),
+        )
+        row = await cursor.fetchone()
+        return ("charged" if row else "repeated"), web.json_response({"charge": renewal.id})
+
+
+LEDGER = web.AppKey("ledger", psycopg.AsyncConnection[Any])
+FAULTS = web.AppKey("faults", list[Misbehaviour])
+
+
+def _refusal(faults: Misbehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:
+    if faults.down or random.random() < faults.flaky:  # noqa: S311
+        return "refused", web.json_response({"error": "unavailable"}, status=503)
+    if renewal.customer == faults.stuck:
+        return "broken", web.json_response({"error": "internal error"}, status=500)
+    if renewal.customer == faults.declined:
+        return "declined", web.json_response({"error": "declined"}, status=402)
+    return None
