@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labkit.cli import broker, doctor, faults, lab, notebooks, testing, topics
+from labkit.cli import broker, doctor, faults, lab, notebooks, retries, testing, topics
 from labkit.kafka.errors import LabkitError
 
 
@@ -42,5 +42,9 @@ app.command("status")(broker.status)
 app.command("topics")(topics.topics)
 app.command("lag")(topics.lag)
 app.command("fault")(faults.fault)
+app.command("blocked")(retries.blocked)
+app.command("skip")(retries.skip)
+app.command("resume")(retries.resume)
+app.add_typer(retries.dlq, name="dlq")
 app.command("test")(testing.run_tests)
 app.command("notebooks")(notebooks.notebooks)

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import consuming, pictures, sending, servers, stores, views, waiting
+from benchmarks import consuming, pictures, retrying, sending, servers, stores, views, waiting
 from benchmarks.bench import Bench, say
 from benchmarks.report import Moment, Row, json_document, markdown_table, measured, text_table
 
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "send": sending.send,
     "wait": waiting.wait,
     "store": stores.store,
+    "retries": retrying.retries,
     "board": pictures.board,
     "view": views.view,
     "reader": views.reader,
