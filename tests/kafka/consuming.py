@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from functools import lru_cache
@@ -129,6 +130,7 @@ class Member:
             self.consumer.run(self.stopping, self.journal)
         except BaseException as error:
             self.error = error
+            traceback.print_exc()  # shown by a test that did not expect it
         finally:
             self.journal.end()
 
