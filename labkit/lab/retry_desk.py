@@ -50,8 +50,8 @@ class RetryDesk:
         self._retry_topics = {topic.name: f"in {delay:g} s" for topic, delay in zip(own[1:], delays, strict=True)}
         self._depths: dict[str, int] = {}
         self._looked = 0.0
-        lab.watch("blocked for", self.name, self.blocked_for)
-        lab.watch("dead letters", self.name, lambda: len(self.letters))
+        lab.watch("stuck", self.name, self.blocked_for)
+        lab.watch("dead", self.name, lambda: len(self.letters))
         for name, label in self._retry_topics.items():
             lab.watch("to be retried", label, lambda name=name: self._depth(name))  # type: ignore[misc]
         self._closed = threading.Event()
@@ -78,17 +78,18 @@ class RetryDesk:
     @property
     def panels(self) -> list[Panel]:
         """For a board: how long lanes have been blocked; what waits in each retry topic, and the dead letters."""
-        blocked = Plot("blocked for", "area", [self.name], (ORANGE,))
-        letters = Plot("dead letters", "line", [self.name], (BLACK,))
+        blocked = Plot("stuck", "area", [self.name], (ORANGE,))
+        letters = Plot("dead", "line", [self.name], (BLACK,))
         topics = Plot("to be retried", "area", list(self._retry_topics.values()), (SKY, BLUE, PURPLE, GREEN))
 
         def blocked_words(now: Now) -> Sequence[str]:
-            seconds = sum(now["blocked for"].values())
+            seconds = sum(now["stuck"].values())
             return [f"{len(self.lanes)} blocked · longest {seconds:,.0f} s" if seconds else "nothing blocked"]
 
         def topic_words(now: Now) -> Sequence[str]:
             each = [f"{value:,.0f} {label}" for label, value in now["to be retried"].items()]
-            return [" · ".join([*each, f"{sum(now['dead letters'].values()):,.0f} dead"])]
+            dead = f"{sum(now['dead'].values()):,.0f} dead"
+            return [" · ".join([*each, dead]), f"{sum(now['to be retried'].values()):,.0f} wait · {dead}"]
 
         return [
             Panel("Blocked", "seconds", (blocked,), blocked_words),
@@ -183,13 +184,13 @@ class _Unblock(_Desk):
     def refresh(self) -> None:
         """Show what is blocked now."""
         options = [(_line(one), place) for place, one in self._desk.lanes.items()]
-        before = self._choice.value
-        if [place for _, place in options] != [place for _, place in self._choice.options]:
+        if options != list(self._choice.options):
+            before = self._choice.value
             self._choice.options = options
             if any(place == before for _, place in options):
                 self._choice.value = before
-        if not options and not self._says.value:
-            self.say("Nothing is blocked.")
+        many = f"{len(options):,} blocked" if options else "nothing"
+        _set(self._title, f"<b>What {html.escape(self._desk.name)} cannot get past: {many}</b>")
 
     def _skip(self) -> str:
         if self._choice.value is None:
