@@ -35,6 +35,8 @@ from labkit.patterns.trails import HEADER, TIMES, Trail, error_text, headers_of,
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 CONFIRM = 5.0  # seconds for what is set aside to be confirmed, before the lane waits
 AGAIN, AGAIN_CAP = 0.5, 10.0  # seconds until that is tried again, doubling
+MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
+LISTED = 10.0  # seconds for a new topic to be listed everywhere
 WEEK = 7 * 24 * 3600
 
 
@@ -191,17 +193,22 @@ class RetryingConsumer(Consumer):
         for main in self.mains:
             delays = (0.0, *self.policy(main).topics)
             for own, delay in zip(self.own_topics(main), delays, strict=True):
-                if own.name not in there:
+                if not there.get(own.name):
                     # The broker's clock says since when a record waits: a forged timestamp could make it wait for ever.
                     keep = f"{(WEEK + delay) * 1000:.0f}"
                     own = replace(own, partitions=there.get(main.name, own.partitions))
                     own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime"})
-            if (letters := dead_letters_topic(main, self.group)).name not in there:
+            if not there.get((letters := dead_letters_topic(main, self.group)).name):
                 letters.create({"cleanup.policy": "compact"})
-            if (lanes := lanes_topic(main, self.group)).name not in there:
+            if not there.get((lanes := lanes_topic(main, self.group)).name):
                 lanes.create({"cleanup.policy": "compact"})
-            if (skips := skips_topic(main, self.group)).name not in there:
+            if not there.get((skips := skips_topic(main, self.group)).name):
                 skips.create({"retention.ms": "-1"})
+            made = {topic.name for topic in (*self.own_topics(main), letters, lanes, skips)}
+            until = time.monotonic() + LISTED
+            # One that somebody else makes at this moment may be known already, and be listed without partitions.
+            while not all(map(self.cluster.topics().get, made)) and time.monotonic() < until:
+                time.sleep(0.02)  # between two questions
 
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
         """Consume until `stop` is set: see Consumer."""
@@ -310,7 +317,7 @@ class _Retries:
                     with self.lock:
                         self.replays.setdefault((record.topic, record.partition), {})[record.offset] = trail
                 # Headers come from outside: one that says "in a year" must not make the record wait for a year.
-                latest = record.timestamp + hop.delay
+                latest = record.timestamp + MILLISECOND + hop.delay
                 return latest if trail is None or trail.due is None else min(trail.due, latest)
 
             return due

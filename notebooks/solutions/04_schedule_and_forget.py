@@ -1,4 +1,4 @@
-# %% exercise
+# %% policy
 policy = blocking(0.5, non_retriable=(CardDeclined,)).then(retry_topics(10, 60)).then(dead_letter())
 
 exercise(

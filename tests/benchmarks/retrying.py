@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from benchmarks.bench import Bench
@@ -37,12 +38,13 @@ def retries(bench: Bench) -> Iterator[Row]:
 def running(consumer: Consumer) -> Iterator[None]:
     stop = threading.Event()
     thread = threading.Thread(target=consumer.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(30)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # thousands of failures, a line each
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(30)
 
 
 def wait(condition: Callable[[], Any], timeout: float = 300.0) -> None:

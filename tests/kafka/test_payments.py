@@ -1,0 +1,166 @@
+"""The services of schedule and forget: each fault of the provider, its ledger, locks, and the scheduler."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from processes import wait_until
+
+from labkit.kafka.errors import LabkitError
+from labkit.lab import Lab
+from labkit.lab.provider_faults import ProviderFaults
+from labkit.runtime.connect import Connection
+from labkit.runtime.postgres import Postgres
+from labkit.services.http import HttpService
+from labkit.services.job_scheduler import JobScheduler, Schedule, counts, finished, schedule
+from labkit.services.payments import (
+    CardDeclined,
+    ProviderFailed,
+    Renewal,
+    Unaccounted,
+    account,
+    calls,
+    charge,
+    charges,
+)
+from labkit.services.payments_provider import PaymentsProvider
+from labkit.services.subscriptions import Polling, costs, subscribe
+
+RENEWAL = Renewal("7-1", "customer 7", 1, 2900)
+
+
+@contextmanager
+def serving(*services: HttpService) -> Iterator[None]:
+    """Run services in threads until the block ends."""
+    stop, up = threading.Event(), [threading.Event() for _ in services]
+    threads = [
+        threading.Thread(target=one.run, args=(stop, lambda _step, _figures, ready=ready: ready.set()))
+        for one, ready in zip(services, up, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        assert all(ready.wait(20) for ready in up)
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def lab(connection: Connection) -> Iterator[Lab]:
+    with Lab("payments", pace=10) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Iterator[str]:
+    with Postgres() as server:
+        yield server.dsn
+
+
+def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> None:
+    provider = PaymentsProvider(lab.port("provider"), dsn=ledger)
+    with serving(provider):
+        faults = ProviderFaults(lab, provider.url)
+
+        def outcome(key: str | None, renewal: Renewal = RENEWAL) -> str:
+            try:
+                charge(provider.url, renewal, key)
+            except (ProviderFailed, CardDeclined):
+                pass  # the ledger says why
+            return calls(ledger)[-1].outcome
+
+        def made() -> int:
+            return sum(one.renewal == "7-1" for one in charges(ledger))
+
+        faults.fail()
+        assert outcome("a") == "refused"
+        faults.recover()
+        faults.wrong()
+        assert outcome("a") == "wrong"
+        faults.recover()
+        faults.flaky(1.0)
+        assert outcome("a") == "refused"
+        faults.recover()
+        faults.stick("customer 7")
+        faults.decline("customer 8")  # both stand
+        assert outcome("a") == "broken"
+        with pytest.raises(CardDeclined):
+            charge(provider.url, Renewal("8-1", "customer 8", 1, 2900), "b")
+        faults.recover()
+        assert made() == 0
+        faults.drop(1)
+        assert outcome("a") == "dropped"
+        assert made() == 1
+        assert [outcome("a"), outcome("a")] == ["repeated", "repeated"]
+        assert made() == 1
+        assert outcome(None) == "charged"  # without a key it charges again
+        faults.slow(by=1.0)
+        outcome("a")
+        last = calls(ledger)[-1]
+        assert last.ended - last.began >= 0.1
+        faults.fail(seconds=1.0)
+        assert [one.kind for one in lab._history.standing()] == ["slow", "fail"]
+        wait_until(lambda: outcome("a") == "repeated", 10, "its end, at the lab's pace")
+        faults.recover()
+        assert not lab._history.standing()
+        with pytest.raises(Unaccounted, match="charged twice: 7-1"):
+            account(ledger, ["7-1"], [0.0]).check()
+    with pytest.raises(LabkitError, match="is its pod running"):
+        faults.fail()
+
+
+def test_an_account_names_what_is_wrong(lab: Lab, ledger: str) -> None:
+    provider = PaymentsProvider(lab.port("provider"), dsn=ledger)
+    with serving(provider):
+        faults = ProviderFaults(lab, provider.url)
+        second, first = Renewal("9-2", "customer 9", 2, 100), Renewal("9-1", "customer 9", 1, 100)
+        charge(provider.url, second, "9-2")
+        faults.fail()
+        with pytest.raises(ProviderFailed):
+            charge(provider.url, first, "9-1")
+        faults.recover()
+        charge(provider.url, first, "9-1")
+        charge(provider.url, first, "9-1")
+    found = account(ledger, ["9-1", "9-2", "9-3"], [60.0])
+    assert (found.not_charged, found.answered_twice, found.early) == (["9-3"], ["9-1"], ["9-1"])
+    assert (found.charged_twice, found.out_of_order) == ([], ["9-1"])
+    fine = account(ledger, ["9-1", "9-2"], [0.0], ordered=False, redelivered=True)
+    assert fine.check().startswith("2 due · 2 charged")
+
+
+@pytest.mark.parametrize("lock", ["none", "pessimistic", "optimistic"])
+def test_overlapping_requests_charge_twice_without_a_lock(lab: Lab, ledger: str, lock: str) -> None:
+    number = ["none", "pessimistic", "optimistic"].index(lock)
+    provider = PaymentsProvider(lab.port("provider"), dsn=ledger, takes=0.1)
+    polling = Polling(lab.port("polling"), dsn=ledger, provider=provider.url)
+    scheduler = JobScheduler(lab.port("scheduler"), month=0.1, again=0.05)
+    customers = range(1000 + 100 * number, 1016 + 100 * number)
+    with serving(provider, polling, scheduler):
+        subscribe(ledger, customers, f"plan {lock}")
+        wanted: Any = Schedule(f"{polling.url}/due?lock={lock}", "monthly", patience=0.05)
+        with pytest.raises(LabkitError, match="does not take"):
+            schedule(scheduler.url, Schedule("http://x", "weekly"))  # type: ignore[arg-type]
+        with psycopg.connect(ledger) as database:
+            database.execute("update subscriptions set plan = 'monthly' where plan = %s", (f"plan {lock}",))
+            database.execute("delete from subscriptions where plan = 'monthly' and not id = any(%s)", ([*customers],))
+        schedule(scheduler.url, wanted)
+        figures = finished(scheduler.url, 30)
+        spent = costs(polling.url, at_rest=True)
+    assert figures["calls"] > 1
+    assert figures["failed"] == figures["calls"] - 1
+    made = Counter(one.renewal for one in charges(ledger) if one.renewal.removesuffix("-1") in map(str, customers))
+    assert set(made) == {f"{number}-1" for number in customers}
+    assert (max(made.values()) > 1) == (lock == "none")
+    assert (spent.waited > 0.01) == (lock == "pessimistic")
+    assert (spent.conflicts > 0) == (lock == "optimistic")
+    with pytest.raises(OSError, match="refused"):
+        counts(scheduler.url)
