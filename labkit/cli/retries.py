@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from labkit.cli.output import Json, say_json, say_table
-from labkit.cli.topics import Name, _kafka, newest
+from labkit.cli.topics import Name, kafka, newest
 from labkit.kafka.errors import LabkitError
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _retried(group: str) -> list[_Retried]:
     from labkit.patterns.blocked_lanes import LANES
     from labkit.patterns.trails import own_topic
 
-    with _kafka() as connection:
+    with kafka() as connection:
         there, groups = connection.cluster.topics(), connection.cluster.groups()
         cluster = connection.cluster
         names = [name for name in there if name.endswith(f"_{LANES}")]

@@ -11,6 +11,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing
 from labkit.kafka.loop import EXIT_DEADLINE as EXIT_DEADLINE
 from labkit.kafka.loop import Loop, is_coroutine_function
+from labkit.kafka.records import Record
 from labkit.kafka.steps import OnFailure, Report, keep_trying
 from labkit.kafka.topics import Topic
 
@@ -73,6 +74,8 @@ class Consumer:
                 raise LabkitError(f"{name} must be positive, not {getattr(self, name)!r}")
         if self.batch is not None and self.batch < 1:
             raise LabkitError(f"batch is how many records the handler takes at once, at least 1, not {self.batch!r}")
+        if self.batch is not None and self.not_before:
+            raise LabkitError("records that must wait for their time come one by one: leave out batch")
         if self.batch is not None and is_coroutine_function(self.handler):
             raise LabkitError("a handler of batches must be a plain function, not a coroutine function")
 

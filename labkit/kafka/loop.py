@@ -703,7 +703,7 @@ class Loop:
     def failed(
         self, lane: Lane, message: Message, record: Record[Any] | None, error: BaseException, many: int = 1
     ) -> bool:
-        """Ask the policy about a failed record. Of `many`, hand them over one by one. True when the lane goes on at once."""
+        """Ask the policy about a failed record; `many` come one by one first. True when the lane goes on at once."""
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return self.end(lane, error, message)
         if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
