@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +22,12 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Staleness, View, ViewUnavailable
-from labkit.services.http import HttpService
+from labkit.services.http import Handler, HttpService
 
 LOOK = 0.5  # seconds between two looks at how far the view is behind
 PAGE, LARGEST_PAGE = 100, 1000  # keys in one answer
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+METHODS = ("GET", "HEAD")
 JSON = {"Content-Type": "application/json"}
 SEAL = 12  # bytes of a page token that say that it is ours
 STALENESS, LOOKING = web.AppKey("staleness", Staleness), web.AppKey("looking", asyncio.Task[None])
@@ -46,11 +46,6 @@ class ViewReader(HttpService):
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     """Signs the tokens of pages; all processes of one service share it."""
 
-    def routes(self) -> Iterable[web.RouteDef]:
-        yield web.get(f"/{self.view.key}/{{key}}", self.rows)
-        for column in self.view.indexes:
-            yield web.get(f"/{column}/{{value}}", self.keys(column))
-
     async def start(self, app: web.Application) -> None:
         staleness = Staleness(self.topic, copy(self.view))  # its own connection: a look delays no answer
         app[STALENESS], app[LOOKING] = staleness, asyncio.create_task(self._look(staleness))
@@ -67,38 +62,46 @@ class ViewReader(HttpService):
                 pass  # no view yet, or no Kafka: what was seen before grows older, and answers say so
             await asyncio.sleep(LOOK)
 
-    async def rows(self, request: web.Request) -> web.Response:
-        view, key = self.view, self._name(request, "key")
-        try:
-            found = view.rows(key)
-        except ViewUnavailable as error:
-            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
-        if found is None:
-            raise web.HTTPNotFound(text=f"there is no {view.key} {key}\n")
-        rows = [dict(zip(view.columns, row, strict=True)) for row in found]
-        return _answer(request, {self.view.key: key, "rows": rows})
+    def handler(self, app: web.Application) -> Handler:
+        staleness = app[STALENESS]
 
-    def keys(self, column: str) -> Any:
-        async def keys(request: web.Request) -> web.Response:
-            value, limit = self._name(request, "value"), self._limit(request)
-            after = self._after(request.query.get("page"), column, value)
+        async def answer(request: web.BaseRequest) -> web.Response:
+            if request.method not in METHODS:
+                raise web.HTTPMethodNotAllowed(request.method, METHODS)
+            asked, _, value = request.path[1:].partition("/")
             try:
-                found = self.view.keys(column, value, after, limit + 1)
+                found = self._found(asked, value, request)
             except ViewUnavailable as error:
                 raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
-            page = found[:limit]
-            more = self._token(column, value, page[-1]) if len(found) > limit else None
-            return _answer(request, {column: value, f"{self.view.key}s": page, "next": more})
+            seconds = staleness.seconds
+            age = None if seconds is None else round(seconds, 3)
+            found["stale"] = {"records": staleness.records, "seconds": age}
+            return web.Response(body=encode(found), headers=JSON)
 
-        return keys
+        return answer
 
-    def _name(self, request: web.Request, part: str) -> str:
-        name = request.match_info[part]
-        if not NAME.fullmatch(name):
-            raise web.HTTPBadRequest(text=f"{name!r} is no name: letters, digits and . _ - make one, at most 64\n")
-        return name
+    def _found(self, asked: str, value: str, request: web.BaseRequest) -> dict[str, Any]:
+        if asked != self.view.key and asked not in self.view.indexes:
+            raise web.HTTPNotFound
+        if not NAME.fullmatch(value):
+            raise web.HTTPBadRequest(text=f"{value!r} is no name: letters, digits and . _ - make one, at most 64\n")
+        return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
 
-    def _limit(self, request: web.Request) -> int:
+    def _rows(self, key: str) -> dict[str, Any]:
+        found = self.view.rows(key)
+        if found is None:
+            raise web.HTTPNotFound(text=f"there is no {self.view.key} {key}\n")
+        rows = [dict(zip(self.view.columns, row, strict=True)) for row in found]
+        return {self.view.key: key, "rows": rows}
+
+    def _page(self, column: str, value: str, request: web.BaseRequest) -> dict[str, Any]:
+        limit, after = self._limit(request), self._after(request.query.get("page"), column, value)
+        found = self.view.keys(column, value, after, limit + 1)
+        page = found[:limit]
+        more = self._token(column, value, page[-1]) if len(found) > limit else None
+        return {column: value, f"{self.view.key}s": page, "next": more}
+
+    def _limit(self, request: web.BaseRequest) -> int:
         told = request.query.get("limit", str(PAGE))
         if not re.fullmatch(r"[0-9]{1,9}", told) or not 1 <= int(told) <= LARGEST_PAGE:
             raise web.HTTPBadRequest(text=f"limit is a number from 1 to {LARGEST_PAGE}, not {told!r}\n")
@@ -122,11 +125,3 @@ class ViewReader(HttpService):
 
     def _seal(self, *parts: str) -> bytes:
         return hmac.digest(self.secret.encode(), "\0".join(parts).encode(), hashlib.sha256)[:SEAL]
-
-
-def _answer(request: web.Request, found: dict[str, Any]) -> web.Response:
-    staleness = request.app[STALENESS]
-    seconds = staleness.seconds
-    age = None if seconds is None else round(seconds, 3)
-    found["stale"] = {"records": staleness.records, "seconds": age}
-    return web.Response(body=encode(found), headers=JSON)

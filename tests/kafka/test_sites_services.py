@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -135,6 +136,9 @@ def test_an_app_has_its_sites_page_by_page(reader: str) -> None:
         ("site/site-999999", 404, "there is no site site-999999"),
         (f"site/{site_id(249)}", 404, "there is no site"),  # deleted
         ("site/%27%20or%201=1", 400, "is no name"),
+        ("site/", 400, "is no name"),
+        (f"site/{site_id(3)}/apps", 400, "is no name"),
+        ("owner/someone", 404, "Not Found"),
         (f"site/{'x' * 65}", 400, "is no name"),
         ("site/%ff%00", 400, "is no name"),
         ("app/stores?limit=0", 400, "1 to 1000"),
@@ -149,6 +153,13 @@ def test_an_app_has_its_sites_page_by_page(reader: str) -> None:
 def test_what_makes_no_sense_is_refused(reader: str, path: str, status: int, said: str) -> None:
     found, text = ask(f"{reader}/{path}")
     assert (found, said in text) == (status, True), text
+
+
+def test_it_is_only_read(reader: str) -> None:
+    url = f"{reader}/site/{site_id(3)}"
+    assert ask(url, "PUT", {})[0] == 405
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
 
 
 def test_a_token_is_good_for_its_own_question_only(reader: str) -> None:
