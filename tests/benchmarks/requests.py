@@ -15,6 +15,7 @@ from collections import deque
 
 import uvloop
 
+TICK = 0.001  # seconds between two looks at what is due. uvloop makes 0 of less: that would keep a core busy
 HEADER_END, LENGTH = b"\r\n\r\n", b"Content-Length: "
 
 
@@ -89,7 +90,7 @@ class Generator:
                         self.free.popleft().send(due)
                     else:
                         self.waiting.append(due)
-            await asyncio.sleep(0.0005)
+            await asyncio.sleep(TICK)
         self.over = True
         took = time.perf_counter() - begun
         # What is still waiting has waited at least for so long.
