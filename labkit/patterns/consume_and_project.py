@@ -119,6 +119,8 @@ class View(ABC):
     To build it anew, project into `view.beside()` with a group of its own, then `switch` that.
     """
 
+    _of_keys = ""  # what the table of keys is made with
+
     def __init__(
         self, table: str, columns: Mapping[str, str], indexes: Sequence[str] = (), key: str = "id", generation: int = 1
     ) -> None:
@@ -314,7 +316,7 @@ class View(ABC):
             for column in self.indexes:
                 database.execute(f"create index {self.name}_{column} on {self.name} ({column}, {self.key})")
             keys = f"({self.key} text primary key, version bigint not null, deleted int not null)"
-            database.execute(f"create table {self.name}_keys {keys}")
+            database.execute(f"create table {self.name}_keys {keys}{self._of_keys}")
         except Exception as error:
             if "already exists" not in str(error):
                 raise
@@ -446,6 +448,8 @@ class SqliteView(View):
     A transaction that power loss takes back takes its offset back too. A writer that is frozen in the middle of a
     transaction keeps the others waiting until it goes on or ends; readers do not notice.
     """
+
+    _of_keys = " without rowid"  # one tree instead of two
 
     def __init__(
         self,
@@ -598,7 +602,9 @@ def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]
         elif known is not None and change.version <= known:
             continue
         versions[change.key] = cast(int, change.version)
-        kept[change.key] = change if change.key in stored else change._replace(known=False)
+        if change.key not in stored:
+            change = Change(change.key, change.version, change.rows, known=False)
+        kept[change.key] = change
     return list(kept.values())
 
 
