@@ -62,29 +62,32 @@ class Cluster:
         try:
             # A client of its own: only its callback hears why a connection failed, and an old one knows old brokers.
             held = [AdminClient(self.config({"error_cb": heard.append}))]
-            asked = held[0].describe_cluster(request_timeout=timeout)
         except KafkaException as error:
             raise ClientRefused(
                 f"the client settings for {self.bootstrap} do not work: {explain_setting(error.args[0], security)}"
             ) from error
-        until, addresses = time.monotonic() + timeout, self.bootstrap.count(",") + 1
+        until, addresses, wait = time.monotonic() + timeout, self.bootstrap.count(",") + 1, 0.1
         refused: dict[str, KafkaError] = {}  # by broker: while one is left that may take us, there is hope
-        while not asked.done() and time.monotonic() < until and len(refused) < addresses:
+        failure: KafkaException | None = None
+        while (left := until - time.monotonic()) > 0 and len(refused) < addresses:
+            try:
+                # Not `describe_cluster`: it ends the process, by a failed assertion of librdkafka, if the answer names
+                # no broker, as that of one that is just starting does. A short wait first, to hear of refusals.
+                answer = held[0].list_topics(timeout=min(wait, left))
+                return ClusterInfo(str(answer.cluster_id), len(answer.brokers))
+            except KafkaException as error:
+                failure, wait = error.with_traceback(None), 2 * wait  # its frames hold the client
             held[0].poll(0.01)
             refused = {who(error): error for error in heard if is_final(error)}
-        try:
-            answer = asked.result(0)
-        except (KafkaException, TimeoutError) as error:
-            # An error that somebody keeps must not keep the client, which would go on trying. Its end is not waited
-            # for: it lasts as long as the search for a host name that nobody knows.
-            threading.Thread(target=held.clear, name="end of a client", daemon=True).start()
-            if refused:
-                why = explain(list(refused.values())[-1], self.bootstrap, security)
-                raise ClientRefused(f"Kafka at {self.bootstrap} refuses this client: {why}") from error
-            reasons = [one for one in heard if says_why(one)] or heard
-            why = explain(reasons[-1], self.bootstrap, security) if reasons else f"silent for {timeout:g} s"
-            raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {why}") from error
-        return ClusterInfo(str(answer.cluster_id), len(answer.nodes))
+        # An error that somebody keeps must not keep the client, which would go on trying. Its end is not waited for:
+        # it lasts as long as the search for a host name that nobody knows.
+        threading.Thread(target=held.clear, name="end of a client", daemon=True).start()
+        if refused:
+            why = explain(list(refused.values())[-1], self.bootstrap, security)
+            raise ClientRefused(f"Kafka at {self.bootstrap} refuses this client: {why}") from failure
+        reasons = [one for one in heard if says_why(one)] or heard
+        why = explain(reasons[-1], self.bootstrap, security) if reasons else f"silent for {timeout:g} s"
+        raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {why}") from failure
 
     def topics(self) -> dict[str, int]:
         """Every topic's name and number of partitions."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
 import time
+from typing import BinaryIO, Self
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
@@ -108,3 +114,54 @@ def test_an_error_that_is_not_kafkas_goes_through() -> None:
         NOWHERE.ask(question)
     assert told.value is wrong
     assert len(question.clients) == 1
+
+
+class ComingBroker:
+    """Speaks as much Kafka as a broker that is just starting again: by its own records it is in the cluster, a moment
+    later it is not yet, and knows of no broker and no topic."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        broker = self
+
+        class Connection(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                broker._serve(self.rfile, self.wfile)
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _serve(self, stream: BinaryIO, out: BinaryIO) -> None:
+        while size := stream.read(4):
+            api, version, correlation = struct.unpack(">hhi", stream.read(int.from_bytes(size, "big"))[:8])
+            if api == 3:
+                answer = self._metadata()
+            else:  # the versions it speaks: 0 of this request, 0 to 4 of metadata
+                answer = struct.pack(">hihhhhhh", 35 if version else 0, 2, 18, 0, 0, 3, 0, 4)
+            out.write(struct.pack(">ii", 4 + len(answer), correlation) + answer)
+
+    def _metadata(self) -> bytes:
+        self.asked += 1
+        itself = struct.pack(">ih9sih", 1, 9, b"127.0.0.1", self.port, -1)  # id, address, no rack
+        brokers = itself if self.asked == 1 else b""
+        # Throttle time, brokers, the cluster's id, controller, no topics.
+        return struct.pack(">ii", 0, len(brokers) // len(itself)) + brokers + struct.pack(">h4sii", 4, b"test", 1, 0)
+
+
+def test_a_broker_that_is_not_in_its_cluster_yet_is_no_answer() -> None:
+    """In a process of its own: the client's `describe_cluster` ends it, by a failed assertion."""
+    with ComingBroker() as broker:
+        code = f"from labkit.kafka.cluster import Cluster; Cluster('127.0.0.1:{broker.port}').describe(1)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert broker.asked > 1
+    assert done.returncode == 1, done.stderr
+    assert f"ClusterUnreachable: no Kafka answers at 127.0.0.1:{broker.port}" in done.stderr
