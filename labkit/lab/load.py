@@ -18,6 +18,8 @@ from labkit.kafka.records import T, encode
 from labkit.kafka.topics import Topic
 from labkit.lab.anomalies import Sent
 
+PATIENCE = 600.0  # seconds without Kafka: who kills it may take a while to read what that does
+
 
 class Load(Generic[T]):
     """Sends `values` to `topic`, `rate` a second. Runs until all are sent or `stop` is called, or until it fails.
@@ -38,7 +40,7 @@ class Load(Generic[T]):
     ) -> None:
         self.topic = topic
         self.error: str | None = None
-        """Why it ended early: the broker refused records or was away for 30 s, or `values` raised."""
+        """Why it ended early: the broker refused records or was away for PATIENCE seconds, or `values` raised."""
         self._values, self._rate, self._identify, self._key = iter(values), rate, identify, key
         self._ledger: list[Sent] = []
         self._confirmed = 0
@@ -94,7 +96,7 @@ class Load(Generic[T]):
 
     def _run(self) -> None:
         try:
-            producer = Producer(self.topic.cluster)  # lives no longer than this: it holds threads
+            producer = Producer(self.topic.cluster, PATIENCE)  # lives no longer than this: it holds threads
             begun, order = time.monotonic(), 0
             while not self._stop.is_set():
                 due = int((time.monotonic() - begun) * self._rate) + 1 - order
@@ -114,6 +116,8 @@ class Load(Generic[T]):
             self.error = f"{type(error).__name__}: {error}"
 
     def _confirm(self, producer: Producer) -> None:
+        while producer.unconfirmed(0.2) and not self._stop.is_set():
+            pass
         producer.flush()
         for number in range(self._confirmed, len(self._ledger)):
             self._ledger[number] = self._ledger[number]._replace(confirmed=True)

@@ -13,6 +13,7 @@ import pytest
 from lab_helpers import Order, Shipped, orders, wait_ready
 from processes import wait_until
 
+import labkit.lab.load as load_module
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
@@ -82,6 +83,21 @@ def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kind
     assert [one.kind for one in windows] == kinds
     assert all(one.end is not None and one.end > one.start for one in windows)
     assert shop.pods.restarts == 0
+
+
+def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_module.PATIENCE >= 300  # longer than somebody reads, and than a busy machine takes for a restart
+    patient = lab.load(lab.topic("patient", 1, Order), orders(300), rate=100)
+    monkeypatch.setattr(load_module, "PATIENCE", 2.0)
+    impatient = lab.load(lab.topic("impatient", 1, Order), orders(300), rate=100)
+    wait_until(lambda: min(patient.count, impatient.count) > 20, 20, "both at work")
+    lab.broker.kill()
+    wait_until(lambda: impatient.done, 20, "the end of the one that gives up")
+    assert "timed out" in (impatient.error or "")
+    assert not patient.done
+    lab.broker.restart()
+    patient.wait()
+    assert patient.count == 300
 
 
 def test_killed_while_frozen(lab: Lab) -> None:
