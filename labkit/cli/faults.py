@@ -28,6 +28,8 @@ def fault(
     from labkit.kafka.topics import Topic
     from labkit.services.faults import TOPIC, Misbehaviour, ServiceFaults
 
+    if clear and not service:
+        raise LabkitError("say which service is to behave again: labkit fault payments-provider --clear")
     if service and not (clear or errors or delay):
         raise LabkitError(f"say what {service} is to do: --errors 1, --delay 2, or --clear")
     with kafka() as connection:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.topics import Topic
 from labkit.lab.board import Action
@@ -74,14 +72,9 @@ class ServiceControls:
         self._ended()
         self._history.begin(Fault(time.time(), None, kind, self.name, text))
         if seconds is not None:
-            self._over = threading.Timer(seconds, self._expire)
+            self._over = threading.Timer(seconds, self._ended)  # what was set ends by itself
             self._over.daemon = True
             self._over.start()
-
-    def _expire(self) -> None:
-        self._ended()
-        with suppress(LabkitError):  # nobody looks at what is over; it is only tidied away
-            self._switches.clear(self.name)
 
     def _ended(self) -> None:
         self.close()

@@ -58,7 +58,7 @@ class Bookings:
 
     @staticmethod
     def _bring_about(zones: KeyValueStore[Zone], wanted: dict[str, Zone]) -> None:
-        zones.update({name: zone for name, zone in wanted.items() if zones.get(name) != zone})
-        for name in zones:
-            if name not in wanted:
-                zones.delete(name)
+        has = zones.snapshot()  # a zone that cannot be read is not in there, and is written again
+        zones.update({name: zone for name, zone in wanted.items() if has.get(name) != zone})
+        for name in has.keys() - wanted.keys():
+            zones.delete(name)

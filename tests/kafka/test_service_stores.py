@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lab_helpers import wait_ready
 from processes import wait_until
-from stores import store_topic
+from stores import raw, store_topic
 from typer.testing import CliRunner
 
 from labkit.cli.main import app
@@ -111,6 +111,18 @@ def test_a_country_appears_and_goes_without_anyone_calling_bookings(platform: Pl
     wait_until(lambda: platform.offset("Africa/Juba") is None, 10, "the end of Africa/Juba")
     assert platform.ask("manager", "/countries/XX", "PUT")[0] == 400
     assert platform.ask("events", "/local/Europe/Berlin?utc=noon")[0] == 400
+
+
+def test_a_zone_that_cannot_be_read_is_written_again(platform: Platform) -> None:
+    platform.begin()
+    for partition in range(2):  # wherever Berlin is
+        raw(platform.zones, (b"Europe/Berlin", b"oops"), partition=partition)
+    with KeyValueStore(platform.zones) as zones:
+        wait_until(lambda: zones.snapshot().get("Europe/Berlin") == Zone("DE", 60, "CET"), 20, "what Bookings mends")
+    restarts = platform.bookings.pods[0].restarts
+    platform.change("SS", "PUT")
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 10, "Africa/Juba")
+    assert platform.bookings.pods[0].restarts == restarts
 
 
 def test_clocks_go_forward_in_both_stores(platform: Platform) -> None:
@@ -244,5 +256,6 @@ def test_the_command_line_switches_them_too(connection: Connection) -> None:
     assert "All services behave." in command.invoke(app, ["fault", "payments", "--clear"]).output
     wait_until(lambda: faults.of("payments") is NONE, 5, "its end")
     assert "say what payments is to do" in command.invoke(app, ["fault", "payments"]).output
+    assert "say which service is to behave again" in command.invoke(app, ["fault", "--clear"]).output
     faults.close()
     connection.cluster.delete_topics([topic.name])
