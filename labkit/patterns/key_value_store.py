@@ -196,10 +196,10 @@ class KeyValueStore(Mapping[str, V]):
         to this store. To one that is slower than the changes the newest of a key is told, with the value that it was
         told before. What it raises is logged, and the next change is told.
         """
-        self._check_open()
-        subscription = Subscription(self, callback)
         with self._lock:
-            self._subscriptions.append(subscription)
+            self._check_open()
+            subscription = Subscription(self, callback)
+            self._subscriptions = [*(one for one in self._subscriptions if one._open), subscription]
             subscription._note({key: (None, value) for key, value in self._entries.items()})
         return subscription
 
@@ -297,6 +297,7 @@ class KeyValueStore(Mapping[str, V]):
                 self._end(error)
             except ClusterUnreachable as error:
                 self._trouble = str(error)  # it comes back, and loading begins anew
+                time.sleep(TURN)  # who is refused at once must not ask again at once
             except LabkitError as error:
                 self._end(error)
             except Exception as error:  # a thread has nobody to raise to; who reads next is told
@@ -397,6 +398,7 @@ class Subscription(Generic[V]):
         """Tell nothing more, not even what is waiting."""
         with self._wake:
             self._open = False
+            self._changes.clear()
             self._wake.notify()
 
     def __enter__(self) -> Self:
@@ -407,7 +409,7 @@ class Subscription(Generic[V]):
 
     def _note(self, changes: Changes[V]) -> None:
         with self._wake:
-            for key, (old, new) in changes.items():
+            for key, (old, new) in changes.items() if self._open else ():
                 told, _ = self._changes.get(key, (old, None))
                 self._changes[key] = (told, new)
             self._wake.notify()

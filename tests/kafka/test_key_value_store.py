@@ -15,7 +15,14 @@ from processes import wait_until
 from stores import COMPACTED, EAGER, StoreProcess, compact, on_disk, raw, size, store_topic, transaction
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import DeliveryFailed, LabkitError, PoisonRecord, TopicMismatch, TopicMissing
+from labkit.kafka.errors import (
+    ClusterUnreachable,
+    DeliveryFailed,
+    LabkitError,
+    PoisonRecord,
+    TopicMismatch,
+    TopicMissing,
+)
 from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
 from labkit.lab.travel import pack, unpack
@@ -193,6 +200,22 @@ def test_a_topic_that_is_not_there_or_has_more_partitions_is_refused(cluster: Cl
         KeyValueStore(Topic(cluster, topic.name, 2, int)).wait_ready()
 
 
+def test_who_is_refused_at_once_does_not_ask_again_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def refuse(self: Cluster, name: str) -> dict[str, str]:
+        asked.append(time.monotonic())
+        raise ClusterUnreachable("not allowed to look")
+
+    topic = store_topic(cluster, 1)
+    monkeypatch.setattr(Cluster, "topic_config", refuse)
+    store = KeyValueStore(topic)
+    with pytest.raises(StoreNotReady, match="not allowed to look"):
+        store.wait_ready(0.5)
+    store.close()
+    assert 2 <= len(asked) <= 6
+
+
 def test_a_topic_deleted_under_a_store_is_told(store: KeyValueStore[Any]) -> None:
     store.put("a", 1)
     store.topic.cluster.delete_topics([store.topic.name])
@@ -345,6 +368,10 @@ def test_a_late_subscriber_gets_the_whole_state_and_then_changes(store: KeyValue
         assert subscription.behind == 0
     store.put("e", 5)
     assert all(key != "e" for key, _, _ in seen)
+    assert subscription.behind == 0  # nothing is kept for one who is gone
+    store.subscribe(print).close()
+    store.subscribe(print).close()
+    assert len(store._subscriptions) == 1
 
 
 def test_one_that_subscribes_before_it_is_loaded_is_told_too(cluster: Cluster) -> None:
