@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, overload
 
 from labkit.kafka.errors import (
@@ -42,8 +42,8 @@ Callback: TypeAlias = Callable[[str, V | None, V | None], object]
 PATIENCE = 30.0  # seconds for a store to be loaded
 CONFIRM = 10.0  # seconds for a write to be confirmed
 TURN = 0.1  # seconds that a store waits for something new, before it looks whether it was closed
-LOOK = 3.0  # seconds from one look at the topic's ends to the next
 BUSY_TURN = 0.001  # the same, while a write waits to be confirmed
+LOOK = 3.0  # seconds from one look at the topic's ends to the next
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,6 @@ class KeyValueStore(Mapping[str, V]):
         """A copy of all entries, as they are at one moment. What iterates goes over one too."""
         self._check()
         return self._entries.copy()
-
-    def keys(self) -> KeysView[str]:
-        return self.snapshot().keys()
 
     def values(self) -> ValuesView[V]:
         return self.snapshot().values()
