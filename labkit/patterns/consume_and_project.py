@@ -3,8 +3,8 @@
 A *projection* is a topic, a function from a record to rows, and a view. A view is a table in a database of the reader's
 own, and says of itself which records it is made of:
 
-- the offset it was built up to is stored in the transaction of the rows, by compare-and-set: a writer that was frozen,
-  and goes on when another one has taken over, changes nothing;
+- the offset it was built up to is read, and stored, in the transaction of the rows: of what a writer that was frozen
+  has in hand, nothing is written that another one has written meanwhile;
 - beside it stands the topic's UUID: a topic made anew under its name is not taken for the old one;
 - of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back.
 
@@ -50,10 +50,6 @@ class ViewTakenBack(LabkitError):
     """The view lost what this writer had put into it (its file was deleted): the writer has to start again."""
 
 
-class ViewOvertaken(LabkitError):
-    """Somebody else has written the records that this writer has in hand; nothing was changed."""
-
-
 class ViewUnavailable(LabkitError):
     """There is no view to be read (yet), or its database does not answer."""
 
@@ -77,10 +73,13 @@ class Batch(NamedTuple):
     """Changes of one partition, in order, and how far the view has got with them."""
 
     partition: int
+    after: int
+    """The view had everything before this offset when the batch was begun."""
     next_offset: int
     time: float
     """When the last of its records was produced, in seconds since 1970."""
-    changes: Sequence[Change]
+    changes: Sequence[tuple[int, Change]]
+    """With the offsets of their records."""
     aside: Sequence[tuple[int, str]]
     """Records that could not be projected: offset and reason."""
 
@@ -120,6 +119,7 @@ class View(ABC):
     """
 
     _of_keys = ""  # what the table of keys is made with
+    _claiming = ""  # what a query adds to keep the row it reads from other writers
 
     def __init__(
         self, table: str, columns: Mapping[str, str], indexes: Sequence[str] = (), key: str = "id", generation: int = 1
@@ -141,13 +141,12 @@ class View(ABC):
         self._forget()
 
     def _forget(self) -> None:
-        """A view in a new process has no connection and has written nothing."""
+        """A view in a new process has no connection and has seen nothing."""
         self._lock = threading.RLock()
         self._writer: Any = None
         self._reading: Any = None
         self._topic = self._topic_id = ""
-        self._written: dict[int, int] = {}  # by partition: the offset that we stored last
-        self._sure: set[int] = set()  # partitions in which nobody else can have written since
+        self._reached: dict[int, int] = {}  # by partition: the offset that we found, or stored, last
         columns = ", ".join(f"t.{name}" for name in self.columns)
         sql = f"select t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
         self._rows_of_key = f"{sql}on t.{self.key} = k.{self.key} where k.{self.key} = ? and k.deleted = 0"
@@ -177,69 +176,58 @@ class View(ABC):
             with self._transaction() as database:
                 found = self._stored(database)
             for partition in partitions:  # of the others we know what we wrote
-                self._written.pop(partition, None)
-                self._sure.discard(partition)
-                if partition in found:
-                    self._written[partition] = found[partition]
+                self._reached[partition] = found.get(partition, 0)
             return found
 
-    def position(self, partition: int) -> int:
-        """The first offset that the view does not have. Raises ViewTakenBack, ViewOutdated."""
+    def reached(self, partition: int) -> int:
+        """The view had everything before this offset when this writer saw it last."""
         with self._lock:
-            self._writable()  # connections that lead nowhere any more are given up, and with them what was sure
-            if partition not in self._sure:
-                with self._transaction() as database:
-                    stored = self._stored(database)
-                if stored.get(partition, 0) < self._written.get(partition, 0):
-                    raise ViewTakenBack(
-                        f"view {self.name} had {self._topic}/{partition} up to offset {self._written[partition]:,} "
-                        f"and now up to {stored.get(partition, 0):,}: start again, to read on from there"
-                    )
-                self._written.update(stored)
-                self._sure.add(partition)
-            return self._written.get(partition, 0)
+            return self._reached.get(partition, 0)
 
     def apply(self, batch: Batch) -> None:
         """Write a batch, in one transaction of these steps:
 
-        1. claim:  the offset moves on, if it still is what this writer stored last;
+        1. claim:  the stored offset is read, and kept from other writers; what is before it is written already;
         2. select: of each key the last change, if it is newer than what is there;
         3. write:  rows, and versions, those of deleted keys too;
         4. aside:  the places of records that could not be projected;
-        5. commit.
+        5. mark:   the offset moves on.
 
-        Raises ViewOvertaken when another writer has moved the offset.
+        Raises ViewTakenBack when the view has lost what was before the batch; ViewOutdated, ViewUnavailable.
         """
         with self._lock:
-            before = self._written.get(batch.partition)
-            self._sure.discard(batch.partition)  # whether a commit that fails was stored nobody knows
             with self._transaction() as database:
-                self._claim(database, batch, before)
-                if changes := newest(batch.changes, self._versions(database, batch.changes)):
-                    self.write(database, changes)
-                    keys = [(change.key, change.version, int(change.rows is None)) for change in changes]
-                    newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
-                    insert(database, f"{self.name}_keys", keys, newer)
-                place = (self.name, self._topic, batch.partition)
-                insert(database, "view_aside", [(*place, *aside) for aside in batch.aside], "do nothing")
-            self._written[batch.partition] = batch.next_offset
-            self._sure.add(batch.partition)
+                stored = self._claim(database, batch)
+                if stored < batch.next_offset:
+                    self._put(database, batch, stored)
+            self._reached[batch.partition] = max(stored, batch.next_offset)
 
-    def _claim(self, database: Database, batch: Batch, before: int | None) -> None:
+    def _claim(self, database: Database, batch: Batch) -> int:
         place = (self.name, self._topic, batch.partition)
-        mark = (self._topic_id, batch.next_offset, batch.time)
-        if before is None:
-            sql = "insert into view_offsets values (?, ?, ?, ?, ?, ?) on conflict do nothing"
-            moved = database.execute(sql, (*place, *mark))
-        else:
-            sql = "update view_offsets set topic_id = ?, next_offset = ?, time = ? where view = ? and topic = ? "
-            sql += "and partition = ? and topic_id = ? and next_offset = ?"
-            moved = database.execute(sql, (*mark, *place, self._topic_id, before))
-        if moved.rowcount != 1:
-            raise ViewOvertaken(
-                f"{self._topic}/{batch.partition}: another writer of view {self.name} has moved the offset on from "
-                f"{before or 0:,}; nothing was changed"
+        absent = "insert into view_offsets values (?, ?, ?, ?, 0, 0) on conflict do nothing"
+        database.execute(absent, (*place, self._topic_id))
+        sql = "select next_offset, topic_id from view_offsets where view = ? and topic = ? and partition = ?"
+        stored, topic_id = database.execute(sql + self._claiming, place).fetchone()
+        self._check_topic(topic_id)
+        if stored < batch.after:
+            raise ViewTakenBack(
+                f"view {self.name} had {self._topic}/{batch.partition} up to offset {batch.after:,} and now up to "
+                f"{stored:,}: start again, to read on from there"
             )
+        return cast(int, stored)
+
+    def _put(self, database: Database, batch: Batch, stored: int) -> None:
+        fresh = [change for offset, change in batch.changes if offset >= stored]
+        if changes := newest(fresh, self._versions(database, fresh)):
+            self.write(database, changes)
+            keys = [(change.key, change.version, int(change.rows is None)) for change in changes]
+            newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
+            insert(database, f"{self.name}_keys", keys, newer)
+        place = (self.name, self._topic, batch.partition)
+        aside = [(*place, *aside) for aside in batch.aside if aside[0] >= stored]
+        insert(database, "view_aside", aside, "do nothing")
+        mark = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
+        database.execute(mark, (batch.next_offset, batch.time, *place))
 
     def _versions(self, database: Database, changes: Sequence[Change]) -> dict[str, int]:
         keys = list({change.key for change in changes})
@@ -251,12 +239,16 @@ class View(ABC):
     def _stored(self, database: Database) -> dict[int, int]:
         sql = "select partition, next_offset, topic_id from view_offsets where view = ? and topic = ?"
         rows = database.execute(sql, (self.name, self._topic)).fetchall()
-        if any(topic_id != self._topic_id for _, _, topic_id in rows):
+        for _, _, topic_id in rows:
+            self._check_topic(topic_id)
+        return {partition: offset for partition, offset, _ in rows}
+
+    def _check_topic(self, topic_id: str) -> None:
+        if topic_id != self._topic_id:
             raise ViewOutdated(
                 f"view {self.name} was made of another topic {self._topic}, which was deleted and made anew: build it "
                 f"anew (generation={self.generation + 1})"
             )
-        return {partition: offset for partition, offset, _ in rows}
 
     # -- generations
 
@@ -406,7 +398,6 @@ class View(ABC):
 
     def _disconnect(self) -> None:
         connections, self._writer, self._reading = (self._writer, self._reading), None, None
-        self._sure.clear()
         for connection in connections:
             if connection is not None:
                 with suppress(Exception):
@@ -518,6 +509,8 @@ class PostgresView(View):
 
     The server ends the transaction of a writer that is frozen in the middle of it after 5 s.
     """
+
+    _claiming = " for update"
 
     def __init__(
         self,
@@ -661,29 +654,24 @@ class Projection(Generic[T]):
     def write(self, batch: Sequence[Record[T] | PoisonRecord]) -> None:
         """The consumer's handler: puts a batch of one partition into the view, records it already has left out."""
         partition, last = batch[0].partition, batch[-1]
-        at = self.view.position(partition)
-        changes: list[Change] = []
+        after = self.view.reached(partition)  # before anybody's function runs: another writer may come meanwhile
+        changes: list[tuple[int, Change]] = []
         aside: list[tuple[int, str]] = []
         for record in batch:
-            if record.offset < at:
-                continue
             try:
                 if isinstance(record, PoisonRecord):
                     raise record
-                changes.append(self.change(record))
+                changes.append((record.offset, self.change(record)))
             except Exception as error:
                 aside.append((record.offset, _reason(error)))
-        if last.offset < at:
-            return
         moment = time.time() if isinstance(last, PoisonRecord) else last.timestamp
         try:
-            self.view.apply(Batch(partition, last.offset + 1, moment, changes, aside))
+            self.view.apply(Batch(partition, after, last.offset + 1, moment, changes, aside))
         except Exception as error:
             if len(batch) > 1 or not self.view.is_about_rows(error):
                 raise  # the consumer hands them over again, one by one
             aside = [(last.offset, _reason(error))]
-            self.view.position(partition)
-            self.view.apply(Batch(partition, last.offset + 1, moment, [], aside))
+            self.view.apply(Batch(partition, after, last.offset + 1, moment, [], aside))
 
     def change(self, record: Record[T]) -> Change:
         """What a record means to the view. Raises LabkitError, or what the function raises."""
