@@ -617,7 +617,12 @@ class Loop:
             try:
                 for record in records:
                     self.tell(Step.HANDLING, record)
-                self.spec.handler(batch)
+                result = self.spec.handler(batch)
+                if inspect.iscoroutine(result):
+                    result.close()
+                    raise TypeError(
+                        "the handler of batches returned a coroutine, which nobody runs: make it a plain `def`"
+                    )
             except BaseException as error:
                 first = batch[0] if isinstance(batch[0], Record) else None
                 if not self.failed(lane, messages[0], first, error, len(messages)):
@@ -712,6 +717,7 @@ class Loop:
             self.wake.set()
             return False
         if many > 1:  # which of them it was is known once they come one by one: only then the policy is asked
+            _log(f"{many} records from {_place(message)} on failed, now one by one: {type(error).__name__}: {error}")
             lane.alone, lane.began = many, None
             return True
         failure = lane.next_failure(message, record, error)

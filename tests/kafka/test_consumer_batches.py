@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def test_a_record_that_does_not_decode_comes_in_its_place(cluster: Cluster) -> N
 
 
 def test_of_a_batch_that_fails_the_policy_gets_the_record_that_does_it(cluster: Cluster) -> None:
-    """All others are handled; only that one is set aside."""
+    """All others are handled; only that one is asked about, and set aside."""
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, *range(50))
     handled: list[int] = []
@@ -71,6 +70,36 @@ def test_of_a_batch_that_fails_the_policy_gets_the_record_that_does_it(cluster: 
         member.wait_committed({0: 50})
     assert handled == [number for number in range(50) if number != 20]
     assert [(failure.offset, failure.attempt) for failure in failures] == [(20, 1)]  # nobody asks about an innocent one
+    assert [failure.offset for failure in member.journal.of(Step.FAILED)] == [20]
+
+
+def test_after_records_that_are_set_aside_the_next_ones_come_together_again(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(200))
+    sizes: list[int] = []
+
+    def handle(batch: list[Any]) -> None:
+        sizes.append(len(batch))
+        raise ValueError("none of them")
+
+    with Member(Consumer(topic, handle, group, batch=20, on_failure=lambda failure: Done())) as member:
+        member.wait_committed({0: 200})
+    assert sizes.count(1) >= 200
+    assert len([size for size in sizes if size > 1]) >= 3
+
+
+def test_a_batch_handler_that_returns_a_coroutine_is_told_and_nothing_committed(cluster: Cluster) -> None:
+    """As for a handler of single records: nobody would run it."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(20))
+
+    async def later(batch: list[Any]) -> None: ...
+
+    consumer = Consumer(topic, lambda batch: later(batch), group, batch=10, on_failure=lambda failure: Stop())
+    with Member(consumer) as member:
+        error = member.ends()
+    assert "returned a coroutine" in str(error)
+    assert committed(topic, group) == {}
 
 
 def test_a_batch_that_fails_for_a_while_is_handled_then(cluster: Cluster) -> None:
@@ -79,9 +108,13 @@ def test_a_batch_that_fails_for_a_while_is_handled_then(cluster: Cluster) -> Non
     tries: list[int] = []
     handled: list[int] = []
 
+    def together() -> int:
+        """The first try with several: the very first may be of what was fetched first, alone."""
+        return next((number for number, size in enumerate(tries) if size > 1), len(tries))
+
     def handle(batch: list[Any]) -> None:
         tries.append(len(batch))
-        if len(tries) <= 3:
+        if len(tries) - together() <= 3:
             raise ValueError("away")
         handled.extend(one.value for one in batch)
 
@@ -90,9 +123,7 @@ def test_a_batch_that_fails_for_a_while_is_handled_then(cluster: Cluster) -> Non
         put(topic, *range(20, 40))
         member.wait_committed({0: 40})
     assert handled == list(range(40))
-    assert all(
-        following == 1 for size, following in pairwise(tries[:4]) if size > 1
-    )  # a batch that fails comes one by one
+    assert tries[together() + 1 :][:3] == [1, 1, 1]
     assert len(member.journal.of(Step.RECOVERED)) == 1
     assert max(tries[len(tries) - 2 :]) > 1  # later ones come together again
 

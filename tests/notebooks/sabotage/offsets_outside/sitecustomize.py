@@ -4,14 +4,15 @@ import time
 
 from labkit.patterns.consume_and_project import View
 
-_claim = View._claim
+_put = View._put
 
 
-def _claims_alone(self, database, batch, before):  # type: ignore[no-untyped-def]
-    _claim(self, database, batch, before)
+def _mark_first(self, database, batch, stored):  # type: ignore[no-untyped-def]
+    _put(self, database, batch._replace(changes=[], aside=[]), stored)
     database.execute("commit")
     time.sleep(0.3)
     self._start(database)
+    _put(self, database, batch, stored)
 
 
-View._claim = _claims_alone  # type: ignore[method-assign]
+View._put = _mark_first  # type: ignore[method-assign]
