@@ -47,7 +47,9 @@ class Consumer:
     one, so that `on_failure` is asked about the right one. What it sends names no cause."""
     positions: Callable[[Sequence[tuple[str, int]]], Mapping[tuple[str, int], int]] | None = None
     """Tells where to read on in these (topic, partition), instead of the group's committed offsets: for who keeps
-    offsets beside the effect. What is not in its answer begins at `start`. If it raises, the consumer ends."""
+    offsets beside the effect. What is not in its answer begins at `start`. It is asked again while it
+    raises Unavailable. If it raises anything else, or tells of records that the topic no longer has, the consumer
+    ends."""
     on_step: Report | None = None
     """A hook called at every step (see `Step`): where tests and baselines crash."""
     on_change: Report | None = None

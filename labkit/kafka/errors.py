@@ -12,6 +12,10 @@ class LabkitError(Exception):
     """Base of all: catch this to tell a mistake in the set-up from a bug."""
 
 
+class Unavailable(LabkitError):
+    """Something does not answer at the moment: asking again may help."""
+
+
 class ClusterUnreachable(LabkitError):
     """No broker answered in time."""
 

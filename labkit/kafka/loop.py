@@ -40,6 +40,7 @@ from labkit.kafka.errors import (
     LabkitError,
     PoisonRecord,
     TopicMissing,
+    Unavailable,
     place_of,
 )
 from labkit.kafka.lanes import Lane, LaneState, Partition
@@ -463,7 +464,7 @@ class Loop:
         self.tell(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
 
     def starts(self, client: Client, partitions: list[TopicPartition]) -> tuple[list[TopicPartition], dict[Place, int]]:
-        """Where to begin, and which of these positions are to be committed. Asks until the broker answers."""
+        """Where to begin, and which of these positions are to be committed. Asks until there is an answer."""
         until = time.monotonic() + AWAY
         while partitions and not self.stop.is_set():
             try:
@@ -476,7 +477,11 @@ class Loop:
                         f"{self.spec.cluster.bootstrap} does not say where group {self.spec.group} is to begin: "
                         f"{error.args[0].str()}"
                     ) from error
-                self.stop.wait(0.1)
+            except (Unavailable, ClusterUnreachable) as error:  # of who tells positions
+                if isinstance(error, ClientRefused) or time.monotonic() > until:
+                    raise
+                _log(f"{self.spec.group}: where to read on is not told yet: {error}")
+            self.stop.wait(0.1)
         return [], {}
 
     def ask_starts(
@@ -490,8 +495,14 @@ class Loop:
                 raise KafkaException(one.error)
             place = (one.topic, one.partition)
             offset = one.offset if told is None else told.get(place, -1)
-            if offset < 0:
+            if offset < 0 or told is not None:
                 low, high = client.get_watermark_offsets(TopicPartition(*place), timeout=REACH)
+                if 0 <= offset < low:
+                    raise LabkitError(
+                        f"group {self.spec.group} is to read {one.topic}/{one.partition} from offset {offset:,} up to "
+                        f"{low:,} yet, but those records are gone from the topic: build anew what was made of it"
+                    )
+            if offset < 0:
                 offset = high if self.spec.start == "latest" else low
                 if self.spec.start == "latest":
                     fresh[place] = offset

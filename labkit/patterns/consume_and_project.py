@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, Self, cast
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import LabkitError, PoisonRecord
+from labkit.kafka.errors import LabkitError, PoisonRecord, Unavailable
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.records import Record, T
 from labkit.kafka.steps import Decision, Failure, Stop, keep_trying
@@ -50,7 +50,7 @@ class ViewTakenBack(LabkitError):
     """The view lost what this writer had put into it (its file was deleted): the writer has to start again."""
 
 
-class ViewUnavailable(LabkitError):
+class ViewUnavailable(Unavailable):
     """There is no view to be read (yet), or its database does not answer."""
 
 
@@ -173,8 +173,13 @@ class View(ABC):
         """
         with self._lock:
             self._topic, self._topic_id = topic, topic_id
-            with self._transaction() as database:
-                found = self._stored(database)
+            try:
+                with self._transaction() as database:
+                    found = self._stored(database)
+            except LabkitError:
+                raise
+            except Exception as error:  # of a connection that was broken meanwhile: the next try makes another one
+                raise ViewUnavailable(f"view {self.name} does not say where to read on: {error}") from error
             for partition in partitions:  # of the others we know what we wrote
                 self._reached[partition] = found.get(partition, 0)
             return found

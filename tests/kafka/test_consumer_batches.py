@@ -6,11 +6,12 @@ import threading
 from typing import Any
 
 import pytest
+from confluent_kafka import TopicPartition
 from consuming import Member, committed, fresh_group, fresh_topic, put
 
-from labkit.kafka.cluster import Cluster
+from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import LabkitError, PoisonRecord
+from labkit.kafka.errors import LabkitError, PoisonRecord, Unavailable
 from labkit.kafka.steps import Decision, Done, Failure, Retry, Step, Stop
 
 
@@ -177,6 +178,53 @@ def test_positions_that_cannot_be_told_end_the_consumer(cluster: Cluster) -> Non
 
     with Member(Consumer(topic, lambda record: None, group, positions=positions)) as member:
         assert str(member.ends()) == "the view must be built anew"
+
+
+def test_who_tells_positions_and_is_away_is_waited_for(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(5))
+    asked: list[Any] = []
+    seen: list[int] = []
+
+    def positions(partitions: Any) -> dict[tuple[str, int], int]:
+        asked.append(partitions)
+        if len(asked) < 3:
+            raise Unavailable("its database does not answer")
+        return {(topic.name, 0): 3}
+
+    handler = lambda record: seen.append(record.offset)  # noqa: E731
+    with Member(Consumer(topic, handler, group, positions=positions)) as member:
+        member.wait_committed({0: 5})
+    assert seen == [3, 4]
+
+
+def test_who_tells_positions_and_stays_away_ends_the_consumer(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labkit.kafka.loop.AWAY", 0.3)
+
+    def positions(partitions: Any) -> dict[tuple[str, int], int]:
+        raise Unavailable("its database does not answer")
+
+    with Member(Consumer(fresh_topic(cluster), print, fresh_group(), positions=positions)) as member:
+        assert str(member.ends()) == "its database does not answer"
+
+
+def test_a_position_whose_records_are_gone_ends_the_consumer(cluster: Cluster) -> None:
+    """Reading on at what is left would pass over what retention has deleted, and nobody would know."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(10))
+    gone = admin(cluster).delete_records([TopicPartition(topic.name, 0, 6)])
+    for answer in gone.values():
+        answer.result(10)
+    told = {(topic.name, 0): 5}
+    with Member(Consumer(topic, lambda record: None, group, positions=lambda partitions: told)) as member:
+        error = member.ends()
+    assert isinstance(error, LabkitError)
+    assert f"{topic.name}/0 from offset 5 up to 6 yet" in str(error)
+    told[topic.name, 0] = 6
+    with Member(Consumer(topic, lambda record: None, group, positions=lambda partitions: told)) as member:
+        member.wait_committed({0: 10})
 
 
 def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +394,30 @@ def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monk
     assert set(in_file.content()) == {"a", "b"}
 
 
+def test_a_file_that_is_locked_when_partitions_come_is_waited_for(
+    cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labkit.patterns.consume_and_project.BUSY", 0.2)
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"))
+    tries: list[Any] = []
+    consumer = Projection(topic, apps_of, in_file).consumer(fresh_group())
+    asked = consumer.positions
+    assert asked is not None
+
+    def counted(partitions: Any) -> Any:
+        tries.append(partitions)
+        return asked(partitions)
+
+    with closing(sqlite3.connect(in_file.path, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        with Member(replace(consumer, positions=counted)) as member:
+            member.journal.wait(lambda: len(tries) > 1)
+            other.execute("rollback")
+            catch_up(member, in_file, topic)
+    assert set(in_file.content()) == {"a"}
+
+
 def test_a_deleted_file_ends_the_writer_and_the_next_one_builds_it_anew(cluster: Cluster, in_file: SqliteView) -> None:
     """What is written to a file that was deleted would be seen by nobody."""
     topic, group = fresh_topic(cluster, 1, Site), fresh_group()
@@ -481,6 +506,8 @@ def test_a_postgres_killed_while_writing_loses_and_doubles_nothing(cluster: Clus
     with Member(projection(topic, view).consumer(fresh_group(), batch=10)) as member:
         member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) >= 50)
         postgres.kill()
+        with pytest.raises(ViewUnavailable):  # as the loop waits for, if partitions come now
+            projection(topic, view).positions([])
         for value in range(100, 200):
             put(topic, value, key=str(value), partition=value % 2)
         member.journal.wait_for(Step.FAILED)
