@@ -567,7 +567,7 @@ class PostgresView(View):
     def is_about_rows(self, error: Exception) -> bool:
         import psycopg
 
-        if isinstance(error, psycopg.DataError | psycopg.IntegrityError):
+        if isinstance(error, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.ProgramLimitExceeded):
             return True
         return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
 

@@ -10,6 +10,7 @@ it ends in between. Otherwise a change is only sent, and `table_writer` makes th
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,18 +21,21 @@ import psycopg
 from aiohttp import web
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import PoisonRecord
+from labkit.kafka.errors import PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
 from labkit.services.http import HttpService
 from labkit.services.sites import Site
+from labkit.services.view_reader import NAME
 
 TABLE = "create table if not exists sites (id text primary key, version bigint not null, object jsonb)"
 # A deleted site keeps its row and its version, without an object.
 UPSERT = """insert into sites values (%s, %s, %s) on conflict (id) do update
 set version = excluded.version, object = excluded.object where sites.version < excluded.version"""
 OBJECT = "select object::text from sites where id = %s and object is not null"
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON; PostgreSQL has no text with it
+REFUSED = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)  # and would be again
 LIMIT = 100  # sites in one answer
 FREE = web.AppKey("free", asyncio.Queue)  # connections to the database that nobody uses, and None for one to be made
 _site = msgspec.json.Decoder(Site)
@@ -80,12 +84,12 @@ class MetaSite(HttpService):
 
     async def with_app(self, request: web.Request) -> web.Response:
         """Which sites have an app: nothing but a look at every object can tell."""
-        wanted = encode([{"name": request.match_info["app"]}]).decode()
+        wanted = encode([{"name": _name(request, "app")}]).decode()
         sql = "select id from sites where object->'apps' @> %s::jsonb order by id limit %s"
         return _json(encode([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))]))
 
     async def _object(self, request: web.Request) -> bytes:
-        name = request.match_info["id"]
+        name = _name(request)
         found = await self._ask(request, OBJECT, (name,))
         if not found:
             raise web.HTTPNotFound(text=f"there is no site {name}\n")
@@ -95,12 +99,15 @@ class MetaSite(HttpService):
 
     async def put(self, request: web.Request) -> web.Response:
         """Create or change a site: the body is all of it, its next version."""
+        name = _name(request)
         try:
             site = _site.decode(await request.read())
         except msgspec.DecodeError as error:
             raise web.HTTPBadRequest(text=f"this is no site: {error}\n") from error
-        if site.id != request.match_info["id"]:
-            raise web.HTTPBadRequest(text=f"the site in the body is {site.id}, not {request.match_info['id']}\n")
+        if site.id != name:
+            raise web.HTTPBadRequest(text=f"the site in the body is {site.id}, not {name}\n")
+        if not 0 <= site.version < 2**63 or NUL.search(encode(site)):
+            raise web.HTTPBadRequest(text="a site has a version from 0 to 2^63 - 1, and no NUL in its texts\n")
         if self.dual_write:
             stored = await self._ask(request, f"{UPSERT} returning id", _row(site))
             if not stored:
@@ -112,10 +119,10 @@ class MetaSite(HttpService):
 
     async def delete(self, request: web.Request) -> web.Response:
         """Delete a site: `?version=8` is the version in which it is gone."""
-        told = request.query.get(VERSION, "")
-        if not told.isdecimal():
+        name, told = _name(request), request.query.get(VERSION, "")
+        if not re.fullmatch(r"[0-9]{1,19}", told) or int(told) >= 2**63:
             raise web.HTTPBadRequest(text=f"say in which version it is gone: ?{VERSION}=8\n")
-        self.topic.send(None, request.match_info["id"], {VERSION: told})
+        self.topic.send(None, name, {VERSION: told})
         await asyncio.to_thread(self.topic.flush)
         return web.Response(status=202)
 
@@ -133,6 +140,13 @@ class MetaSite(HttpService):
             raise web.HTTPServiceUnavailable(text=f"the database does not answer: {error}\n") from error
         finally:
             free.put_nowait(connection)
+
+
+def _name(request: web.Request, part: str = "id") -> str:
+    name = request.match_info[part]
+    if not NAME.fullmatch(name):
+        raise web.HTTPBadRequest(text=f"{name!r} is no name: letters, digits and . _ - make one, at most 64\n")
+    return name
 
 
 def _row(site: Site) -> tuple[str, int, str]:
@@ -158,18 +172,38 @@ class _Table:
     def write(self, batch: Sequence[Record[Site] | PoisonRecord]) -> None:
         rows = []
         for record in batch:
-            if isinstance(record, PoisonRecord) or (version := version_of(record)) is None:
-                print(f"passed over: {record!r}", file=sys.stderr)  # noqa: T201 - a pod's log is its stderr
-                continue
-            rows.append((record.key, version, encode(record.value).decode() if record.value is not None else None))
-        with psycopg.connect(self.dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
-            cursor.execute(TABLE)
-            cursor.executemany(UPSERT, rows)
+            try:
+                rows.append(self._row(record))
+            except Exception as error:
+                self._pass_over(record, error)
+        try:
+            with psycopg.connect(self.dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
+                cursor.execute(TABLE)
+                cursor.executemany(UPSERT, rows)
+        except REFUSED as error:
+            if len(batch) > 1:
+                raise  # the consumer hands them over again, one by one
+            self._pass_over(batch[0], error)
+
+    @staticmethod
+    def _row(record: Record[Site] | PoisonRecord) -> tuple[str | None, int, str | None]:
+        if isinstance(record, PoisonRecord):
+            raise record
+        version = version_of(record)
+        if version is None:
+            raise ValueError("it does not say in which version the site is gone")
+        return record.key, version, None if record.value is None else encode(record.value).decode()
+
+    @staticmethod
+    def _pass_over(record: Record[Site] | PoisonRecord, error: Exception) -> None:
+        place = place_of(record.topic, record.partition, record.offset)
+        print(f"passed over: {place}: {error}", file=sys.stderr)  # noqa: T201 - a pod's log is its stderr
 
 
 def table_writer(sites: Topic[Site], dsn: str, batch: int = 100) -> Consumer:
     """Makes the rows of the table of what comes through the topic. A version that is there already changes nothing, so
-    what is delivered twice does no harm."""
+    what is delivered twice does no harm. What is no site, or the database refuses, is passed over, with a line in the
+    log; a database that is away is waited for."""
     return Consumer(sites, _Table(dsn).write, batch=batch)
 
 

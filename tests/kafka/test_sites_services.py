@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import msgspec
 import psycopg
 import pytest
 from consuming import Member, fresh_group, fresh_topic, put
@@ -25,6 +28,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
+from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Projection, SqliteView, ViewUnavailable
 from labkit.runtime.broker import free_ports
@@ -240,6 +244,70 @@ def test_a_change_is_sent_and_the_row_follows(cluster: Cluster, dsn: str) -> Non
         after = {0: 2, 1: 3, 2: -2, 3: 1, 4: 2, 9: 1}
         wait_until(lambda: table(dsn) == {site_id(number): at for number, at in after.items()}, 10, "the rows")
         assert ask(f"{url}/sites/{site_id(2)}")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("DELETE", f"{site_id(1)}?version=9223372036854775808", None),
+        ("DELETE", f"{site_id(1)}?version=\u0662", None),
+        ("DELETE", f"{site_id(1)}?version={'9' * 5000}", None),
+        ("DELETE", "%00?version=2", None),
+        ("PUT", site_id(1), msgspec.structs.replace(site(1), version=2**63)),
+        ("PUT", site_id(1), msgspec.structs.replace(site(1), version=-1)),
+        ("PUT", site_id(1), msgspec.structs.replace(site(1), name="no\0text")),
+        ("GET", "%00", None),
+        ("GET", "%00/apps", None),
+        ("PUT", "x" * 65, msgspec.structs.replace(site(1), id="x" * 65)),
+    ],
+)
+def test_what_its_database_would_refuse_is_refused_at_the_door(
+    metasite: str, method: str, path: str, body: Site | None
+) -> None:
+    status, said = ask(f"{metasite}/sites/{quote(path, safe='%?=')}", method, None if body is None else encode(body))
+    assert status == 400, said
+
+
+@pytest.fixture
+def metasite(cluster: Cluster, dsn: str) -> Iterator[str]:
+    fill(dsn, [])
+    with serving(MetaSite(free_ports()[0], dsn, fresh_topic(cluster, 1, Site))) as url:
+        yield url
+
+
+def test_the_table_passes_over_what_it_cannot_hold(
+    cluster: Cluster, dsn: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever else writes to the topic: what the database refuses stops nothing, and is told with its place."""
+    topic = fresh_topic(cluster, 1, Site)
+    topic.send(site(1), site_id(1))
+    topic.send(None, site_id(1), {"version": "many"})
+    topic.send(None, site_id(1), {"version": str(2**63)})
+    topic.send(msgspec.structs.replace(site(2), version=2**63), site_id(2))
+    topic.send(msgspec.structs.replace(site(3), name="no\0text"), site_id(3))
+    topic.send(site(3), secrets.token_hex(5000))  # longer than an index takes
+    topic.send(site(4), site_id(4))
+    topic.flush()
+    with Member(table_of(topic, dsn)) as member:
+        member.wait_committed({0: 7})
+    assert table(dsn) == {site_id(1): 1, site_id(4): 1}
+    told = capfd.readouterr().err
+    assert [number for number in range(7) if f"passed over: {topic.name}/0/{number}:" in told] == [1, 2, 3, 4, 5]
+
+
+def test_the_table_waits_for_its_database(cluster: Cluster, dsn: str, postgres: Postgres) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    with Member(table_of(topic, dsn)) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        postgres.kill()
+        try:
+            topic.send(site(1), site_id(1))
+            topic.flush()
+            member.journal.wait_for(Step.FAILED)
+        finally:
+            postgres.restart()
+        member.wait_committed({0: 1})
+    assert table(dsn) == {site_id(1): 1}
 
 
 def table_of(topic: Topic[Site], dsn: str) -> Consumer:
