@@ -264,8 +264,14 @@ class View(ABC):
         return made
 
     def switch(self) -> None:
-        """Let readers see this generation from now on; a read sees the one before or this one, and never fails."""
+        """Let readers see this generation from now on; a read sees the one before or this one, and never fails.
+
+        Raises LabkitError while it has less of the topic than the generation that is shown.
+        """
         with self._lock, self._transaction() as database:
+            if behind := database.execute(_BEHIND, (self.name, self.table, self.name)).fetchall():
+                places = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
+                raise LabkitError(f"view {self.name} is behind the one that is shown: {places} records; wait for it")
             self._show(database)
 
     def _show(self, database: Database) -> None:
@@ -436,6 +442,14 @@ _SHARED = (
     """create table if not exists view_aside (view text, topic text, partition int, record bigint, reason text,
     primary key (view, topic, partition, record))""",
 )
+
+
+# How far a view is behind the one that is shown; a topic that was made anew since cannot be compared.
+_BEHIND = """select o.topic, o.partition, o.next_offset - coalesce(n.next_offset, 0) from view_offsets o
+join view_definitions d on d.view = o.view
+left join view_offsets n on n.view = ? and n.topic = o.topic and n.partition = o.partition
+where d.name = ? and d.shown = 1 and o.next_offset > coalesce(n.next_offset, 0) and not exists
+(select 1 from view_offsets a where a.view = ? and a.topic = o.topic and a.topic_id <> o.topic_id) order by 1, 2"""
 
 
 class SqliteView(View):

@@ -568,6 +568,21 @@ def test_a_rebuild_beside_is_switched_to_without_a_failed_read(cluster: Cluster,
     assert stale(topic, view) == 0  # of the generation that is shown
 
 
+def test_a_generation_that_lacks_what_readers_have_is_not_switched_to(cluster: Cluster, view: View) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"), site("b", 1, "stores"))
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+    with view.beside() as beside:
+        with pytest.raises(LabkitError, match=f"{topic.name}/0 by 2"):
+            beside.switch()
+        assert set(view.content()) == {"a", "b"}
+        with build(beside, topic) as member:
+            member.wait_committed({0: 2})
+        beside.switch()
+    assert set(view.content()) == {"a", "b"}
+
+
 def test_staleness_in_records_and_seconds(cluster: Cluster, in_file: SqliteView) -> None:
     topic = fresh_topic(cluster, 2, Site)
     send(topic, site("a", 1, "stores"), site("b", 1, "stores"), site("c", 1, "stores"))
