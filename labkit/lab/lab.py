@@ -237,10 +237,7 @@ class Lab:
         """
         self._check_open()
         if name not in self._ports:
-            held = socket.socket()
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            held.bind((HOST, free_ports()[0]))  # bound, and never listening: connections go to those who do
-            self._ports[name] = held
+            self._ports[name] = _held_port()
         return int(self._ports[name].getsockname()[1])
 
     @property
@@ -752,6 +749,18 @@ def _memory(deployments: Iterable[Deployment]) -> int:
 
 def _clock(moment: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(moment))
+
+
+def _held_port() -> socket.socket:
+    """A socket that is bound, and never listens: connections go to those who do, and nobody else gets its port."""
+    while True:
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            held.bind((HOST, free_ports()[0]))
+            return held
+        except OSError:  # taken meanwhile, or connections that were closed a moment ago still have it
+            held.close()
 
 
 def _pace() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,9 +21,11 @@ from aiohttp import web
 from lab_helpers import wait_ready
 from processes import is_alive, wait_until
 
+import labkit.lab.lab as module
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.steps import Measured, Report, Step
 from labkit.lab import Lab, picture
+from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import ServerState
@@ -162,6 +165,19 @@ def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> N
     wait_until(lambda: newest(lab, "errors", "shop") == 1, 20, "the failure to be counted")
     clients.drain()
     shop.drain()
+
+
+def test_a_port_on_which_connections_were_closed_just_now_is_passed_over(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = server.accept()
+            accepted.close()  # the side that closes first keeps the port for a minute
+    choices = iter([(port, 0)])
+    monkeypatch.setattr(module, "free_ports", lambda: next(choices, None) or free_ports())
+    assert lab.port("anew") != port
 
 
 def test_clients_of_a_service_that_is_away_count_errors(lab: Lab) -> None:
