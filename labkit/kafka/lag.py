@@ -48,12 +48,16 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
     places = [TopicPartition(topic, number) for topic, number in partitions]
 
     def committed() -> list[TopicPartition]:
-        answer = _asker(cluster, group, os.getpid()).committed(places, timeout=10)
-        if errors := [one.error for one in answer if one.error is not None]:
-            raise KafkaException(errors[0])  # not to be taken for "nothing committed"
+        try:
+            answer = _asker(cluster, group, os.getpid()).committed(places, timeout=ANSWER)
+            if errors := [one.error for one in answer if one.error is not None]:
+                raise KafkaException(errors[0])  # not to be taken for "nothing committed"
+        except KafkaException:
+            _asker.cache_clear()  # one that lived through a restart can go on asking the coordinator of before
+            raise
         return answer
 
-    answer = cluster.ask(committed)
+    answer = cluster.ask(committed, patience=4 * ANSWER)
     return {(one.topic, one.partition): one.offset for one in answer if one.offset >= 0}
 
 

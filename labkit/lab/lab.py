@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
 
-LEAVE = 12.0  # seconds that `close` waits for the sessions of killed pods to end, so that their group can be deleted
+LEAVE = 20.0  # seconds that `close` waits for the sessions of killed pods to end, so that their group can be deleted
 
 _open: dict[str, Lab] = {}  # by notebook: a cell may run again. A lab lives until it is closed, forgotten or not
 
