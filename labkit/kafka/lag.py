@@ -49,7 +49,7 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
 
     def committed() -> list[TopicPartition]:
         try:
-            answer = _asker(cluster, group, os.getpid()).committed(places, timeout=ANSWER)
+            answer = _asker(cluster, group, os.getpid()).committed(places, timeout=2 * ANSWER)
             if errors := [one.error for one in answer if one.error is not None]:
                 raise KafkaException(errors[0])  # not to be taken for "nothing committed"
         except KafkaException:
