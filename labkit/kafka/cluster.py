@@ -110,7 +110,7 @@ class Cluster:
                 )
             except KafkaException as error:
                 code = error.args[0].code()
-                if code in PASSING or code == KafkaError._TIMED_OUT:
+                if code in PASSING or code in (KafkaError._TIMED_OUT, KafkaError.INVALID_REPLICATION_FACTOR):
                     raise
                 if code != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise LabkitError(f"topic {name} could not be created: {_reason(error)}") from error

@@ -39,7 +39,6 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
         (FIRST, "lossy_produce", "verdict", r"invalid: .* lost [1-9]"),
         (FIRST, "early_commit", "verdict", r"invalid: .* lost [1-9]"),
         (VIEWS, "lossy_produce", "crash-verdict", r"invalid: view: .* (missing|different) [1-9]"),
-        (VIEWS, "offsets_outside", "crash-verdict", r"invalid: view: .* different [1-9]"),
         (VIEWS, "early_commit", "table-verdict", r"invalid: MetaSite's table: .* different [1-9]"),
         (VIEWS, "no_version_check", "verdict", r"invalid: view: .* (unexpected|different) [1-9]"),
         (STORE, "ignored_tombstones", "verdict", r"a new store: missing \[\] · came back \['"),
