@@ -107,8 +107,9 @@ def test_an_eviction_that_nobody_ordered_explains_its_extras(lab: Lab) -> None:
     wait_until(lambda: other.report and len(other.report.assigned) == 2, 20, "its partition at the other pod")
     os.kill(child.pid, signal.SIGCONT)
     wait_until(lambda: any(fault.kind == "eviction" for fault in lab.faults), 10, "the eviction")
-    (fault,) = lab.faults
-    assert (fault.target, fault.text) == ("shop-0", "shop-0 lost its partitions")
+    # The first one: on a machine that stands still for seconds itself, more may follow, of either pod.
+    fault = next(fault for fault in lab.faults if fault.target == "shop-0")
+    assert (fault.kind, fault.text) == ("eviction", "shop-0 lost its partitions")
     assert fault.start <= stopped + 0.5
     lab.verdict(load, shop.shipped).check()
 
