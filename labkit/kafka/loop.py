@@ -536,9 +536,14 @@ class Loop:
             self.coroutines.call_soon_threadsafe(self.coroutines.stop)
         for _ in self.threads:
             self.ready.put(None)
-        leaving = threading.Thread(target=self.client.close, name="leaving", daemon=True)
+        leaving = threading.Thread(target=self.leave, name="leaving", daemon=True)
         leaving.start()
         leaving.join(2 * REACH)
+
+    def leave(self) -> None:
+        if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session's end
+            self.client.unsubscribe()
+        self.client.close()
 
     # -- the workers ----------------------------------------------------------------------------------------------
 
