@@ -374,8 +374,18 @@ class Deployment:
             pod.retire()
 
     def ready(self) -> bool:
-        """Whether every pod runs."""
-        return all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in self.pods)
+        """Whether every pod runs and, if they are consumers, they share all partitions: no rebalance is to follow."""
+        pods = self.pods
+        if not all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods):
+            return False
+        if not pods or not self.topics:
+            return True
+        shares = [report.assigned for pod in pods if (report := pod.report) is not None]
+        held = [place for share in shares for place in share]
+        every = {f"{topic.name}/{number}" for topic in self.topics for number in range(topic.partitions)}
+        # The first pod of a group has all partitions until the next one asks for its share.
+        holders = min(len(pods), max(topic.partitions for topic in self.topics))
+        return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 
     def note(self, pod: str, text: str) -> None:
         """Add a line to the log."""

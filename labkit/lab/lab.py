@@ -255,7 +255,10 @@ class Lab:
         self._sampler.watch(metric, label, read)
 
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
-        """Wait until every pod of these runs. Raises LabkitError, with the last lines of one that does not."""
+        """Wait until every pod of these runs and consumers share all partitions of their topics.
+
+        Raises LabkitError, with the last lines of one that does not.
+        """
         until = time.monotonic() + timeout
         while late := [one for one in deployments if not one.ready()]:
             if time.monotonic() > until:

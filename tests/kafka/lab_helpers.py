@@ -10,7 +10,9 @@ from processes import wait_until
 
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
+from labkit.lab import Lab
+from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.metrics import Fault
 
 
 class Order(msgspec.Struct):
@@ -43,5 +45,16 @@ def wait_said(deployment: Deployment, text: str, pod: str | None = None, timeout
 
 
 def wait_ready(deployment: Deployment, timeout: float = 20.0) -> None:
-    """Wait until all pods run."""
-    wait_until(deployment.ready, timeout, f"{deployment!r} to run")
+    """Wait until all pods run and share what they consume."""
+    wait_until(deployment.ready, timeout, f"{deployment!r} to be ready")
+
+
+def wait_running(deployment: Deployment, timeout: float = 20.0) -> None:
+    """Wait until all pods run; the partitions of one that was killed are free only when its session is over."""
+    running = lambda: {pod.state for pod in deployment.pods} <= {PodState.RUNNING, PodState.SLOW}  # noqa: E731
+    wait_until(running, timeout, f"{deployment!r} to run")
+
+
+def ordered(lab: Lab) -> list[Fault]:
+    """The faults of a lab, without "the machine slept": a virtual one may be halted in the middle of any test."""
+    return [fault for fault in lab.faults if fault.target != "machine"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab_helpers import Order, Shipped, orders, said, values, wait_ready, wait_said
+from lab_helpers import Order, Shipped, ordered, orders, said, values, wait_ready, wait_running, wait_said
 from processes import is_alive, wait_until
 
 from labkit.kafka.consumer import Consumer
@@ -32,6 +32,22 @@ def lab(connection: Connection) -> Iterator[Lab]:
     lab._end(0)  # `close` would wait for the sessions of killed pods
 
 
+def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
+    """Before that a rebalance is to follow, and what is in hand then may come again."""
+    shop = lab.deploy("shop", Consumer(lab.topic("orders", 4, Order), print), replicas=2)
+    idle = lab.deploy("idle", Consumer(lab.topic("one", 1, Order), print), replicas=2)
+    lab.wait_ready(shop, idle)
+    assert sorted(len(pod.report.assigned) for pod in shop.pods if pod.report) == [2, 2]
+    assert sorted(len(pod.report.assigned) for pod in idle.pods if pod.report) == [0, 1]
+    lab.deployments["shop"].scale(3)
+    lab.wait_ready(shop)
+    assert sorted(len(pod.report.assigned) for pod in shop.pods if pod.report) == [1, 1, 2]
+    shop.pods[0].crash()
+    wait_running(shop)
+    assert not shop.ready()  # the session of the one that died holds its partitions
+    lab.wait_ready(shop)
+
+
 def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     topic = lab.topic("orders", 2, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
@@ -39,7 +55,7 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     before = [pod.child.pid for pod in shop.pods if pod.child]
     shop.pods[0].crash()
     wait_until(lambda: not is_alive(before[0]), 2, "the end of the pod")
-    wait_ready(shop)
+    wait_running(shop)
     assert [pod.name for pod in shop.pods] == ["shop-0", "shop-1"]
     assert [pod.restarts for pod in shop.pods] == [1, 0]
     assert shop.restarts == 1
@@ -48,7 +64,7 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     assert shop.pods[1].child
     assert shop.pods[1].child.pid == before[1]
     assert said(shop, "killed by SIGKILL; starts again in 0.1 s", "shop-0")
-    assert [fault.kind for fault in lab.faults] == ["crash"]
+    assert [fault.kind for fault in ordered(lab)] == ["crash"]
 
 
 def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab) -> None:
@@ -64,7 +80,7 @@ def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab) -> None:
     assert waits[:3] == ["0.1 s", "0.2 s", "0.4 s"]
     assert said(shop, "HandlerExit: the handler ended the process (SystemExit(3)) on ", "shop-0")
     assert "1 records behind" in (lab.unsettled() or "")
-    assert lab.faults[0].kind == "death"
+    assert ordered(lab)[0].kind == "death"
 
 
 def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None:
@@ -73,7 +89,7 @@ def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None
     lab.load(topic, orders(1), rate=1000).wait()
     shop = lab.deploy("shop", Consumer(topic, lambda record: os._exit(0)))
     wait_said(shop, "ended with exit code 0")
-    assert lab.faults[0].kind == "death"
+    assert ordered(lab)[0].kind == "death"
 
 
 def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
@@ -105,7 +121,7 @@ def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
     pod.drain()
     wait_said(shop, "drained; starts again", "shop-0")
     wait_ready(shop)
-    kinds = [(fault.kind, fault.end is None) for fault in lab.faults]
+    kinds = [(fault.kind, fault.end is None) for fault in ordered(lab)]
     assert kinds == [("freeze", False), ("slow", False), ("drain", False)]
 
 
@@ -154,7 +170,7 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     assert audit.found == []
     assert {value["by"] for value in values(target)} == {"old", "new"}
     assert old.pods == []
-    assert [(fault.kind, fault.end is None) for fault in lab.faults] == [("redeploy", False)]
+    assert [(fault.kind, fault.end is None) for fault in ordered(lab)] == [("redeploy", False)]
 
 
 def test_deploying_thrice_at_once_leaves_the_last(lab: Lab) -> None:
