@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lab_helpers import Order, Shipped, orders, wait_ready
+from lab_helpers import Order, Shipped, ordered, orders, wait_ready
 from processes import wait_until
 
 import labkit.lab.load as load_module
@@ -103,7 +103,7 @@ def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeyp
 def test_killed_while_frozen(lab: Lab) -> None:
     lab.broker.freeze()
     lab.broker.kill()
-    assert [(one.kind, one.end is None) for one in lab.faults] == [("freeze", False), ("kill", True)]
+    assert [(one.kind, one.end is None) for one in ordered(lab)] == [("freeze", False), ("kill", True)]
     lab.broker.restart()
     assert not any(one.end is None for one in lab.faults)
 
@@ -112,9 +112,9 @@ def test_a_death_that_nobody_ordered_is_a_fault(lab: Lab) -> None:
     shop = Shop(lab)
     os.kill(lab.connection.broker.pid, signal.SIGKILL)  # type: ignore[union-attr]
     # The question that the sampler has just asked is waited for: 10 s.
-    wait_until(lambda: [one.text for one in lab.faults] == ["Kafka died"], 40, "the fault")
+    wait_until(lambda: [one.text for one in ordered(lab)] == ["Kafka died"], 40, "the fault")
     lab.broker.restart()
-    assert lab.faults[0].end is not None
+    assert ordered(lab)[0].end is not None
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 
@@ -124,7 +124,7 @@ def test_a_shared_broker_that_died_explains_what_came_again(own_state: Path) -> 
         found = status()
         assert found
         os.kill(found.pid, signal.SIGKILL)
-        wait_until(lambda: [one.text for one in lab.faults] == ["Kafka died"], 40, "the fault")
+        wait_until(lambda: [one.text for one in ordered(lab)] == ["Kafka died"], 40, "the fault")
         audit = lab.verdict(shop.load, shop.shipped)
         assert audit.result == "valid", audit.verdict()
 
@@ -180,7 +180,7 @@ def test_a_kafka_of_others_is_not_broken(connection: Connection) -> None:
         for fault in (lab.broker.kill, lab.broker.freeze, lab.broker.thaw, lab.broker.restart):
             with pytest.raises(LabkitError, match=r"this Kafka is shared.*Lab\('polite', cluster='private'\)"):
                 fault()
-        assert lab.faults == []
+        assert ordered(lab) == []
         pods = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), print))
         board = lab.board(lag=pods)
         board.start()
