@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from typing import Any
 
@@ -18,29 +17,34 @@ import labkit.kafka.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.lag import end_offsets, lag
+from labkit.kafka.lanes import Partition
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 
 
-def test_a_stop_commits_only_what_was_handled(cluster: Cluster) -> None:
+def test_a_stop_commits_only_what_was_handled(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """correctness 1, 5: records that are queued behind the running one stay uncommitted."""
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, *range(10))
-    stopping = threading.Event()
     handled: list[int] = []
+    released: list[Partition] = []
+    release = module.Loop.release
+
+    def told(loop: module.Loop, partitions: list[Partition]) -> None:
+        released.extend(partitions)
+        release(loop, partitions)
+
+    monkeypatch.setattr(module.Loop, "release", told)
 
     def handle(record: Record[int]) -> None:
         if record.value == 2:
-            stopping.wait(10)
-        if record.value >= 2:
-            time.sleep(0.2)  # long enough for the loop to notice the stop
+            wait_until(lambda: released and not released[0].active, what="the loop to notice the stop")
         handled.append(record.value)
 
     with Member(Consumer(topic, handle, group)) as member:
         member.journal.wait_for(Step.HANDLING, 3)
         member.stopping.set()
-        stopping.set()
     assert handled == [0, 1, 2]
     assert committed(topic, group) == {0: 3}
     assert member.journal.assigned() == set()
