@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic
@@ -43,4 +44,8 @@ class Topic(Generic[T]):
         producer(self.cluster).flush(timeout)
 
     def __repr__(self) -> str:
-        return f"Topic({self.short}, {self.partitions} partitions of {getattr(self.value, '__name__', self.value)})"
+        many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"
+        return f"Topic({self.short}, {many} of {getattr(self.value, '__name__', self.value)})"
+
+    def _repr_html_(self) -> str:
+        return f"<span title='{html.escape(self.name, quote=True)}'>{html.escape(repr(self))}</span>"

@@ -164,6 +164,9 @@ class Pod:
         again = f", restarted {self.restarts}×" if self.restarts else ""
         return f"{self.name}: {self.state.value}{again}, {self.partitions}"
 
+    def _repr_html_(self) -> str:
+        return _table("pod", [self])
+
     @property
     def partitions(self) -> str:
         """The partitions it has, in words."""
@@ -404,13 +407,12 @@ class Deployment:
 
     def drain(self, timeout: float = GRACE + 2) -> None:
         """Stop all pods: they finish what they have in hand, commit and leave. Not started again."""
-        if (replaced := self._replaces) is not None:
-            replaced.drain(timeout)
-        self.scale_down()
-        until = time.monotonic() + timeout
-        while any(pod.child is not None for pod in self._retired) and time.monotonic() < until:
-            self._ended.wait(0.02)
-        self.close()
+        for one in self._line():
+            one.scale_down()
+            until = time.monotonic() + timeout
+            while any(pod.child is not None for pod in one._retired) and time.monotonic() < until:
+                one._ended.wait(0.02)
+            one._close()
 
     def scale_down(self) -> None:
         """Begin to drain all pods, without waiting."""
@@ -423,9 +425,18 @@ class Deployment:
 
     def close(self) -> None:
         """End everything now. May be called again."""
+        for one in self._line():
+            one._close()
+
+    def _line(self) -> list[Deployment]:
+        """Those that it replaces and that have not left yet, the oldest first, and itself."""
+        line = [self]
+        while (replaced := line[-1]._replaces) is not None:
+            line.append(replaced)
+        return line[::-1]
+
+    def _close(self) -> None:
         self._ended.set()
-        if (replaced := self._replaces) is not None:
-            replaced.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(5)
         for pod in (*self.pods, *self._retired):
@@ -437,13 +448,7 @@ class Deployment:
         return f"Deployment {self.name} ({states})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td>"
-            f"<td>{html.escape(pod.partitions)}</td></tr>"
-            for pod in self.pods
-        )
-        head = "".join(f"<th>{name}</th>" for name in (html.escape(self.name), "state", "restarts", "partitions"))
-        return f"<table><tr>{head}</tr>{rows}</table>"
+        return _table(self.name, self.pods)
 
     def _faults(self) -> Iterator[LogLine]:
         """What was done to its pods, to itself, and to Kafka."""
@@ -483,6 +488,16 @@ def pane(deployments: Sequence[Deployment], lines: int = 200) -> list[str]:
     many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
     where = " or ".join(f"lab.logs({one.name!r}, {earlier + len(log)})" for one in deployments)
     return [f"{many}: {where}", *shown] if earlier else shown
+
+
+def _table(name: str, pods: Sequence[Pod]) -> str:
+    head = "".join(f"<th>{title}</th>" for title in (html.escape(name), "state", "restarts", "partitions"))
+    rows = "".join(
+        f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td>"
+        f"<td>{html.escape(pod.partitions)}</td></tr>"
+        for pod in pods
+    )
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _clock(moment: float) -> str:

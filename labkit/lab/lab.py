@@ -705,6 +705,9 @@ class Planned:
     def __repr__(self) -> str:
         return f"what was planned ({getattr(self._action, '__name__', 'an action')}) {self.state}"
 
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
+
     def _run(self) -> None:
         try:
             while not self._condition():

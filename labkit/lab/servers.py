@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import Callable
@@ -89,6 +90,9 @@ class ServerFaults:
 
     def __repr__(self) -> str:
         return f"{self.name} is {self.state.value}; {'a fault may be injected' if self._server else self._shared}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
     def _action(self, verb: str, about: str, fault: Callable[[], None], *states: ServerState) -> Action:
         return Action(f"{verb} {self.name}", about, fault, lambda: self.why_not(*states))

@@ -173,9 +173,17 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     assert [(fault.kind, fault.end is None) for fault in ordered(lab)] == [("redeploy", False)]
 
 
-def test_deploying_thrice_at_once_leaves_the_last(lab: Lab) -> None:
+@pytest.mark.parametrize("times", [3, 300])
+def test_deploying_many_times_at_once_leaves_the_last(lab: Lab, times: int) -> None:
+    """As a cell with a loop does, while none of the earlier ones can have left yet."""
     topic = lab.topic("orders", 1, Order)
-    made = [lab.deploy("shop", Consumer(topic, lambda record: None)) for _ in range(3)]
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(250)
+    try:
+        made = [lab.deploy("shop", Consumer(topic, lambda record: None)) for _ in range(times)]
+        wait_until(lambda: made[-1].pods[0].child, 20, "the last one's pod")
+    finally:
+        sys.setrecursionlimit(before)
     wait_ready(made[-1])
     pids = {pod.child.pid for one in made for pod in one.pods if pod.child}
     assert len(pids) == 1
@@ -366,7 +374,11 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert repr(shop.pods[0]) == "shop-0: running, orders/0"
     assert repr(shop) == "Deployment shop (shop-0: running, orders/0)"
     assert "<td>shop-0</td><td>running</td><td>0</td>" in shop._repr_html_()
-    assert repr(topic) == "Topic(orders, 1 partitions of Order)"
+    assert "<td>shop-0</td><td>running</td><td>0</td>" in shop.pods[0]._repr_html_()
+    assert repr(topic) == "Topic(orders, 1 partition of Order)"
+    assert topic._repr_html_() == f"<span title='{topic.name}'>Topic(orders, 1 partition of Order)</span>"
+    assert lab.broker._repr_html_().startswith("<span>Kafka is running; ")
+    assert "what was planned (crash)" in lab.when(lambda: False, shop.pods[0].crash)._repr_html_()
     load = lab.load(topic, orders(1))
     load.wait()
     assert load._repr_html_() == "<span>Load: 1 sent to orders, done</span>"

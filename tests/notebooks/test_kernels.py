@@ -26,6 +26,7 @@ SETUP = """
 import json, os, time, psutil
 from msgspec import Struct
 from labkit.lab import Consumer, Lab
+from labkit.runtime.shared import status
 
 class Order(Struct):
     id: int
@@ -48,6 +49,7 @@ print(json.dumps({
     "pods": [pod.child.pid for pod in shop.pods],
     "children": [child.pid for child in psutil.Process().children(recursive=True)],
     "bootstrap": lab.cluster.bootstrap,
+    "broker": [status().pid, status().restarts],
 }))
 """
 
@@ -114,6 +116,11 @@ def of_this_lab(state: Path) -> list[psutil.Process]:
     return found
 
 
+def pods(state: Path) -> list[psutil.Process]:
+    """Those that are pods, or watch over one."""
+    return [one for one in of_this_lab(state) if "labkit.lab.pod" in one.cmdline()]
+
+
 def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing_after_5_s(tmp_path: Path) -> None:
     """correctness 30"""
     with kernel(tmp_path) as (manager, client):
@@ -139,13 +146,47 @@ def test_interrupting_a_cell_harms_no_broker_and_no_pod(tmp_path: Path) -> None:
         client.execute("print('busy', flush=True); time.sleep(60)")
         while client.get_iopub_msg(timeout=10)["msg_type"] != "stream":
             pass
-        manager.interrupt_kernel()
-        reply = client.get_shell_msg(timeout=10)
-        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        interrupt(manager, client)
         after = json.loads(run(client, FACTS))
-        assert after["pods"] == before["pods"]
+        assert (after["pods"], after["broker"]) == (before["pods"], before["broker"])
         assert open_port(after["bootstrap"])
         assert "lives" in run(client, "load.stop()\nassert lab.settle(30), lab.settle(0)\nprint('lives')")
+
+
+def interrupt(manager: KernelManager, client: BlockingKernelClient) -> None:
+    """Interrupt the cell that runs, and see that it ends by it."""
+    manager.interrupt_kernel()
+    reply = client.get_shell_msg(timeout=30)
+    assert reply["content"].get("ename") == "KeyboardInterrupt", reply["content"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'lab = Lab("kernels")',
+        'shop = lab.deploy("shop", Consumer(orders, work), replicas=2)',
+        "lab.settle(0.1)",
+    ],
+    ids=("Lab", "deploy", "settle"),
+)
+def test_an_interrupt_inside_of_what_a_cell_calls(call: str, tmp_path: Path) -> None:
+    """correctness 30: the cells run again, the broker is unharmed, and no pod of an earlier one is left."""
+    with kernel(tmp_path) as (manager, client):
+        run(client, SETUP)
+        before, many = json.loads(run(client, FACTS)), len(pods(tmp_path))
+        for turn in range(3):
+            client.execute(f"print('busy', flush=True)\nwhile True:\n    {call}")
+            while client.get_iopub_msg(timeout=10)["msg_type"] != "stream":
+                pass
+            time.sleep(0.37 * turn)  # so that it meets the call at different places
+            interrupt(manager, client)
+        run(client, SETUP)
+        after = json.loads(run(client, FACTS))
+        if "Lab" not in call:  # interrupted between two labs, nobody holds the broker: it ends, and the next lab has one
+            assert after["broker"] == before["broker"]
+        assert until(lambda: len(pods(tmp_path)) == many, 5), pods(tmp_path)
+        assert "lives" in run(client, "load.stop()\nassert lab.settle(30), lab.settle(0)\nlab.close()\nprint('lives')")
+        assert until(lambda: not pods(tmp_path), 5), pods(tmp_path)
 
 
 def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> None:
