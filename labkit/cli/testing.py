@@ -22,7 +22,7 @@ from labkit.cli.lab import ROOT
 from labkit.cli.output import say_table
 from labkit.kafka.errors import LabkitError
 
-PYTEST = ("-m", "pytest", "-ra")
+PYTEST = ("-m", "pytest", "-ra", "--durations=12", "--durations-min=2")
 # Two at once. Not the tests with a broker: two of them on two cores starve each other's sessions and heartbeats.
 TWO = ("-n", "2", "--dist", "worksteal")
 # nbval: in order, so nothing may shuffle; `lax` compares the outputs of marked cells only; warnings of the notebook

@@ -19,6 +19,7 @@ from lab_helpers import Order, Shipped, orders, values, wait_ready
 from processes import wait_until
 from secured import PASSWORD, STORE, USER, Secured, secured_broker
 
+import labkit.runtime.connect as connect_module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
@@ -153,9 +154,15 @@ AT_ONCE = {
 
 @pytest.mark.parametrize("name", WRONGS)
 def test_what_is_wrong_is_told_soon(
-    name: str, secured: Secured, through: Connect, capfd: pytest.CaptureFixture[str]
+    name: str,
+    secured: Secured,
+    through: Connect,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     listener, settings, says = WRONGS[name]
+    if name not in (*AT_ONCE, "nobody there"):  # one of them is waited for as long as a user would
+        monkeypatch.setattr(connect_module, "PATIENCE", 2.0)
     address = secured.address(listener) if listener.isupper() else listener
     began = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=f"(?s)^KAFKA_BOOTSTRAP_SERVERS says .*{re.escape(address)}") as told:
@@ -243,6 +250,7 @@ def test_a_consumer_whose_login_is_withdrawn_ends(secured: Secured) -> None:
 
 def test_a_lab_works_over_tls_with_a_login(through: Connect, secured: Secured, state_dir: Path) -> None:
     through("LOGIN", LOGIN)
+    begun = time.time()
     lab = Lab("secured")
     try:
         assert lab.cluster.bootstrap == secured.address("LOGIN")
@@ -257,19 +265,22 @@ def test_a_lab_works_over_tls_with_a_login(through: Connect, secured: Secured, s
         assert len(processes) == 2
         shown = [*(" ".join((*one.cmdline(), *one.environ().values())) for one in processes), repr(lab), repr(source)]
         shown += [lab._repr_html_(), *(line.text for line in shop.log)]
-        shown += texts(state_dir)
+        written = [*texts(state_dir, begun)]
+        assert any(lab.run.id in text for text in written)
+        shown += written
         assert not [secret for secret in SECRETS if any(secret in text for text in shown)]
     finally:
         lab.close()
     assert not [name for name in lab.cluster.topics() if name.startswith(lab.run.prefix)]
 
 
-def texts(folder: Path) -> Iterator[str]:
-    """What the files below `folder` say. The session's broker deletes some of them meanwhile."""
+def texts(folder: Path, since: float) -> Iterator[str]:
+    """What the files below `folder` say that were written to since then. Some may be deleted meanwhile."""
     for path, _, names in os.walk(folder):
-        for name in names:
+        for file in (Path(path, name) for name in names):
             with suppress(FileNotFoundError):
-                yield Path(path, name).read_text(errors="replace")
+                if file.stat().st_mtime >= since - 1:
+                    yield file.read_text(errors="replace")
 
 
 def test_what_shows_a_cluster_shows_no_password() -> None:

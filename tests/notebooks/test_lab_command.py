@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,7 +84,12 @@ def test_comes_up_and_ends_cleanly(
 
 
 def test_kill_9_leaves_nothing(lab: subprocess.Popen[str], tmp_path: Path) -> None:
-    read_address(lab)
+    said, _ = read_address(lab)
     psutil.Process(lab.pid).kill()
     lab.wait()
     assert_nothing_is_left(tmp_path)
+    for port in re.findall(r"127\.0\.0\.1:(\d+)", said):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)), 2)
+    left = {path.name for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    assert left <= {"broker.lock", "jupyter.log"}, left

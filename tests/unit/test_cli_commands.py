@@ -65,7 +65,7 @@ def test_down_without_a_broker(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "No embedded broker was running.\n")
 
 
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+def test_a_state_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = labkit("status", LABKIT_STATE=str(tmp_path / "file"))
     assert done.returncode == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,56 @@ def test_unreachable_cluster_is_a_problem_naming_the_variable(monkeypatch: pytes
     assert finding.state == "problem"
     assert "KAFKA_BOOTSTRAP_SERVERS" in finding.text
     assert "correct or unset it" in finding.fix
+
+
+def test_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["msgspec>=0.18", "no-such-thing[extra]>=1"])
+    with pytest.raises(doctor.Problem, match=r"not installed: no-such-thing$") as problem:
+        doctor.packages()
+    assert problem.value.fix == doctor.REMAKE
+
+
+def test_package_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    with pytest.raises(doctor.Problem, match=r"cannot be loaded: .*msgspec") as problem:
+        doctor.packages()
+    assert problem.value.fix == doctor.REMAKE
+
+
+def test_loopback_that_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall cannot be set up in a test: the one call that it would fail, fails."""
+
+    def blocked(*_: object) -> socket.socket:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(doctor.socket, "create_connection", blocked)
+    with pytest.raises(doctor.Problem, match=r"127\.0\.0\.1 failed: Operation not permitted") as problem:
+        doctor.loopback()
+    assert "firewall" in problem.value.fix
+
+
+def test_jupyterlab_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jupyterlab", None)
+    with pytest.raises(doctor.Problem, match="cannot be loaded: jupyterlab") as problem:
+        doctor.jupyter()
+    assert problem.value.fix == doctor.REMAKE
+
+
+def test_jupyterlab_without_widgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("jupyter_core.paths.jupyter_path", lambda *_: [str(tmp_path)])
+    with pytest.raises(doctor.Problem, match="lacks the extension that draws widgets"):
+        doctor.jupyter()
+
+
+def test_kernel_of_another_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `python -m ipykernel install --user` in some other environment leaves it."""
+    kernel = tmp_path / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps({"argv": ["/elsewhere/python"], "display_name": "x"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    with pytest.raises(doctor.Problem, match="runs /elsewhere/python, not this environment") as problem:
+        doctor.jupyter()
+    assert "jupyter kernelspec remove python3" in problem.value.fix
 
 
 def test_this_machine_passes_the_rest() -> None:

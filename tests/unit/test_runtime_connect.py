@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,17 @@ def test_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterUnreachable, match=r"KAFKA_BOOTSTRAP_SERVERS.* 127\.0\.0\.1:9"):
         connect()
     assert time.monotonic() - began < 10
+
+
+def test_silent_cluster_is_named_within_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one behind a firewall is: the connection is there, an answer never comes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", address)
+        began = time.monotonic()
+        with pytest.raises(ClusterUnreachable, match=rf"KAFKA_BOOTSTRAP_SERVERS.* {address}"):
+            connect()
+        assert time.monotonic() - began < 10
 
 
 def test_missing_client_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
