@@ -309,7 +309,9 @@ class KeyValueStore(Mapping[str, V]):
                 f"topic {short} cannot hold a store: with cleanup.policy={policy} Kafka deletes what is old, the "
                 "latest value of a key too. Make it with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
             )
-        if (there := cluster.topics().get(name)) != self.topic.partitions:
+        if (there := cluster.topics().get(name)) is None:
+            raise self._unlisted()
+        if there != self.topic.partitions:
             raise TopicMismatch(f"topic {short} has {there} partitions, not {self.topic.partitions}: use that number")
         return max(1.0, int(config["delete.retention.ms"]) / 1000)
 
@@ -362,9 +364,22 @@ class KeyValueStore(Mapping[str, V]):
     def _ends(self) -> dict[Place, int]:
         """The topic's ends. Raises TopicMissing when it was deleted: the client would wait for ever, without a word."""
         read, ends = self._positions, end_offsets(self.topic.cluster, [self.topic.name])
-        if not ends or any(at > ends.get(place, 0) for place, at in read.items()):
-            raise TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
+        if not ends:
+            raise self._unlisted()
+        if any(at > ends.get(place, 0) for place, at in read.items()):
+            raise self._missing_topic()
         return ends
+
+    def _unlisted(self) -> LabkitError:
+        """One that was just made, or whose broker just came back, may be known already and be listed a moment later."""
+        try:
+            self.topic.cluster.topic_id(self.topic.name)
+        except TopicMissing:
+            return self._missing_topic()
+        return ClusterUnreachable(f"topic {self.topic.short} is not listed by {self.topic.cluster.bootstrap}")
+
+    def _missing_topic(self) -> TopicMissing:
+        return TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
 
     def _tell(self, changes: Changes[V]) -> None:
         if changes:

@@ -229,6 +229,20 @@ def test_a_topic_deleted_under_a_store_is_told(store: KeyValueStore[Any]) -> Non
     wait_until(gone, 10, "TopicMissing")
 
 
+def test_a_topic_that_is_not_listed_yet_is_asked_for_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    topic, asked, topics = store_topic(cluster, 1), [0], Cluster.topics
+
+    def late(self: Cluster) -> dict[str, int]:
+        asked[0] += 1
+        return {} if asked[0] < 6 else topics(self)
+
+    monkeypatch.setattr(Cluster, "topics", late)
+    with KeyValueStore(topic) as store:
+        store.put("a", 1)
+        assert store["a"] == 1
+    assert asked[0] >= 6
+
+
 # -- committed records, keys and values that are none (26)
 
 
