@@ -4,7 +4,6 @@ import threading
 
 from labkit.patterns.retries import _Retries
 
-
 _publish = _Retries.publish
 
 

@@ -1,4 +1,4 @@
-"""Retry topics without the group in their names: each group reads, and handles, what the other one's handler failed at."""
+"""Retry topics without the group in their names: each group reads, and handles, what failed in the other one."""
 
 import labkit.patterns.retries as retries
 import labkit.patterns.trails as trails
