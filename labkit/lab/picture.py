@@ -107,16 +107,17 @@ def lag_panel(topics: Sequence[str]) -> Panel:
 
 
 def retries_panel(deployments: Sequence[str], topics: Sequence[str]) -> Panel:
-    """Records waiting in a back-off as areas; failed attempts, and records that took effect again in `topics`."""
+    """Records waiting in a back-off as areas; failed attempts, and records that took effect again in `topics`, or,
+    without a topic, were handled again."""
     plots = (
         Plot("waiting", "area", deployments, (GREEN, ORANGE, PURPLE, SKY)),
-        Plot("redelivered", "gain", topics, (BLUE,)),
+        Plot("redelivered", "gain", topics, (BLUE,)) if topics else Plot("handled again", "gain", deployments, (BLUE,)),
         Plot("failed", "gain", deployments, (BLACK,)),
     )
 
     def words(now: Now) -> Sequence[str]:
         waiting, again, failed = (f"{sum(now[plot.metric].values()):,.0f} {plot.metric}" for plot in plots)
-        counted = f"{again} · {failed}" if topics else failed
+        counted = f"{again} · {failed}"
         return [f"{waiting} · {counted} in all", f"{waiting} · {counted}", f"{waiting} · {failed}", waiting]
 
     return Panel("Retries", "records", plots, words)

@@ -14,7 +14,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.load import Load
 from labkit.lab.metrics import Fault, History, Sample
-from labkit.lab.telemetry import PodReport
+from labkit.lab.telemetry import PodReport, Repeats
 
 TICK = 0.33  # seconds between two samples
 FROZEN = 2.0  # seconds after a freeze within which a pod tells that its partitions went meanwhile
@@ -80,6 +80,7 @@ class Sampler:
         """Records handled a second, by deployment, over the last seconds."""
         self._deployments, self._loads = deployments, loads
         self._reports = Reader(telemetry)
+        self._repeats = Repeats()
         self._tallies: dict[str, Tally] = {}
         self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
         self._recent: dict[tuple[str, str], list[tuple[float, int]]] = {}
@@ -133,6 +134,7 @@ class Sampler:
         for record in self._reports.take(0):
             report = record.value
             self._look_for_eviction(report)
+            self._repeats.add(report)
             self._handled[report.deployment, report.pod, report.process] = report
             if report.deployment in self._deployments:
                 self._deployments[report.deployment].heard(report)
@@ -148,6 +150,7 @@ class Sampler:
                 values += self._of_group(deployment)
             except LabkitError as error:
                 trouble = str(error)
+        values += [("handled again", name, count) for name, count in self._repeats.counts.items()]
         for topic, count in self._sent().items():
             values.append(("sent", topic, count))
         for tally in tallies:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import msgspec
@@ -259,3 +261,35 @@ def ranges(offsets: Iterable[int]) -> Iterator[tuple[int, int]]:
             run = (offset, offset)
     if run is not None:
         yield run
+
+
+class Repeats:
+    """Counts what pods handled again, from their reports. What a pod did not tell before it died is not known."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        """By deployment: records whose handler had returned before, in whatever pod."""
+        self._runs: dict[tuple[str, str], list[tuple[int, int]]] = {}  # handled; apart from each other, and in order
+        self._heard: dict[tuple[str, str, int], float] = {}  # by process: the time of the newest event
+
+    def add(self, report: PodReport) -> None:
+        """Take in a report. Events that were told before, as their delivery was in doubt, count once."""
+        process = (report.deployment, report.pod, report.process)
+        heard = self._heard.get(process, 0.0)
+        for event in report.events:
+            if isinstance(event, Handled) and event.time > heard:
+                runs = self._runs.setdefault((report.deployment, event.partition), [])
+                again = merge(runs, event.first, event.last)
+                self.counts[report.deployment] = self.counts.get(report.deployment, 0) + again
+                self._heard[process] = max(event.time, self._heard.get(process, 0.0))
+
+
+def merge(runs: list[tuple[int, int]], first: int, last: int) -> int:
+    """Add a run of offsets to `runs`, which are apart from each other and in order; how many were in there already."""
+    low = bisect_left(runs, first - 1, key=itemgetter(1))
+    high = bisect_right(runs, last + 1, key=itemgetter(0))
+    again = sum(max(0, min(last, end) - max(first, begin) + 1) for begin, end in runs[low:high])
+    if low < high:
+        first, last = min(first, runs[low][0]), max(last, runs[high - 1][1])
+    runs[low:high] = [(first, last)]
+    return again

@@ -365,3 +365,12 @@ def test_a_topic_of_the_lab_knows_its_short_name(lab: Lab) -> None:
     assert topic.short == "orders"
     assert topic.name == lab.run.prefix + "orders"
     assert topic.name in lab.cluster.topics()
+
+
+def test_what_pods_handle_again_is_counted(lab: Lab) -> None:
+    source = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(source, lambda record: None, commit_interval=60))
+    lab.load(source, orders(50), rate=1000).wait()
+    wait_until(lambda: shop.pods[0].handled == 50, 20, "all, and nothing committed")
+    shop.pods[0].crash()
+    wait_until(lambda: lab.figure("handled again", "shop") == 50, 20, "all of them again")

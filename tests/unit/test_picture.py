@@ -213,7 +213,7 @@ def test_areas_lie_on_each_other() -> None:
     assert (low.high == high.low).all()
     assert (high.high > high.low).all()
     assert labels(scene) == set(tiers)
-    assert words(scene) == ["20 waiting · 0 failed in all"]
+    assert words(scene) == ["20 waiting · 0 handled again · 0 failed in all"]
 
 
 def test_partitions_of_several_topics_are_told_apart() -> None:
