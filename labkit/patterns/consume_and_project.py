@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, cast
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError, PoisonRecord, Unavailable
-from labkit.kafka.lag import end_offsets
+from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.records import Record, T
 from labkit.kafka.steps import Decision, Failure, Stop, keep_trying
 from labkit.kafka.topics import Topic
@@ -65,8 +65,8 @@ class Change(NamedTuple):
     """None: newer than whatever is there, whose version it keeps."""
     rows: Sequence[Row] | None
     """Replace all rows of the key. None: the key is deleted."""
-    known: bool = True
-    """False if the view has never had this key: then there is nothing to be replaced."""
+    replaces: bool = True
+    """False if the view has never had this key: then there are no rows to be taken away."""
 
 
 class Batch(NamedTuple):
@@ -129,6 +129,8 @@ class View(ABC):
                 raise LabkitError(f"{name!r} cannot be a name in a view: use small letters, digits and _, at most 41")
         if unknown := set(indexes) - set(columns):
             raise LabkitError(f"view {table} has no column {', '.join(sorted(unknown))} to look up by")
+        if not columns or key in columns:
+            raise LabkitError(f"view {table} needs columns beside its key {key!r}, and of other names; key= renames it")
         self.table, self.columns, self.indexes, self.key = table, dict(columns), tuple(indexes), key
         self.generation = generation
         self._forget()
@@ -160,8 +162,8 @@ class View(ABC):
 
     def write(self, database: Database, changes: Sequence[Change]) -> None:
         """Put these changes, one a key, into the table `name`. Runs in the transaction that also moves the offset."""
-        if known := [change.key for change in changes if change.known]:
-            database.execute(f"delete from {self.name} where {self.key} in ({_marks(known)})", known)
+        if before := [change.key for change in changes if change.replaces]:
+            database.execute(f"delete from {self.name} where {self.key} in ({_marks(before)})", before)
         insert(database, self.name, [(change.key, *row) for change in changes for row in change.rows or ()])
 
     # -- writing
@@ -321,6 +323,11 @@ class View(ABC):
             keys = f"({self.key} text primary key, version bigint not null, deleted int not null)"
             database.execute(f"create table {self.name}_keys {keys}{self._of_keys}")
         except Exception as error:
+            if "syntax error" in str(error):
+                raise LabkitError(
+                    f"view {self.table} cannot be made ({error}): one of its names or types is a word of SQL: "
+                    f"{self.key}, {', '.join(f'{name} {kind}' for name, kind in self.columns.items())}"
+                ) from error
             if "already exists" not in str(error):
                 raise
             raise ViewOutdated(f"{error}, and is not known as a view: use another name than {self.table}") from error
@@ -472,6 +479,8 @@ class SqliteView(View):
     ) -> None:
         self.path = str(Path(path).absolute())
         super().__init__(table, columns, indexes, key, generation)
+        with closing(sqlite3.connect(":memory:")) as trial:  # told here, and not by a pod that dies of it
+            self._create(trial)
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -615,7 +624,7 @@ def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]
             continue
         versions[change.key] = cast(int, change.version)
         if change.key not in stored:
-            change = Change(change.key, change.version, change.rows, known=False)
+            change = Change(change.key, change.version, change.rows, replaces=False)
         kept[change.key] = change
     return list(kept.values())
 
@@ -723,17 +732,23 @@ class Staleness:
     def __init__(self, topic: Topic[Any], view: View) -> None:
         self.topic, self.view = topic, view
         self.records: int | None = None
-        """Records that were in the topic and not in the view. None before the first look."""
+        """Records that were in the topic and not in the view. None when the last look failed, and before the first."""
         self._looks: deque[tuple[float, dict[int, int]]] = deque()
         self._since: float | None = None  # Unix time up to which the view has everything that was in the topic
         self._seen_complete = False
 
     def look(self) -> None:
         """Ask Kafka for the topic's end, then the view how far it is. Raises ClusterUnreachable, ViewUnavailable."""
-        moment = time.time()
-        ends = {number: end for (_, number), end in end_offsets(self.topic.cluster, [self.topic.name]).items()}
-        marks = self.view.marks(self.topic.name)
-        reached = {number: marks[number].next_offset if number in marks else 0 for number in ends}
+        moment, cluster, name = time.time(), self.topic.cluster, [self.topic.name]
+        try:
+            ends = {number: end for (_, number), end in end_offsets(cluster, name).items()}
+            marks = self.view.marks(self.topic.name)
+            # Of what was deleted from the topic's beginning nothing is lacking.
+            starts = {} if len(marks) == len(ends) else start_offsets(cluster, name)
+        except LabkitError:
+            self.records = None
+            raise
+        reached = {number: marks[number].next_offset if number in marks else starts[name[0], number] for number in ends}
         self._looks.append((moment, ends))
         while self._looks and all(reached[number] >= self._looks[0][1].get(number, 0) for number in reached):
             self._since, self._seen_complete = self._looks.popleft()[0], True

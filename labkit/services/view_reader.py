@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,10 @@ class ViewReader(HttpService):
 
     async def finish(self, app: web.Application) -> None:
         app[LOOKING].cancel()
+        with suppress(asyncio.CancelledError):
+            await app[LOOKING]
         self.view.close()
+        app[STALENESS].view.close()
 
     async def _look(self, staleness: Staleness) -> None:
         while True:

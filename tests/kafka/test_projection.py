@@ -17,13 +17,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from confluent_kafka import TopicPartition
 from consuming import Member, Process, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 from view_member import numbers, projection
 
-from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import LabkitError
-from labkit.kafka.lag import lag
+import labkit.patterns.consume_and_project as module
+from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.kafka.lag import end_offsets, lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Step
@@ -614,3 +616,39 @@ def test_staleness_in_records_and_seconds(cluster: Cluster, in_file: SqliteView)
         staleness.look()
     assert staleness.records == 0
     assert staleness.seconds < 1
+
+
+def test_what_was_deleted_from_the_topic_is_not_lacking(cluster: Cluster, in_file: SqliteView) -> None:
+    topic = fresh_topic(cluster, 2, Site)
+    send(topic, *(site(name, 1, "stores") for name in "abcdef"))
+    ends = {number: end for (_, number), end in end_offsets(cluster, [topic.name]).items()}
+    trim = [TopicPartition(topic.name, 0, ends[0] - 1), TopicPartition(topic.name, 1, ends[1])]
+    for future in admin(cluster).delete_records(trim).values():
+        future.result()
+    in_file.begin(topic.name, cluster.topic_id(topic.name), [])
+    assert stale(topic, in_file) == 1
+    with build(in_file, topic) as member:
+        catch_up(member, in_file, topic)
+    assert len(in_file.content()) == 1
+    assert set(in_file.marks(topic.name)) == {0}
+    assert stale(topic, in_file) == 0
+
+
+def test_how_far_a_view_is_behind_is_unknown_while_kafka_is_away(
+    cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    in_file.begin(topic.name, cluster.topic_id(topic.name), [])
+    staleness = Staleness(topic, in_file)
+    staleness.look()
+    assert staleness.records == 0
+
+    def away(*_: object) -> None:
+        raise ClusterUnreachable("no answer")  # as after ten seconds without one
+
+    monkeypatch.setattr(module, "end_offsets", away)
+    with pytest.raises(ClusterUnreachable):
+        staleness.look()
+    assert staleness.records is None
+    assert staleness.seconds is not None
+    assert staleness.seconds > 0

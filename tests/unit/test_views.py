@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 
-from labkit.patterns.consume_and_project import Change, newest
+import pytest
+
+from labkit.kafka.errors import LabkitError
+from labkit.patterns.consume_and_project import Change, SqliteView, newest
 
 
 def change(key: str, version: int | None, *rows: str) -> Change:
@@ -26,7 +29,7 @@ def test_what_is_stored_stands_unless_something_newer_comes() -> None:
     changes = [change("a", 4, "old"), change("a", 5, "same"), change("b", 6, "new"), change("c", 1, "first")]
     kept = newest(changes, {"a": 5, "b": 5})
     assert versions(kept) == {"b": 6, "c": 1}
-    assert [one.known for one in kept] == [True, False]
+    assert [one.replaces for one in kept] == [True, False]
 
 
 def test_a_change_without_a_version_is_the_newest_and_keeps_the_version() -> None:
@@ -47,3 +50,19 @@ def test_batches_of_any_size_come_to_the_same() -> None:
         for start in range(0, 2 * len(changes), size):
             stored |= {one.key: one.version or 0 for one in newest((changes * 2)[start : start + size], stored)}
         assert stored == highest
+
+
+@pytest.mark.parametrize(
+    ("columns", "key", "says"),
+    [
+        ({"App": "text"}, "site", "'App' cannot be a name"),
+        ({}, "site", "needs columns beside its key 'site'"),
+        ({"site": "text"}, "site", "needs columns beside its key 'site', and of other names"),
+        ({"order": "text"}, "site", r'"order": syntax error.* a word of SQL: site, order text'),
+        ({"app": "text"}, "group", r'"group": syntax error.* a word of SQL: group, app text'),
+        ({"app": "text)"}, "site", r"syntax error.* a word of SQL: site, app text\)"),
+    ],
+)
+def test_what_a_view_cannot_be_made_of_is_told_at_once(columns: dict[str, str], key: str, says: str) -> None:
+    with pytest.raises(LabkitError, match=f"(?s){says}"):
+        SqliteView("view.db", "apps", columns, key=key)
