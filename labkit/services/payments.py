@@ -27,7 +27,7 @@ class Renewal(msgspec.Struct, frozen=True):
     cents: int
 
 
-class Misbehaviour(msgspec.Struct, frozen=True):
+class ProviderBehaviour(msgspec.Struct, frozen=True):
     """What the provider does to those who ask."""
 
     down: bool = False

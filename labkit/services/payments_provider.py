@@ -17,7 +17,7 @@ import psycopg
 from aiohttp import web
 
 from labkit.services.http import HttpService
-from labkit.services.payments import Misbehaviour, Renewal
+from labkit.services.payments import ProviderBehaviour, Renewal
 
 TABLES = """
 create table if not exists charges (
@@ -31,7 +31,7 @@ create table if not exists calls (
 
 @dataclass(frozen=True)
 class PaymentsProvider(HttpService):
-    """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a Misbehaviour.
+    """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a ProviderBehaviour.
 
     `dsn` is the PostgreSQL of its ledger. `takes` is how long one charge takes it, in seconds.
     """
@@ -46,7 +46,7 @@ class PaymentsProvider(HttpService):
         ledger = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
         await ledger.execute("set synchronous_commit = off")  # it outlives the process, if not the machine
         await ledger.execute(TABLES.encode())
-        app[LEDGER], app[FAULTS] = ledger, [Misbehaviour()]
+        app[LEDGER], app[FAULTS] = ledger, [ProviderBehaviour()]
 
     async def finish(self, app: web.Application) -> None:
         await app[LEDGER].close()
@@ -56,7 +56,7 @@ class PaymentsProvider(HttpService):
 
     async def tell(self, request: web.Request) -> web.Response:
         try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=Misbehaviour)
+            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=ProviderBehaviour)
         except msgspec.DecodeError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
         return await self.told(request)
@@ -97,10 +97,10 @@ class PaymentsProvider(HttpService):
 
 
 LEDGER = web.AppKey("ledger", psycopg.AsyncConnection[Any])
-FAULTS = web.AppKey("faults", list[Misbehaviour])
+FAULTS = web.AppKey("faults", list[ProviderBehaviour])
 
 
-def _refusal(faults: Misbehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:
+def _refusal(faults: ProviderBehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:
     if faults.down or random.random() < faults.flaky:  # noqa: S311
         return "refused", web.json_response({"error": "unavailable"}, status=503)
     if renewal.customer == faults.stuck:
