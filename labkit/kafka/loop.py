@@ -86,6 +86,7 @@ class Loop:
         self.refused = self.producer.refused  # before this run: none of our handlers' business
         self.batch = max(1, min(BATCH, consumer.max_ahead // 2))
         self.partitions: dict[Place, Partition] = {}
+        self.left: list[Lane] = []  # of partitions that were given up while their handler was running
         self.arrived: set[Place] = set()  # assigned during the consume call that runs now
         self.back_offs: list[tuple[float, int, Lane]] = []
         self.back_offs_lock = threading.Lock()
@@ -293,12 +294,13 @@ class Loop:
             self.submit(lane)
 
     def watch_deadlines(self) -> None:
-        for partition in self.partitions.values():
-            for lane in list(partition.lanes.values()):
-                began = lane.began
-                if began is not None and self.clock - began > self.spec.deadline:
-                    with suppress(IndexError):  # it returned just now
-                        self.overrun(_place(lane.queue[0]))
+        self.left = [lane for lane in self.left if lane.began is not None]
+        ours = (lane for partition in self.partitions.values() for lane in list(partition.lanes.values()))
+        for lane in itertools.chain(self.left, ours):  # a worker that hangs is missed, whoever has the record now
+            began = lane.began
+            if began is not None and self.clock - began > self.spec.deadline:
+                with suppress(IndexError):  # it returned just now
+                    self.overrun(_place(lane.queue[0]))
 
     def overrun(self, place: str) -> None:
         """End the process, as Python cannot end a thread."""
@@ -415,6 +417,8 @@ class Loop:
             partition.active = False
             self.partitions.pop((partition.topic, partition.number), None)
             for lane in list(partition.lanes.values()):
+                if lane.began is not None:
+                    self.left.append(lane)
                 failure, lane.failure = lane.failure, None
                 if failure is not None:
                     self.tell(Step.RECOVERED, failure)
@@ -761,6 +765,8 @@ class Loop:
                 case Retry(after) | Ask(after):
                     lane.failure = failure
                     if self.back_off(lane, after, isinstance(decision, Ask)):
+                        if not lane.partition.active:  # given up while the policy was asked: nobody else tells its end
+                            self.recovered(lane)
                         return False
                 case Done():
                     self.tell(Step.RECOVERED, failure)

@@ -171,6 +171,31 @@ def test_a_late_result_is_never_committed(cluster: Cluster) -> None:
         second.wait_committed({0: 3})
 
 
+def test_a_decision_that_comes_when_its_partition_is_gone_leaves_no_back_off(cluster: Cluster) -> None:
+    """correctness 5: whoever counts what waits was told of a failure, and is told of its end."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    for partition in (0, 1):
+        put(topic, 0, partition=partition)
+    decide = threading.Event()
+
+    def fail(record: Record[int]) -> None:
+        raise ValueError("blocked")
+
+    def late(failure: Failure) -> Retry:
+        decide.wait(20)
+        return Retry(30)
+
+    with Member(Consumer(topic, fail, group, drain=0.2, on_failure=late)) as first:
+        first.journal.wait_for(Step.HANDLING, 2)
+        with Member(Consumer(topic, lambda record: None, group)) as second:
+            share(second, 1)
+            ((_, moved),) = second.journal.assigned()
+            decide.set()
+            first.journal.wait_for(Step.FAILED, 2)
+            first.journal.wait_for(Step.RECOVERED)
+            assert [failure.partition for failure in first.journal.of(Step.RECOVERED)] == [moved]
+
+
 def test_a_stop_waits_for_what_runs(cluster: Cluster) -> None:
     """correctness 5"""
     topic, group = fresh_topic(cluster, 3), fresh_group()

@@ -268,6 +268,20 @@ def test_a_frozen_process_does_not_age(cluster: Cluster) -> None:
         process.wait_for(Step.COMMITTED)
 
 
+def test_a_handler_that_hangs_is_missed_though_its_partition_is_gone(cluster: Cluster) -> None:
+    """correctness 7: else a worker less, and in the end none, works on what the member has."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0)
+    with Process(topic, group, hang=60, deadline=5.0) as process:
+        process.wait_for(Step.HANDLING)
+        process.freeze()
+        with Member(Consumer(topic, lambda record: None, group)) as member:
+            member.wait_committed({0: 1})
+            process.thaw()
+            process.wait_for(Step.LOST)
+            assert process.ends() == EXIT_DEADLINE
+
+
 def test_no_partition_waits_for_another_ones_backlog(cluster: Cluster) -> None:
     """correctness 7: the client delivers partition after partition; a slow, full one must not keep the next away."""
     topic = fresh_topic(cluster, 16)
