@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -376,9 +376,12 @@ class Deployment:
         for pod in gone:
             pod.retire()
 
-    def ready(self) -> bool:
-        """Whether every pod runs and, if they are consumers, they share all partitions: no rebalance is to follow."""
-        pods = self.pods
+    def ready(self, beside: Iterable[Deployment] = ()) -> bool:
+        """Whether every pod runs and, if they are consumers, they share all partitions: no rebalance is to follow.
+
+        `beside` are other deployments that are members of its group.
+        """
+        pods = [*self.pods, *(pod for one in beside for pod in one.pods)]
         if not all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods):
             return False
         if not pods or not self.topics:
@@ -387,7 +390,8 @@ class Deployment:
         held = [place for share in shares for place in share]
         every = {f"{topic.name}/{number}" for topic in self.topics for number in range(topic.partitions)}
         # The first pod of a group has all partitions until the next one asks for its share.
-        holders = min(len(pods), max(topic.partitions for topic in self.topics))
+        shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
+        holders = min(len(pods), sum(topic.partitions for topic in shared))
         return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 
     def note(self, pod: str, text: str) -> None:

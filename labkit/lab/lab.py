@@ -260,10 +260,10 @@ class Lab:
         Raises LabkitError, with the last lines of one that does not.
         """
         until = time.monotonic() + timeout
-        while late := [one for one in deployments if not one.ready()]:
+        while late := [one for one in deployments if not one.ready(self._beside(one))]:
             if time.monotonic() > until:
                 said = "\n".join(line.text for line in late[0].log[-10:])
-                raise LabkitError(f"{late[0]!r} does not run after {timeout:g} s. It says:\n{said}")
+                raise LabkitError(f"{late[0]!r} is not ready after {timeout:g} s. It says:\n{said}")
             time.sleep(0.02)  # between two looks
 
     def at_end(self, close: Callable[[], object]) -> None:
@@ -296,7 +296,7 @@ class Lab:
         if retries is not None:
             shown.append(picture.retries_panel([retries.name], [] if completed is None else [completed.short]))
         if completed is not None:
-            self._sampler.tally(completed, identifier(by))
+            self._sampler.tally(completed, by)
             shown.append(picture.completed_panel(completed.short, topics))
         shown += panels
         names = list(dict.fromkeys(one.name for one in pods or seen))
@@ -326,11 +326,12 @@ class Lab:
     def when(self, condition: Callable[[], bool], action: Callable[[], object]) -> Planned:
         """Do `action`, a fault say, once `condition` holds, from a thread. Returns at once, so buttons keep working.
 
-        The condition is looked at every 20 ms. The lab does not count as settled before the action was done.
+        The condition is looked at every 20 ms. The lab does not count as settled before the action was done. One that
+        failed is forgotten when something is planned again.
         """
         self._check_open()
         planned = Planned(condition, action)
-        self._planned.append(planned)
+        self._planned = [*(one for one in self._planned if not one.failed), planned]
         return planned
 
     # -- looking at what happened ----------------------------------------------------------------------------------
@@ -355,8 +356,9 @@ class Lab:
         """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
 
         What was planned by `when` and is still waiting once all is at rest is dropped. Where waiting cannot help it
-        answers at once: while a pod is frozen (waiting would keep the button that thaws it
-        from working), and when a load, or what was planned by `when`, has failed.
+        answers at once: while Kafka is down or frozen, a pod is frozen, or records are tried again against a service or
+        database that somebody has to bring back (waiting would keep the buttons from working), and when a load, or
+        what was planned by `when`, has failed.
         """
         begun, calm, quiet_since = time.monotonic(), 0, float("inf")
         while True:
@@ -524,7 +526,7 @@ class Lab:
         """End pods, loads and boards; delete this run's topics and groups; let go of Kafka.
 
         May be called again: what an interrupt or an error kept from its end is done then.
-        Takes up to 7 s when a pod was killed just before: so long it stays a member of its group.
+        Takes 7 s when a pod was killed just before, as so long it stays a member of its group; at most some 20 s.
         """
         self._end(LEAVE)
 
@@ -611,6 +613,11 @@ class Lab:
         if not self._closing:
             self.broker.look(deaths)
 
+    def _beside(self, deployment: Deployment) -> list[Deployment]:
+        """Others in its group."""
+        others = (one for one in self.deployments.values() if one is not deployment)
+        return [one for one in others if one.group is not None and one.group == deployment.group]
+
     def _hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""
         if self.broker.state in (ServerState.DOWN, ServerState.FROZEN):
@@ -628,6 +635,9 @@ class Lab:
         for load in newest.values():
             if load.error:
                 return f"the load on {load.topic.short} failed: {load.error}"
+        standing = [one for one in self._history.standing() if one.kind in ("kill", "fail") and one.lasts is None]
+        if standing and (waiting := [one for one in self.deployments.values() if one.waiting]):
+            return f"{self._unfinished(waiting[0])}; {standing[0].text} stands: end that first"
         return None
 
     def _status(self, deployments: Sequence[Deployment]) -> str:

@@ -32,7 +32,7 @@ class Fault:
     """A fault that was injected: a window of time, or an instant.
 
     `end` is None while the fault still stands, and equals `start` for an instant (a crash). `text` is what the
-    picture writes beside it ("crash pod 1").
+    picture writes beside it ("crash pod 1"). `lasts` are the seconds after which it ends by itself.
     """
 
     start: float
@@ -40,6 +40,7 @@ class Fault:
     kind: str
     target: str
     text: str
+    lasts: float | None = None
 
     @property
     def instant(self) -> bool:

@@ -53,7 +53,7 @@ def main() -> int:
     sys.path += [folder for folder in pickle.load(packed) if folder not in sys.path]  # noqa: S301 - from our parent
     runnable, deployment, topic = unpack(packed.read())
     sys.stdin = open(os.devnull)  # noqa: SIM115 - a handler that reads it must not take our commands
-    telemetry = Telemetry(topic, deployment, name, os.getpid())
+    telemetry = Telemetry(topic, deployment, name, os.getpid(), stop)
     threading.Thread(target=_obey, args=(pipe, telemetry), name="commands", daemon=True).start()
     try:
         runnable.run(stop, telemetry)

@@ -33,6 +33,7 @@ class ProviderFaults:
         self.name = name
         self._lab, self._url, self._history = lab, url, lab._history
         self._faults: dict[str, Any] = {}
+        self._ends: dict[str, threading.Timer] = {}  # of the faults that end by themselves, by kind
         self._lock = threading.Lock()
 
     def fail(self, seconds: float | None = None) -> None:
@@ -91,10 +92,10 @@ class ProviderFaults:
             if seconds == 0:  # told once: the provider counts it down
                 self._faults = {name: value for name, value in self._faults.items() if name not in faults}
         self._ended(kind)
-        now = time.time()
-        self._history.begin(Fault(now, now if seconds == 0 else None, kind, self.name, text))
-        if seconds:
-            timer = threading.Timer(self._lab.seconds(seconds), self._expire, (kind, faults))
+        now, lasts = time.time(), self._lab.seconds(seconds) if seconds else None
+        self._history.begin(Fault(now, now if seconds == 0 else None, kind, self.name, text, lasts))
+        if lasts is not None:
+            self._ends[kind] = timer = threading.Timer(lasts, self._expire, (kind, faults))
             timer.daemon = True
             timer.start()
 
@@ -107,6 +108,9 @@ class ProviderFaults:
         self._ended(kind)
 
     def _ended(self, kind: str = "") -> None:
+        for one in [kind] if kind else list(self._ends):
+            if timer := self._ends.pop(one, None):
+                timer.cancel()  # a fault of that kind which comes later is none of its business
         for fault in self._history.standing():
             if fault.target == self.name and kind in ("", fault.kind):
                 self._history.end(fault.kind, self.name, time.time())

@@ -170,7 +170,7 @@ class _Unblock(_Desk):
     def __init__(self, desk: RetryDesk) -> None:
         super().__init__(f"What {desk.name} cannot get past")
         self._desk = desk
-        self._choice = ipywidgets.Select(options=[], rows=4, layout=ipywidgets.Layout(width="100%"))
+        self._choice = ipywidgets.Select(options=[], rows=4, layout=ipywidgets.Layout(width="auto"))
         buttons = [
             self.button("Skip this record", "Once, only this one; it leaves a trace.", self._skip),
             self.button("Skip all that fails", "From now on, until you resume.", self._skip_all),
@@ -218,7 +218,7 @@ class _Review(_Desk):
     def __init__(self, desk: RetryDesk) -> None:
         super().__init__(f"Dead letters of {desk.name}")
         self._desk = desk
-        self._choice = ipywidgets.SelectMultiple(options=[], rows=6, layout=ipywidgets.Layout(width="100%"))
+        self._choice = ipywidgets.SelectMultiple(options=[], rows=6, layout=ipywidgets.Layout(width="auto"))
         self._choice.observe(lambda _: self._show(), "value")
         self._sure = ipywidgets.Checkbox(description="I am sure", indent=False, layout=ipywidgets.Layout(width="auto"))
         buttons = [

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab.deployment import Deployment, PodState
-from labkit.lab.load import Load
+from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.telemetry import PodReport, Repeats
 
@@ -24,11 +24,12 @@ ASLEEP = 5.0  # seconds that the wall clock runs ahead of this process's before 
 class Tally:
     """Counts what took effect in a topic: distinct ids, and what came of one record more than once."""
 
-    def __init__(self, topic: Topic[Any], identify: Callable[[Any], str]) -> None:
-        self.topic = topic
+    def __init__(self, topic: Topic[Any], by: str | Callable[[Any], str]) -> None:
+        self.topic, self.by = topic, by
         self._reader = Reader(topic)
-        self._identify = identify
+        self._identify = identifier(by)
         self._seen: set[str] = set()
+        self._nameless: str | None = None
         self._made: set[tuple[str | None, str]] = set()  # by which record, and its id
         self.again = 0
         """How often a record's work took effect again. (An id that is sent twice may take effect twice.)"""
@@ -44,7 +45,11 @@ class Tally:
             for record in records:
                 if record.value is None:
                     continue  # a tombstone is no effect
-                name = self._identify(record.value)
+                try:
+                    name = self._identify(record.value)
+                except LabkitError as error:
+                    self._nameless = str(error)
+                    continue
                 self._seen.add(name)
                 work = (record.headers.get("cause"), name)
                 self.again += work in self._made
@@ -53,7 +58,7 @@ class Tally:
     @property
     def trouble(self) -> str | None:
         """What could not be counted."""
-        return undecodable(self._reader)
+        return self._nameless or undecodable(self._reader)
 
     def close(self) -> None:
         """Let the client go."""
@@ -82,6 +87,7 @@ class Sampler:
         self._reports = Reader(telemetry)
         self._repeats = Repeats()
         self._tallies: dict[str, Tally] = {}
+        self._replaced: list[Tally] = []
         self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
         self._recent: dict[tuple[str, str], list[tuple[float, int]]] = {}
         self._watched: dict[tuple[str, str], Callable[[], float]] = {}
@@ -92,11 +98,13 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._thread.start()
 
-    def tally(self, topic: Topic[Any], identify: Callable[[Any], str]) -> None:
-        """Count what takes effect in `topic` from now on (it is read from its beginning)."""
+    def tally(self, topic: Topic[Any], by: str | Callable[[Any], str]) -> None:
+        """Count what takes effect in `topic`, read from its beginning. Replaces who counted it by another id."""
         with self._lock:
-            if topic.short not in self._tallies:
-                self._tallies[topic.short] = Tally(topic, identify)
+            before = self._tallies.get(topic.short)
+            if before is None or before.by != by:
+                self._tallies[topic.short] = Tally(topic, by)
+                self._replaced += [] if before is None else [before]
 
     def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
         """Sample what `read` returns, from now on. It must answer soon; what it raises is shown in the status line."""
@@ -109,7 +117,7 @@ class Sampler:
         self._thread.join(15)
         if not self._thread.is_alive():  # clients may be closed again
             self._reports.close()
-            for tally in self._tallies.values():
+            for tally in (*self._tallies.values(), *self._replaced):
                 tally.close()
 
     def _run(self) -> None:
@@ -140,16 +148,20 @@ class Sampler:
                 self._deployments[report.deployment].heard(report)
         with self._lock:
             tallies, watched = list(self._tallies.values()), list(self._watched.items())
+        while self._replaced:
+            self._replaced.pop().close()  # here, where it was read
         for tally in tallies:
             tally.read()
         values: list[tuple[str, str, float]] = []
         trouble = next((tally.trouble for tally in tallies if tally.trouble), None)
+        away = False
         for name, deployment in list(self._deployments.items()):
             values += self._of_pods(name, deployment)
             try:
-                values += self._of_group(deployment)
+                values += [] if away else self._of_group(deployment)
             except LabkitError as error:
-                trouble = str(error)
+                # It was waited for: to wait again for each group would stop the picture in the middle of the fault.
+                trouble, away = str(error), away or isinstance(error, ClusterUnreachable)
         values += [("handled again", name, count) for name, count in self._repeats.counts.items()]
         for topic, count in self._sent().items():
             values.append(("sent", topic, count))

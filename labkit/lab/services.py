@@ -70,7 +70,7 @@ class ServiceControls:
     def _set(self, kind: str, text: str, errors: float, status: int, delay: float, seconds: float | None) -> None:
         self._switches.set(self.name, errors, status, delay, seconds)
         self._ended()
-        self._history.begin(Fault(time.time(), None, kind, self.name, text))
+        self._history.begin(Fault(time.time(), None, kind, self.name, text, seconds))
         if seconds is not None:
             self._over = threading.Timer(seconds, self._ended)  # what was set ends by itself
             self._over.daemon = True

@@ -94,10 +94,16 @@ class PodReport(msgspec.Struct):
 
 
 class Telemetry:
-    """Collects the steps of one running pod and sends a PodReport whenever something changed."""
+    """Collects the steps of one running pod and sends a PodReport whenever something changed.
 
-    def __init__(self, topic: Topic[PodReport], deployment: str, pod: str, process: int) -> None:
+    Once `stop` is set, nothing is held up any more: a slow pod drains as soon as another one.
+    """
+
+    def __init__(
+        self, topic: Topic[PodReport], deployment: str, pod: str, process: int, stop: threading.Event | None = None
+    ) -> None:
         self.topic = topic
+        self._stop = stop or threading.Event()
         self.slow = 0.0
         """Seconds by which every record is held up: the fault "slow"."""
         self._report = PodReport(deployment, pod, process, time.time())
@@ -127,7 +133,7 @@ class Telemetry:
             self._done.append((subject.topic, subject.partition, subject.offset))
         elif step is HANDLING:
             if self.slow:
-                self._over.wait(self.slow)
+                self._stop.wait(self.slow)
         elif step is Step.FAILED:
             self._note(subject)
         elif step is Step.RECOVERED:
@@ -270,18 +276,20 @@ class Repeats:
         self.counts: dict[str, int] = {}
         """By deployment: records whose handler had returned before, in whatever pod."""
         self._runs: dict[tuple[str, str], list[tuple[int, int]]] = {}  # handled; apart from each other, and in order
-        self._heard: dict[tuple[str, str, int], float] = {}  # by process: the time of the newest event
+        self._heard: dict[tuple[str, str, int], dict[Handled, None]] = {}  # by process: its newest events
 
     def add(self, report: PodReport) -> None:
         """Take in a report. Events that were told before, as their delivery was in doubt, count once."""
         process = (report.deployment, report.pod, report.process)
-        heard = self._heard.get(process, 0.0)
+        heard = self._heard.setdefault(process, {})
         for event in report.events:
-            if isinstance(event, Handled) and event.time > heard:
+            if isinstance(event, Handled) and event not in heard:
+                heard[event] = None
                 runs = self._runs.setdefault((report.deployment, event.partition), [])
                 again = merge(runs, event.first, event.last)
                 self.counts[report.deployment] = self.counts.get(report.deployment, 0) + again
-                self._heard[process] = max(event.time, self._heard.get(process, 0.0))
+        for old in list(islice(heard, max(0, len(heard) - 10 * EVENTS))):  # as many as a pod tells again
+            del heard[old]
 
 
 def merge(runs: list[tuple[int, int]], first: int, last: int) -> int:

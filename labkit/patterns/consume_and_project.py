@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, Self, cast
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import LabkitError, PoisonRecord, Unavailable
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, PoisonRecord, Unavailable
 from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.records import Record, T
 from labkit.kafka.steps import Decision, Failure, Stop, keep_trying
@@ -742,13 +742,18 @@ class Staleness:
         moment, cluster, name = time.time(), self.topic.cluster, [self.topic.name]
         try:
             ends = {number: end for (_, number), end in end_offsets(cluster, name).items()}
+            if not ends:
+                raise ClusterUnreachable(f"topic {self.topic.short} is not listed by {cluster.bootstrap}")
             marks = self.view.marks(self.topic.name)
             # Of what was deleted from the topic's beginning nothing is lacking.
             starts = {} if len(marks) == len(ends) else start_offsets(cluster, name)
         except LabkitError:
             self.records = None
             raise
-        reached = {number: marks[number].next_offset if number in marks else starts[name[0], number] for number in ends}
+        reached = {
+            number: marks[number].next_offset if number in marks else starts.get((name[0], number), 0)
+            for number in ends
+        }
         self._looks.append((moment, ends))
         while self._looks and all(reached[number] >= self._looks[0][1].get(number, 0) for number in reached):
             self._since, self._seen_complete = self._looks.popleft()[0], True

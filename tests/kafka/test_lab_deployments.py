@@ -34,7 +34,8 @@ def lab(connection: Connection) -> Iterator[Lab]:
 
 def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     """Before that a rebalance is to follow, and what is in hand then may come again."""
-    shop = lab.deploy("shop", Consumer(lab.topic("orders", 4, Order), print), replicas=2)
+    topic = lab.topic("orders", 4, Order)
+    shop = lab.deploy("shop", Consumer(topic, print), replicas=2)
     idle = lab.deploy("idle", Consumer(lab.topic("one", 1, Order), print), replicas=2)
     lab.wait_ready(shop, idle)
     assert sorted(len(pod.report.assigned) for pod in shop.pods if pod.report) == [2, 2]
@@ -42,6 +43,13 @@ def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     lab.deployments["shop"].scale(3)
     lab.wait_ready(shop)
     assert sorted(len(pod.report.assigned) for pod in shop.pods if pod.report) == [1, 1, 2]
+    ones = [lab.topic("first", 1, Order), lab.topic("second", 1, Order)]  # shared out over both topics together
+    both = lab.deploy("both", Consumer(ones, print), replicas=2)
+    lab.wait_ready(both)
+    assert [len(pod.report.assigned) for pod in both.pods if pod.report] == [1, 1]
+    left, right = (lab.deploy(name, Consumer(topic, print, "one-group")) for name in ("left", "right"))
+    lab.wait_ready(left, right)
+    assert [len(one.pods[0].report.assigned) for one in (left, right) if one.pods[0].report] == [2, 2]
     shop.pods[0].crash()
     wait_running(shop)
     assert not shop.ready()  # the session of the one that died holds its partitions
@@ -123,6 +131,19 @@ def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
     wait_ready(shop)
     kinds = [(fault.kind, fault.end is None) for fault in ordered(lab)]
     assert kinds == [("freeze", False), ("slow", False), ("drain", False)]
+
+
+def test_a_slow_pod_with_a_batch_in_hand_drains_at_once(lab: Lab) -> None:
+    """Its hundred records would be held up for a minute and more, and it would be killed for not draining."""
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda batch: None, batch=100))
+    wait_ready(shop)
+    shop.pods[0].slow(0.9)
+    lab.load(topic, orders(100), rate=1000).wait()
+    wait_until(lambda: shop.pods[0].handled > 0, 60, "its first batch")
+    shop.pods[0].drain()
+    wait_said(shop, "drained; starts again", "shop-0", timeout=5)
+    assert lab.settle(30)
 
 
 def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from lab_helpers import Order, orders
 from processes import wait_until
 
-from labkit.kafka.errors import LabkitError
-from labkit.lab import Consumer, Lab
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.lab import Consumer, Lab, sampler
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -51,3 +53,33 @@ def test_waiting_ends_with_the_condition_or_says_what_for(lab: Lab) -> None:
     assert len(looks) == 4
     with pytest.raises(LabkitError, match=r"not within 0\.1 s: the end of time"):
         lab.wait_until(lambda: False, "the end of time", 0.1)
+
+
+def test_values_without_the_id_are_told_and_hide_nothing_else(lab: Lab) -> None:
+    topic = lab.topic("shipped", 1, dict)
+    for value in ({"id": 1}, {"order": 2}, {"id": 3}):
+        topic.send(value)
+    topic.flush()
+    lab.board(completed=topic, lag=lab.deploy("ships", Consumer(topic, print)))
+    wait_until(lambda: lab.figure("completed", "shipped") == 2, 20, "the two with an id")
+    wait_until(lambda: "has no field 'id': name its id by by=" in lab._status([]), 5, "the one without")
+    lab.board(completed=topic, lag=lab.deployments["ships"], by=lambda value: "one for all")
+    wait_until(lambda: lab.figure("completed", "shipped") == 1, 20, "the count by another id")
+    wait_until(lambda: "no field" not in lab._status([]), 5, "nothing to complain of")
+
+
+def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the picture would stand still for ten seconds for each group, in the middle of what it should show."""
+    asked: list[float] = []
+
+    def away(*_: object) -> None:
+        asked.append(time.time())
+        raise ClusterUnreachable("no answer")
+
+    topic = lab.topic("many", 1, Order)
+    for name in ("one", "two", "three"):
+        lab.deploy(name, Consumer(topic, print))
+    monkeypatch.setattr(sampler, "lag", away)
+    wait_until(lambda: len(asked) > 5, 10, "several samples")
+    monkeypatch.undo()
+    assert min(after - before for before, after in itertools.pairwise(asked)) > sampler.TICK / 2

@@ -115,3 +115,19 @@ def test_what_is_planned_ends_with_the_lab(lab: Lab) -> None:
     wait_until(lambda: not thread.is_alive(), 5, "the end of its thread")
     true.set()
     assert done == []
+
+
+def test_a_plan_that_failed_is_made_good_for_by_the_next(lab: Lab) -> None:
+    """As when the cell that plans a fault is run again."""
+    tries: list[int] = []
+
+    def act() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ValueError("not just now")
+
+    lab.when(lambda: True, act)
+    wait_until(lambda: "failed: ValueError: not just now" in (lab.unsettled() or ""), 5, "its failure")
+    lab.when(lambda: True, act)
+    assert lab.settle(10)
+    assert len(tries) == 2

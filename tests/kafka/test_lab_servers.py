@@ -22,6 +22,7 @@ from lab_helpers import wait_ready
 from processes import is_alive, wait_until
 
 import labkit.lab.lab as module
+from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.steps import Measured, Report, Step
 from labkit.lab import Lab, picture
@@ -70,6 +71,29 @@ def test_postgres_killed_keeps_what_it_confirmed(lab: Lab) -> None:
     done = [fault.text for fault in lab.faults if fault.target == "PostgreSQL"]
     assert done == ["kill PostgreSQL", "restart PostgreSQL"]
     assert [action.label for action in database.actions()] == ["Kill PostgreSQL", "Restart PostgreSQL"]
+
+
+def test_settle_answers_at_once_while_work_waits_for_a_database_that_is_down(lab: Lab) -> None:
+    """Waiting would keep the button that starts it from working."""
+    database, topic = lab.postgres(), lab.topic("orders", 1, int)
+    dsn = database.dsn
+
+    def store(record: object) -> None:
+        psycopg.connect(dsn).close()
+
+    shop = lab.deploy("stores", Consumer(topic, store))
+    wait_ready(shop)
+    database.kill()
+    topic.send(1)
+    topic.flush()
+    wait_until(lambda: shop.waiting, 20, "a record in a back-off")
+    settled = lab.settle(30)
+    assert not settled
+    assert settled.seconds < 5
+    assert "in a back-off" in settled.reason
+    assert settled.reason.endswith("kill PostgreSQL stands: end that first")
+    database.restart()
+    assert lab.settle(30)
 
 
 def test_postgres_cannot_be_frozen(lab: Lab) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,14 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
         wait_until(lambda: outcome("a") == "repeated", 10, "its end, at the lab's pace")
         faults.recover()
         assert not lab._history.standing()
+        faults.fail(seconds=1.0)
+        faults.recover()
+        faults.fail()
+        until = time.monotonic() + 0.3  # longer than the first would have lasted, which is no business of the second
+        while time.monotonic() < until:
+            assert outcome("a") == "refused"
+        assert [one.kind for one in lab._history.standing()] == ["fail"]
+        faults.recover()
         with pytest.raises(Unaccounted, match="charged twice: 7-1"):
             account(ledger, ["7-1"], [0.0]).check()
     with pytest.raises(LabkitError, match="is its pod running"):

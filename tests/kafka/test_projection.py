@@ -652,3 +652,14 @@ def test_how_far_a_view_is_behind_is_unknown_while_kafka_is_away(
     assert staleness.records is None
     assert staleness.seconds is not None
     assert staleness.seconds > 0
+
+
+def test_nothing_is_known_of_a_topic_that_is_not_there(cluster: Cluster, in_file: SqliteView) -> None:
+    topic = fresh_topic(cluster, 1, Site)
+    in_file.begin(topic.name, cluster.topic_id(topic.name), [])
+    staleness = Staleness(topic, in_file)
+    staleness.look()
+    cluster.delete_topics([topic.name])
+    with pytest.raises(ClusterUnreachable, match="is not listed"):
+        staleness.look()
+    assert staleness.records is None

@@ -12,6 +12,7 @@ from typing import Any
 from labkit.cli.notebooks import PICTURE, PICTURE_BYTES, VERDICT, WIDGETS
 
 CODE_LINES = 18  # "at most ~15": blank lines and comments do not count, a closing bracket does
+WIDEST = 120  # characters of a line of code: more is behind a scroll bar of JupyterLab on a laptop
 CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # `!` and `%` lines pass under nbval whatever they do, and mean nothing outside IPython.
 MAGIC = re.compile(r"^\s*(?:[%!]|\w[\w, ]*=\s*[%!])|^\s*[\w.]+\?{1,2}\s*$")
@@ -106,6 +107,9 @@ def short_cells(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[st
         lines = [line for line in source(cell).splitlines() if line.strip() and not line.strip().startswith("#")]
         if len(lines) > CODE_LINES:
             yield f"cell {cell['id']} has {len(lines)} lines of code; {CODE_LINES} are allowed"
+        for line in lines:
+            if len(line) > WIDEST:
+                yield f"cell {cell['id']} has a line of {len(line)} characters; {WIDEST} are allowed: {line[:30]}…"
 
 
 def plain_python(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:

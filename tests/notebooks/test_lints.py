@@ -109,6 +109,7 @@ BAD: list[tuple[lints.Lint, str, Callable[[dict[str, Any]], Any]]] = [
     ),
     (lints.one_picture, "2 pictures", change(MOST, outputs=[picture(10)])),
     (lints.one_picture, "40,001 bytes", change(SNAPSHOT, outputs=[picture(PICTURE_BYTES + 1)])),
+    (lints.short_cells, "a line of 121 characters", source("x = '" + 115 * "a" + "'")),
     (lints.short_cells, "19 lines", source("x = 1\n" * (lints.CODE_LINES + 1))),
     (lints.plain_python, "!exit 3", source("!exit 3")),
     (lints.plain_python, "%timeit", source("x = 1\n%timeit x")),

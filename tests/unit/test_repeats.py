@@ -41,5 +41,8 @@ def test_an_event_that_is_told_twice_is_no_repeat() -> None:
     repeats = Repeats()
     told = [Handled("orders/0", 0, 9, 1.0), Handled("orders/1", 0, 9, 1.0)]
     repeats.add(report("shop-0", *told))
-    repeats.add(report("shop-0", *told, Handled("orders/0", 10, 11, 2.0)))
+    repeats.add(report("shop-0", Handled("orders/0", 20, 21, 3.0)))
+    repeats.add(report("shop-0", *told, Handled("orders/0", 10, 11, 2.0)))  # the first ones were in doubt
     assert repeats.counts == {"shop": 0}
+    repeats.add(report("shop-1", Handled("orders/0", 10, 10, 4.0)))
+    assert repeats.counts == {"shop": 1}
