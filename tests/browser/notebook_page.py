@@ -31,9 +31,9 @@ _READY = """async path => {
   await kernel.info;
   return true;
 }"""
-_RUN_ALL = """() => {
+_RUN = """command => {
   window.labkitRun = 'running';
-  window.jupyterapp.commands.execute('notebook:run-all-cells').then(
+  window.jupyterapp.commands.execute(command).then(
     () => { window.labkitRun = 'done'; }, error => { window.labkitRun = String(error); });
 }"""
 _CELLS = "() => Array.from(window.jupyterapp.shell.currentWidget.content.model.cells).map(cell => cell.toJSON())"
@@ -64,12 +64,23 @@ class NotebookPage:
 
     def start_all(self) -> None:
         """Begin to run all cells; meanwhile buttons can be pressed, and pictures seen."""
-        self.page.evaluate(_RUN_ALL)
+        self.page.evaluate(_RUN, "notebook:run-all-cells")
+
+    def run_above(self, source: str, timeout: float = 120) -> None:
+        """Run the cells above the one whose source contains `source`."""
+        self._select(source)
+        self.page.evaluate(_RUN, "notebook:run-all-above")
+        self._wait_until_run(timeout)
+
+    def run_below(self, source: str, timeout: float = 120) -> None:
+        """Run the cell whose source contains `source` and all below it; then all must have run, and none raised."""
+        self._select(source)
+        self.page.evaluate(_RUN, "notebook:run-all-below")
+        self.wait_until_run(timeout)
 
     def wait_until_run(self, timeout: float = 120) -> None:
         """Wait until what `start_all` began is done. A cell that raised fails the test with its traceback."""
-        self._wait_for(lambda: self.page.evaluate("window.labkitRun") != "running", timeout, "the end of all cells")
-        assert self.page.evaluate("window.labkitRun") == "done"
+        self._wait_until_run(timeout)
         code = [cell for cell in self.cells() if cell["cell_type"] == "code" and _text(cell["source"]).strip()]
         for cell in code:
             for output in cell["outputs"]:
@@ -77,6 +88,15 @@ class NotebookPage:
                     pytest.fail(f"cell {cell['id']} raised:\n" + _COLOURS.sub("", "\n".join(output["traceback"])))
         not_run = [cell["id"] for cell in code if cell["execution_count"] is None]
         assert not not_run, f"cells that did not run: {not_run}"
+
+    def _wait_until_run(self, timeout: float) -> None:
+        self._wait_for(lambda: self.page.evaluate("window.labkitRun") != "running", timeout, "the end of all cells")
+        assert self.page.evaluate("window.labkitRun") == "done"
+
+    def _select(self, source: str) -> None:
+        """Make the one cell whose source contains `source` the active one."""
+        script = "number => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = number; }"
+        self.page.evaluate(script, self._number(source))
 
     def cells(self) -> list[dict[str, Any]]:
         """All cells as they would be saved now."""
@@ -145,10 +165,11 @@ class NotebookPage:
 
     def scroll_to(self, source: str) -> None:
         """Bring the one cell whose source contains `source` to the top of the window."""
-        number = next(n for n, cell in enumerate(self.cells()) if source in _text(cell["source"]))
-        self.page.evaluate(
-            "number => window.jupyterapp.shell.currentWidget.content.scrollToItem(number, 'start')", number
-        )
+        script = "number => window.jupyterapp.shell.currentWidget.content.scrollToItem(number, 'start')"
+        self.page.evaluate(script, self._number(source))
+
+    def _number(self, source: str) -> int:
+        return next(number for number, cell in enumerate(self.cells()) if source in _text(cell["source"]))
 
     def _wait_for(self, condition: Callable[[], object], timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout
