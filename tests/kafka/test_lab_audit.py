@@ -205,7 +205,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
     assert "what was planned (crash) is done once its condition holds" in lab.settle(0.3).reason
     allowed = True
     assert lab.settle(20)
-    assert shop.pods.restarts == 1
+    wait_until(lambda: shop.pods.restarts == 1, 5, "the crash to be noticed")
 
     def wrong() -> None:
         raise KeyError("x")

@@ -50,7 +50,7 @@ def newest(lab: Lab, metric: str, label: str) -> float:
 
 
 def test_postgres_killed_keeps_what_it_confirmed(lab: Lab) -> None:
-    database = lab.postgres()
+    before, database = len(lab.faults), lab.postgres()
     with psycopg.connect(database.dsn, autocommit=True) as one:
         one.execute("create table charges (id int primary key)")
         one.execute("insert into charges select generate_series(1, 1000)")
@@ -68,7 +68,7 @@ def test_postgres_killed_keeps_what_it_confirmed(lab: Lab) -> None:
     idle.close()
     with psycopg.connect(database.dsn) as one:
         assert one.execute("select count(*) from charges").fetchone() == (1000,)
-    done = [fault.text for fault in lab.faults if fault.target == "PostgreSQL"]
+    done = [fault.text for fault in lab.faults[before:] if fault.target == "PostgreSQL"]
     assert done == ["kill PostgreSQL", "restart PostgreSQL"]
     assert [action.label for action in database.actions()] == ["Kill PostgreSQL", "Restart PostgreSQL"]
 
