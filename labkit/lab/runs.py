@@ -13,7 +13,8 @@ import re
 import shutil
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -96,7 +97,7 @@ class Run:
         until = time.monotonic() + wait
         shutil.rmtree(self._path.with_suffix(""), ignore_errors=True)
         try:
-            while not _delete(cluster, self._made):
+            while _delete(cluster, [self._made]):
                 if time.monotonic() >= until:
                     return
                 time.sleep(0.1)
@@ -121,31 +122,37 @@ class Run:
 
 def collect(cluster: Cluster, cluster_id: str) -> list[str]:
     """Delete what dead runs left on this cluster; returns their prefixes. Only what a run recorded is touched."""
-    collected = []
-    for path in _folder().glob("*.json"):
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # somebody else has just collected it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            made = _read(file)
+    dead: dict[Path, _Made] = {}
+    with ExitStack() as held:
+        for path in _folder().glob("*.json"):
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # somebody else has just collected it
+            held.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                made = _read(file)
+            except BlockingIOError:
+                continue  # alive
+            except msgspec.DecodeError:  # being made now; or its process died then, before it had made anything else
+                if time.time() - os.fstat(file).st_mtime > FORGET:
+                    _drop(path)
+                continue
             if made.private:
                 _drop(path)
             elif made.cluster_id == cluster_id:
-                if _delete(cluster, made):
-                    _drop(path)
-                collected.append(made.prefix)
+                dead[path] = made
             elif time.time() - made.started > FORGET:
                 _drop(path)
-        except msgspec.DecodeError:  # being made now; or its process died then, before it had made anything else
-            if time.time() - os.fstat(file).st_mtime > FORGET:
+        try:
+            left = _delete(cluster, list(dead.values()))
+        except LabkitError:
+            return []  # not to be had now
+        for path, made in dead.items():
+            if not left & set(made.groups):
                 _drop(path)
-        except (BlockingIOError, LabkitError):
-            continue  # alive, or not to be had now
-        finally:
-            os.close(file)
-    return collected
+    return [made.prefix for made in dead.values()]
 
 
 def _drop(path: Path) -> None:
@@ -187,14 +194,13 @@ def _learner() -> str:
     return plain(name, "learner") or f"u{zlib.crc32(os.fsencode(name)):08x}"
 
 
-def _delete(cluster: Cluster, made: _Made) -> bool:
-    """Delete a run's topics and groups. False when a group has to wait for its last member's session to end."""
-    if made.private:
-        return True
-    cluster.delete_topics([name for name in made.topics if name.startswith(made.prefix)])
-    groups = [name for name in made.groups if name.startswith(made.prefix)]
+def _delete(cluster: Cluster, runs: Sequence[_Made]) -> set[str]:
+    """Delete the topics and groups of runs. Returns groups that have to wait for their last member's session to end."""
+    runs = [made for made in runs if not made.private]
+    cluster.delete_topics([name for made in runs for name in made.topics if name.startswith(made.prefix)])
+    groups = [name for made in runs for name in made.groups if name.startswith(made.prefix)]
     cluster.delete_groups(groups)
-    return not (groups and set(groups) & set(cluster.groups()))
+    return set(groups) & set(cluster.groups()) if groups else set()
 
 
 def _read(file: int) -> _Made:
