@@ -26,7 +26,8 @@ def lab(
     from labkit.runtime.connect import connect
     from labkit.runtime.home import state_dir
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave anything either
+    # A closed terminal must not leave anything either; and a shell has its background jobs ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     work = prepare_work(ROOT)
     if os.geteuid() == 0:

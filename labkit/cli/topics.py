@@ -117,7 +117,12 @@ def lag(
     from labkit.kafka.lag import lag as behind
 
     with kafka() as connection:
-        full = resolve(group, connection.cluster.groups())
+        groups = connection.cluster.groups()
+        if not group:
+            names = sorted({name.short for name in newest(groups)})
+            say_json(names) if as_json else typer.echo("\n".join(names) or "There is no consumer group.")
+            return
+        full = resolve(group, groups)
         committed = committed_offsets(connection.cluster, full)
         if not committed:
             raise LabkitError(

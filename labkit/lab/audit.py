@@ -42,6 +42,7 @@ class Audit:
     found: list[Anomaly]
     unconfirmed: int  # distinct ids never confirmed
     clock_gap: float  # seconds by which the logs show times to disagree with offsets
+    others: int = 0  # ids that only other loads sent
 
     def of(self, kind: str) -> list[Anomaly]:
         return [anomaly for anomaly in self.found if anomaly.kind == kind]
@@ -89,6 +90,8 @@ class Audit:
     def verdict(self, exactly_once: bool = False) -> str:
         """One line of invariants, the same for every valid run of a load; if invalid, ids and places too."""
         counts = f"{self.sent:,} sent · {self.done:,} done"
+        if self.others:
+            counts += f" · {self.others:,} of other loads not looked at"
         if self.result == "unknown":
             return f"unknown: {self.reason} · {counts} so far · nothing is claimed"
         named = []

@@ -428,7 +428,8 @@ _STATUS_STYLE = (
 # Reversed, so that the pane stays at its newest line.
 _LOG_STYLE = (
     "display:flex;flex-direction:column-reverse;height:100px;overflow:auto;margin-top:4px;padding:4px 8px;"
-    "border:1px solid var(--jp-border-color2,#ddd);border-radius:3px;background:var(--jp-layout-color1,#fff)"
+    "box-sizing:border-box;border:1px solid var(--jp-border-color2,#ddd);border-radius:3px;"
+    "background:var(--jp-layout-color1,#fff)"
 )
 _PRE_STYLE = (
     "flex:none;margin:0 0 auto 0;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;"

@@ -77,8 +77,8 @@ class Pod:
     def state(self) -> PodState:
         """What it is doing."""
         child = self.child
-        if child is None and self._wanted and not self._born:
-            return PodState.STARTING
+        if child is None and self._wanted and not self.restarts:
+            return PodState.STARTING  # for the first time: nothing has happened to it
         if child is None or self._crashed:
             return PodState.RESTARTING if self._wanted else PodState.STOPPED
         if self._frozen:

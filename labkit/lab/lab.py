@@ -455,7 +455,7 @@ class Lab:
         else:
             effects = list(done)
         asked = [effect for effect in effects if effect.id not in others]
-        return audit(ledger, asked, self._history.faults, unknown=unknown)
+        return replace(audit(ledger, asked, self._history.faults, unknown=unknown), others=len(others))
 
     def verdict(
         self,

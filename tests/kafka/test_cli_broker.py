@@ -109,6 +109,8 @@ def test_topics_and_lag(cluster: Cluster) -> None:
         ("orders", 2, 20),
     ]
     assert said("lag", "shipping").startswith(f"{group}: 10 records behind\ntopic   partition  lag\norders")
+    assert "shipping" in said("lag").splitlines()
+    assert "shipping" in answer("lag")
     told = answer("lag", "shipping")
     assert (told["group"], told["lag"]) == (group, 10)
     assert [one["partition"] for one in told["partitions"]] == [0, 1]

@@ -367,10 +367,23 @@ def test_a_topic_of_the_lab_knows_its_short_name(lab: Lab) -> None:
     assert topic.name in lab.cluster.topics()
 
 
+def test_a_verdict_says_what_of_other_loads_it_does_not_look_at(lab: Lab) -> None:
+    """As when a cell with new orders was run twice, and its name stands for the second lot."""
+    shop = Shop(lab)
+    first = lab.load(shop.orders, orders(20), rate=1000)
+    second = lab.load(shop.orders, orders(30, 20), rate=1000)
+    assert (
+        lab.verdict(second, shop.shipped).check().startswith("30 sent · 30 done · 20 of other loads not looked at · ")
+    )
+    assert lab.verdict([first, second], shop.shipped).check().startswith("50 sent · 50 done · lost 0")
+
+
 def test_what_pods_handle_again_is_counted(lab: Lab) -> None:
     source = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(source, lambda record: None, commit_interval=60))
-    lab.load(source, orders(50), rate=1000).wait()
-    wait_until(lambda: shop.pods[0].handled == 50, 20, "all, and nothing committed")
+    lab.load(source, orders(1)).wait()
+    wait_until(lambda: sum(lag(lab.cluster, shop.group or "", [source.name]).values()) == 0, 20, "the first commit")
+    lab.load(source, orders(50, 1), rate=1000).wait()
+    wait_until(lambda: shop.pods[0].handled == 51, 20, "all, and no more is committed for a minute")
     shop.pods[0].crash()
     wait_until(lambda: lab.figure("handled again", "shop") == 50, 20, "all of them again")
