@@ -93,7 +93,7 @@ def test_a_member_without_a_partition_leaves_its_group_too(cluster: Cluster) -> 
         wait_until(lambda: sum(len(one.journal.assigned()) for one in both) == 1, 10, "one with the partition")
         (none,) = [one for one in both if not one.journal.assigned()]
         none.stop()
-        wait_until(lambda: members(cluster, group) == 1, 3, "one to leave: a session lasts 6 s")
+        wait_until(lambda: members(cluster, group) == 1, 5, "one to leave: a session lasts 6 s")
 
 
 def test_a_rebalance_in_the_middle_of_a_long_back_off(cluster: Cluster) -> None:
