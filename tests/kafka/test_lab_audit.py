@@ -81,7 +81,7 @@ def test_orders_of_another_load_are_no_surprise(lab: Lab) -> None:
     lab.load(shop.orders, orders(100), rate=400).wait()
     fewer = lab.load(shop.orders, orders(40, first=80), rate=400)
     audit = lab.verdict(fewer, shop.shipped)
-    assert audit.check().startswith("40 sent · 40 done · lost 0")
+    assert audit.check().startswith("40 sent · 40 done · 80 of other loads not looked at · lost 0")
     assert len(audit.resent) == 20
 
 
@@ -381,9 +381,10 @@ def test_a_verdict_says_what_of_other_loads_it_does_not_look_at(lab: Lab) -> Non
 def test_what_pods_handle_again_is_counted(lab: Lab) -> None:
     source = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(source, lambda record: None, commit_interval=60))
-    lab.load(source, orders(1)).wait()
-    wait_until(lambda: sum(lag(lab.cluster, shop.group or "", [source.name]).values()) == 0, 20, "the first commit")
-    lab.load(source, orders(50, 1), rate=1000).wait()
-    wait_until(lambda: shop.pods[0].handled == 51, 20, "all, and no more is committed for a minute")
+    wait_ready(shop)
+    lab.load(source, orders(50), rate=100).wait()
+    wait_until(lambda: shop.pods[0].handled == 50, 20, "all of them")
+    uncommitted = sum(lag(lab.cluster, shop.group or "", [source.name]).values())
+    assert uncommitted > 0  # a first commit may come with the first records, and the next one only in a minute
     shop.pods[0].crash()
-    wait_until(lambda: lab.figure("handled again", "shop") == 50, 20, "all of them again")
+    wait_until(lambda: lab.figure("handled again", "shop") == uncommitted, 20, f"{uncommitted} of them again")
