@@ -494,6 +494,7 @@ class Loop:
         starts: list[TopicPartition] = []
         fresh: dict[Place, int] = {}
         told = self.spec.positions and self.spec.positions([(one.topic, one.partition) for one in partitions])
+        beside = {name for topics in self.companions.values() for name, _ in topics}
         for one in client.committed(partitions, timeout=REACH):
             if one.error is not None:  # not to be taken for "nothing committed"
                 raise KafkaException(one.error)
@@ -507,8 +508,10 @@ class Loop:
                         f"{low:,} yet, but those records are gone from the topic: build anew what was made of it"
                     )
             if offset < 0:
-                offset = high if self.spec.start == "latest" else low
-                if self.spec.start == "latest":
+                # What is in a companion is the group's own work, whenever it came.
+                latest = self.spec.start == "latest" and one.topic not in beside
+                offset = high if latest else low
+                if latest:
                     fresh[place] = offset
             if told is not None and offset != one.offset:
                 fresh[place] = offset  # else the group's lag would be that of another one's work

@@ -11,7 +11,7 @@ import getpass
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from contextlib import suppress
 from typing import Any, Self, TypeAlias
 
@@ -126,6 +126,14 @@ class BlockedLanes(Mapping[str, Blocked]):
 
     def __len__(self) -> int:
         return len(self._now())
+
+    def values(self) -> ValuesView[Blocked]:
+        """All of one moment: some may go on while they are looked at."""
+        return self._now().values()
+
+    def items(self) -> ItemsView[str, Blocked]:
+        """The same, with their places."""
+        return self._now().items()
 
     @property
     def skipping(self) -> bool:

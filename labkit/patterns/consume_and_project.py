@@ -119,7 +119,6 @@ class View(ABC):
     """
 
     _of_keys = ""  # what the table of keys is made with
-    _claiming = ""  # what a query adds to keep the row it reads from other writers
 
     def __init__(
         self, table: str, columns: Mapping[str, str], indexes: Sequence[str] = (), key: str = "id", generation: int = 1
@@ -174,6 +173,10 @@ class View(ABC):
         Raises ViewOutdated when it was made of another topic, or for other columns; ViewUnavailable.
         """
         with self._lock:
+            if self._topic not in ("", topic):
+                raise LabkitError(
+                    f"view {self.name} is made of topic {self._topic}, not of {topic}: one view, one topic"
+                )
             self._topic, self._topic_id = topic, topic_id
             try:
                 with self._transaction() as database:
@@ -214,7 +217,7 @@ class View(ABC):
         absent = "insert into view_offsets values (?, ?, ?, ?, 0, 0) on conflict do nothing"
         database.execute(absent, (*place, self._topic_id))
         sql = "select next_offset, topic_id from view_offsets where view = ? and topic = ? and partition = ?"
-        stored, topic_id = database.execute(sql + self._claiming, place).fetchone()
+        stored, topic_id = database.execute(sql, place).fetchone()
         self._check_topic(topic_id)
         if stored < batch.after:
             raise ViewTakenBack(
@@ -427,7 +430,7 @@ class View(ABC):
 
     @abstractmethod
     def _start(self, database: Any) -> None:
-        """Begin a transaction in which nobody else makes tables."""
+        """Begin a transaction in which nobody else writes the view, or makes tables."""
 
     @abstractmethod
     def _is_stale(self) -> bool:
@@ -529,7 +532,7 @@ class SqliteView(View):
 
     def is_about_rows(self, error: Exception) -> bool:
         kinds = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
-        return isinstance(error, (*kinds, OverflowError))
+        return isinstance(error, (*kinds, OverflowError, UnicodeError))
 
 
 class PostgresView(View):
@@ -537,8 +540,6 @@ class PostgresView(View):
 
     The server ends the transaction of a writer that is frozen in the middle of it after 5 s.
     """
-
-    _claiming = " for update"
 
     def __init__(
         self,
@@ -567,8 +568,10 @@ class PostgresView(View):
 
     def _start(self, database: Any) -> None:
         database.execute("begin")
-        if self._writer is None:  # two writers that make the tables at once would both find none
-            database.execute("select pg_advisory_xact_lock(7451)")
+        # One writer at a time: two that make the tables at once would both find none, and two with different partitions
+        # may have the same key (partitions were added), of which either would find no rows to replace.
+        who = "labkit views" if self._writer is None else self.name
+        database.execute("select pg_advisory_xact_lock(hashtext(?))", (who,))
 
     def _is_stale(self) -> bool:
         return bool(self._writer.connection.broken)
@@ -590,7 +593,8 @@ class PostgresView(View):
     def is_about_rows(self, error: Exception) -> bool:
         import psycopg
 
-        if isinstance(error, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.ProgramLimitExceeded):
+        kinds = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded, UnicodeError)
+        if isinstance(error, kinds):
             return True
         return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
 
@@ -690,6 +694,8 @@ class Projection(Generic[T]):
                 if isinstance(record, PoisonRecord):
                     raise record
                 changes.append((record.offset, self.change(record)))
+            except Unavailable:
+                raise  # of what the function asks: the batch comes again
             except Exception as error:
                 aside.append((record.offset, _reason(error)))
         moment = time.time() if isinstance(last, PoisonRecord) else last.timestamp
@@ -723,7 +729,7 @@ class Projection(Generic[T]):
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500].replace("\0", "")
+    return f"{type(error).__name__}: {error}"[:500].replace("\0", "").encode(errors="replace").decode()
 
 
 class Staleness:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import replace
 from typing import Any, Self
 
@@ -99,12 +99,22 @@ class DeadLetters(Mapping[str, DeadLetter]):
     def __getitem__(self, place: str) -> DeadLetter:
         return self.store[place]
 
+    def _now(self) -> dict[str, DeadLetter]:
+        return {one.place: one for one in sorted(self.store.snapshot().values(), key=lambda one: one.at)}
+
     def __iter__(self) -> Iterator[str]:
-        letters = self.store.snapshot()
-        return iter(sorted(letters, key=lambda place: letters[place].at))
+        return iter(self._now())
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def values(self) -> ValuesView[DeadLetter]:
+        """All of one moment: some may leave while they are looked at."""
+        return self._now().values()
+
+    def items(self) -> ItemsView[str, DeadLetter]:
+        """The same, with their places."""
+        return self._now().items()
 
     def replay(self, *places: str) -> int:
         """Put these back where their retries start, all if none is named; returns how many.
@@ -146,9 +156,10 @@ class DeadLetters(Mapping[str, DeadLetter]):
         self.close()
 
     def _chosen(self, places: tuple[str, ...]) -> list[DeadLetter]:
-        if missing := [place for place in places if place not in self.store]:
-            raise LabkitError(f"{missing[0]} is not among the {len(self):,} dead letters of {self.group}")
-        return [self[place] for place in (places or self)]
+        now = self._now()
+        if missing := [place for place in places if place not in now]:
+            raise LabkitError(f"{missing[0]} is not among the {len(now):,} dead letters of {self.group}")
+        return [now[place] for place in places or now]
 
 
 class _Confirmations:

@@ -24,6 +24,7 @@ from labkit.kafka.errors import (
     PoisonRecord,
     TopicMismatch,
     TopicMissing,
+    Unavailable,
 )
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
@@ -48,7 +49,7 @@ LOOK = 3.0  # seconds from one look at the topic's ends to the next
 log = logging.getLogger(__name__)
 
 
-class StoreNotReady(LabkitError):
+class StoreNotReady(Unavailable):
     """A store was read before all of its topic was loaded: what it does not have might still come."""
 
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import msgspec
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError, PoisonRecord, TopicMissing
+from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError, TopicMissing
 from labkit.kafka.producer import POD, Producer
 from labkit.kafka.records import Record, encode
 from labkit.kafka.steps import Ask, Decision, Done, Failure, Report, Retry, Step, Stop
@@ -394,7 +394,14 @@ class _Retries:
             there = self.consumer.cluster.topics()
         except ClusterUnreachable:
             return None
-        return next((name for name in case.sent if name not in there), None)
+        for name in case.sent.keys() - there.keys():
+            try:
+                self.consumer.cluster.topic_id(name)  # a broker that just came back lists a topic a moment later
+            except TopicMissing:
+                return name
+            except ClusterUnreachable:
+                return None
+        return None
 
     def case(self, failure: Failure) -> _Case:
         """What is known of this record; a new attempt is noted."""
@@ -410,7 +417,8 @@ class _Retries:
     def next(self, failure: Failure, case: _Case, hop: _Hop, trail: Trail) -> Decision:
         """What the policy says. Raises DeliveryFailed when the record cannot be set aside now."""
         policy = self.consumer.policy(hop.main)
-        retriable = not isinstance(failure.error, (PoisonRecord, *policy.non_retriable))
+        # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
+        retriable = failure.record is not None and not isinstance(failure.error, policy.non_retriable)
         if retriable and hop.number == 0:
             delay = policy.blocks.delay(failure.attempt)
             if delay is not None:

@@ -71,8 +71,8 @@ def text_of(raw: bytes | None) -> str | None:
 
 
 def error_text(error: BaseException) -> str:
-    """An error in one text of bounded length."""
-    return f"{type(error).__name__}: {error}"[:ERROR]
+    """An error in one text of bounded length, which can be written as UTF-8 whatever the error quotes."""
+    return f"{type(error).__name__}: {error}"[:ERROR].encode(errors="replace").decode()
 
 
 def own_topic(topic: str, group: str, what: str) -> str:

@@ -94,6 +94,19 @@ def test_what_is_replayed_and_succeeds_leaves_the_queue_with_its_identity(
         queue.replay(places[0])
 
 
+def test_letters_that_leave_while_they_are_looked_at_disturb_nobody(
+    place: tuple[Topic[Any], str], member: Member, queue: DeadLetters
+) -> None:
+    put(place[0], *range(5))
+    holds(queue, 5)
+    values, items = iter(queue.values()), iter(queue.items())
+    first = next(values)
+    next(items)
+    assert queue.purge() == 5
+    assert sorted((first.value or "", *(one.value or "" for one in values))) == [str(value) for value in range(5)]
+    assert len(list(items)) == 4
+
+
 def test_what_fails_again_stays_with_all_its_attempts(
     place: tuple[Topic[Any], str], provider: Provider, queue: DeadLetters
 ) -> None:

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from labkit.kafka.records import Record
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import (
+    Batch,
+    Change,
     PostgresView,
     Projection,
     SqliteView,
@@ -40,6 +43,7 @@ from labkit.patterns.consume_and_project import (
     ViewTakenBack,
     ViewUnavailable,
 )
+from labkit.patterns.key_value_store import StoreNotReady
 
 
 class Site(msgspec.Struct):
@@ -175,6 +179,10 @@ def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, 
                 return [("one", "two")]
             case ["value"]:
                 return [({"no": "text"},)]
+            case ["surrogate"]:
+                return [("half a character: \ud83d",)]
+            case ["quote"]:
+                raise ValueError("half a character: \ud83d")
         return apps_of(record)
 
     send(topic, site("a", 1, "stores"), site("b", 1, "raise"))
@@ -182,18 +190,63 @@ def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, 
     put(topic, {"version": 1, "apps": []})
     send(topic, site("d", -1, "stores"), site("e", 1, "shape"), site("f", 1, "value"), site("g", 1, "stores"))
     topic.send(None, "a", {"version": "many"})
-    send(topic, site("h", 1, "forum"))
+    send(topic, site("h", 1, "forum"), site("i", 1, "surrogate"), site("j", 1, "quote"), site("k", 1, "forum"))
     with Member(Projection(topic, rows, view).consumer(fresh_group())) as member:
         catch_up(member, view, topic)
-    assert view.content() == {"a": [("stores",)], "g": [("stores",)], "h": [("forum",)]}
+    assert view.content() == {"a": [("stores",)], "g": [("stores",)], "h": [("forum",)], "k": [("forum",)]}
     aside = view.aside()
     assert [(name, partition, offset) for name, partition, offset, _ in aside] == [
-        (topic.name, 0, offset) for offset in (1, 2, 3, 4, 5, 6, 8)
+        (topic.name, 0, offset) for offset in (1, 2, 3, 4, 5, 6, 8, 10, 11)
     ]
     for (*_, reason), said in zip(
-        aside, ("by zero", "does not decode", "no key", "-1", "no row of app", "", "many"), strict=True
+        aside,
+        ("by zero", "does not decode", "no key", "-1", "no row of app", "", "many", "Unicode", "character: ?"),
+        strict=True,
     ):
         assert said in reason, reason
+
+
+def test_what_a_projection_asks_and_that_is_not_there_yet_is_asked_again(cluster: Cluster, in_file: SqliteView) -> None:
+    """A store that is still loading, say: nothing is wrong with the records."""
+    topic, asked = fresh_topic(cluster, 1, Site), [0]
+
+    def rows(record: Record[Site]) -> Any:
+        asked[0] += 1
+        if asked[0] == 2:
+            raise StoreNotReady("not loaded")
+        return apps_of(record)
+
+    send(topic, site("a", 1, "stores"), site("b", 1, "forum"), site("c", 1, "stores"))
+    with Member(Projection(topic, rows, in_file).consumer(fresh_group())) as member:
+        catch_up(member, in_file, topic)
+    assert set(in_file.content()) == {"a", "b", "c"}
+    assert in_file.aside() == []
+
+
+def test_a_key_that_is_in_two_partitions_has_its_newest_rows_once(view: View) -> None:
+    """As after partitions were added: two writers, each with its partition, and the newer version is not there yet."""
+
+    def batch(partition: int, version: int) -> Batch:
+        return Batch(partition, 0, 1, 0.0, [(0, Change("a", version, [(f"v{version}",)]))], [])
+
+    other = copy(view)
+    for one in (view, other):
+        one.begin("topic", "id", [0, 1])
+    newer = threading.Thread(target=other.apply, args=(batch(1, 6),))
+    with view._transaction() as database:
+        view._put(database, batch(0, 5), view._claim(database, batch(0, 5)))
+        newer.start()
+        newer.join(1)  # it has to wait; if it did not, it would be done by now
+    newer.join(20)
+    assert not newer.is_alive()
+    assert view.content() == {"a": [("v6",)]}
+    other.close()
+
+
+def test_a_view_is_made_of_one_topic(cluster: Cluster, in_file: SqliteView) -> None:
+    in_file.begin("one", "id", [0])
+    with pytest.raises(LabkitError, match="is made of topic one, not of two: one view, one topic"):
+        in_file.begin("two", "id", [0])
 
 
 def test_a_view_travels_without_its_connections(in_file: SqliteView, cluster: Cluster) -> None:

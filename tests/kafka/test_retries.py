@@ -18,7 +18,7 @@ from processes import wait_until
 import labkit.kafka.loop as loop
 import labkit.patterns.retries as module
 from labkit.kafka.cluster import Cluster, admin
-from labkit.kafka.errors import TopicMissing
+from labkit.kafka.errors import PoisonRecord, TopicMissing
 from labkit.kafka.lag import lag
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
@@ -88,6 +88,48 @@ def test_the_fourth_call_succeeds_and_none_is_early(cluster: Cluster) -> None:
     first = next(record for record in handler.records if "tenant" in record.headers)
     assert (first.key, first.headers["tenant"]) == ("k", "t1")
     assert letters(topic, group) == []
+
+
+def test_a_handler_that_meets_poison_elsewhere_is_retried(cluster: Cluster) -> None:
+    """Its own record is sound: what it looked up in a store is not, until somebody writes that anew."""
+    topic, group, calls = fresh_topic(cluster), fresh_group(), []
+    put(topic, 1)
+
+    def look_up(record: Record[int]) -> None:
+        calls.append(record.value)
+        if len(calls) < 3:
+            raise PoisonRecord("elsewhere", 0, 7, "no JSON")
+
+    run_to_rest(RetryingConsumer(topic, look_up, group, retry=blocking(0.05, 0.05)))
+    assert calls == [1, 1, 1]
+    assert letters(topic, group) == []
+
+
+def test_an_error_that_quotes_half_a_character_is_set_aside_too(cluster: Cluster) -> None:
+    """No JSON can be made of it as it is."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, 2)
+
+    def refuse(record: Record[int]) -> None:
+        if record.value == 1:
+            raise ValueError("cannot read \ud83d")
+
+    run_to_rest(RetryingConsumer(topic, refuse, group, retry=blocking(0.05).then(retry_topics(0.05))))
+    (letter,) = letters(topic, group)
+    assert letter.error == "ValueError: cannot read ?"
+
+
+def test_what_is_in_its_own_topics_is_read_from_the_beginning(cluster: Cluster) -> None:
+    """`start="latest"` is about the topics it was given: what is in the others is its own work."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    handler = Handler({})
+    consumer = RetryingConsumer(topic, handler, group, start="latest", retry=retry_topics(0.05))
+    consumer.create_topics()
+    put(topic, 1)
+    put(consumer.own_topics(topic)[1], 2)
+    with Member(consumer):
+        wait_until(lambda: handler.done, 20, "what is in the retry topic")
+    assert handler.done == [2]
 
 
 def test_exponential_makes_exactly_its_calls_then_the_queue(cluster: Cluster) -> None:
