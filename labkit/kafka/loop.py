@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from queue import SimpleQueue
@@ -103,6 +104,7 @@ class Loop:
         self.commit_sent = False
         self.ready: SimpleQueue[Lane | None] = SimpleQueue()  # lanes that want a worker
         self.coroutines: asyncio.AbstractEventLoop | None = None
+        self.tasks: set[Future[None]] = set()
         if is_coroutine_function(consumer.handler):
             self.coroutines = asyncio.new_event_loop()
             self.slots = asyncio.Semaphore(consumer.workers)
@@ -556,7 +558,9 @@ class Loop:
 
     def submit(self, lane: Lane) -> None:
         if self.coroutines is not None:
-            asyncio.run_coroutine_threadsafe(self.work_async(lane), self.coroutines)
+            future = asyncio.run_coroutine_threadsafe(self.work_async(lane), self.coroutines)
+            self.tasks.add(future)  # asyncio itself would let one be collected that only it refers to
+            future.add_done_callback(self.tasks.discard)
         else:
             self.ready.put(lane)
 
