@@ -438,12 +438,13 @@ def test_what_a_handler_leaves_behind_does_not_hold_up_a_restart(lab: Lab) -> No
 def test_what_a_drain_leaves_half_done_is_explained(lab: Lab, tmp_path: Path) -> None:
     """The same pod does it again, long after the drain began."""
     source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
-    begun = tmp_path / "begun"
+    begun, draining = tmp_path / "begun", tmp_path / "draining"
 
     def ship(record: Record[Order]) -> None:
         first = not begun.exists()
         begun.touch()
-        time.sleep(2.0 if first else 0)
+        while not draining.exists():
+            time.sleep(0.01)
         target.send(Shipped(record.value.id))
         time.sleep(60 if first else 0)
 
@@ -451,6 +452,7 @@ def test_what_a_drain_leaves_half_done_is_explained(lab: Lab, tmp_path: Path) ->
     shop = lab.deploy("shop", Consumer(source, ship, drain=3))
     wait_until(begun.exists, 20, "the handler at work")
     shop.pods[0].drain()
+    draining.touch()
     audit = lab.verdict(load, target)
     audit.check()
     assert [extra.fault.kind for extra in audit.redelivered if extra.fault] == ["drain"]
