@@ -154,8 +154,8 @@ def test_interrupting_a_cell_harms_no_broker_and_no_pod(tmp_path: Path) -> None:
 def begin(client: BlockingKernelClient, code: str) -> None:
     """Begin a cell that is to be interrupted: it runs when this returns.
 
-    After a failed cell a kernel refuses what is queued behind it, for a moment that nothing tells the end of, unless the
-    cell says that its failure stops nothing.
+    After a failed cell a kernel refuses what is queued behind it, for a moment that nothing tells the end of, unless
+    the cell says that its failure stops nothing.
     """
     client.execute(f"print('busy', flush=True)\n{code}", stop_on_error=False)
     while client.get_iopub_msg(timeout=10)["msg_type"] != "stream":
