@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing
@@ -90,6 +90,10 @@ class Consumer:
     def cluster(self) -> Cluster:
         """Where they are."""
         return self.sources[0].cluster
+
+    def prepare(self) -> Self:
+        """Make what it needs beside its topics, and return it as it will run."""
+        return self
 
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
         """Consume until `stop` is set, then drain, commit and leave the group.

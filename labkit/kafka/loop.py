@@ -328,11 +328,11 @@ class Loop:
         if not positions:
             self.next_commit = now + self.spec.commit_interval
             return
+        self.tell(Step.COMMITTING, positions)
         if self.unconfirmed():
             return  # tried again at the next turn
         self.next_commit = now + self.spec.commit_interval
         self.tell(Step.FLUSHED, None)
-        self.tell(Step.COMMITTING, positions)
         for place, offset in positions.items():
             self.partitions[place].asked = offset
         self.commit_sent = True
@@ -388,13 +388,13 @@ class Loop:
         self.forget(partitions)
         if not positions:
             return
+        self.tell(Step.COMMITTING, positions)
         left = self.producer.unconfirmed(self.spec.drain)
         self.producer.check(self.refused)
         if left:
             _log(f"{self.spec.group}: {left:,} records sent by handlers stay unconfirmed, so their causes come again")
             return
         self.tell(Step.FLUSHED, None)
-        self.tell(Step.COMMITTING, positions)
         if self.commit_now(positions):
             self.tell(Step.COMMITTED, positions)
 

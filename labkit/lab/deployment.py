@@ -388,9 +388,9 @@ class Deployment:
             return True
         shares = [report.assigned for pod in pods if (report := pod.report) is not None]
         held = [place for share in shares for place in share]
-        every = {f"{topic.name}/{number}" for topic in self.topics for number in range(topic.partitions)}
-        # The first pod of a group has all partitions until the next one asks for its share.
         shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
+        every = {f"{topic.name}/{number}" for topic in shared for number in range(topic.partitions)}
+        # The first pod of a group has all partitions until the next one asks for its share.
         holders = min(len(pods), sum(topic.partitions for topic in shared))
         return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 

@@ -167,7 +167,7 @@ class Lab:
         self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
         self.run.name(name)
         if isinstance(runnable, Consumer):
-            runnable = replace(runnable, group=runnable.group or self.run.group(name))
+            runnable = replace(runnable, group=runnable.group or self.run.group(name)).prepare()
         before = self.deployments.get(name)
         made = Deployment(name, runnable, replicas, self._telemetry, self._history, before)
         if before is not None:  # it ends when the one before has left

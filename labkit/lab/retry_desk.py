@@ -41,7 +41,6 @@ class RetryDesk:
             raise LabkitError(f"{deployment.name} has no retries: deploy a RetryingConsumer(…, retry=…)")
         self._lab, self.name = lab, deployment.name
         self.consumer = deployment.runnable
-        self.consumer.create_topics()
         self.topic = self.consumer.mains[0]
         self.lanes = BlockedLanes(self.topic, self.consumer.group)
         self.letters = DeadLetters(self.topic, self.consumer.group)

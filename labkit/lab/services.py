@@ -39,7 +39,8 @@ class ServiceControls:
 
     def fail(self, share: float = 1.0, status: int = 503, seconds: float | None = None) -> None:
         """Have it refuse this share of its requests, with this HTTP status."""
-        self._set("fail", f"fail {self.name}" + ("" if share == 1 else f" {share:.0%}"), share, status, 0.0, seconds)
+        kind, text = ("fail", f"fail {self.name}") if share == 1 else ("flaky", f"fail {self.name} {share:.0%}")
+        self._set(kind, text, share, status, 0.0, seconds)
 
     def slow(self, delay: float = 1.0, seconds: float | None = None) -> None:
         """Have it wait so many seconds before each answer."""
@@ -78,7 +79,7 @@ class ServiceControls:
 
     def _ended(self) -> None:
         self.close()
-        for kind in ("fail", "slow"):
+        for kind in ("fail", "flaky", "slow"):
             self._history.end(kind, self.name, time.time())
 
 

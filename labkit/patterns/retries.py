@@ -12,11 +12,13 @@ group is part of their names. Whatever is set aside is confirmed before its sour
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -24,7 +26,7 @@ import msgspec
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError, TopicMissing
-from labkit.kafka.producer import POD, Producer
+from labkit.kafka.producer import POD, Producer, producer
 from labkit.kafka.records import Record, encode
 from labkit.kafka.steps import Ask, Decision, Done, Failure, Report, Retry, Step, Stop
 from labkit.kafka.topics import Topic
@@ -38,6 +40,7 @@ AGAIN, AGAIN_CAP = 0.5, 10.0  # seconds until that is tried again, doubling
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
 WEEK = 7 * 24 * 3600
+RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+)(s|ms)$")  # how its name ends: which one, and its delay
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ def blocking(*delays: float | exponential, non_retriable: Iterable[type[BaseExce
 def retry_topics(*delays: float, non_retriable: Iterable[type[BaseException]] = ()) -> Policy:
     """Send a failed record to a topic for each of these delays, in seconds: later records are not held up.
 
-    Raises LabkitError.
+    The delays are part of the topics' names, in whole milliseconds at least. Raises LabkitError.
     """
-    return Policy(topics=_checked("retry_topics", delays), non_retriable=_errors(non_retriable))
+    whole = tuple(math.ceil(round(1000 * delay, 6)) / 1000 for delay in _checked("retry_topics", delays))
+    return Policy(topics=whole, non_retriable=_errors(non_retriable))
 
 
 def dead_letter(*, non_retriable: Iterable[type[BaseException]] = ()) -> Policy:
@@ -147,6 +151,7 @@ class RetryingConsumer(Consumer):
     """A Consumer that deals with failed records as `retry` says, and reads its own retry topics and replayed records.
 
     `retry` is one policy, or one for each topic by its name or short name. Lag counts what waits in retry topics too.
+    When it is changed, what waits in topics of the policy before is handled as well, each record when it was to be.
     """
 
     retry: Policy | Mapping[str, Policy] = field(default_factory=dead_letter)
@@ -165,9 +170,9 @@ class RetryingConsumer(Consumer):
 
     @property
     def sources(self) -> tuple[Topic[Any], ...]:
-        """The topics it reads: those it was given, and its own."""
-        own = [own for topic in self.mains for own in self.own_topics(topic)] if self.group else []
-        return (*self.mains, *own)
+        """The topics it reads: those it was given, and its own; once prepared, also those of an earlier policy."""
+        own = [own for topic in self.mains for own in self.companions.get(topic.name) or self.own_topics(topic)]
+        return (*self.mains, *(own if self.group else ()))
 
     def policy(self, topic: Topic[Any]) -> Policy:
         """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
@@ -184,15 +189,17 @@ class RetryingConsumer(Consumer):
         retries = [replace(topic, name=own_topic(topic.name, self.group, name)) for name in names]
         return [replay_topic(topic, self.group), *retries]
 
-    def create_topics(self) -> None:
-        """Make the topics of its own that are not there yet. `run` does it; who looks at them before may, too.
+    def prepare(self) -> Self:
+        """Make the topics of its own that are not there yet; it as it will run. `run` and `Lab.deploy` do it.
 
         A topic that is there stays as it is, though partitions were added to its source meanwhile.
         """
         there = self.cluster.topics()
+        beside = {}
         for main in self.mains:
             delays = (0.0, *self.policy(main).topics)
-            for own, delay in zip(self.own_topics(main), delays, strict=True):
+            beside[main.name] = self.own_topics(main)
+            for own, delay in zip(beside[main.name], delays, strict=True):
                 if not there.get(own.name):
                     # The broker's clock says since when a record waits: a forged timestamp could make it wait for ever.
                     keep = f"{(WEEK + delay) * 1000:.0f}"
@@ -204,28 +211,37 @@ class RetryingConsumer(Consumer):
                 lanes.create({"cleanup.policy": "compact"})
             if not there.get((skips := skips_topic(main, self.group)).name):
                 skips.create({"retention.ms": "-1"})
-            made = {topic.name for topic in (*self.own_topics(main), letters, lanes, skips)}
+            made = {topic.name for topic in (*beside[main.name], letters, lanes, skips)}
             until = time.monotonic() + LISTED
             # One that somebody else makes at this moment may be known already, and be listed without partitions.
             while not all(map(self.cluster.topics().get, made)) and time.monotonic() < until:
                 time.sleep(0.02)  # between two questions
+            # A policy may be changed while records wait in the topics of the one before.
+            beside[main.name] += [replace(main, name=name) for name in sorted(there) if self._left(main, name, made)]
+        return replace(self, companions=beside)
+
+    def _left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
+        """Whether a topic is a retry topic of this one's that an earlier policy had."""
+        end = RETRY_TOPIC.search(name)
+        if end is None or name in now or not name.startswith(main.name):
+            return False
+        return own_topic(main.name, self.group, end[0]) == name
 
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
         """Consume until `stop` is set: see Consumer."""
         if not self.group:
             super().run(stop, report)  # says how to name one
-        self.create_topics()
-        with _Retries(self) as retries:
+        ready = self.prepare()
+        with _Retries(ready) as retries:
             not_before = {**self.not_before, **retries.not_before()}
             on_change = _both(self.on_change, retries.told)
-            beside = {main.name: self.own_topics(main) for main in self.mains}
-            bound = replace(self, companions=beside, on_failure=retries.decide)
-            Consumer.run(replace(bound, on_change=on_change, not_before=not_before), stop, report)
+            bound = replace(ready, on_failure=retries.decide, on_change=on_change, not_before=not_before)
+            Consumer.run(bound, stop, report)
 
 
 def _written(seconds: float) -> str:
     """A delay in a topic's name, where no dot may be: whole seconds or milliseconds."""
-    return f"{seconds:.0f}s" if seconds == int(seconds) else f"{max(1, round(seconds * 1000))}ms"
+    return f"{seconds:.0f}s" if seconds == int(seconds) else f"{seconds * 1000:.0f}ms"
 
 
 def _both(first: Report | None, second: Report) -> Report:
@@ -286,9 +302,10 @@ class _Retries:
         self.hops: dict[str, _Hop] = {}
         for main in consumer.mains:
             self.hops[main.name] = _Hop(main, 0, 0.0, own=False)
-            delays = (0.0, *consumer.policy(main).topics)
-            for number, (own, delay) in enumerate(zip(consumer.own_topics(main), delays, strict=True)):
-                self.hops[own.name] = _Hop(main, number, delay, own=True)
+            for own in consumer.companions[main.name]:
+                number, delay, unit = end.groups() if (end := RETRY_TOPIC.search(own.name)) else ("0", "0", "s")
+                seconds = int(delay) / (1000 if unit == "ms" else 1)
+                self.hops[own.name] = _Hop(main, int(number), seconds, own=True)
         self.cases: dict[str, _Case] = {}  # by place
         self.replays: dict[tuple[str, int], dict[int, Trail]] = {}  # begun and not committed; by partition and offset
         self.lock = threading.Lock()
@@ -347,7 +364,7 @@ class _Retries:
 
     def leave_queue(self, positions: Mapping[tuple[str, int], int]) -> None:
         """Replayed records that are about to be committed, and were not set aside again, are no dead letters any more.
-        Before the commit: after a crash in between they are handled again, and not left in the queue for ever."""
+        Confirmed before the commit: after a crash in between they are handled again, and not left in the queue."""
         with self.lock:
             done = []
             for place, position in positions.items():
@@ -355,7 +372,7 @@ class _Retries:
                 done += [(place[0], begun.pop(offset)) for offset in sorted(begun) if offset < position]
         for topic, trail in done:
             letters = dead_letters_topic(self.hops[topic].main, self.group)
-            self.producer.send(letters.name, None, trail.place, told=_Sent().told)
+            producer(letters.cluster).send(letters.name, None, trail.place)  # what the commit waits for
 
     # -- failures
 

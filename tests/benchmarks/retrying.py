@@ -148,7 +148,7 @@ def skips(bench: Bench) -> Iterator[Row]:
         producer.send(topic.name, encode(number))
     producer.flush()
     consumer = RetryingConsumer(topic, handle, group, retry=blocking(600))
-    consumer.create_topics()
+    consumer.prepare()
     took = []
     with running(consumer), BlockedLanes(topic, group) as lanes:
         for number in range(SKIPS):

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
+from processes import wait_until
 
-from labkit.kafka.cluster import Cluster
+from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.producer import Producer
@@ -58,6 +60,15 @@ def _sender(cluster: Cluster) -> Producer:
 def committed(topic: Topic[Any], group: str) -> dict[int, int]:
     """The group's committed offset, for each partition that has one."""
     return {number: at for (name, number), at in committed_offsets(topic.cluster, group).items() if name == topic.name}
+
+
+def alter(topic: Topic[Any], config: dict[str, str]) -> None:
+    """Change settings of a topic, and see that they are in force."""
+    entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in config.items()]
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic.name, incremental_configs=entries)
+    for future in admin(topic.cluster).incremental_alter_configs([resource]).values():
+        future.result(10)
+    wait_until(lambda: config.items() <= topic.cluster.topic_config(topic.name).items(), what="the new settings")
 
 
 class Journal:

@@ -46,7 +46,7 @@ def looking(topic: Topic[Any], group: str) -> Iterator[BlockedLanes]:
 
 def consumer_of(topic: Topic[Any], handler: Any, group: str, retry: Policy | None = None, **more: Any) -> Any:
     made = RetryingConsumer(topic, handler, group, retry=retry or blocking(60, 60), **more)
-    made.create_topics()
+    made.prepare()
     return made
 
 

@@ -45,7 +45,7 @@ def test_a_shift_at_the_terminal(connection: Connection) -> None:
     topic.create()
     group, handler = f"{RUN}letting", Mended()
     consumer = RetryingConsumer(topic, handler, group, retry=blocking(300))
-    consumer.create_topics()
+    consumer.prepare()
     with Member(consumer) as member:
         assert labkit("blocked", "letting") == "Nothing is blocked.\n"
         assert "there is no group 'nobody' with retries; there are:" in labkit("blocked", "nobody", code=1)

@@ -46,8 +46,8 @@ CRASHES = [
     Crash(Step.HANDLING, 5, "exit"),
     Crash(Step.HANDLED, 1, "exit"),
     Crash(Step.HANDLED, 5, "kill"),
-    Crash(Step.FLUSHED, 1, "kill"),
     Crash(Step.COMMITTING, 1, "exit"),
+    Crash(Step.FLUSHED, 1, "kill"),
     Crash(Step.COMMITTED, 1, "kill"),
 ]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from consuming import Member, committed, fresh_group, fresh_topic, put
+from consuming import Member, alter, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 
 import labkit.patterns.dead_letters as module
@@ -50,7 +50,7 @@ def provider() -> Provider:
 def member(place: tuple[Topic[Any], str], provider: Provider) -> Iterator[Member]:
     topic, group = place
     consumer = RetryingConsumer(topic, provider, group, retry=retry_topics(0.05))
-    consumer.create_topics()
+    consumer.prepare()
     with Member(consumer) as running:
         yield running
 
@@ -197,6 +197,26 @@ def test_a_replayed_record_whose_consumer_stops_is_handled_by_the_next(cluster: 
         assert len(queue) == 1
         with Member(consumer) as again:
             again.journal.wait(lambda: len(queue) == 0 and len(again.journal.of(Step.HANDLED)) == 2)
+    assert provider.calls[1] == 3
+
+
+def test_a_replayed_record_is_not_committed_before_it_has_left_the_queue(cluster: Cluster) -> None:
+    """Or a crash in between would leave a letter that is finished: here the queue refuses to let it go."""
+    topic, group, provider = fresh_topic(cluster), fresh_group(), Provider()
+    consumer = RetryingConsumer(topic, provider, group, retry=dead_letter())
+    put(topic, 1)
+    with Member(consumer) as member:
+        member.wait_committed({0: 1})
+    with DeadLetters(topic, group) as queue:
+        queue.replay()
+        provider.up = True
+        alter(queue.store.topic, {"max.message.bytes": "10"})
+        with Member(consumer) as refused:
+            assert isinstance(refused.ends(20), DeliveryFailed)
+        assert len(queue) == 1
+        alter(queue.store.topic, {"max.message.bytes": "1000000"})
+        with Member(consumer):
+            holds(queue, 0)
     assert provider.calls[1] == 3
 
 

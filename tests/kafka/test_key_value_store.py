@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from consuming import alter
 from processes import wait_until
 from stores import COMPACTED, EAGER, StoreProcess, compact, on_disk, raw, size, store_topic, transaction
 
@@ -265,7 +266,7 @@ def test_records_without_a_key_are_passed_over_and_counted(cluster: Cluster) -> 
     loose = Topic(cluster, f"{topic.name}-later", 1, Any)
     loose.create()
     raw(loose, (None, b"1"), (b"a", b"1"), (None, None))
-    _alter(loose, COMPACTED)
+    alter(loose, COMPACTED)
     with KeyValueStore(loose) as store:
         assert store.snapshot() == {"a": 1}
         assert store.ignored == 2
@@ -273,7 +274,7 @@ def test_records_without_a_key_are_passed_over_and_counted(cluster: Cluster) -> 
 
 def test_a_write_that_the_broker_refuses_says_why(cluster: Cluster) -> None:
     topic = store_topic(cluster, 1)
-    _alter(topic, {**COMPACTED, "max.message.bytes": "500"})
+    alter(topic, {**COMPACTED, "max.message.bytes": "500"})
     with KeyValueStore(topic) as store:
         with pytest.raises(DeliveryFailed, match=r"'a' in store .* was refused: .*[Mm]essage"):
             store.put("a", "x" * 2000)
@@ -588,15 +589,3 @@ def test_a_million_entries(cluster: Cluster) -> None:
         store.put("key 5", -5)
         assert store["key 5"] == -5
     cluster.delete_topics([topic.name])
-
-
-def _alter(topic: Topic[Any], config: dict[str, str]) -> None:
-    from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
-
-    from labkit.kafka.cluster import admin
-
-    entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in config.items()]
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic.name, incremental_configs=entries)
-    for future in admin(topic.cluster).incremental_alter_configs([resource]).values():
-        future.result(10)
-    wait_until(lambda: config.items() <= topic.cluster.topic_config(topic.name).items(), what="the new settings")

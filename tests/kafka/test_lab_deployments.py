@@ -15,11 +15,13 @@ from processes import is_alive, wait_until
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
+from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.lab import Lab
 from labkit.lab.deployment import PodState
 from labkit.lab.travel import CannotTravel
+from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -192,6 +194,27 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     assert {value["by"] for value in values(target)} == {"old", "new"}
     assert old.pods == []
     assert [(fault.kind, fault.end is None) for fault in ordered(lab)] == [("redeploy", False)]
+
+
+def test_deploying_with_another_policy_leaves_nothing_waiting(lab: Lab) -> None:
+    """What waits in the retry topics of the policy before is work to do, and is done when it was to be."""
+    source, target = lab.topic("orders", 2, Order), lab.topic("shipped", 2, Shipped)
+
+    def refuse(record: Record[Order]) -> None:
+        raise ConnectionError("not now")
+
+    def ship(record: Record[Order]) -> None:
+        target.send(Shipped(record.value.id), key=record.key)
+
+    shop = lab.deploy("shop", RetryingConsumer(source, refuse, retry=retry_topics(4)))
+    load = lab.load(source, orders(20), rate=1000)
+    load.wait()
+    retries = [topic.name for topic in shop.topics if "_retry1-4s" in topic.name]
+    wait_until(lambda: sum(end_offsets(lab.cluster, retries).values()) == 20, 20, "all refused once")
+    shop = lab.deploy("shop", RetryingConsumer(source, ship, retry=retry_topics(0.5)))
+    assert lab.settle(30), lab.settle(0)
+    assert sorted(value.id for value in values(target)) == list(range(20))
+    assert lab.audit(load, target).check().startswith("20 sent · 20 done · lost 0")
 
 
 @pytest.mark.parametrize("times", [3, 300])

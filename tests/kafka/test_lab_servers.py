@@ -31,6 +31,7 @@ from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import ServerState
 from labkit.services.clients import Clients
+from labkit.services.faults import Misbehaviour, ServiceFaults
 from labkit.services.http import HttpService
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -94,6 +95,29 @@ def test_settle_answers_at_once_while_work_waits_for_a_database_that_is_down(lab
     assert settled.reason.endswith("kill PostgreSQL stands: end that first")
     database.restart()
     assert lab.settle(30)
+
+
+def test_settle_waits_while_a_service_refuses_only_some(lab: Lab) -> None:
+    """Another attempt may get through, so the fault need not be ended first."""
+    topic, tries = lab.topic("payments", 1, int), [0]
+    faults = ServiceFaults(lab.topic("switches", 1, Misbehaviour, compacted=True))
+    faults.wait_ready()
+
+    def pay(record: object) -> None:
+        tries[0] += 1
+        if tries[0] < 5:
+            raise ConnectionError("503")
+
+    till = lab.service("till", faults)
+    till.fail(0.5)
+    shop = lab.deploy("pays", Consumer(topic, pay))
+    topic.send(1)
+    topic.flush()
+    wait_until(lambda: shop.waiting, 20, "a record in a back-off")
+    assert lab.settle(30), lab.settle(0)
+    till.fail()
+    assert [fault.text for fault in lab._history.standing() if fault.target == "till"] == ["fail till"]
+    till.recover()
 
 
 def test_postgres_cannot_be_frozen(lab: Lab) -> None:

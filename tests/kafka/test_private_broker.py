@@ -88,8 +88,8 @@ def test_one_commit_at_a_time_is_on_its_way(broker: PrivateBroker) -> None:
         member.journal.wait_for(Step.HANDLED, len(member.journal.of(Step.HANDLED)) + 200)  # ten intervals
         broker.thaw()
         member.wait_committed({0: 600})
-    steps = [step for step, _ in member.journal.steps if step in (Step.COMMITTING, Step.COMMITTED)]
-    assert (Step.COMMITTING, Step.COMMITTING) not in pairwise(steps)
+    steps = [step for step, _ in member.journal.steps if step in (Step.FLUSHED, Step.COMMITTED)]
+    assert (Step.FLUSHED, Step.FLUSHED) not in pairwise(steps)
 
 
 def test_closed_it_leaves_nothing(state_dir: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_is_in_its_own_topics_is_read_from_the_beginning(cluster: Cluster) 
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Handler({})
     consumer = RetryingConsumer(topic, handler, group, start="latest", retry=retry_topics(0.05))
-    consumer.create_topics()
+    consumer.prepare()
     put(topic, 1)
     put(consumer.own_topics(topic)[1], 2)
     with Member(consumer):
@@ -267,8 +267,8 @@ def test_blocking_then_topics_then_queue_with_exact_counts(cluster: Cluster) -> 
 def test_topics_come_with_the_consumer_and_keep_for_long_enough(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster, 3), fresh_group()
     consumer = RetryingConsumer(topic, print, group, retry=retry_topics(10, 1_000_000))
-    consumer.create_topics()
-    consumer.create_topics()
+    consumer.prepare()
+    consumer.prepare()
     there = cluster.topics()
     assert [there[own.name] for own in consumer.sources] == [3, 3, 3, 3]
     _, _, short, long = consumer.sources
@@ -384,6 +384,25 @@ def test_a_retry_topic_deleted_under_way_is_named_and_loses_nothing_of_the_sourc
     assert len(handler.calls[1]) == 2
 
 
+def test_what_waits_in_topics_of_an_earlier_policy_is_handled_under_the_next_one(cluster: Cluster) -> None:
+    """Each when it was to be, and what fails then goes on as the present policy says."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, 2)
+    handler = Handler({1: 2, 2: ALWAYS})
+    consumer = RetryingConsumer(topic, handler, group, retry=retry_topics(3, 60))
+    with Member(consumer) as member:
+        member.wait_committed({0: 2})
+    assert handler.done == []
+    changed = replace(consumer, retry=retry_topics(0.1, 0.2))
+    assert sum(lag(cluster, group, [topic.name for topic in changed.prepare().sources]).values()) == 2
+    run_to_rest(changed.prepare())
+    assert handler.done == [1]
+    assert {value: len(times) for value, times in handler.calls.items()} == {1: 3, 2: 3}  # then 0.2 s, then the end
+    assert all(times[1] - times[0] >= 3 for times in handler.calls.values())
+    (letter,) = letters(topic, group)
+    assert (letter.place, letter.attempts) == (f"{topic.name}/0/1", 3)
+
+
 def test_partitions_added_to_the_source_are_retried_too(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Handler({5: 1})
@@ -409,7 +428,7 @@ def test_forged_headers_neither_crash_nor_hold_up_nor_loop(cluster: Cluster) -> 
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Handler(dict.fromkeys(range(10), ALWAYS))
     consumer = RetryingConsumer(topic, handler, group, retry=retry_topics(0.3))
-    consumer.create_topics()
+    consumer.prepare()
     origin = {"topic": "elsewhere", "partition": 9, "offset": 9, "timestamp": 1.0, "group": "other"}
     forged = [
         *(None, "", "{", "nonsense", "[1]"),

@@ -18,7 +18,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.patterns.trails import HEADER, parse
 
-STEPS = [Step.FAILED, Step.RECOVERED, Step.FLUSHED, Step.COMMITTING, Step.COMMITTED]
+STEPS = [Step.FAILED, Step.RECOVERED, Step.COMMITTING, Step.FLUSHED, Step.COMMITTED]
 DELAY = 0.5
 RECORDS = 5
 

@@ -149,15 +149,21 @@ def test_each_survives_kill_9_and_what_happened_meanwhile(platform: Platform) ->
     platform.change("SS", "PUT")
     wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, "Africa/Juba")
     for deployment in (platform.manager, platform.bookings, platform.events):
-        deployment.pods[0].crash()
+        (pod,) = deployment.pods
+        restarts = pod.restarts
+        pod.crash()  # which takes a moment, in which the old one may still answer
+        wait_until(lambda pod=pod, before=restarts: pod.restarts > before, 20, "another process")
+        wait_ready(deployment)
     wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, "Africa/Juba again")
     wait_until(lambda: platform.ask("manager", "/countries")[0] == 200, 20, "the manager")
     assert platform.ask("manager", "/countries")[1]["SS"] == "South Sudan"
     platform.bookings.scale(0)
-    wait_until(lambda: not platform.bookings._retired, 20, "the end of bookings")
-    platform.change("SS", "DELETE")  # nobody who would take the zone away
-    assert platform.offset("Africa/Juba") == 120
-    platform.bookings.scale(1)
+    try:
+        wait_until(lambda: not platform.bookings._retired, 20, "the end of bookings")
+        platform.change("SS", "DELETE")  # nobody who would take the zone away
+        assert platform.offset("Africa/Juba") == 120
+    finally:
+        platform.bookings.scale(1)
     wait_until(lambda: platform.offset("Africa/Juba") is None, 20, "what is made up for")
 
 

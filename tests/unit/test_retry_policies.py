@@ -34,6 +34,7 @@ def test_delays_are_what_was_said() -> None:
     assert delays(blocking(exponential(0.5, cap=3, times=2)), 3) == [0.5, 1, None]
     assert blocking(exponential(0.1, cap=60)).blocks.delay(10_000) == 60
     assert retry_topics(1, 10).topics == (1, 10)
+    assert retry_topics(0, 0.0004, 0.07, 1.2345).topics == (0, 0.001, 0.07, 1.235)  # as names of topics can tell it
     assert delays(dead_letter(), 1) == [None]
 
 
