@@ -22,7 +22,8 @@ from aiohttp import web
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Staleness, View, ViewUnavailable
+from labkit.patterns.consume_and_project import Staleness
+from labkit.patterns.views import View, ViewUnavailable
 from labkit.services.http import Handler, HttpService
 
 LOOK = 0.5  # seconds between two looks at how far the view is behind

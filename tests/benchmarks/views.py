@@ -21,7 +21,8 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
-from labkit.patterns.consume_and_project import Batch, Change, Projection, SqliteView
+from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.views import Batch, Change, SqliteView
 from labkit.runtime import shared
 from labkit.services.metasite import MetaSite, fill
 from labkit.services.sites import App, Site, site_id, sites, updates

@@ -31,19 +31,18 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import (
+from labkit.patterns.consume_and_project import Projection, Staleness
+from labkit.patterns.key_value_store import StoreNotReady
+from labkit.patterns.views import (
     Batch,
     Change,
     PostgresView,
-    Projection,
     SqliteView,
-    Staleness,
     View,
     ViewOutdated,
     ViewTakenBack,
     ViewUnavailable,
 )
-from labkit.patterns.key_value_store import StoreNotReady
 
 
 class Site(msgspec.Struct):
@@ -434,7 +433,7 @@ def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> No
 
 
 def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.patterns.consume_and_project.BUSY", 0.2)
+    monkeypatch.setattr("labkit.patterns.views.BUSY", 0.2)
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"))
     with build(in_file, topic) as member, closing(sqlite3.connect(in_file.path, isolation_level=None)) as other:
@@ -452,7 +451,7 @@ def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monk
 def test_a_file_that_is_locked_when_partitions_come_is_waited_for(
     cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labkit.patterns.consume_and_project.BUSY", 0.2)
+    monkeypatch.setattr("labkit.patterns.views.BUSY", 0.2)
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"))
     tries: list[Any] = []

@@ -30,7 +30,8 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Projection, SqliteView, ViewUnavailable
+from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.views import SqliteView, ViewUnavailable
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
 from labkit.services.clients import ask

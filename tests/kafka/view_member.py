@@ -16,16 +16,8 @@ from typing import Any, ClassVar
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import (
-    Batch,
-    Change,
-    Database,
-    PostgresView,
-    Projection,
-    SqliteView,
-    View,
-    insert,
-)
+from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.views import Batch, Change, Database, PostgresView, SqliteView, View, insert
 
 OUTPUT = threading.Lock()
 

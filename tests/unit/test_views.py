@@ -8,7 +8,7 @@ import random
 import pytest
 
 from labkit.kafka.errors import LabkitError
-from labkit.patterns.consume_and_project import Change, SqliteView, newest
+from labkit.patterns.views import Change, SqliteView, newest
 
 
 def change(key: str, version: int | None, *rows: str) -> Change:

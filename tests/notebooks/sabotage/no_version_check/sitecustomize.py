@@ -1,10 +1,10 @@
 """Views that take what comes last for the newest: every Python process of the run imports this."""
 
-from labkit.patterns import consume_and_project
+from labkit.patterns import views
 
 
 def _last(changes, stored):  # type: ignore[no-untyped-def]
     return [change._replace(version=change.version or 0) for change in {one.key: one for one in changes}.values()]
 
 
-consume_and_project.newest = _last
+views.newest = _last

@@ -2,7 +2,7 @@
 
 import threading
 
-from labkit.patterns.consume_and_project import View
+from labkit.patterns.views import View
 
 LATER = 0.5  # seconds: at any moment of a burst there are rows that a crash takes away
 _put = View._put

@@ -1,0 +1,618 @@
+"""Views: tables in a database of the reader's own that say of themselves which records they are made of.
+
+- The offset a view was built up to is read, and stored, in the transaction of the rows: of what a writer that was
+  frozen has in hand, nothing is written that another one has written meanwhile.
+- Beside it stands the topic's UUID: a topic made anew under its name is not taken for the old one.
+- Of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from copy import copy
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self, cast
+
+from labkit.kafka.errors import LabkitError, Unavailable
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+AT_ONCE = 500  # rows in one statement
+LARGEST_BATCH = 10_000  # records in one transaction, whose keys are looked up in one statement
+BUSY = 5.0  # seconds to wait for another writer of the database
+
+
+class ViewOutdated(LabkitError):
+    """The view was made of another topic, or for other columns: it must be built anew."""
+
+
+class ViewTakenBack(LabkitError):
+    """The view lost what this writer had put into it (its file was deleted): the writer has to start again."""
+
+
+class ViewUnavailable(Unavailable):
+    """There is no view to be read (yet), or its database does not answer."""
+
+
+Row = tuple[Any, ...]
+
+
+class Change(NamedTuple):
+    """What one record means to a view."""
+
+    key: str
+    version: int | None
+    """None: newer than whatever is there, whose version it keeps."""
+    rows: Sequence[Row] | None
+    """Replace all rows of the key. None: the key is deleted."""
+    replaces: bool = True
+    """False if the view has never had this key: then there are no rows to be taken away."""
+
+
+class Batch(NamedTuple):
+    """Changes of one partition, in order, and how far the view has got with them."""
+
+    partition: int
+    after: int
+    """The view had everything before this offset when the batch was begun."""
+    next_offset: int
+    time: float
+    """When the last of its records was produced, in seconds since 1970."""
+    changes: Sequence[tuple[int, Change]]
+    """With the offsets of their records."""
+    aside: Sequence[tuple[int, str]]
+    """Records that could not be projected: offset and reason."""
+
+
+class Mark(NamedTuple):
+    """How far a view has got in a partition."""
+
+    next_offset: int
+    time: float
+
+
+class Database(Protocol):
+    """A connection in a transaction; parameters are marked `?`."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Any: ...
+
+
+def insert(database: Database, table: str, rows: Sequence[Row], conflict: str = "") -> None:
+    """Insert rows, many in one statement: SQLite lets other threads in at each, and waits to be let in again.
+
+    `conflict` says what becomes of those that are there already ("do nothing").
+    """
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        values = ", ".join([f"({_marks(part[0])})"] * len(part))
+        sql = f"insert into {table} values {values}" + (f" on conflict {conflict}" if conflict else "")
+        database.execute(sql, [value for row in part for value in row])
+
+
+class View(ABC):
+    """A table made of records, in a database of its own. Use SqliteView or PostgresView.
+
+    `table` has a column `key` and `columns` (name → SQL type). `indexes` are columns by which keys are looked up.
+    A view that fills its table in another way than row for row overrides `write`, and nothing else.
+
+    To build it anew, project into `view.beside()` with a group of its own, then `switch` that.
+    """
+
+    _of_keys = ""  # what the table of keys is made with
+
+    def __init__(
+        self, table: str, columns: Mapping[str, str], indexes: Sequence[str] = (), key: str = "id", generation: int = 1
+    ) -> None:
+        for name in (table, key, *columns, *indexes):
+            if not NAME.fullmatch(name):
+                raise LabkitError(f"{name!r} cannot be a name in a view: use small letters, digits and _, at most 41")
+        if unknown := set(indexes) - set(columns):
+            raise LabkitError(f"view {table} has no column {', '.join(sorted(unknown))} to look up by")
+        if not columns or key in columns:
+            raise LabkitError(f"view {table} needs columns beside its key {key!r}, and of other names; key= renames it")
+        self.table, self.columns, self.indexes, self.key = table, dict(columns), tuple(indexes), key
+        self.generation = generation
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """A view in a new process has no connection and has seen nothing."""
+        self._lock = threading.RLock()
+        self._writer: Any = None
+        self._reading: Any = None
+        self._topic = self._topic_id = ""
+        self._reached: dict[int, int] = {}  # by partition: the offset that we found, or stored, last
+        columns = ", ".join(f"t.{name}" for name in self.columns)
+        sql = f"select t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
+        self._rows_of_key = f"{sql}on t.{self.key} = k.{self.key} where k.{self.key} = ? and k.deleted = 0"
+
+    @property
+    def name(self) -> str:
+        """Of this generation's table."""
+        return f"{self.table}_{self.generation}"
+
+    # -- what a new view overrides
+
+    def write(self, database: Database, changes: Sequence[Change]) -> None:
+        """Put these changes, one a key, into the table `name`. Runs in the transaction that also moves the offset."""
+        if before := [change.key for change in changes if change.replaces]:
+            database.execute(f"delete from {self.name} where {self.key} in ({_marks(before)})", before)
+        insert(database, self.name, [(change.key, *row) for change in changes for row in change.rows or ()])
+
+    # -- writing
+
+    def begin(self, topic: str, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Where to read on in these partitions, as far as the view has them. Makes the tables.
+
+        Raises ViewOutdated when it was made of another topic, or for other columns; ViewUnavailable.
+        """
+        with self._lock:
+            if self._topic not in ("", topic):
+                raise LabkitError(
+                    f"view {self.name} is made of topic {self._topic}, not of {topic}: one view, one topic"
+                )
+            self._topic, self._topic_id = topic, topic_id
+            try:
+                with self._transaction() as database:
+                    found = self._stored(database)
+            except LabkitError:
+                raise
+            except Exception as error:  # of a connection that was broken meanwhile: the next try makes another one
+                raise ViewUnavailable(f"view {self.name} does not say where to read on: {error}") from error
+            for partition in partitions:  # of the others we know what we wrote
+                self._reached[partition] = found.get(partition, 0)
+            return found
+
+    def reached(self, partition: int) -> int:
+        """The view had everything before this offset when this writer saw it last."""
+        with self._lock:
+            return self._reached.get(partition, 0)
+
+    def apply(self, batch: Batch) -> None:
+        """Write a batch, in one transaction of these steps:
+
+        1. claim:  the stored offset is read, and kept from other writers; what is before it is written already;
+        2. select: of each key the last change, if it is newer than what is there;
+        3. write:  rows, and versions, those of deleted keys too;
+        4. aside:  the places of records that could not be projected;
+        5. mark:   the offset moves on.
+
+        Raises ViewTakenBack when the view has lost what was before the batch; ViewOutdated, ViewUnavailable.
+        """
+        with self._lock:
+            with self._transaction() as database:
+                stored = self._claim(database, batch)
+                if stored < batch.next_offset:
+                    self._put(database, batch, stored)
+            self._reached[batch.partition] = max(stored, batch.next_offset)
+
+    def _claim(self, database: Database, batch: Batch) -> int:
+        place = (self.name, self._topic, batch.partition)
+        absent = "insert into view_offsets values (?, ?, ?, ?, 0, 0) on conflict do nothing"
+        database.execute(absent, (*place, self._topic_id))
+        sql = "select next_offset, topic_id from view_offsets where view = ? and topic = ? and partition = ?"
+        stored, topic_id = database.execute(sql, place).fetchone()
+        self._check_topic(topic_id)
+        if stored < batch.after:
+            raise ViewTakenBack(
+                f"view {self.name} had {self._topic}/{batch.partition} up to offset {batch.after:,} and now up to "
+                f"{stored:,}: start again, to read on from there"
+            )
+        return cast(int, stored)
+
+    def _put(self, database: Database, batch: Batch, stored: int) -> None:
+        fresh = [change for offset, change in batch.changes if offset >= stored]
+        if changes := newest(fresh, self._versions(database, fresh)):
+            self.write(database, changes)
+            keys = [(change.key, change.version, int(change.rows is None)) for change in changes]
+            newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
+            insert(database, f"{self.name}_keys", keys, newer)
+        place = (self.name, self._topic, batch.partition)
+        aside = [(*place, *aside) for aside in batch.aside if aside[0] >= stored]
+        insert(database, "view_aside", aside, "do nothing")
+        mark = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
+        database.execute(mark, (batch.next_offset, batch.time, *place))
+
+    def _versions(self, database: Database, changes: Sequence[Change]) -> dict[str, int]:
+        keys = list({change.key for change in changes})
+        if not keys:
+            return {}
+        sql = f"select {self.key}, version from {self.name}_keys where {self.key} in ({_marks(keys)})"
+        return dict(database.execute(sql, keys).fetchall())
+
+    def _stored(self, database: Database) -> dict[int, int]:
+        sql = "select partition, next_offset, topic_id from view_offsets where view = ? and topic = ?"
+        rows = database.execute(sql, (self.name, self._topic)).fetchall()
+        for _, _, topic_id in rows:
+            self._check_topic(topic_id)
+        return {partition: offset for partition, offset, _ in rows}
+
+    def _check_topic(self, topic_id: str) -> None:
+        if topic_id != self._topic_id:
+            raise ViewOutdated(
+                f"view {self.name} was made of another topic {self._topic}, which was deleted and made anew: build it "
+                f"anew (generation={self.generation + 1})"
+            )
+
+    # -- generations
+
+    def beside(self) -> Self:
+        """The same view one generation on: built by a group of its own, unseen by readers until its `switch`."""
+        made = copy(self)
+        made.generation += 1
+        return made
+
+    def switch(self) -> None:
+        """Let readers see this generation from now on; a read sees the one before or this one, and never fails.
+
+        Raises LabkitError while it has less of the topic than the generation that is shown.
+        """
+        with self._lock, self._transaction() as database:
+            if behind := database.execute(_BEHIND, (self.name, self.table, self.name)).fetchall():
+                places = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
+                raise LabkitError(f"view {self.name} is behind the one that is shown: {places} records; wait for it")
+            self._show(database)
+
+    def _show(self, database: Database) -> None:
+        for suffix, source in self._sources.items():
+            database.execute(f"drop view if exists {self.table}{suffix}")
+            database.execute(f"create view {self.table}{suffix} as select * from {source}")
+        database.execute("update view_definitions set shown = 0 where name = ?", (self.table,))
+        database.execute("update view_definitions set shown = 1 where view = ?", (self.name,))
+
+    @property
+    def _sources(self) -> dict[str, str]:
+        """What readers read, by the end of its name; in the order of `rows`, or PostgreSQL sees a deadlock."""
+        mine = f"view_offsets where view = '{self.name}'"
+        return {"_keys": f"{self.name}_keys", "": self.name, "_offsets": mine}
+
+    def _shown(self, database: Database) -> str | None:
+        found = database.execute("select view from view_definitions where name = ? and shown = 1", (self.table,))
+        row = found.fetchone()
+        return row and cast(str, row[0])
+
+    def _make(self, database: Database) -> None:
+        """The tables, unless they are there. Raises ViewOutdated when they are there in another form."""
+        wanted = f"{self.key}; " + ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
+        wanted += f"; by {', '.join(self.indexes)}"
+        for sql in _SHARED:
+            database.execute(sql)
+        there = database.execute("select definition from view_definitions where view = ?", (self.name,)).fetchone()
+        if there is None:
+            self._create(database)
+            row = (self.name, self.table, wanted, 0)
+            database.execute("insert into view_definitions values (?, ?, ?, ?)", row)
+            if self._shown(database) is None:
+                self._show(database)
+        elif there[0] != wanted:
+            raise ViewOutdated(
+                f"view {self.name} has the columns [{there[0]}], not [{wanted}]: build it anew "
+                f"(generation={self.generation + 1})"
+            )
+
+    def _create(self, database: Database) -> None:
+        try:
+            columns = "".join(f", {name} {kind}" for name, kind in self.columns.items())
+            database.execute(f"create table {self.name} ({self.key} text not null{columns})")
+            database.execute(f"create index {self.name}_of on {self.name} ({self.key})")
+            for column in self.indexes:
+                database.execute(f"create index {self.name}_{column} on {self.name} ({column}, {self.key})")
+            keys = f"({self.key} text primary key, version bigint not null, deleted int not null)"
+            database.execute(f"create table {self.name}_keys {keys}{self._of_keys}")
+        except Exception as error:
+            if "syntax error" in str(error):
+                raise LabkitError(
+                    f"view {self.table} cannot be made ({error}): one of its names or types is a word of SQL: "
+                    f"{self.key}, {', '.join(f'{name} {kind}' for name, kind in self.columns.items())}"
+                ) from error
+            if "already exists" not in str(error):
+                raise
+            raise ViewOutdated(f"{error}, and is not known as a view: use another name than {self.table}") from error
+
+    # -- reading
+
+    def rows(self, key: str) -> list[Row] | None:
+        """The rows of a key, without the key itself; None for a key that is unknown or deleted."""
+        found = self._read(self._rows_of_key, (key,))
+        if not found:
+            return None
+        return [row[1:] for row in found] if found[0][0] is not None else []
+
+    def keys(self, column: str, value: Any, after: str = "", limit: int = 100) -> list[str]:
+        """Up to `limit` keys beyond `after` that have a row with this value, in order: the reverse lookup."""
+        if column not in self.indexes:
+            raise LabkitError(f"view {self.table} has no index by {column!r}; it has: {', '.join(self.indexes)}")
+        sql = f"select distinct {self.key} from {self.table} where {column} = ? and {self.key} > ? "
+        return [row[0] for row in self._read(f"{sql}order by {self.key} limit ?", (value, after, limit))]
+
+    def content(self) -> dict[str, list[Row]]:
+        """Everything in it, by key: for verdicts, not for a table that is large."""
+        found: dict[str, list[Row]] = {}
+        columns = ", ".join(f"t.{name}" for name in self.columns)
+        sql = f"select k.{self.key}, t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
+        for key, has_rows, *row in self._read(f"{sql}on t.{self.key} = k.{self.key} where k.deleted = 0"):
+            found.setdefault(key, []).extend([tuple(row)] if has_rows is not None else [])
+        return {key: sorted(rows) for key, rows in found.items()}
+
+    def count(self) -> int:
+        """How many rows it has."""
+        return int(self._read(f"select count(*) from {self.table}")[0][0])
+
+    def marks(self, topic: str) -> dict[int, Mark]:
+        """How far it has got, by partition."""
+        sql = f"select partition, next_offset, time from {self.table}_offsets where topic = ?"
+        return {partition: Mark(offset, moment) for partition, offset, moment in self._read(sql, (topic,))}
+
+    def aside(self) -> list[tuple[str, int, int, str]]:
+        """The records of this generation that could not be projected: topic, partition, offset, reason."""
+        sql = "select topic, partition, record, reason from view_aside where view = ? order by 1, 2, 3"
+        return cast(list[tuple[str, int, int, str]], self._read(sql, (self.name,)))
+
+    def close(self) -> None:
+        """Let its connections go. It can be used again."""
+        with self._lock:
+            self._disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- connections
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Database]:
+        database = self._writable()
+        try:
+            self._start(database)
+            yield database
+            database.execute("commit")
+        except BaseException:
+            try:
+                database.execute("rollback")
+            except Exception:
+                self._disconnect()
+            raise
+
+    def _writable(self) -> Any:
+        if self._writer is not None and self._is_stale():
+            self._disconnect()
+        if self._writer is None:
+            writer = self._connect()
+            try:
+                self._start(writer)
+                self._make(writer)
+                writer.execute("commit")
+            except BaseException:
+                with suppress(Exception):
+                    writer.close()
+                raise
+            self._writer = writer
+        return self._writer
+
+    def _disconnect(self) -> None:
+        connections, self._writer, self._reading = (self._writer, self._reading), None, None
+        for connection in connections:
+            if connection is not None:
+                with suppress(Exception):
+                    connection.close()
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """A connection to write with."""
+
+    @abstractmethod
+    def _start(self, database: Any) -> None:
+        """Begin a transaction in which nobody else writes the view, or makes tables."""
+
+    @abstractmethod
+    def _is_stale(self) -> bool:
+        """Whether the connections lead to what is no longer there."""
+
+    @abstractmethod
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """What a query finds. Raises ViewUnavailable."""
+
+    @abstractmethod
+    def is_about_rows(self, error: Exception) -> bool:
+        """Whether the database refuses these rows, and would again and again."""
+
+
+_SHARED = (
+    "create table if not exists view_definitions (view text primary key, name text, definition text, shown int)",
+    """create table if not exists view_offsets (view text, topic text, partition int, topic_id text,
+    next_offset bigint, time double precision, primary key (view, topic, partition))""",
+    """create table if not exists view_aside (view text, topic text, partition int, record bigint, reason text,
+    primary key (view, topic, partition, record))""",
+)
+
+
+# How far a view is behind the one that is shown; a topic that was made anew since cannot be compared.
+_BEHIND = """select o.topic, o.partition, o.next_offset - coalesce(n.next_offset, 0) from view_offsets o
+join view_definitions d on d.view = o.view
+left join view_offsets n on n.view = ? and n.topic = o.topic and n.partition = o.partition
+where d.name = ? and d.shown = 1 and o.next_offset > coalesce(n.next_offset, 0) and not exists
+(select 1 from view_offsets a where a.view = ? and a.topic = o.topic and a.topic_id <> o.topic_id) order by 1, 2"""
+
+
+class SqliteView(View):
+    """A view in a file, in WAL mode: any number of processes read it while one writes.
+
+    A transaction that power loss takes back takes its offset back too. A writer that is frozen in the middle of a
+    transaction keeps the others waiting until it goes on or ends; readers do not notice.
+    """
+
+    _of_keys = " without rowid"  # one tree instead of two
+
+    def __init__(
+        self,
+        path: Path | str,
+        table: str,
+        columns: Mapping[str, str],
+        indexes: Sequence[str] = (),
+        key: str = "id",
+        generation: int = 1,
+    ) -> None:
+        self.path = str(Path(path).absolute())
+        super().__init__(table, columns, indexes, key, generation)
+        with closing(sqlite3.connect(":memory:")) as trial:  # told here, and not by a pod that dies of it
+            self._create(trial)
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            connection = self._open("rwc")
+            connection.execute("pragma journal_mode = wal")
+            connection.execute("pragma synchronous = normal")
+        except sqlite3.Error as error:
+            raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
+        return connection
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        # Our lock keeps threads apart. "rw" makes no file: who reads must not be the one who makes an empty view.
+        uri = f"{Path(self.path).as_uri()}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        self._file = self._identity()
+        return connection
+
+    def _start(self, database: Any) -> None:
+        try:
+            database.execute("begin immediate")
+        except sqlite3.OperationalError as error:
+            raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _is_stale(self) -> bool:
+        """Whether the file was deleted: what is written to it, or read from it, would be seen by nobody else."""
+        return self._file is None or self._file != self._identity()
+
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        with self._lock:
+            try:
+                if self._reading is not None and self._is_stale():
+                    self._disconnect()
+                if self._reading is None:
+                    self._reading = self._open("rw")
+                found: list[Row] = self._reading.execute(sql, parameters).fetchall()
+                return found
+            except sqlite3.Error as error:
+                raise ViewUnavailable(f"view {self.table} cannot be read: {self.path}: {error}") from error
+
+    def is_about_rows(self, error: Exception) -> bool:
+        kinds = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+        return isinstance(error, (*kinds, OverflowError, UnicodeError))
+
+
+class PostgresView(View):
+    """A view in a PostgreSQL, named by its connection string; needs psycopg (`pip install 'labkit[postgres]'`).
+
+    The server ends the transaction of a writer that is frozen in the middle of it after 5 s.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        table: str,
+        columns: Mapping[str, str],
+        indexes: Sequence[str] = (),
+        key: str = "id",
+        generation: int = 1,
+    ) -> None:
+        self.dsn = dsn
+        super().__init__(table, columns, indexes, key, generation)
+
+    def _connect(self) -> _Marked:
+        return _Marked(self._dial())
+
+    def _dial(self) -> Any:
+        import psycopg
+
+        try:
+            connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=int(BUSY))
+            connection.execute(f"set idle_in_transaction_session_timeout = {int(BUSY * 1000)}")
+        except psycopg.Error as error:
+            raise ViewUnavailable(f"view {self.name}: its database does not answer: {error}") from error
+        return connection
+
+    def _start(self, database: Any) -> None:
+        database.execute("begin")
+        # One writer at a time: two that make the tables at once would both find none, and two with different partitions
+        # may have the same key (partitions were added), of which either would find no rows to replace.
+        who = "labkit views" if self._writer is None else self.name
+        database.execute("select pg_advisory_xact_lock(hashtext(?))", (who,))
+
+    def _is_stale(self) -> bool:
+        return bool(self._writer.connection.broken)
+
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        import psycopg
+
+        with self._lock:
+            try:
+                if self._reading is None:
+                    self._reading = _Marked(self._dial())
+                found: list[Row] = self._reading.execute(sql, parameters).fetchall()
+                return found
+            except psycopg.Error as error:
+                reading, self._reading = self._reading, None
+                reading.close()
+                raise ViewUnavailable(f"view {self.table} cannot be read: {error}") from error
+
+    def is_about_rows(self, error: Exception) -> bool:
+        import psycopg
+
+        kinds = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded, UnicodeError)
+        if isinstance(error, kinds):
+            return True
+        return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
+
+
+class _Marked:
+    """A connection of psycopg that takes `?` for a parameter."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        return self.connection.execute(sql.replace("?", "%s"), parameters)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]:
+    """Of each key the last change that is newer than what is there; `stored` has the versions that are."""
+    versions = dict(stored)
+    kept: dict[str, Change] = {}
+    for change in changes:
+        known = versions.get(change.key)
+        if change.version is None:
+            change = change._replace(version=-1 if known is None else known)
+        elif known is not None and change.version <= known:
+            continue
+        versions[change.key] = cast(int, change.version)
+        if change.key not in stored:
+            change = Change(change.key, change.version, change.rows, replaces=False)
+        kept[change.key] = change
+    return list(kept.values())
