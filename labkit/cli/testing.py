@@ -23,7 +23,7 @@ from labkit.cli.output import say_table
 from labkit.kafka.errors import LabkitError
 
 PYTEST = ("-m", "pytest", "-ra", "--durations=12", "--durations-min=2")
-# Two at once. Not the tests with a broker: two of them on two cores starve each other's sessions and heartbeats.
+# Two at once, each with a broker of its own: most of a test is waiting for sessions, back-offs and processes.
 TWO = ("-n", "2", "--dist", "worksteal")
 # nbval: in order, so nothing may shuffle; `lax` compares the outputs of marked cells only; warnings of the notebook
 # machinery itself are not ours to fix.
@@ -55,9 +55,9 @@ PARTS = {
         300,
     ),
     "unit": Part(((*PYTEST, *TWO, "tests/unit"),), 600),
-    "kafka": Part(((*PYTEST, "tests/kafka"),), 2400),
+    "kafka": Part(((*PYTEST, *TWO, "tests/kafka"),), 2400),
     "notebooks": Part(
-        ((*NBVAL, "notebooks"), (*PYTEST, "-p", "no:randomly", "--timeout=300", "tests/notebooks")), 2400
+        ((*NBVAL, "notebooks"), (*PYTEST, *TWO, "-p", "no:randomly", "--timeout=300", "tests/notebooks")), 2400
     ),
     "browser": Part(((*PYTEST, "-p", "no:randomly", "--timeout=300", "tests/browser"),), 900),
 }
