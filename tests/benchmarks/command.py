@@ -67,6 +67,8 @@ def main(arguments: list[str]) -> int:
                     failed = True
     except KeyboardInterrupt:
         say("stopped; nothing is left behind")
+        if rows:
+            print(chosen.form(rows, measured(before)))
         return 130
     print(chosen.form(rows, measured(before)))
     return int(failed)

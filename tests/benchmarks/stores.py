@@ -26,9 +26,9 @@ from labkit.patterns.key_value_store import KeyValueStore
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.valkey import Valkey
 
-GETS = 1_000_000
+GETS = 5_000_000
 ENTRIES = 1_000_000
-PUTS = 1_000
+PUTS, AT_ONCE = 1_000, 100_000
 CHANGES = 1_000
 
 
@@ -119,12 +119,12 @@ def puts(bench: Bench, kept: KeyValueStore[Customer]) -> Iterator[Row]:
         return PUTS / (time.perf_counter() - began)
 
     def at_once() -> float:
-        entries = {f"key {number}": value for number in range(100_000)}
+        entries = {f"key {number}": value for number in range(AT_ONCE)}
         began = time.perf_counter()
         kept.update(entries, 60)
         return len(entries) / (time.perf_counter() - began)
 
-    found = bench.alternate({"one writer": alone, "16 writers": together, "one update of 100,000": at_once})
+    found = bench.alternate({"one writer": alone, "16 writers": together, f"one update of {AT_ONCE:,}": at_once})
     for name, median in found.items():
         yield Row(f"store: put, {name}", median.rate, "puts/s", note="confirmed by Kafka, and read back by this store")
 

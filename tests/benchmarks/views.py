@@ -56,7 +56,7 @@ class Timed(SqliteView):
         self.began = self.began or time.perf_counter()
         super().apply(batch)
         self.ended = time.perf_counter()
-        if sum(self._written.values()) >= RECORDS:
+        if sum(map(self.reached, range(PARTITIONS))) >= RECORDS:
             self.complete.set()
 
     complete: threading.Event
@@ -71,12 +71,13 @@ def fresh_view(folder: Path) -> Timed:
 def view(bench: Bench) -> Iterator[Row]:
     """60,000 sites from a topic into a SQLite view, against the same upserts without Kafka."""
     topic: Topic[Context] = bench.topic("sites", PARTITIONS, Context)
-    partitions: list[list[Change]] = [[] for _ in range(PARTITIONS)]
+    partitions: list[list[tuple[int, Change]]] = [[] for _ in range(PARTITIONS)]
     producer, rows = Producer(bench.cluster), 0
     for number, site in enumerate(sites(RECORDS, pages=0)):
         found = [(app.name, app.version) for app in site.apps]
         rows += len(found)
-        partitions[number % PARTITIONS].append(Change(site.id, site.version, found))
+        offset = number // PARTITIONS
+        partitions[number % PARTITIONS].append((offset, Change(site.id, site.version, found)))
         producer.send(topic.name, encode(site), site.id, partition=number % PARTITIONS)
     producer.flush()
 
@@ -92,7 +93,7 @@ def view(bench: Bench) -> Iterator[Row]:
             for start in range(0, len(partitions[0]), BATCH):
                 for number, changes in enumerate(partitions):
                     part = changes[start : start + BATCH]
-                    made.apply(Batch(number, start + len(part), 0.0, part, []))
+                    made.apply(Batch(number, start, start + len(part), 0.0, part, []))
             assert made.count() == rows, "the view is not complete"
             return rows / (made.ended - made.began)
 
