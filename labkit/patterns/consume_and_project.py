@@ -62,6 +62,7 @@ class Projection(Generic[T]):
             self.write,
             group,
             on_failure=self.decide,
+            workers=1,  # a view takes one writer at a time: more threads only wait, and each wait costs a turn
             max_ahead=max(1000, 4 * batch),
             batch=batch,
             positions=self.positions,
