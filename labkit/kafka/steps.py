@@ -28,7 +28,8 @@ class Step(Enum):
     RECOVERED = "recovered"
     """A lane that had failed goes on: its record was handled, set aside, or taken away. Subject: the Failure."""
     COMMITTING = "committing"
-    """Offsets are about to be committed; what is sent now, before them. Subject: {(topic, partition): offset}."""
+    """Offsets are to be committed; what is sent now, before them. Told again for as long as something that was sent is
+    not confirmed. Subject: {(topic, partition): offset}."""
     FLUSHED = "flushed"
     """Everything that was sent is confirmed, and the commit follows. Subject: None."""
     COMMITTED = "committed"

@@ -162,14 +162,17 @@ class Lab:
         """Keep `replicas` pods running `runnable`, under this name. One of that name is drained and replaced.
 
         A Consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
-        stopped. Returns at once. Raises CannotTravel when the handler uses what cannot live in another process.
+        stopped. Does not wait for pods. Raises CannotTravel when the handler uses what cannot live in another process,
+        ClusterUnreachable when topics of its own cannot be made.
         """
         self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
         self.run.name(name)
         if isinstance(runnable, Consumer):
-            runnable = replace(runnable, group=runnable.group or self.run.group(name)).prepare()
+            runnable = replace(runnable, group=runnable.group or self.run.group(name))
         before = self.deployments.get(name)
         made = Deployment(name, runnable, replicas, self._telemetry, self._history, before)
+        if isinstance(runnable, Consumer):
+            made.runnable = runnable.prepare()  # when nothing can be refused any more
         if before is not None:  # it ends when the one before has left
             self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
         self.deployments[name] = made

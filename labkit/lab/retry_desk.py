@@ -45,8 +45,10 @@ class RetryDesk:
         self.lanes = BlockedLanes(self.topic, self.consumer.group)
         self.letters = DeadLetters(self.topic, self.consumer.group)
         delays = self.consumer.policy(self.topic).topics
-        own = self.consumer.own_topics(self.topic)
-        self._retry_topics = {topic.name: f"in {delay:g} s" for topic, delay in zip(own[1:], delays, strict=True)}
+        _, *own = self.consumer.own_topics(self.topic)
+        self._retry_topics = {topic.name: f"in {delay:g} s" for topic, delay in zip(own, delays, strict=True)}
+        for topic in self.consumer.companions[self.topic.name][1 + len(own) :]:  # of an earlier policy
+            self._retry_topics[topic.name] = f"in {topic.name.rpartition('-')[2]}, before"
         self._depths: dict[str, int] = {}
         self._looked = 0.0
         lab.watch("stuck", self.name, self.blocked_for)

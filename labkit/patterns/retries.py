@@ -171,8 +171,12 @@ class RetryingConsumer(Consumer):
     @property
     def sources(self) -> tuple[Topic[Any], ...]:
         """The topics it reads: those it was given, and its own; once prepared, also those of an earlier policy."""
-        own = [own for topic in self.mains for own in self.companions.get(topic.name) or self.own_topics(topic)]
-        return (*self.mains, *(own if self.group else ()))
+        return (*self.mains, *(own for topic in self.mains if self.group for own in self._beside(topic)))
+
+    def _beside(self, main: Topic[Any]) -> list[Topic[Any]]:
+        own = self.own_topics(main)
+        names = {topic.name for topic in own}
+        return [*own, *(topic for topic in self.companions.get(main.name, ()) if self.is_left(main, topic.name, names))]
 
     def policy(self, topic: Topic[Any]) -> Policy:
         """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
@@ -217,11 +221,11 @@ class RetryingConsumer(Consumer):
             while not all(map(self.cluster.topics().get, made)) and time.monotonic() < until:
                 time.sleep(0.02)  # between two questions
             # A policy may be changed while records wait in the topics of the one before.
-            beside[main.name] += [replace(main, name=name) for name in sorted(there) if self._left(main, name, made)]
+            beside[main.name] += [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
         return replace(self, companions=beside)
 
-    def _left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
-        """Whether a topic is a retry topic of this one's that an earlier policy had."""
+    def is_left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
+        """Whether a topic is one of its retry topics, of another policy than that with the topics `now`."""
         end = RETRY_TOPIC.search(name)
         if end is None or name in now or not name.startswith(main.name):
             return False
@@ -330,7 +334,7 @@ class _Retries:
         def of(hop: _Hop) -> Callable[[Record[Any]], float]:
             def due(record: Record[Any]) -> float:
                 trail = parse(record.headers.get(HEADER))
-                if trail is not None and trail.replayed:
+                if trail is not None and trail.replayed and trail.topic in self.hops:
                     with self.lock:
                         self.replays.setdefault((record.topic, record.partition), {})[record.offset] = trail
                 # Headers come from outside: one that says "in a year" must not make the record wait for a year.
@@ -348,6 +352,10 @@ class _Retries:
                 self.cases.pop(subject.place, None)
             self.commands[self.hops[subject.topic].main.name].unblock(subject)
         elif step is Step.ASSIGNED:
+            with self.lock:
+                for topic, partition, _ in subject:
+                    self.replays.pop((topic, partition), None)  # noted by a worker that was late when it was lost
+            self.look_for_others()
             for commands in self.commands.values():
                 commands.assigned(subject)
         elif step is Step.COMMITTING:
@@ -361,6 +369,19 @@ class _Retries:
                     self.replays.pop(place, None)
             for commands in self.commands.values():
                 commands.revoked(subject)
+
+    def look_for_others(self) -> None:
+        """Another member may have run with another policy, and left records in topics that were not there when this one
+        began. Raises LabkitError, which ends this run: the next one reads them too."""
+        try:
+            there = self.consumer.cluster.topics()
+        except ClusterUnreachable:
+            return
+        for main in self.consumer.mains:
+            if others := [name for name in there if self.consumer.is_left(main, name, self.hops)]:
+                raise LabkitError(
+                    f"another member of {self.group} retries in {', '.join(others)}: start again, to read that too"
+                )
 
     def leave_queue(self, positions: Mapping[tuple[str, int], int]) -> None:
         """Replayed records that are about to be committed, and were not set aside again, are no dead letters any more.
@@ -436,7 +457,8 @@ class _Retries:
         policy = self.consumer.policy(hop.main)
         # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
         retriable = failure.record is not None and not isinstance(failure.error, policy.non_retriable)
-        if retriable and hop.number == 0:
+        # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
+        if retriable and (hop.number == 0 or hop.number > len(policy.topics)):
             delay = policy.blocks.delay(failure.attempt)
             if delay is not None:
                 return Retry(max(0.0, case.failed[-1] + delay - time.time()))

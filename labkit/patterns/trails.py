@@ -27,7 +27,7 @@ Time = Annotated[float, msgspec.Meta(ge=0, le=FUTURE)]
 class Trail(msgspec.Struct, omit_defaults=True, frozen=True):
     """Where a record came from first, which never changes, and what has happened to it since."""
 
-    topic: str
+    topic: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
     partition: Count
     offset: Count
     timestamp: Time

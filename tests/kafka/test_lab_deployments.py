@@ -20,6 +20,7 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.lab import Lab
 from labkit.lab.deployment import PodState
+from labkit.lab.retry_desk import RetryDesk
 from labkit.lab.travel import CannotTravel
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.runtime.connect import Connection
@@ -181,6 +182,7 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
         target.send({"id": record.value.id, "by": version}, key=record.key)
 
     old = lab.deploy("shop", Consumer(source, ship), replicas=2)
+    wait_ready(old)  # or one may have done it all before the other has its share
     load = lab.load(source, orders(600), rate=150)
     # Both at work, and what they have is committed: a drain in the middle of a rebalance may do records twice.
     wait_until(lambda: min(pod.handled for pod in old.pods) > 30, 20, "the old one at work")
@@ -206,12 +208,13 @@ def test_deploying_with_another_policy_leaves_nothing_waiting(lab: Lab) -> None:
     def ship(record: Record[Order]) -> None:
         target.send(Shipped(record.value.id), key=record.key)
 
-    shop = lab.deploy("shop", RetryingConsumer(source, refuse, retry=retry_topics(4)))
+    shop = lab.deploy("shop", RetryingConsumer(source, refuse, retry=retry_topics(8)))
     load = lab.load(source, orders(20), rate=1000)
     load.wait()
-    retries = [topic.name for topic in shop.topics if "_retry1-4s" in topic.name]
+    retries = [topic.name for topic in shop.topics if "_retry1-8s" in topic.name]
     wait_until(lambda: sum(end_offsets(lab.cluster, retries).values()) == 20, 20, "all refused once")
     shop = lab.deploy("shop", RetryingConsumer(source, ship, retry=retry_topics(0.5)))
+    assert list(RetryDesk(lab, shop)._retry_topics.values()) == ["in 0.5 s", "in 8s, before"]
     assert lab.settle(30), lab.settle(0)
     assert sorted(value.id for value in values(target)) == list(range(20))
     assert lab.audit(load, target).check().startswith("20 sent · 20 done · lost 0")

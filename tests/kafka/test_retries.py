@@ -26,7 +26,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters, dead_letters_topic
-from labkit.patterns.retries import RetryingConsumer, blocking, dead_letter, exponential, retry_topics
+from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter, exponential, retry_topics
 from labkit.patterns.trails import HEADER, parse
 
 
@@ -84,7 +84,7 @@ def test_the_fourth_call_succeeds_and_none_is_early(cluster: Cluster) -> None:
     assert handler.done == sorted(handler.done)
     assert [len(handler.calls[value]) for value in (0, 1, 2)] == [4, 1, 1]
     gaps = [b - a for a, b in zip(handler.calls[0], handler.calls[0][1:], strict=False)]
-    assert all(gap >= 0.2 for gap in gaps)
+    assert all(0.2 <= gap < 2 for gap in gaps)
     first = next(record for record in handler.records if "tenant" in record.headers)
     assert (first.key, first.headers["tenant"]) == ("k", "t1")
     assert letters(topic, group) == []
@@ -403,6 +403,40 @@ def test_what_waits_in_topics_of_an_earlier_policy_is_handled_under_the_next_one
     assert (letter.place, letter.attempts) == (f"{topic.name}/0/1", 3)
 
 
+@pytest.mark.parametrize("policy", [blocking(0.05, 0.05), blocking(exponential(0.05, cap=0.1))])
+def test_what_an_earlier_policy_set_aside_begins_with_the_next_one(cluster: Cluster, policy: Policy) -> None:
+    """Not in the dead letters after one more call: the policy of now has not given up."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    handler = Handler({1: 3})
+    consumer = RetryingConsumer(topic, handler, group, retry=retry_topics(0.5))
+    with Member(consumer) as member:
+        member.wait_committed({0: 1})
+    run_to_rest(replace(consumer, retry=policy).prepare())
+    assert len(handler.calls[1]) == 4
+    assert letters(topic, group) == []
+
+
+def test_a_member_ends_when_another_policy_of_its_group_left_topics_it_does_not_read(cluster: Cluster) -> None:
+    """What a member of another version set aside would wait in vain, and be gone in a week."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
+    handler = Handler({1: 1})
+    consumer = RetryingConsumer(topic, handler, group, retry=retry_topics(0.2))
+    with Member(consumer) as first:
+        first.journal.wait_for(Step.ASSIGNED)
+        other = replace(consumer, retry=retry_topics(0.7))
+        with Member(other) as second:
+            second.journal.wait_for(Step.ASSIGNED)
+            ((_, number, _), *_) = second.journal.of(Step.ASSIGNED)[0]
+            put(topic, 1, partition=number)
+            second.wait_committed({number: 1})
+        error = first.ends(20)
+    assert "another member of" in str(error)
+    assert "retry1-700ms" in str(error)
+    run_to_rest(consumer.prepare())
+    assert handler.done == [1]
+
+
 def test_partitions_added_to_the_source_are_retried_too(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Handler({5: 1})
@@ -447,6 +481,35 @@ def test_forged_headers_neither_crash_nor_hold_up_nor_loop(cluster: Cluster) -> 
     assert {value: len(times) for value, times in handler.calls.items() if value < 100} == dict.fromkeys(range(10), 1)
     assert max(times[-1] for times in handler.calls.values()) - began < 10
     assert Counter(value for value in handler.done) == Counter(range(100, 110))
+
+
+def test_a_header_forged_in_the_source_is_not_believed(cluster: Cluster) -> None:
+    """correctness 16: there the first attempt is the first, and the place is where the record lies."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    handler = Handler({1: ALWAYS})
+    forged = {"topic": "elsewhere", "partition": 9, "offset": 9, "timestamp": 1.0, "group": "other", "attempts": 1000}
+    sender = Producer(cluster)
+    sender.send(topic.name, b"1", "k", {HEADER: json.dumps({**forged, "due": time.time() + 1e9, "replayed": True})})
+    sender.flush()
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=retry_topics(0.2)))
+    (letter,) = letters(topic, group)
+    assert (letter.place, letter.group, letter.attempts) == (f"{topic.name}/0/0", group, 2)
+
+
+def test_a_replay_forged_from_elsewhere_takes_no_letter_away(cluster: Cluster) -> None:
+    topic, group = fresh_topic(cluster), fresh_group()
+    handler = Handler({1: ALWAYS})
+    consumer = RetryingConsumer(topic, handler, group, retry=dead_letter()).prepare()
+    put(topic, 1)
+    origin = {"partition": 0, "offset": 0, "timestamp": 1.0, "group": group, "replayed": True}
+    sender = Producer(cluster)
+    for value, name in enumerate(("elsewhere", "x" * 900_000), 2):
+        header = json.dumps({**origin, "topic": name})
+        sender.send(consumer.sources[1].name, str(value).encode(), "k", {HEADER: header})
+    sender.flush()
+    run_to_rest(consumer)
+    assert sorted(handler.done) == [2, 3]
+    assert len(letters(topic, group)) == 1
 
 
 def test_a_consumer_without_failures_has_a_quiet_life(cluster: Cluster) -> None:
