@@ -127,10 +127,10 @@ def _font(size: float, bold: bool) -> FontProperties:
 
 
 @lru_cache(maxsize=4096)
-def text_width(text: str, size: float, bold: bool) -> float:
-    """Width in pixels of a text as it is drawn."""
+def text_width(text: str, size: float, bold: bool, scale: float = 1.0) -> float:
+    """Width in pixels of a text as it is drawn at this scale: small letters are wider than a share of large ones."""
     with _lock:
-        width, _, _ = _Renderer(1, 1, 72).get_text_width_height_descent(text, _font(size, bold), False)
+        width, _, _ = _Renderer(1, 1, 72 * scale).get_text_width_height_descent(text, _font(size, bold), False)
     return float(width)
 
 
@@ -178,7 +178,7 @@ _PADDING = 2
 @lru_cache(maxsize=1024)
 def _typeset(text: str, size: float, colour: str, bold: bool, scale: float) -> NDArray[np.uint8]:
     """The pixels of a text, the middle of its letters' height in the middle, bottom row first."""
-    width = math.ceil(text_width(text, size, bold) * scale) + 2 * _PADDING
+    width = math.ceil(text_width(text, size, bold, scale)) + 2 * _PADDING
     height = 2 * math.ceil(size * scale)
     figure, canvas = _canvas(width, height, scale, "none")
     artist = TextArtist(

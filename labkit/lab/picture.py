@@ -34,6 +34,7 @@ _SHADE, _SHADE_LETTERS, _INSTANT, _INSTANT_LETTERS = "#FAF0DA", "#8A5A00", "#D55
 
 # In pixels of the picture.
 WIDTH, HEIGHT, CAPTION = 1180, 340, 34
+ABREAST = 4  # panels in a row; of more there are more rows
 _TOP, _BOTTOM, _LEFT, _CELL_GAP, _EDGE = 66, 34, 42, 22, 6
 _TICK_SIZE, _LABEL_SIZE, _TITLE_SIZE, _WORDS_SIZE = 12.0, 12.0, 16.0, 14.0
 _LABEL_PITCH, _FAULT_PITCH, _FAULT_ROWS = 15.0, 16.0, 4
@@ -183,19 +184,22 @@ def compose(
     window: float = 60.0,
     caption: str = "",
 ) -> Scene:
-    """Lay the panels out in a row. Texts of faults are on the first only."""
+    """Lay the panels out in rows of up to `ABREAST`. Texts of faults are on the first only."""
     if not panels:
         raise ValueError("a picture needs at least one panel")
     if window <= 0:
         raise ValueError(f"window must be above 0 seconds, not {window}")
     floor = CAPTION if caption else 0
-    scene = Scene(WIDTH, HEIGHT + floor)
-    cell = (WIDTH - _EDGE - _CELL_GAP * (len(panels) - 1)) / len(panels)
+    rows = math.ceil(len(panels) / ABREAST)
+    abreast = math.ceil(len(panels) / rows)
+    scene = Scene(WIDTH, rows * HEIGHT + floor)
+    cell = (WIDTH - _EDGE - _CELL_GAP * (abreast - 1)) / abreast
     series = _series(samples, now - window)
     newest = max((times[-1] for times, _ in series.values()), default=None)
     for i, panel in enumerate(panels):
-        left = i * (cell + _CELL_GAP)
-        frame = _Frame(scene, now, window, left + _LEFT, left + cell, floor)
+        row, column = divmod(i, abreast)
+        left = column * (cell + _CELL_GAP)
+        frame = _Frame(scene, now, window, left + _LEFT, left + cell, floor + (rows - 1 - row) * HEIGHT)
         _draw_panel(frame, panel, series, faults, newest, writes_faults=i == 0)
     if caption:
         text = shorten(caption, 14.0, WIDTH - 2 * _LEFT)

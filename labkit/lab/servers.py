@@ -6,6 +6,7 @@ import html
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from labkit.kafka.errors import LabkitError
 from labkit.lab.board import Action
@@ -119,6 +120,19 @@ class Database(ServerFaults):
         self.dsn = server.dsn
         """How to reach it, for psycopg and any other client of libpq."""
         self.close = server.close
+        self._committed: tuple[float, int] | None = None
+
+    def transactions(self) -> float:
+        """Transactions a second since it was asked last, for `lab.watch`; 0 while it is down."""
+        import psycopg
+
+        before, self._committed = self._committed, None
+        sql = "select xact_commit from pg_stat_database where datname = current_database()"
+        with suppress(psycopg.Error), psycopg.connect(self.dsn, connect_timeout=1) as client:
+            self._committed = time.monotonic(), client.execute(sql).fetchall()[0][0]
+        if before is None or self._committed is None or self._committed[0] <= before[0]:
+            return 0.0
+        return max(0, self._committed[1] - before[1]) / (self._committed[0] - before[0])  # a kill takes the count away
 
     def actions(self) -> list[Action]:
         """The board's buttons for it. It cannot be frozen: each of its connections is a process of its own."""

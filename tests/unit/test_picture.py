@@ -256,6 +256,22 @@ def test_nonsense_is_refused() -> None:
         picture.draw(PANELS, [], [], T, window=0)
 
 
+def test_more_panels_than_fit_abreast_are_in_rows() -> None:
+    scene = picture.compose([PANELS[0]] * 7, *RUNS["two partitions"], T)
+    titles = scene.texts("title")
+    assert scene.height == 2 * picture.HEIGHT
+    assert [len([one for one in titles if one.y == y]) for y in sorted({one.y for one in titles}, reverse=True)] == [
+        4,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("scale", [0.75, 1.0, 1.5])
+def test_letters_are_not_cut_at_any_scale(scale: float) -> None:
+    pixels = canvas._typeset("0 waiting · 4 failed", 14.0, "#000000", False, scale)
+    assert not pixels[:, -1, 3].any(), "the last column has ink"
+
+
 def test_a_panel_of_one_metric_names_its_owners_and_their_figures() -> None:
     panel = picture.figures_panel("Clients wait", "ms", "p99 ms", ["few", "many"])
     samples = [Sample(T - 1 + tick / 4, "p99 ms", label, 3.25) for tick in range(5) for label in ("few", "other")]

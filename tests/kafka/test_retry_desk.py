@@ -1,0 +1,90 @@
+"""The desk of notebook 04: each of its buttons does what its method does, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from lab_helpers import Order, Shipped, orders, values, wait_ready
+from processes import wait_until
+
+from labkit.kafka.records import Record
+from labkit.lab import Lab
+from labkit.lab.retry_desk import RetryDesk
+from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter
+from labkit.runtime.connect import Connection
+
+
+@pytest.fixture
+def lab(connection: Connection) -> Iterator[Lab]:
+    lab = Lab("desk")
+    yield lab
+    lab._end(0)
+
+
+def press(desk: Any, label: str) -> str:
+    """Click it, and wait for what it says."""
+    desk.say("")
+    desk.refresh()
+    buttons = [one for row in desk.widget.children for one in getattr(row, "children", ())]
+    (button,) = [one for one in buttons if getattr(one, "description", "") == label]
+    button.click()
+    wait_until(lambda: "></div>" not in desk._says.value and not button.disabled, 20, f"an answer to {label}")
+    return str(desk._says.value)
+
+
+def failing(lab: Lab, retry: Policy) -> tuple[RetryDesk, Any]:
+    """A deployment that refuses order 1 and all from 5 on."""
+    source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
+
+    def ship(record: Record[Order]) -> None:
+        if record.value.id == 1 or record.value.id >= 5:
+            raise ConnectionError("no answer")
+        target.send(Shipped(record.value.id), key=record.key)
+
+    shop = lab.deploy("shop", RetryingConsumer(source, ship, retry=retry))
+    wait_ready(shop)
+    return RetryDesk(lab, shop), source
+
+
+def test_the_buttons_of_what_is_blocked(lab: Lab) -> None:
+    desk, source = failing(lab, blocking(300))
+    assert "Nothing is blocked" in press(desk.unblock, "Skip this record")
+    lab.load(source, orders(3), rate=1000).wait()
+    first = desk.wait_blocked()
+    desk.unblock.refresh()
+    desk.unblock._choice.value = first.place
+    assert f"Skipped {first.place.rsplit('.', 1)[-1]}" in press(desk.unblock, "Skip this record")
+    wait_until(lambda: [one.id for one in values(lab.topics["shipped"])] == [0, 2], 20, "what was behind it")
+    assert "until you resume" in press(desk.unblock, "Skip all that fails")
+    lab.load(source, orders(3, first=5), rate=1000).wait()
+    assert lab.settle(20), lab.settle(0)
+    assert "blocks again" in press(desk.unblock, "Resume")
+    lab.load(source, orders(1, first=9), rate=1000).wait()
+    assert desk.wait_blocked().value == '{"id":9,"customer":"customer 9"}'
+    assert len(list(desk.lanes.skipped())) == 4
+
+
+def test_the_buttons_of_dead_letters(lab: Lab) -> None:
+    desk, source = failing(lab, dead_letter())
+    lab.load(source, orders(4, first=5), rate=1000).wait()
+    wait_until(lambda: len(desk.letters) == 4, 20, "four dead letters")
+    review = desk.review
+    assert "Select dead letters first" in press(review, "Replay selected")
+    review._choice.value = (first := next(iter(desk.letters)),)
+    assert "no answer" in review._shows.value
+    assert first in review._shows.value
+    assert "1 put back" in press(review, "Replay selected")
+    wait_until(lambda: desk.letters[first].attempts == 2, 20, "its second attempt")
+    assert "4 put back" in press(review, "Replay all")
+    wait_until(lambda: min(one.attempts for one in desk.letters.values()) >= 2, 20, "another attempt of each")
+    review.refresh()
+    review._choice.value = (first,)
+    assert "tick the box" in press(review, "Purge selected")
+    assert len(desk.letters) == 4
+    review._sure.value = True
+    assert "1 removed" in press(review, "Purge selected")
+    assert review._sure.value is False
+    wait_until(lambda: first not in desk.letters, 20, "its end")
+    assert len(desk.table()) == 3
