@@ -15,7 +15,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Failure, Step
 from labkit.kafka.topics import Topic
-from labkit.patterns.retries import RetryingConsumer, retry_topics
+from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
 
 OPTIONS = json.loads(sys.argv[1])
 OUTPUT = threading.Lock()
@@ -61,6 +61,10 @@ def main() -> None:
     topic = Topic(CLUSTER, OPTIONS["topic"], OPTIONS["partitions"], int)
     if delays := OPTIONS.get("retry_topics"):
         RetryingConsumer(topic, refuse, OPTIONS["group"], retry=retry_topics(*delays)).run(stop, told)
+        return
+    if OPTIONS.get("dead_letter"):
+        handler = handle if OPTIONS.get("mended") else refuse
+        RetryingConsumer(topic, handler, OPTIONS["group"], retry=dead_letter()).run(stop, told)
         return
     consumer = Consumer(
         topic,
