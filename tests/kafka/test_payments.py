@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import psycopg
 import pytest
+from aiohttp import web
 from processes import wait_until
 
 from labkit.kafka.errors import LabkitError
@@ -173,3 +176,43 @@ def test_overlapping_requests_charge_twice_without_a_lock(lab: Lab, ledger: str,
     assert (spent.conflicts > 0) == (lock == "optimistic")
     with pytest.raises(OSError, match="refused"):
         counts(scheduler.url)
+
+
+@dataclass(frozen=True)
+class Endpoint(HttpService):
+    """Notes what it is called for, and when."""
+
+    calls: list[tuple[float, str, int]] = field(default_factory=list)
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/due", self.due)]
+
+    async def due(self, request: web.Request) -> web.Response:
+        told = await request.json()
+        self.calls.append((time.monotonic(), told["plan"], told["period"]))
+        return web.Response()
+
+
+def test_the_scheduler_calls_once_a_month_and_once_a_year(lab: Lab) -> None:
+    scheduler, endpoint = JobScheduler(lab.port("jobs"), month=0.1), Endpoint(lab.port("noted"))
+    with serving(scheduler, endpoint):
+        schedule(scheduler.url, Schedule(f"{endpoint.url}/due", "monthly", first=4, periods=3))
+        schedule(scheduler.url, Schedule(f"{endpoint.url}/due", "yearly", periods=2))
+        assert finished(scheduler.url, 30)["calls"] == 5
+    for plan, periods, length in (("monthly", [4, 5, 6], 0.1), ("yearly", [1, 2], 1.2)):
+        times = [moment for moment, told, _ in endpoint.calls if told == plan]
+        assert [number for _, told, number in endpoint.calls if told == plan] == periods
+        assert all(later - sooner >= length for sooner, later in pairwise(times))
+
+
+def test_a_flaky_provider_refuses_its_share(lab: Lab, ledger: str) -> None:
+    provider = PaymentsProvider(lab.port("flaky"), dsn=ledger)
+    with serving(provider):
+        ProviderFaults(lab, provider.url).flaky(0.5)
+        outcomes = Counter()
+        for number in range(100):
+            with suppress(ProviderFailed):
+                charge(provider.url, Renewal(f"flaky-{number}", "customer 1", 1, 2900), f"flaky-{number}")
+            outcomes[calls(ledger)[-1].outcome] += 1
+    assert outcomes.keys() == {"charged", "refused"}
+    assert 20 <= outcomes["refused"] <= 80
