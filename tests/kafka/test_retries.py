@@ -25,6 +25,7 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
+from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters, dead_letters_topic
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter, exponential, retry_topics
 from labkit.patterns.trails import HEADER, parse
@@ -262,6 +263,36 @@ def test_blocking_then_topics_then_queue_with_exact_counts(cluster: Cluster) -> 
     trail = parse(last.headers[HEADER])
     assert trail is not None
     assert (trail.place, trail.group, trail.attempts, trail.error) == (letter.place, group, 3, letter.error)
+    assert trail.due == trail.failed[-1] + 0.2
+
+
+def test_a_trail_is_bounded_however_often_and_loudly_a_record_fails(cluster: Cluster) -> None:
+    """correctness 16: or its header would be too long to be believed, and its origin be lost."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+
+    def shout(record: Record[int]) -> None:
+        raise ConnectionError("no " * 10_000)
+
+    policy = blocking(exponential(0.001, cap=0.001, times=60)).then(retry_topics(0.05, 0))
+    run_to_rest(RetryingConsumer(topic, shout, group, retry=policy))
+    (letter,) = letters(topic, group)
+    assert (letter.place, letter.attempts, len(letter.failed), len(letter.error)) == (f"{topic.name}/0/0", 63, 50, 500)
+
+
+def test_what_becomes_non_retriable_in_a_retry_topic_is_called_no_more(cluster: Cluster) -> None:
+    """correctness 14"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    calls = []
+
+    def refuse(record: Record[int]) -> None:
+        calls.append(record.topic)
+        raise ValueError("never") if len(calls) > 1 else ConnectionError("not now")
+
+    run_to_rest(RetryingConsumer(topic, refuse, group, retry=retry_topics(0.05, 0.05, non_retriable=(ValueError,))))
+    assert len(calls) == 2
+    assert [one.error for one in letters(topic, group)] == ["ValueError: never"]
 
 
 def test_topics_come_with_the_consumer_and_keep_for_long_enough(cluster: Cluster) -> None:
@@ -274,7 +305,12 @@ def test_topics_come_with_the_consumer_and_keep_for_long_enough(cluster: Cluster
     _, _, short, long = consumer.sources
     assert int(cluster.topic_config(short.name)["retention.ms"]) == (7 * 24 * 3600 + 10) * 1000
     assert int(cluster.topic_config(long.name)["retention.ms"]) == (7 * 24 * 3600 + 1_000_000) * 1000
+    assert all(
+        cluster.topic_config(own.name)["message.timestamp.type"] == "LogAppendTime" for own in consumer.sources[1:]
+    )
     assert cluster.topic_config(dead_letters_topic(topic, group).name)["cleanup.policy"] == "compact"
+    assert cluster.topic_config(lanes_topic(topic, group).name)["cleanup.policy"] == "compact"
+    assert cluster.topic_config(skips_topic(topic, group).name)["retention.ms"] == "-1"
 
 
 def test_two_groups_on_one_topic_do_not_take_each_others_retries(cluster: Cluster) -> None:
