@@ -98,6 +98,22 @@ def test_no_dashed_line_goes_through_the_text_of_a_fault(name: str) -> None:
             assert not crosses, f"{text.text!r} is crossed"
 
 
+def test_windows_of_faults_are_shaded_and_instants_ruled_on_every_panel() -> None:
+    scene = picture.compose(PANELS, run(), [window(40, 25, "provider down"), window(10, None, "freeze"), crash(50)], T)
+    areas = [m for m in scene.marks if isinstance(m, canvas.Area) and m.colour == picture._SHADE]
+    stems = [m for m in scene.marks if isinstance(m, canvas.Line) and m.style == "dashed"]
+    oldest, newest = ([t.x for t in scene.texts("tick") if t.text == text] for text in ("60 s ago", "now"))
+    assert len(areas) == 6
+    assert len(stems) == 3
+    for panel, (left, right) in enumerate(zip(oldest, newest, strict=True)):
+        (over, standing), stem = areas[2 * panel : 2 * panel + 2], stems[panel]
+        ends = [60 - (x - left) / (right - left) * 60 for x in (*over.xs, *standing.xs, *stem.xs)]
+        assert ends == pytest.approx([40, 25, 10, 0, 50, 50], abs=1e-6), "seconds ago"
+        for area in (over, standing):
+            assert set(area.low) == {min(stem.ys)}  # the floor of the plot
+            assert min(area.high) >= max(stem.ys)  # its top; where the text is written, the line ends below it
+
+
 def test_lines_stay_below_the_texts_of_faults() -> None:
     scene = picture.compose(PANELS[:1], *RUNS["large"], T)
     lowest = min(text.box[1] for text in scene.texts("fault"))
