@@ -160,6 +160,14 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     assert not buttons["Restart Kafka"].disabled
     buttons["Restart Kafka"].click()
     wait_until(lambda: lab.broker.state is ServerState.RUNNING, 60, "its restart")
+    wait_until(lambda: not buttons["Freeze Kafka"].disabled, 20, "a running broker can be frozen")
+    buttons["Freeze Kafka"].click()
+    wait_until(lambda: lab.broker.state is ServerState.FROZEN, 20, "its freeze")
+    wait_until(lambda: not buttons["Thaw Kafka"].disabled, 20, "a frozen broker can be thawed")
+    assert buttons["Freeze Kafka"].disabled
+    buttons["Thaw Kafka"].click()
+    wait_until(lambda: lab.broker.state is ServerState.RUNNING, 20, "its thaw")
+    assert [one.kind for one in ordered(lab)] == ["kill", "freeze"]
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 

@@ -221,18 +221,22 @@ def test_the_last_pod_cannot_be_removed(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "call"),
+    ("name", "state", "call"),
     [
-        ("Crash pod 1", ("crash", 1)),
-        ("Freeze pod 1", ("freeze", 1)),
-        ("Slow down pod 1", ("slow", 1, 0.5)),
-        ("Drain pod 1", ("drain", 1)),
-        ("Add a pod", ("scale", 3)),
-        ("Remove a pod", ("scale", 1)),
+        ("Crash pod 1", "running", ("crash", 1)),
+        ("Freeze pod 1", "running", ("freeze", 1)),
+        ("Thaw pod 1", "frozen", ("thaw", 1)),
+        ("Slow down pod 1", "running", ("slow", 1, 0.5)),
+        ("Speed up pod 1", "slow", ("slow", 1, 0)),
+        ("Drain pod 1", "running", ("drain", 1)),
+        ("Add a pod", "running", ("scale", 3)),
+        ("Remove a pod", "running", ("scale", 1)),
     ],
 )
-def test_a_click_calls_the_twin_in_a_thread_of_its_own(make: Make, name: str, call: tuple[object, ...]) -> None:
-    deployment = FakeDeployment("running", "running")
+def test_a_click_calls_the_twin_in_a_thread_of_its_own(
+    make: Make, name: str, state: str, call: tuple[object, ...]
+) -> None:
+    deployment = FakeDeployment("running", state)
     board = make(deployments=deployment)
     board.redraw()
     assert board._pods is not None
