@@ -77,7 +77,7 @@ def texts(files: list[Path]) -> list[tuple[str, str]]:
 
 
 def test_top_level_holds_only_what_belongs_there(files: list[Path]) -> None:
-    assert {path.relative_to(ROOT).parts[0] for path in files} <= TOP
+    assert {path.relative_to(ROOT).parts[0] for path in files} == TOP
 
 
 def test_no_file_is_large(files: list[Path]) -> None:
