@@ -38,8 +38,10 @@ def fake_python(folder: Path, name: str, version: str, fits: bool, complete: boo
     return path
 
 
-def make(clone: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
-    command = [str(shutil.which("make")), "environment", *arguments]
+def make(
+    clone: Path, *arguments: str, path: str = os.environ["PATH"], target: str = "environment"
+) -> subprocess.CompletedProcess[str]:
+    command = [str(shutil.which("make")), target, *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     return subprocess.run(
         command, cwd=clone, env={**environment, "PATH": path}, capture_output=True, text=True, check=False
@@ -84,7 +86,8 @@ def test_python_without_venv(clone: Path, tmp_path: Path) -> None:
     assert "apt install python3-venv" in done.stderr
 
 
-def test_an_environment_that_is_up_to_date_is_left_alone(clone: Path) -> None:
+def make_environment(clone: Path) -> Path:
+    """One that is up to date; its bin folder."""
     stamp = subprocess.run(
         ["sh", "-c", "cat requirements.lock pyproject.toml | cksum"],
         cwd=clone,
@@ -95,8 +98,23 @@ def test_an_environment_that_is_up_to_date_is_left_alone(clone: Path) -> None:
     (clone / ".venv" / "bin").mkdir(parents=True)
     (clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
     (clone / ".venv" / "made-from").write_text(f"{stamp.stdout.strip()} {clone.resolve()}\n")
+    return clone / ".venv" / "bin"
+
+
+def test_an_environment_that_is_up_to_date_is_left_alone(clone: Path) -> None:
+    make_environment(clone)
     done = make(clone)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("target", ["lab", "test"])
+def test_the_two_commands_are_those_of_labkit(clone: Path, target: str) -> None:
+    labkit = make_environment(clone) / "labkit"
+    labkit.write_text('#!/bin/sh\necho "labkit $*"\nexit 3\n')
+    labkit.chmod(0o755)
+    done = make(clone, target=target)
+    assert done.stdout == f"labkit {target}\n"
+    assert done.returncode != 0, "a failure is make's own"
 
 
 def test_an_environment_cut_short_is_made_anew(clone: Path, tmp_path: Path) -> None:
