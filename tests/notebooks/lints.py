@@ -16,6 +16,10 @@ WIDEST = 120  # characters of a line of code: more is behind a scroll bar of Jup
 CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # `!` and `%` lines pass under nbval whatever they do, and mean nothing outside IPython.
 MAGIC = re.compile(r"^\s*(?:[%!]|\w[\w, ]*=\s*[%!])|^\s*[\w.]+\?{1,2}\s*$")
+# A cell that raises fails the notebook; `check` and `wait_until` raise.
+RAISING = {"check", "wait_until"}
+# What hides or collects outputs leaves a reader without them; boards draw the pictures.
+DISPLAYS = re.compile(r"\bclear_output\b|\bOutput\(|\bpyplot\b")
 MACHINE_PATH = re.compile(r"(?<![\w.:/<])/(?:home|Users|root|tmp|work|opt|private|var)/[\w.-]+")
 TIMES = {"execution", "ExecuteTime", "scrolled", "collapsed", "trusted"}
 
@@ -65,6 +69,13 @@ def verdicts(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
             yield f"cell {cell['id']} is marked {VERDICT} and has no execution count: `make notebooks`"
         if not outputs(cell):
             yield f"cell {cell['id']} is marked {VERDICT} and has no output: `make notebooks`"
+
+
+def verdicts_assert(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """`make notebooks` would commit a wrong output as readily as a right one."""
+    for cell in code_cells(notebook):
+        if VERDICT in source(cell) and not any(map(_asserts, _nodes(cell))):
+            yield f"cell {cell['id']} is marked {VERDICT} and asserts nothing"
 
 
 def bare_outputs(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
@@ -124,6 +135,13 @@ def plain_python(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[s
             yield f"cell {cell['id']} is not plain Python: {error.msg}"
 
 
+def plain_outputs(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """Nothing is cleared away, and there is one way to draw."""
+    for cell in code_cells(notebook):
+        for found in DISPLAYS.findall(source(cell)):
+            yield f"cell {cell['id']} uses {found}"
+
+
 def no_machine_paths(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
     """Of the machine it was written on."""
     for found in sorted(set(MACHINE_PATH.findall(json.dumps(notebook["cells"])))):
@@ -139,14 +157,54 @@ def exercises_have_solutions(notebook: Notebook, solutions: Mapping[str, str]) -
         yield f"the solution {identity} belongs to no exercise"
 
 
+def exercises_may_stay_unsolved(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """A learner who skips an exercise has `...` in its names, so no later cell may need them."""
+    cells = code_cells(notebook)
+    made = [{name for node in _nodes(cell) for name in _made(node)} for cell in cells]
+    for number, cell in enumerate(cells):
+        if re.search(r"\bexercise\(", source(cell)):
+            own = made[number].difference(*made[:number], *made[number + 1 :])
+            for later in cells[number + 1 :]:
+                used = {node.id for node in _nodes(later) if isinstance(node, ast.Name)}
+                for name in sorted(used & own):
+                    yield f"cell {later['id']} uses {name}, which only the exercise {cell['id']} makes"
+
+
+def _nodes(cell: Mapping[str, Any]) -> list[ast.AST]:
+    try:
+        return list(ast.walk(ast.parse(source(cell))))
+    except SyntaxError:  # `plain_python` tells
+        return []
+
+
+def _asserts(node: ast.AST) -> bool:
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in RAISING
+    return called or isinstance(node, ast.Assert)
+
+
+def _made(node: ast.AST) -> list[str]:
+    """Names that this part of a cell gives a value."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+            return [name]
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return [(alias.asname or alias.name).partition(".")[0] for alias in names]
+    return []
+
+
 LINTS: tuple[Lint, ...] = (
     kernel,
     cell_ids,
     verdicts,
+    verdicts_assert,
     bare_outputs,
     one_picture,
     short_cells,
     plain_python,
+    plain_outputs,
     no_machine_paths,
     exercises_have_solutions,
+    exercises_may_stay_unsolved,
 )

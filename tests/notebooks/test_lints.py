@@ -57,7 +57,7 @@ GOOD: dict[str, Any] = {
             "id": "verdict",
             "metadata": {"tags": ["verdict"]},
             "execution_count": 1,
-            "source": "# NBVAL_CHECK_OUTPUT\nprint(verdict)  # why? 10 % 3 != 2",
+            "source": "# NBVAL_CHECK_OUTPUT\nprint(verdict.check())  # why? 10 % 3 != 2",
             "outputs": [{"output_type": "stream", "name": "stdout", "text": "lost 0\n"}],
         },
         {
@@ -98,6 +98,7 @@ BAD: list[tuple[lints.Lint, str, Callable[[dict[str, Any]], Any]]] = [
     (lints.verdicts, "no cell is marked", change(VERDICT, source="print(1)")),
     (lints.verdicts, "no execution count", change(VERDICT, execution_count=None)),
     (lints.verdicts, "no output", change(VERDICT, outputs=[])),
+    (lints.verdicts_assert, "asserts nothing", change(VERDICT, source="# NBVAL_CHECK_OUTPUT\nprint(verdict)")),
     (lints.bare_outputs, "widget state", lambda notebook: notebook["metadata"].update(widgets={})),
     (lints.bare_outputs, "'execution'", change(MOST, metadata={"execution": {"iopub.execute_input": "2026"}})),
     (lints.bare_outputs, "no verdict", change(MOST, outputs=[{"output_type": "stream", "text": "at 12:01"}])),
@@ -117,10 +118,18 @@ BAD: list[tuple[lints.Lint, str, Callable[[dict[str, Any]], Any]]] = [
     (lints.plain_python, "!ls", source("files = !ls")),
     (lints.plain_python, "lab?", source("lab?")),
     (lints.plain_python, "not plain Python", source("def")),
+    (lints.plain_outputs, "uses clear_output", source("from IPython.display import clear_output")),
+    (lints.plain_outputs, "uses Output(", source("ipywidgets.Output()")),
+    (lints.plain_outputs, "uses pyplot", source("import matplotlib.pyplot as plt")),
     (lints.no_machine_paths, "/home/ada", source('open("/home/ada/x")')),
     (lints.no_machine_paths, "/tmp/run7", change(VERDICT, outputs=[{"output_type": "stream", "text": "in /tmp/run7"}])),
     (lints.exercises_have_solutions, "no solution", change(MOST, id="other")),
     (lints.exercises_have_solutions, "belongs to no exercise", change(MOST, source="most = 4")),
+    (
+        lints.exercises_may_stay_unsolved,
+        "cell later uses most",
+        lambda notebook: notebook["cells"].append({"cell_type": "code", "id": "later", "source": "print(most + 1)"}),
+    ),
 ]
 
 
