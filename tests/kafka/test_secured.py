@@ -161,7 +161,7 @@ def test_what_is_wrong_is_told_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     listener, settings, says = WRONGS[name]
-    if name not in (*AT_ONCE, "nobody there"):  # one of them is waited for as long as a user would
+    if name not in (*AT_ONCE, "nobody there", "plain text to TLS"):  # these are waited for as long as a user would
         monkeypatch.setattr(connect_module, "PATIENCE", 2.0)
     address = secured.address(listener) if listener.isupper() else listener
     began = time.monotonic()
