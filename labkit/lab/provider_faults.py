@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import threading
 import time
@@ -80,6 +81,13 @@ class ProviderFaults:
             Action("Cut connections", f"It charges, and cuts {SEVERAL} connections before it answers.", self.drop),
             Action(f"Recover {self.name}", "It behaves again.", self.recover, self._well),
         ]
+
+    def __repr__(self) -> str:
+        standing = [fault.text for fault in self._history.standing() if fault.target == self.name]
+        return f"Faults of {self.name}: {', '.join(standing) or 'none'}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
     def _well(self) -> str | None:
         standing = any(fault.target == self.name for fault in self._history.standing())

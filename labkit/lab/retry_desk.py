@@ -116,6 +116,15 @@ class RetryDesk:
         self.lanes.close()
         self.letters.close()
 
+    def __repr__(self) -> str:
+        try:
+            return f"Retries of {self.name}: {len(self.lanes):,} blocked · {len(self.letters):,} dead letters"
+        except LabkitError as error:  # the end of a cell is no place to fail
+            return f"Retries of {self.name}: {error}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
+
     def _depth(self, name: str) -> float:
         if time.monotonic() - self._looked > 0.1:  # all of them at once
             found = lag(self._lab.cluster, self.consumer.group, list(self._retry_topics))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import Sequence
@@ -63,6 +64,13 @@ class ServiceControls:
         """Forget what is still to end by itself: it does so without us."""
         if self._over is not None:
             self._over.cancel()
+
+    def __repr__(self) -> str:
+        standing = [fault.text for fault in self._history.standing() if fault.target == self.name]
+        return f"Faults of {self.name}: {', '.join(standing) or 'none'}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
     def _well(self) -> str | None:
         ill = any(fault.target == self.name for fault in self._history.standing())

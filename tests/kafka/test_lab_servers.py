@@ -117,7 +117,10 @@ def test_settle_waits_while_a_service_refuses_only_some(lab: Lab) -> None:
     assert lab.settle(30), lab.settle(0)
     till.fail()
     assert [fault.text for fault in lab._history.standing() if fault.target == "till"] == ["fail till"]
+    assert repr(till) == "Faults of till: fail till"
+    assert till._repr_html_() == "<span>Faults of till: fail till</span>"
     till.recover()
+    assert repr(till) == "Faults of till: none"
 
 
 def test_postgres_cannot_be_frozen(lab: Lab) -> None:

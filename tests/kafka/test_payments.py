@@ -85,7 +85,10 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
         def made() -> int:
             return sum(one.renewal == "7-1" for one in charges(ledger))
 
+        assert repr(faults) == "Faults of provider: none"
         faults.fail()
+        assert repr(faults) == "Faults of provider: provider down"
+        assert faults._repr_html_() == "<span>Faults of provider: provider down</span>"
         assert outcome("a") == "refused"
         faults.recover()
         faults.wrong()

@@ -88,3 +88,22 @@ def test_the_buttons_of_dead_letters(lab: Lab) -> None:
     assert review._sure.value is False
     wait_until(lambda: first not in desk.letters, 20, "its end")
     assert len(desk.table()) == 3
+
+
+def test_a_desk_says_in_one_line_what_is_on_it(connection: Connection) -> None:
+    with Lab("desk") as lab:
+        orders = lab.topic("orders", 1, Order)
+
+        def refuse(record: Record[Order]) -> None:
+            raise ConnectionError("503")
+
+        shop = lab.deploy("shop", RetryingConsumer(orders, refuse, retry=blocking(300)))
+        lab.wait_ready(shop)
+        desk = RetryDesk(lab, shop)
+        assert repr(desk) == "Retries of shop: 0 blocked · 0 dead letters"
+        orders.send(Order(1))
+        orders.flush()
+        desk.wait_blocked()
+        assert repr(desk) == "Retries of shop: 1 blocked · 0 dead letters"
+        assert desk._repr_html_() == "<span>Retries of shop: 1 blocked · 0 dead letters</span>"
+    assert repr(desk).startswith("Retries of shop: ")
