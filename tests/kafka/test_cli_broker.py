@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from processes import processes_of, wait_until
 
+from labkit.cli.doctor import CHECKS
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.lag import committed_offsets
@@ -59,6 +60,15 @@ def consume(topic: Topic[dict[str, int]], group: str, until: Any) -> None:
     finally:
         stop.set()
         member.join()
+
+
+def test_doctor_finds_this_machine_healthy(cluster: Cluster) -> None:
+    told = answer("doctor")
+    assert told["healthy"] is True
+    found = {check["check"]: check for check in told["checks"]}
+    assert list(found) == list(CHECKS)
+    assert found["Kafka"]["text"] == f"answers at {cluster.bootstrap} (embedded)"
+    assert not [check for check in found.values() if check["state"] == "problem" or check["fix"]]
 
 
 def test_up_status_down(own_state: Path) -> None:

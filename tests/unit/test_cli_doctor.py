@@ -65,16 +65,19 @@ def test_folder_that_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     found = {finding.check: finding for finding in doctor.examine({"folders": doctor.folders, "disk": doctor.disk})}
     assert found["folders"].state == found["disk"].state == "problem"
     assert "LABKIT_CACHE" in found["folders"].text
+    assert found["folders"].fix == found["disk"].fix == doctor._FOLDER
 
 
 def test_full_disk_and_little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "DISK_MB", 10**12)
     monkeypatch.setattr(doctor, "MEMORY_MB", 10**12)
-    with pytest.raises(doctor.Problem, match="MB free"):
+    with pytest.raises(doctor.Problem, match="MB free") as no_disk:
         doctor.disk()
-    with pytest.raises(doctor.Problem, match="MB available"):
+    assert no_disk.value.fix == "free some, or set LABKIT_CACHE to a folder on another disk"
+    with pytest.raises(doctor.Problem, match="MB available") as no_memory:
         doctor.memory()
+    assert no_memory.value.fix == "close other programs"
 
 
 def test_java_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -145,8 +148,9 @@ def test_jupyterlab_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_jupyterlab_without_widgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("jupyter_core.paths.jupyter_path", lambda *_: [str(tmp_path)])
-    with pytest.raises(doctor.Problem, match="lacks the extension that draws widgets"):
+    with pytest.raises(doctor.Problem, match="lacks the extension that draws widgets") as problem:
         doctor.jupyter()
+    assert problem.value.fix == doctor.REMAKE
 
 
 def test_kernel_of_another_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -158,6 +162,13 @@ def test_kernel_of_another_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(doctor.Problem, match="runs /elsewhere/python, not this environment") as problem:
         doctor.jupyter()
     assert "jupyter kernelspec remove python3" in problem.value.fix
+
+
+@pytest.mark.parametrize("error", [LabkitError("broken"), OSError("broken")], ids=("ours", "unforeseen"))
+def test_whatever_check_fails_has_a_fix(error: Exception) -> None:
+    found = list(doctor.examine(dict.fromkeys(doctor.CHECKS, raising(error))))
+    assert [finding.check for finding in found] == list(doctor.CHECKS)
+    assert all(finding.state == "problem" and "broken" in finding.text and finding.fix for finding in found)
 
 
 def test_this_machine_passes_the_rest() -> None:
