@@ -3,8 +3,8 @@
 Pods are scaled, crashed, frozen, slowed and drained, the broker is killed, frozen and restarted, all drawn from a seed
 that is printed: `make soak ARGS="--seed 7"` draws the same faults again (when they strike depends on the machine).
 
-It fails if a record was lost, if an extra is not explained by a fault, or if first deliveries were out of order within
-a lane.
+It fails if a record was lost, if an extra is not explained by a fault, if first deliveries were out of order within a
+lane, or if there was too little chaos: its thread ended early, or in a long run one of the main faults never struck.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Literal
 
@@ -35,6 +36,8 @@ from labkit.runtime.server import ServerState
 PARTITIONS, KEYS = 8, 64
 MOST_PODS = 4
 CALM = (0.3, 3.0)  # seconds between two faults
+LONG = 100.0  # seconds of load in which each of these must have struck
+MAIN = ("crash", "freeze", "scale", "kill_broker")
 
 
 class Work(msgspec.Struct):
@@ -48,11 +51,20 @@ class Chaos:
         self.lab, self.pods, self.chance = lab, pods, chance
         self.done: Counter[str] = Counter()
         self.begun = time.monotonic()
+        self.ended_by: Exception | None = None
+        """What its thread died of: from then on all was calm, so the run shows nothing."""
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name="chaos")
         self.thread.start()
 
     def run(self) -> None:
+        try:
+            self.strike()
+        except Exception as error:
+            traceback.print_exc()
+            self.ended_by = error
+
+    def strike(self) -> None:
         faults: list[tuple[Callable[[], None], int]] = [
             (self.crash, 5),
             (self.freeze, 3),
@@ -64,8 +76,9 @@ class Chaos:
             (self.restart_broker, 1),
         ]
         acts, weights = zip(*faults, strict=True)
+        first = self.chance.sample(acts, len(acts))  # each once: even a short run has every kind
         while not self.stop.wait(self.chance.uniform(*CALM)):
-            (act,) = self.chance.choices(acts, weights)
+            act = first.pop() if first else self.chance.choices(acts, weights)[0]
             begun = time.monotonic()
             try:
                 act()
@@ -74,6 +87,13 @@ class Chaos:
                 self.done["struck nothing"] += 1
             else:
                 print(f"{begun - self.begun:7.1f} s  {act.__name__}, {time.monotonic() - begun:.1f} s", flush=True)
+
+    def too_little(self, seconds: float) -> str:
+        """Why so long a run proves nothing; empty if it does."""
+        if self.ended_by is not None:
+            return f"the chaos ended early: {self.ended_by!r}"
+        missing = [name for name in MAIN if not self.done[name]] if seconds >= LONG else []
+        return f"these never struck: {', '.join(missing)}" if missing else ""
 
     def peace(self) -> None:
         """No more faults; what still stands is taken back."""
@@ -129,10 +149,8 @@ class Chaos:
         self.lab.broker.restart()
 
 
-def disorder(source: Topic[Work], done: Topic[Work], order: Literal["partition", "key"]) -> list[str]:
+def disorder(source: Topic[Work], records: Iterable[Record[Work]], order: Literal["partition", "key"]) -> list[str]:
     """First deliveries that are not in the order of their lane, by their place. Both topics place keys alike."""
-    with Reader(done) as reader:
-        records = reader.rest()
     lanes: defaultdict[tuple[int, str | None], list[Record[Work]]] = defaultdict(list)
     for record in sorted(records, key=lambda one: one.offset):
         lanes[record.partition, record.key if order == "key" else None].append(record)
@@ -182,11 +200,14 @@ def soak(seed: int, records: int, rate: float) -> bool:
         print("faults:", ", ".join(f"{name} {count}" for name, count in chaos.done.most_common()))
         print(audit.verdict())
         print(audit.explain())
-        wrong = disorder(source, done, order)
+        with Reader(done) as reader:
+            wrong = disorder(source, reader.rest(), order)
         print(f"first deliveries out of order within a lane: {len(wrong)}", *wrong[:5], sep="\n  ")
+        if too_little := chaos.too_little(records / rate):
+            print("too little chaos:", too_little)
         if audit.result != "valid":
             lab.logs("soak", 40)
-        return audit.result == "valid" and audit.sent == records and not wrong
+        return audit.result == "valid" and audit.sent == records and not wrong and not too_little
 
 
 def main() -> int:
