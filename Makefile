@@ -75,6 +75,7 @@ lock: environment
 	.venv/bin/python -m venv "$$folder"; \
 	"$$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check uv; \
 	"$$folder/bin/uv" pip compile pyproject.toml --all-extras --universal --python-version 3.$(OLDEST) --upgrade --quiet \
+		--only-binary :all: \
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o requirements.lock
 
 clean:
