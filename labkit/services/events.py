@@ -14,7 +14,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.countries import Zone
 from labkit.services.faults import ServiceFaults
-from labkit.services.http import HttpService
+from labkit.services.http import Handler, HttpService
 
 ZONES: web.AppKey[KeyValueStore[Zone]] = web.AppKey("zones", KeyValueStore)
 
@@ -23,7 +23,8 @@ ZONES: web.AppKey[KeyValueStore[Zone]] = web.AppKey("zones", KeyValueStore)
 class Events(HttpService):
     """GET /zones: all of them, with their offsets in minutes. GET /zones/{name}: one.
 
-    GET /local/{name}?utc=2026-03-29T09:00: the time that a visitor there reads.
+    GET /local/{name}?utc=2026-03-29T09:00: what clocks there read at that moment, unless they are put forward or back
+    between now and then: what is in memory is the offset that a zone has now, and none of its rules.
     """
 
     zones: Topic[Zone]
@@ -42,6 +43,7 @@ class Events(HttpService):
         await asyncio.to_thread(app[ZONES].wait_ready)
         if self.faults is not None:
             await asyncio.to_thread(self.faults.wait_ready)
+            app.middlewares.append(self._misbehave)
 
     async def finish(self, app: web.Application) -> None:
         await asyncio.to_thread(app[ZONES].close)
@@ -49,9 +51,14 @@ class Events(HttpService):
     def measured(self, app: web.Application) -> Iterable[Measured]:
         return [app[ZONES].measured()]
 
-    async def _all(self, request: web.Request) -> web.Response:
+    @web.middleware
+    async def _misbehave(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every request meets what this service is told to do, also one for what is not there."""
         if self.faults is not None:
             await self.faults.meet("events")
+        return await handler(request)
+
+    async def _all(self, request: web.Request) -> web.Response:
         return web.json_response({name: zone.offset for name, zone in request.app[ZONES].items()})
 
     async def _one(self, request: web.Request) -> web.Response:
@@ -59,11 +66,16 @@ class Events(HttpService):
         return web.json_response({"country": zone.country, "offset": zone.offset, "abbreviation": zone.abbreviation})
 
     async def _local(self, request: web.Request) -> web.Response:
+        ahead = timedelta(minutes=self._zone(request).offset)
         try:
             utc = datetime.fromisoformat(request.query["utc"])
-        except (KeyError, ValueError) as error:
-            raise web.HTTPBadRequest(text="utc must be a time like 2026-03-29T09:00") from error
-        return web.Response(text=(utc + timedelta(minutes=self._zone(request).offset)).isoformat(timespec="minutes"))
+            if utc.tzinfo is not None:  # it would be answered as if it were the local time
+                raise ValueError("it has an offset")
+            local = utc + ahead
+        except (KeyError, ValueError, OverflowError) as error:
+            what = "utc must be a time like 2026-03-29T09:00, in UTC and without an offset or Z"
+            raise web.HTTPBadRequest(text=what) from error
+        return web.Response(text=local.isoformat(timespec="minutes"))
 
     @staticmethod
     def _zone(request: web.Request) -> Zone:

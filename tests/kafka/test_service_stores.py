@@ -110,7 +110,9 @@ def test_a_country_appears_and_goes_without_anyone_calling_bookings(platform: Pl
     platform.change("SS", "DELETE")
     wait_until(lambda: platform.offset("Africa/Juba") is None, 10, "the end of Africa/Juba")
     assert platform.ask("manager", "/countries/XX", "PUT")[0] == 400
-    assert platform.ask("events", "/local/Europe/Berlin?utc=noon")[0] == 400
+    for wrong in ("noon", "2026-03-29T09:00Z", "2026-03-29T09:00%2B01:00", "9999-12-31T23:59"):
+        status, why = platform.ask("events", f"/local/Europe/Berlin?utc={wrong}")
+        assert (status, "a time like 2026-03-29T09:00, in UTC" in why) == (400, True), wrong
 
 
 def test_a_zone_that_cannot_be_read_is_written_again(platform: Platform) -> None:
@@ -215,6 +217,8 @@ def test_a_service_misbehaves_as_told_and_recovers(platform: Platform) -> None:
     wait_until(lambda: status() == 200, 30, "the service")
     events.fail(status=500)
     wait_until(lambda: status() == 500, 5, "the fault")
+    for path in ("/zones/Europe/Berlin", "/local/Europe/Berlin?utc=2026-03-29T09:00", "/nothing"):
+        assert platform.ask("events", path) == (500, "events is told to refuse this\n")
     assert [fault.text for fault in platform.lab._history.standing()] == ["fail events"]
     events.slow(0.3)
     wait_until(lambda: status() == 200, 5, "the other fault")
