@@ -147,9 +147,9 @@ class KeyValueStore(Mapping[str, V]):
         return self._contents.ignored
 
     @property
-    def unreadable(self) -> list[PoisonRecord]:
-        """The newest records of keys that cannot be read, because these do not decode."""
-        return [one.error for one in list(self._contents.unreadable.values())]
+    def unreadable(self) -> dict[str, PoisonRecord]:
+        """The keys that cannot be read, and their newest records, which do not decode."""
+        return {key: one.error for key, one in self._contents.unreadable.copy().items()}
 
     def lag(self) -> int:
         """Records of the topic that this store has still to read. Raises ClusterUnreachable."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.errors import DeliveryFailed, PoisonRecord
 from labkit.kafka.steps import Report, Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
@@ -26,7 +27,10 @@ def zones_of(countries: Iterable[str], now: datetime) -> dict[str, Zone]:
 class Bookings:
     """Follows `countries`, and writes what follows from them to `zones`.
 
-    `clock` may hold another time than now, under the key "now": so an hour of next spring can be had today.
+    `clock` may hold another time than now, under the key "now": so an hour of next spring can be had today. While
+    that cannot be read, the last time that could counts; before there was one, nothing is followed.
+
+    The zones of a country that cannot be read stay as they are, until it is written again.
     """
 
     countries: Topic[Country]
@@ -39,6 +43,7 @@ class Bookings:
     def run(self, stop: threading.Event, report: Report) -> None:
         """Follow until `stop` is set."""
         changed = threading.Event()
+        now: datetime | None = None
         with (
             KeyValueStore(self.countries) as countries,
             KeyValueStore(self.clock) as clock,
@@ -48,8 +53,14 @@ class Bookings:
         ):
             while not stop.is_set():
                 changed.clear()
+                with suppress(PoisonRecord):  # the store has said so in the log
+                    now = clock.get("now") or datetime.now(UTC)
                 try:
-                    self._bring_about(zones, self.follow(countries, clock.get("now") or datetime.now(UTC)))
+                    if now is not None:
+                        unreadable = countries.unreadable
+                        wanted = self.follow(countries, now)
+                        # Before and after: one may become unreadable or readable meanwhile, and so be in neither.
+                        self._bring_about(zones, wanted, unreadable.keys() | countries.unreadable.keys())
                 except DeliveryFailed as error:  # Kafka is away: what is wanted stays so, and is tried again
                     print(error)  # noqa: T201 - a pod's log is what it prints
                 for store in (countries, zones):
@@ -57,8 +68,9 @@ class Bookings:
                 changed.wait(TICK)
 
     @staticmethod
-    def _bring_about(zones: KeyValueStore[Zone], wanted: dict[str, Zone]) -> None:
+    def _bring_about(zones: KeyValueStore[Zone], wanted: dict[str, Zone], unreadable: Collection[str]) -> None:
         has = zones.snapshot()  # a zone that cannot be read is not in there, and is written again
         zones.update({name: zone for name, zone in wanted.items() if has.get(name) != zone})
         for name in has.keys() - wanted.keys():
-            zones.delete(name)
+            if has[name].country not in unreadable:
+                zones.delete(name)

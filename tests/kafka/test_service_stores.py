@@ -127,6 +127,39 @@ def test_a_zone_that_cannot_be_read_is_written_again(platform: Platform) -> None
     assert platform.bookings.pods[0].restarts == restarts
 
 
+def test_a_country_that_cannot_be_read_keeps_its_zones(platform: Platform) -> None:
+    platform.begin()
+    raw(platform.countries, (b"DE", b"oops"), partition=-1)
+    wait_until(lambda: "'DE' cannot be read" in str(platform.bookings.log), 10, "what Bookings meets")
+    platform.change("SS", "PUT")
+    platform.clock.put("now", SUMMER)
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 10, "Africa/Juba")
+    wait_until(lambda: platform.offset("Europe/Paris") == 120, 10, "summer")
+    assert platform.offset("Europe/Berlin") == 60
+    platform.change("DE", "PUT")
+    wait_until(lambda: platform.offset("Europe/Berlin") == 120, 10, "summer in Berlin")
+
+
+def test_a_clock_that_cannot_be_read_stands_still_until_it_is_written_again(platform: Platform) -> None:
+    platform.begin()
+    (pod,) = platform.bookings.pods
+    restarts = pod.restarts
+    said = lambda: str(platform.bookings.log).count("'now' cannot be read until it is written again")  # noqa: E731
+    raw(platform.clock.topic, (b"now", b"oops"))
+    wait_until(lambda: said() == 1, 10, "what Bookings meets")
+    platform.change("SS", "PUT")
+    wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, f"Africa/Juba: {platform.logs()}")
+    assert platform.offset("Europe/Berlin") == 60
+    pod.crash()
+    wait_until(lambda: said() == 2, 20, "what another process meets")
+    platform.change("SS", "DELETE")  # which waits for a time to go by
+    assert platform.offset("Africa/Juba") == 120
+    platform.clock.put("now", SUMMER)
+    wait_until(lambda: platform.offset("Europe/Berlin") == 120, 10, "summer")
+    wait_until(lambda: platform.offset("Africa/Juba") is None, 10, "the end of Africa/Juba")
+    assert pod.restarts == restarts + 1
+
+
 def test_clocks_go_forward_in_both_stores(platform: Platform) -> None:
     platform.begin()
     before = platform.ask("events", "/zones")[1]
