@@ -75,6 +75,7 @@ class KeyValueStore(Mapping[str, V]):
         # Empty until all is loaded, and again in the end: what is found needs no further look, what is missing does.
         self._entries: dict[str, V] = {}
         self._contents: _Contents[V] = _Contents(topic.value)
+        self._parse = parser(topic.value)
         self._positions: dict[Place, int] = {}
         self._subscriptions: list[Subscription[V]] = []
         self._writes: list[_Write] = []
@@ -167,16 +168,15 @@ class KeyValueStore(Mapping[str, V]):
     def put(self, key: str, value: V, timeout: float = CONFIRM) -> None:
         """Write one entry. Returns once the broker has it and this store shows it. Of two writers the last one wins.
 
-        Raises DeliveryFailed when it is refused, or not confirmed within `timeout` seconds: then it may still come.
+        Raises DeliveryFailed when it is refused, or not confirmed within `timeout` seconds: then it may still come;
+        LabkitError, before anything is sent, for a value that no store on the topic could read.
         """
         self.update({key: value}, timeout)
 
     def update(self, entries: Mapping[str, V], timeout: float = CONFIRM) -> None:
         """Write many entries and wait once, as `put` does. They become visible one after the other."""
-        if empty := [key for key, value in entries.items() if value is None]:
-            raise LabkitError(f"None is no value for {empty[0]!r} in store {self.topic.short}: delete the key instead")
         if entries:
-            self._write([(key, encode(value)) for key, value in entries.items()], timeout)
+            self._write([(key, self._encoded(key, value)) for key, value in entries.items()], timeout)
 
     def delete(self, key: str, timeout: float = CONFIRM) -> None:
         """Take an entry out, by a record without a value (a tombstone). One that is not there may be deleted too.
@@ -246,6 +246,21 @@ class KeyValueStore(Mapping[str, V]):
     def _check_open(self) -> None:
         if (failure := self._failure) is not None:
             raise type(failure)(str(failure)) from failure
+
+    def _encoded(self, key: str, value: V) -> bytes:
+        """A value as it is sent: one of another type would be unreadable for everybody, this store too."""
+        if value is None:
+            raise LabkitError(f"None is no value for {key!r} in store {self.topic.short}: delete the key instead")
+        try:
+            raw = encode(value)
+            self._parse(raw)
+        except (TypeError, ValueError, *UNDECODABLE) as error:
+            kind = getattr(self.topic.value, "__name__", self.topic.value)
+            raise LabkitError(
+                f"a {type(value).__name__} is no value for {key!r} in store {self.topic.short}: write one of the "
+                f"type that its topic has, {kind} ({error})"
+            ) from error
+        return raw
 
     def _write(self, records: list[tuple[str, bytes | None]], timeout: float) -> None:
         self._check_open()

@@ -100,6 +100,17 @@ def test_none_is_no_value(store: KeyValueStore[Any]) -> None:
     assert size(store.topic) == 0
 
 
+@pytest.mark.parametrize("wrong", ["x", 1.5, object(), "\ud800"], ids=["text", "fraction", "object", "surrogate"])
+def test_a_value_of_another_type_is_refused_before_it_is_sent(cluster: Cluster, wrong: Any) -> None:
+    topic = store_topic(cluster, value=int)
+    with KeyValueStore(topic) as store:
+        with pytest.raises(LabkitError, match=rf"no value for 'a' in store {topic.short}: write one of .* has, int "):
+            store.update({"before": 1, "a": wrong})
+        assert size(topic) == 0
+        store.put("a", 1)
+        assert store.snapshot() == {"a": 1}
+
+
 def test_what_iterates_is_not_disturbed_by_writes(store: KeyValueStore[Any]) -> None:
     store.update({str(number): number for number in range(100)})
     seen = []
