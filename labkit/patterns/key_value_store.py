@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from contextlib import suppress
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, overload
 
 from labkit.kafka.errors import (
@@ -77,6 +78,7 @@ class KeyValueStore(Mapping[str, V]):
         self._contents: _Contents[V] = _Contents(topic.value)
         self._parse = parser(topic.value)
         self._positions: dict[Place, int] = {}
+        self._id: str | None = None  # what Kafka calls the topic
         self._subscriptions: list[Subscription[V]] = []
         self._writes: list[_Write] = []
         self._producer: Producer | None = None
@@ -329,6 +331,7 @@ class KeyValueStore(Mapping[str, V]):
             raise self._unlisted()
         if there != self.topic.partitions:
             raise TopicMismatch(f"topic {short} has {there} partitions, not {self.topic.partitions}: use that number")
+        self._id = self._id or cluster.topic_id(name)  # that of the first time: one made anew is another topic
         return max(1.0, int(config["delete.retention.ms"]) / 1000)
 
     def _load(self, reader: Reader[V], keeps: float) -> float:
@@ -378,23 +381,31 @@ class KeyValueStore(Mapping[str, V]):
                 write.settle(self._positions)
 
     def _ends(self) -> dict[Place, int]:
-        """The topic's ends. Raises TopicMissing when it was deleted: the client would wait for ever, without a word."""
+        """The topic's ends. Raises TopicMissing when it was deleted: the client would wait for ever, without a word.
+
+        TopicMismatch when it has more partitions than it had: the client would not even look at them.
+        """
         read, ends = self._positions, end_offsets(self.topic.cluster, [self.topic.name])
         if not ends:
             raise self._unlisted()
         if any(at > ends.get(place, 0) for place, at in read.items()):
-            raise self._missing_topic()
+            raise self._unlisted()
+        if len(ends) > self.topic.partitions:
+            # To read them too would not do: keys have moved there, and of two records in two partitions nobody knows
+            # which is the newer one.
+            raise TopicMismatch(
+                f"topic {self.topic.short} was given more partitions, {len(ends)} instead of {self.topic.partitions}: "
+                "its keys belong elsewhere now, and an old value may hide a new one. Write its entries to a topic of "
+                "another name, and give the partitions of that one when it is made"
+            )
         return ends
 
     def _unlisted(self) -> LabkitError:
-        """One that was just made, or whose broker just came back, may be known already and be listed a moment later."""
-        try:
-            self.topic.cluster.topic_id(self.topic.name)
-        except TopicMissing:
-            return self._missing_topic()
-        return ClusterUnreachable(f"topic {self.topic.short} is not listed by {self.topic.cluster.bootstrap}")
-
-    def _missing_topic(self) -> TopicMissing:
+        """One that was just made may be known already and be listed a moment later. One whose broker just came back
+        may even end where it did some seconds before: that alone tells of no deletion."""
+        with suppress(TopicMissing):
+            if self._id in (None, self.topic.cluster.topic_id(self.topic.name)):
+                return ClusterUnreachable(f"topic {self.topic.short} is not all at {self.topic.cluster.bootstrap} yet")
         return TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
 
     def _tell(self, changes: Changes[V]) -> None:
@@ -523,7 +534,7 @@ class _Look:
         self._stop = threading.Event()
 
     def all_was_read(self, positions: Mapping[Place, int]) -> float:
-        """The last time of which it is known that all there was is read by now. Raises TopicMissing."""
+        """The last time of which it is known that all there was is read by now. Raises TopicMissing, TopicMismatch."""
         if self._failure is not None:
             raise self._failure
         return self._seen[0] if self._seen is not None and not _behind(positions, self._seen[1]) else 0.0
@@ -569,7 +580,8 @@ class _Write:
             self.done.set()
         elif len(self.confirmed) == self.records:
             here = {partition: at for (_, partition), at in positions.items()}
-            if all(here[partition] > offset for partition, offset in self.confirmed):
+            # Of a partition that was added nothing is read: the next look at the topic's ends tells of it.
+            if all(here.get(partition, 0) > offset for partition, offset in self.confirmed):
                 self.done.set()
 
 

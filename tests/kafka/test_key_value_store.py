@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from confluent_kafka.admin import NewPartitions
 from consuming import alter
 from processes import wait_until
 from stores import COMPACTED, EAGER, StoreProcess, compact, on_disk, raw, size, store_topic, transaction
 
-from labkit.kafka.cluster import Cluster
+from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.errors import (
     ClusterUnreachable,
     DeliveryFailed,
@@ -212,6 +213,26 @@ def test_a_topic_that_is_not_there_or_has_more_partitions_is_refused(cluster: Cl
         KeyValueStore(Topic(cluster, topic.name, 2, int)).wait_ready()
 
 
+def test_partitions_added_under_a_store_are_told(cluster: Cluster) -> None:
+    topic = store_topic(cluster, 2)
+    with KeyValueStore(topic) as store, KeyValueStore(topic) as reader:
+        store.put("a", 1)
+        admin(cluster).create_partitions([NewPartitions(topic.name, 3)])[topic.name].result(10)
+        wait_until(lambda: cluster.topics()[topic.name] == 3, what="the third partition")
+
+        def writes() -> None:
+            for number in range(1000):  # until one belongs to the new partition, once the producer knows of it
+                store.put(f"key {number}", number)
+                time.sleep(0.01)
+
+        more = r"was given more partitions, 3 instead of 2.*Write its entries to a topic of another name"
+        with pytest.raises(TopicMismatch, match=more):
+            writes()
+        wait_until(lambda: not reader.ready, 10, "what a reader notices")
+        with pytest.raises(TopicMismatch, match=more):
+            reader.get("a")
+
+
 def test_who_is_refused_at_once_does_not_ask_again_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
@@ -239,6 +260,32 @@ def test_a_topic_deleted_under_a_store_is_told(store: KeyValueStore[Any]) -> Non
         return True
 
     wait_until(gone, 10, "TopicMissing")
+
+
+def test_a_topic_made_anew_under_a_store_is_another_one(store: KeyValueStore[Any]) -> None:
+    store.put("a", 1)
+    store.topic.cluster.delete_topics([store.topic.name])
+    store.topic.create(COMPACTED)
+    wait_until(lambda: not store.ready, 10, "what the store notices")
+    with pytest.raises(TopicMissing):
+        store.get("a")
+
+
+def test_an_end_before_what_was_read_is_no_deletion(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After kill -9 a broker may tell for a moment the end that the topic had some seconds before."""
+    asked: list[float] = []
+
+    def late(cluster: Cluster, topics: list[str]) -> dict[tuple[str, int], int]:
+        asked.append(time.monotonic())
+        return {(name, 0): 0 for name in topics}
+
+    monkeypatch.setattr("labkit.patterns.key_value_store.LOOK", 0.1)
+    with KeyValueStore(store_topic(cluster, 1)) as store:
+        store.put("a", 1)
+        monkeypatch.setattr("labkit.patterns.key_value_store.end_offsets", late)
+        wait_until(lambda: len(asked) > 3, what="looks at the end")
+        store.put("b", 2)
+        assert store.snapshot() == {"a": 1, "b": 2}
 
 
 def test_a_topic_that_is_not_listed_yet_is_asked_for_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
