@@ -14,7 +14,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from labkit.kafka.errors import ClusterUnreachable, PoisonRecord, TopicMissing
-from labkit.kafka.lag import end_offsets
+from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.records import Message, Record, T, decoder
 from labkit.kafka.topics import Topic
 
@@ -74,6 +74,9 @@ class Reader(Generic[T]):
     def rest(self, timeout: float = 30.0) -> list[Record[T]]:
         """Everything up to the end the topic has now. Raises ClusterUnreachable when that takes too long."""
         ends = end_offsets(self.topic.cluster, [self.topic.name])
+        starts = start_offsets(self.topic.cluster, [self.topic.name])
+        # Where retention has deleted everything no record will ever come, and the position stays where it was.
+        ends = {place: end for place, end in ends.items() if end > starts.get(place, 0)}
         until = time.monotonic() + timeout
         found: list[Record[T]] = []
         while self._behind(ends):

@@ -25,10 +25,12 @@ from labkit.kafka.errors import (
     TopicMismatch,
     TopicMissing,
 )
+from labkit.kafka.lag import start_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
 from labkit.lab.travel import pack, unpack
 from labkit.patterns.key_value_store import KeyValueStore, StoreClosed, StoreNotReady
+from labkit.runtime.broker import Broker
 from labkit.runtime.private import PrivateBroker
 
 
@@ -392,6 +394,36 @@ def test_a_read_after_put_sees_it_and_no_read_goes_back(cluster: Cluster) -> Non
     assert len(seen) > 10  # it did look while they changed
 
 
+def test_no_read_goes_back_while_it_is_loaded_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second: nothing tells it that it has seen all."""
+    monkeypatch.setattr("labkit.patterns.key_value_store._Look.all_was_read", lambda look, positions: 0.0)
+    topic = store_topic(cluster, 1, config={**COMPACTED, "delete.retention.ms": "1000"})
+    stop = threading.Event()
+    with KeyValueStore(topic) as store, KeyValueStore(topic) as other:
+        store.put("n", 0)
+        wait_until(lambda: "n" in other, what="the first value")
+        loads, seen = other.loads, [0]
+
+        def watch() -> None:
+            while not stop.is_set():
+                if (value := other["n"]) != seen[-1]:
+                    seen.append(value)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            number = 0
+            while other.loads < loads + 3:
+                number += 1
+                store.put("n", number)
+                assert store["n"] == number
+        finally:
+            stop.set()
+            watcher.join()
+    assert seen == sorted(set(seen))
+    assert len(seen) > 10
+
+
 def test_two_writers_of_one_key_agree_in_the_end(cluster: Cluster) -> None:
     topic = store_topic(cluster, 1)
     with StoreProcess(topic, "left") as left, StoreProcess(topic, "right") as right:
@@ -617,6 +649,31 @@ def test_kept_through_compaction_and_deleted_for_good(cluster: Cluster) -> None:
     with KeyValueStore(topic) as again:
         assert again["a"] == 19
         assert "gone" not in again
+
+
+class Prompt(PrivateBroker):
+    """One that looks twice a second for what is too old, instead of every five minutes."""
+
+    def _make(self) -> None:
+        often = "log.initial.task.delay.ms=500\nlog.retention.check.interval.ms=500\n"
+        self._broker = Broker.create(self.folder, self._kafka, extra=often)
+
+
+def test_the_latest_value_outlives_any_retention() -> None:
+    with Prompt() as broker:
+        short = {"retention.ms": "1000"}
+        kept = store_topic(broker.cluster, 1, config={**EAGER, **short})
+        twin = store_topic(broker.cluster, 1, config={**EAGER, **short, "cleanup.policy": "delete"})
+        with KeyValueStore(kept) as store:
+            store.put("rate", 19)
+        for number in range(2):  # a second time: then the other topic was looked at too since its value is too old
+            raw(twin, (b"rate", b"19"))
+            gone = {(twin.name, 0): number + 1}
+            wait_until(lambda gone=gone: start_offsets(twin.cluster, [twin.name]) == gone, 30, "the deletion")
+        assert on_disk(twin) == []
+        assert on_disk(kept) == [(0, "rate", 19)]
+        with KeyValueStore(kept) as store:
+            assert store.snapshot() == {"rate": 19}
 
 
 def test_a_process_frozen_through_a_compaction_forgets_what_was_deleted(cluster: Cluster) -> None:
