@@ -8,6 +8,7 @@ partition and offset, leaves a trace in a topic, and is taken back once its reco
 from __future__ import annotations
 
 import getpass
+import html
 import socket
 import threading
 import time
@@ -104,7 +105,7 @@ class BlockedLanes(Mapping[str, Blocked]):
     """
 
     def __init__(self, topic: Topic[Any], group: str) -> None:
-        self.group = group
+        self.topic, self.group = topic, group
         self.store: KeyValueStore[Entry] = KeyValueStore(lanes_topic(topic, group))
         self._skips = skips_topic(topic, group)
         self._me = f"{getpass.getuser()}@{socket.gethostname()}"
@@ -134,6 +135,13 @@ class BlockedLanes(Mapping[str, Blocked]):
     def items(self) -> ItemsView[str, Blocked]:
         """The same, with their places."""
         return self._now().items()
+
+    def __repr__(self) -> str:
+        holds = f"{len(self):,}" if self.store.ready else "closed"
+        return f"BlockedLanes({self.topic.short} of {self.group}, {holds})"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
     @property
     def skipping(self) -> bool:

@@ -6,6 +6,7 @@ leaves it by a tombstone, when its replay succeeded or when it is purged. It is 
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
@@ -115,6 +116,13 @@ class DeadLetters(Mapping[str, DeadLetter]):
     def items(self) -> ItemsView[str, DeadLetter]:
         """The same, with their places."""
         return self._now().items()
+
+    def __repr__(self) -> str:
+        holds = f"{len(self):,}" if self.store.ready else "closed"
+        return f"DeadLetters({self.topic.short} of {self.group}, {holds})"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
     def replay(self, *places: str) -> int:
         """Put these back where their retries start, all if none is named; returns how many.

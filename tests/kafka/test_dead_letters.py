@@ -174,6 +174,8 @@ def test_a_replay_that_is_refused_is_told_and_loses_none(
 def test_purge_removes_for_good(place: tuple[Topic[Any], str], queue: DeadLetters) -> None:
     put(place[0], *range(3), key="k")
     holds(queue, 3)
+    assert repr(queue) == f"DeadLetters({place[0].short} of {place[1]}, 3)"
+    assert queue._repr_html_() == f"<span>{queue!r}</span>"
     first, *_ = queue
     with pytest.raises(LabkitError, match="is not among"):
         queue.purge(first, "elsewhere/0/0")
@@ -181,6 +183,7 @@ def test_purge_removes_for_good(place: tuple[Topic[Any], str], queue: DeadLetter
     assert queue.purge() == 2
     with DeadLetters(*place) as other:
         assert len(other) == 0
+    assert repr(other).endswith(", closed)")
 
 
 def test_a_replayed_record_whose_consumer_stops_is_handled_by_the_next(cluster: Cluster) -> None:
