@@ -134,15 +134,28 @@ class Staleness:
         self._looks: deque[tuple[float, dict[int, int]]] = deque()
         self._since: float | None = None  # Unix time up to which the view has everything that was in the topic
         self._seen_complete = False
+        self._topic_id = ""
 
     def look(self) -> None:
-        """Ask Kafka for the topic's end, then the view how far it is. Raises ClusterUnreachable, ViewUnavailable."""
+        """Ask Kafka for the topic's end, then the view how far it is.
+
+        Raises ClusterUnreachable, TopicMissing, ViewUnavailable; ViewOutdated when the view is of another topic.
+        """
         moment, cluster, name = time.time(), self.topic.cluster, [self.topic.name]
         try:
             ends = {number: end for (_, number), end in end_offsets(cluster, name).items()}
             if not ends:
                 raise ClusterUnreachable(f"topic {self.topic.short} is not listed by {cluster.bootstrap}")
+            topic_id = cluster.topic_id(self.topic.name)  # after the ends: they may be of the topic before, not later
+            if topic_id != self._topic_id:
+                self._topic_id, self._seen_complete = topic_id, False
+                self._looks.clear()  # its ends were another topic's
             marks = self.view.marks(self.topic.name)
+            if any(mark.topic_id != topic_id for mark in marks.values()):
+                raise ViewOutdated(
+                    f"view {self.view.table} was made of another topic {self.topic.short}, which was deleted and made "
+                    "anew: build it anew (a generation more), and switch to that"
+                )
             # Of what was deleted from the topic's beginning nothing is lacking.
             starts = {} if len(marks) == len(ends) else start_offsets(cluster, name)
         except LabkitError:

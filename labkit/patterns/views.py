@@ -74,6 +74,8 @@ class Mark(NamedTuple):
 
     next_offset: int
     time: float
+    topic_id: str
+    """Of another topic of that name, offsets say nothing."""
 
 
 class Database(Protocol):
@@ -351,8 +353,8 @@ class View(ABC):
 
     def marks(self, topic: str) -> dict[int, Mark]:
         """How far it has got, by partition."""
-        sql = f"select partition, next_offset, time from {self.table}_offsets where topic = ?"
-        return {partition: Mark(offset, moment) for partition, offset, moment in self._read(sql, (topic,))}
+        sql = f"select partition, next_offset, time, topic_id from {self.table}_offsets where topic = ?"
+        return {partition: Mark(*mark) for partition, *mark in self._read(sql, (topic,))}
 
     def aside(self) -> list[tuple[str, int, int, str]]:
         """The records of this generation that could not be projected: topic, partition, offset, reason."""

@@ -429,6 +429,33 @@ def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> No
     assert view.content() == {"c": [("forum",)]}
 
 
+def test_how_stale_a_view_of_a_topic_made_anew_is_cannot_be_told(cluster: Cluster, in_file: SqliteView) -> None:
+    """Its offsets are those of the topic that was deleted: beyond the end of the new one, which it has nothing of."""
+    topic = fresh_topic(cluster, 1, Site)
+    send(topic, site("a", 1, "stores"), site("b", 1, "stores"))
+    with build(in_file, topic) as member:
+        catch_up(member, in_file, topic)
+    staleness = Staleness(topic, in_file)
+    staleness.look()
+    assert staleness.records == 0
+    cluster.delete_topics([topic.name])
+    wait_until(lambda: topic.name not in cluster.topics(), 10, "the end of the topic")
+    topic.create()
+    send(topic, site("c", 1, "forum"))
+    with pytest.raises(ViewOutdated, match="made of another topic"):
+        staleness.look()
+    assert staleness.records is None
+    before = staleness.seconds
+    assert before is not None
+    with in_file.beside() as beside, build(beside, topic) as member:
+        member.wait_committed({0: 1})
+        beside.switch()
+    staleness.look()
+    assert staleness.records == 0
+    assert staleness.seconds is not None
+    assert staleness.seconds < before
+
+
 # -- databases that fail -----------------------------------------------------------------------------------------------
 
 
