@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -167,21 +168,59 @@ def _tell(told: Told, error: KafkaError | None, message: Report) -> None:
     told(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
 
 
-_producers: dict[tuple[Cluster, int], Producer] = {}
+_producers: dict[tuple[Cluster, int, bool], Producer] = {}
 _making = threading.Lock()
 
 
-def producer(cluster: Cluster) -> Producer:
-    """The process's one producer for `cluster`: what one thread sends, another one's `flush` confirms."""
-    key = (cluster, os.getpid())
+def producer(cluster: Cluster, tells: bool = False) -> Producer:
+    """The process's one producer for `cluster`: what one thread sends, another one's `flush` confirms.
+
+    With `tells` another one, of which each sender hears what became of its own records.
+    """
+    key = (cluster, os.getpid(), tells)
     found = _producers.get(key)
     if found is None:
         with _making:
-            found = _producers.setdefault(key, _producers.get(key) or Producer(cluster))
+            found = _producers.setdefault(key, _producers.get(key) or Producer(cluster, tells=tells))
     return found
 
 
+def deliver(
+    cluster: Cluster,
+    topic: str,
+    records: Iterable[tuple[bytes | None, str | bytes | None, Mapping[str, str] | None]],
+    timeout: float = 30.0,
+) -> None:
+    """Send these records (value, key, headers), and wait until each of them is confirmed, whatever else is sent.
+
+    `flush` is the whole process's, and tells of a refusal only whoever calls it first. Raises DeliveryFailed when some
+    were refused, or not confirmed within `timeout` seconds: those may still arrive.
+    """
+    sender = producer(cluster, tells=True)
+    known: list[str | None] = []  # why each was refused, None if it was not; told from any thread that listens
+
+    def told(refused: str | None, partition: int, offset: int) -> None:
+        known.append(refused)
+
+    sent = 0
+    for sent, (value, key, headers) in enumerate(records, 1):  # noqa: B007 - the last one counts
+        sender.send(topic, value, key, headers, told=told)
+    until = time.monotonic() + timeout
+    while len(known) < sent and time.monotonic() < until:
+        sender.hear(0.005)  # what others hear may be ours
+    left = sent - len(known)
+    refused = [why for why in known if why is not None]
+    if refused:
+        raise DeliveryFailed(f"{topic}: {len(refused):,} of {sent:,} records were refused: {refused[0]}")
+    if left > 0:
+        raise DeliveryFailed(
+            f"{topic}: {left:,} of {sent:,} records were not confirmed within {timeout:g} s: is the broker up? "
+            "They may still arrive"
+        )
+
+
 def let_go(cluster: Cluster) -> None:
-    """Forget the process's producer for `cluster`, with what it has not sent."""
+    """Forget the process's producers for `cluster`, with what they have not sent."""
     with _making:
-        _producers.pop((cluster, os.getpid()), None)
+        for tells in (False, True):
+            _producers.pop((cluster, os.getpid(), tells), None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.producer import producer
+from labkit.kafka.producer import deliver, producer
 from labkit.kafka.records import T, encode
 
 
@@ -42,6 +42,16 @@ class Topic(Generic[T]):
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until everything this process sent is confirmed. Raises DeliveryFailed."""
         producer(self.cluster).flush(timeout)
+
+    def deliver(
+        self, records: Iterable[tuple[T | None, str | None, Mapping[str, str] | None]], timeout: float = 30.0
+    ) -> None:
+        """Send these (value, key, headers), and wait until each of them is confirmed, whatever else the process sends.
+
+        Raises DeliveryFailed when some were refused, or not confirmed within `timeout` seconds: those may still arrive.
+        """
+        raw = ((None if value is None else encode(value), key, headers) for value, key, headers in records)
+        deliver(self.cluster, self.name, raw, timeout)
 
     def __repr__(self) -> str:
         many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"

@@ -7,7 +7,6 @@ leaves it by a tombstone, when its replay succeeded or when it is purged. It is 
 from __future__ import annotations
 
 import html
-import threading
 import time
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any, Self
 import msgspec
 
 from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
-from labkit.kafka.producer import Producer
+from labkit.kafka.producer import deliver
 from labkit.kafka.records import Message, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
@@ -90,7 +89,6 @@ class DeadLetters(Mapping[str, DeadLetter]):
     def __init__(self, topic: Topic[Any], group: str) -> None:
         self.topic, self.group = topic, group
         self.store: KeyValueStore[DeadLetter] = KeyValueStore(dead_letters_topic(topic, group))
-        self._producer: Producer | None = None
         try:
             self.store.wait_ready()
         except BaseException:
@@ -135,15 +133,12 @@ class DeadLetters(Mapping[str, DeadLetter]):
         # Marked first: the consumer may be done with a record before the mark would come.
         marked = {letter.place: msgspec.structs.replace(letter, replayed=now) for letter in letters}
         self.store.update(marked, CONFIRM)
-        self._producer = producer = self._producer or Producer(self.topic.cluster, tells=True)
-        waiting = _Confirmations(len(letters))
-        for one in letters:
-            origin = (one.topic, one.partition, one.offset, one.timestamp, one.group)
-            trail = Trail(*origin, attempts=one.attempts, failed=one.failed, error=one.error, replayed=True)
-            key = one.key if one.raw_key is None else one.raw_key
-            value = one.raw_value if one.raw_value is not None else None if one.value is None else one.value.encode()
-            producer.send(back.name, value, key, {**one.headers, HEADER: encode(trail)}, told=waiting.told)
-        waiting.wait(producer, CONFIRM)
+        try:
+            deliver(self.topic.cluster, back.name, map(_replayed, letters), CONFIRM)
+        except DeliveryFailed as error:
+            raise DeliveryFailed(
+                f"not all dead letters were put back ({error}): all are still here, replay again"
+            ) from error
         return len(letters)
 
     def purge(self, *places: str) -> int:
@@ -170,22 +165,10 @@ class DeadLetters(Mapping[str, DeadLetter]):
         return [now[place] for place in places or now]
 
 
-class _Confirmations:
-    """Counts what is to be confirmed."""
-
-    def __init__(self, expected: int) -> None:
-        self.left, self.refused = expected, ""
-        self._lock = threading.Lock()
-
-    def told(self, refused: str | None, partition: int, offset: int) -> None:
-        with self._lock:
-            self.left -= 1
-            self.refused = refused or self.refused
-
-    def wait(self, producer: Producer, timeout: float) -> None:
-        until = time.monotonic() + timeout
-        while self.left and time.monotonic() < until:
-            producer.hear(0.05)
-        if self.left or self.refused:
-            why = self.refused or f"{self.left:,} were not confirmed within {timeout:g} s"
-            raise DeliveryFailed(f"not all dead letters were put back ({why}): all are still here, replay again")
+def _replayed(one: DeadLetter) -> tuple[bytes | None, str | bytes | None, dict[str, str]]:
+    """The record as it was: value, key, headers."""
+    origin = (one.topic, one.partition, one.offset, one.timestamp, one.group)
+    trail = Trail(*origin, attempts=one.attempts, failed=one.failed, error=one.error, replayed=True)
+    key = one.key if one.raw_key is None else one.raw_key
+    value = one.raw_value if one.raw_value is not None else None if one.value is None else one.value.encode()
+    return value, key, {**one.headers, HEADER: encode(trail).decode()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import psycopg
 from aiohttp import web
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import PoisonRecord, place_of
+from labkit.kafka.errors import DeliveryFailed, PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
@@ -37,6 +37,7 @@ OBJECT = "select object::text from sites where id = %s and object is not null"
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON; PostgreSQL has no text with it
 REFUSED = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)  # and would be again
 LIMIT = 100  # sites in one answer
+CONFIRM = 3.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 FREE = web.AppKey("free", asyncio.Queue)  # connections to the database that nobody uses, and None for one to be made
 _site = msgspec.json.Decoder(Site)
 
@@ -113,17 +114,20 @@ class MetaSite(HttpService):
             if not stored:
                 return web.Response(text="nothing to do: this version, or a newer one, is stored\n")
             self.between(site)
-        self.topic.send(site, site.id)
-        await asyncio.to_thread(self.topic.flush)
-        return web.Response(status=202)
+        return await self._sent(site, name)
 
     async def delete(self, request: web.Request) -> web.Response:
         """Delete a site: `?version=8` is the version in which it is gone."""
         name, told = _name(request), request.query.get(VERSION, "")
         if not re.fullmatch(r"[0-9]{1,19}", told) or int(told) >= 2**63:
             raise web.HTTPBadRequest(text=f"say in which version it is gone: ?{VERSION}=8\n")
-        self.topic.send(None, name, {VERSION: told})
-        await asyncio.to_thread(self.topic.flush)
+        return await self._sent(None, name, {VERSION: told})
+
+    async def _sent(self, site: Site | None, name: str, headers: Mapping[str, str] | None = None) -> web.Response:
+        try:
+            await asyncio.to_thread(self.topic.deliver, [(site, name, headers)], CONFIRM)
+        except DeliveryFailed as error:
+            raise web.HTTPServiceUnavailable(text=f"Kafka does not confirm the change of {name}: {error}\n") from error
         return web.Response(status=202)
 
     async def _ask(self, request: web.Request, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:

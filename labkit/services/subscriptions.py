@@ -14,6 +14,7 @@ import msgspec
 import psycopg
 from aiohttp import web
 
+from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.services.http import HttpService
 from labkit.services.payments import CardDeclined, ProviderFailed, Renewal, receipt_of
@@ -23,6 +24,7 @@ create table if not exists subscriptions (
     id int primary key, customer text not null, plan text not null, cents int not null,
     paid_through int not null default 0, claimed int not null default 0, version int not null default 0);
 """
+CONFIRM = 3.0  # seconds that a request waits for Kafka, before the scheduler is told to come again
 AT_ONCE = 8  # renewals that one request of the baseline works on at a time
 
 LOCKS = ("none", "pessimistic", "optimistic")
@@ -155,7 +157,10 @@ def costs(polling: str, at_rest: bool = False, timeout: float = 30.0) -> Costs:
 
 @dataclass(frozen=True)
 class Requesting(HttpService):
-    """The pattern: `POST /due` only asks for renewals, by a record for each, keyed by customer, and answers 202."""
+    """The pattern: `POST /due` only asks for renewals, by a record for each, keyed by customer, and answers 202.
+
+    503 when Kafka does not confirm them all: then nothing counts as asked for, and the scheduler comes again.
+    """
 
     dsn: str = ""
     renewals: Topic[Renewal] | None = None
@@ -166,7 +171,10 @@ class Requesting(HttpService):
     async def due(self, request: web.Request) -> web.Response:
         told = msgspec.json.decode(await request.read(), type=Due)
         rows = await _due(self.dsn, told)
-        await asyncio.to_thread(self._request, [renewal for _, renewal, _ in rows])
+        try:
+            await asyncio.to_thread(self._request, [renewal for _, renewal, _ in rows])
+        except DeliveryFailed as error:
+            raise web.HTTPServiceUnavailable(text=f"Kafka does not confirm all renewals: {error}\n") from error
         async with await psycopg.AsyncConnection.connect(self.dsn) as database:
             # After the topic has them: a crash in between asks again, under the same ids.
             await database.execute(
@@ -177,9 +185,7 @@ class Requesting(HttpService):
 
     def _request(self, renewals: Iterable[Renewal]) -> None:
         assert self.renewals is not None  # noqa: S101
-        for renewal in renewals:
-            self.renewals.send(renewal, key=renewal.customer)
-        self.renewals.flush()
+        self.renewals.deliver(((renewal, renewal.customer, None) for renewal in renewals), CONFIRM)
 
 
 COSTS = web.AppKey("costs", Costs)

@@ -147,7 +147,8 @@ def test_an_interrupted_replay_loses_none(
             self.left -= 1
             super().send(*args, **more)
 
-    monkeypatch.setattr(module, "Producer", Dying)
+    dying = Dying(place[0].cluster, tells=True)
+    monkeypatch.setattr("labkit.kafka.producer.producer", lambda cluster, tells: dying)
     with pytest.raises(KeyboardInterrupt):
         queue.replay()
     holds(queue, 2)

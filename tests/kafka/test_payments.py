@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,13 +15,18 @@ from typing import Any
 import psycopg
 import pytest
 from aiohttp import web
+from consuming import alter, fresh_topic
 from processes import wait_until
 
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.reader import Reader
 from labkit.lab import Lab
 from labkit.lab.provider_faults import ProviderFaults
+from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
+from labkit.services.clients import ask
 from labkit.services.http import HttpService
 from labkit.services.job_scheduler import JobScheduler, Schedule, counts, finished, schedule
 from labkit.services.payments import (
@@ -34,7 +40,7 @@ from labkit.services.payments import (
     charges,
 )
 from labkit.services.payments_provider import PaymentsProvider
-from labkit.services.subscriptions import Polling, costs, subscribe
+from labkit.services.subscriptions import Due, Polling, Requesting, costs, subscribe
 
 RENEWAL = Renewal("7-1", "customer 7", 1, 2900)
 
@@ -219,3 +225,33 @@ def test_a_flaky_provider_refuses_its_share(lab: Lab, ledger: str) -> None:
             outcomes[calls(ledger)[-1].outcome] += 1
     assert outcomes.keys() == {"charged", "refused"}
     assert 20 <= outcomes["refused"] <= 80
+
+
+def test_what_kafka_refuses_does_not_count_as_asked_for(cluster: Cluster, ledger: str) -> None:
+    """Whoever else flushes meanwhile, and hears of the refusal before."""
+    topic = fresh_topic(cluster, 1, Renewal)
+    subscribe(ledger, range(500, 503), "refused")
+    service = Requesting(free_ports()[0], ledger, topic)
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.is_set():
+            with suppress(DeliveryFailed):
+                topic.flush()
+
+    alter(topic, {"max.message.bytes": "60"})  # less than any record takes
+    with serving(service), ThreadPoolExecutor() as pool:
+        others = [pool.submit(flush) for _ in range(3)]
+        try:
+            status, said = ask(f"{service.url}/due", "POST", Due("refused", 1))
+        finally:
+            done.set()
+        assert status == 503
+        assert "3 of 3 records were refused" in said
+        for other in others:
+            other.result(10)
+        alter(topic, {"max.message.bytes": "100000"})
+        assert ask(f"{service.url}/due", "POST", Due("refused", 1)) == (202, {"requested": 3})
+        assert ask(f"{service.url}/due", "POST", Due("refused", 1)) == (202, {"requested": 0})
+    with Reader(topic) as reader:
+        assert [record.value.id for record in reader.rest()] == ["500-1", "501-1", "502-1"]

@@ -107,6 +107,18 @@ def test_who_depends_on_a_delivery_sees_its_failure_whoever_was_told(cluster: Cl
     mine.check(mine.refused)
 
 
+def test_a_delivery_is_told_of_its_own_records_whoever_flushes(cluster: Cluster) -> None:
+    """Of those that were refused too: of a process's flushes only the first would hear of it."""
+    topic = Topic(cluster, f"{fresh_topic(cluster).name}.small", 1, str)
+    topic.create({"max.message.bytes": "1000"})
+    topic.deliver([("a", "k", {"x": "y"}), (None, "k", None)])
+    topic.deliver([])
+    with pytest.raises(DeliveryFailed, match=f"{topic.name}: 1 of 1 records were refused: .*large"):
+        topic.deliver([("x" * 5000, "k", None)])
+    topic.flush()
+    assert [(one.value, one.key, one.headers.get("x")) for one in read(topic)] == [("a", "k", "y"), (None, "k", None)]
+
+
 def test_a_topic_that_is_missing_is_told_soon(cluster: Cluster) -> None:
     topic = Topic(cluster, f"{fresh_topic(cluster).name}.missing", 1, int)
     topic.send(1)
@@ -130,7 +142,7 @@ def test_threads_that_ask_at_once_get_one_producer(monkeypatch: pytest.MonkeyPat
     made: list[object] = []
 
     class Slow:
-        def __init__(self, _cluster: Cluster) -> None:
+        def __init__(self, _cluster: Cluster, tells: bool) -> None:
             made.append(self)
             time.sleep(0.05)
 

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +23,12 @@ from urllib.parse import quote
 import msgspec
 import psycopg
 import pytest
-from consuming import Member, fresh_group, fresh_topic, put
+from consuming import Member, alter, fresh_group, fresh_topic, put
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.producer import let_go
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.steps import Step
@@ -245,6 +248,36 @@ def test_a_change_is_sent_and_the_row_follows(cluster: Cluster, dsn: str) -> Non
         after = {0: 2, 1: 3, 2: -2, 3: 1, 4: 2, 9: 1}
         wait_until(lambda: table(dsn) == {site_id(number): at for number, at in after.items()}, 10, "the rows")
         assert ask(f"{url}/sites/{site_id(2)}")[0] == 404
+
+
+def test_every_change_that_kafka_refuses_is_told_to_who_asked_for_it(cluster: Cluster, dsn: str) -> None:
+    """At once with others, refused or not: 202 says that it is in the topic, 503 that it is not."""
+    topic = fresh_topic(cluster, 1, Site)
+    alter(topic, {"max.message.bytes": "4000"})
+    with serving(MetaSite(free_ports()[0], dsn, topic)) as url, ThreadPoolExecutor() as pool:
+
+        def put(one: Site) -> tuple[int, str]:
+            return ask(f"{url}/sites/{one.id}", "PUT", encode(one))
+
+        for turn in range(8):
+            first, second, small = site(3 * turn), site(3 * turn + 1), site(3 * turn + 2, pages=0)
+            answers = list(pool.map(put, [first, small, second]))
+            assert [answers[0][0], answers[2][0]] == [503, 503], answers
+            assert "Kafka does not confirm" in answers[0][1]
+            assert (answers[1][0] == 202) == (small.id in told(topic))  # it may have been in a batch with a large one
+        assert put(site(100, pages=0))[0] == 202
+    assert site_id(100) in told(topic)
+
+
+def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str) -> None:
+    nobody = Topic(Cluster(f"127.0.0.1:{free_ports()[0]}"), "sites", 1, Site)
+    with serving(MetaSite(free_ports()[0], dsn, nobody)) as url:
+        begun = time.monotonic()
+        status, said = ask(f"{url}/sites/{site_id(1)}?version=2", "DELETE")
+        assert status == 503
+        assert "not confirmed within 3 s: is the broker up? They may still arrive" in said
+        assert time.monotonic() - begun < 6
+    let_go(nobody.cluster)
 
 
 @pytest.mark.parametrize(
