@@ -41,6 +41,7 @@ class ViewReader(HttpService):
 
     `GET /site/site-000017` (the name of the view's key): the rows of that key; 404 if there are none.
     `GET /app/stores?limit=50` (an indexed column): keys with that value, and `next`, the token of the following page.
+    Every answer has `stale`, how many records and seconds the view is behind; of a refusal, `error` says why.
     """
 
     view: View
@@ -70,27 +71,33 @@ class ViewReader(HttpService):
     def handler(self, app: web.Application) -> Handler:
         staleness = app[STALENESS]
 
-        async def answer(request: web.BaseRequest) -> web.Response:
-            if request.method not in METHODS:
-                raise web.HTTPMethodNotAllowed(request.method, METHODS)
-            asked, _, value = request.path[1:].partition("/")
-            try:
-                found = self._found(asked, value, request)
-            except ViewUnavailable as error:
-                raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
+        def told(found: dict[str, Any]) -> bytes:
             seconds = staleness.seconds
             age = None if seconds is None else round(seconds, 3)
-            found["stale"] = {"records": staleness.records, "seconds": age}
-            return web.Response(body=encode(found), headers=JSON)
+            return encode({**found, "stale": {"records": staleness.records, "seconds": age}})
+
+        async def answer(request: web.BaseRequest) -> web.Response:
+            try:
+                return web.Response(body=told(self._found(request)), headers=JSON)
+            except web.HTTPException as refused:
+                # That there is no such site may be as old as the apps of one that there is.
+                refused.body, refused.content_type = told({"error": (refused.text or "").strip()}), "application/json"
+                raise
 
         return answer
 
-    def _found(self, asked: str, value: str, request: web.BaseRequest) -> dict[str, Any]:
+    def _found(self, request: web.BaseRequest) -> dict[str, Any]:
+        if request.method not in METHODS:
+            raise web.HTTPMethodNotAllowed(request.method, METHODS)
+        asked, _, value = request.path[1:].partition("/")
         if asked != self.view.key and asked not in self.view.indexes:
             raise web.HTTPNotFound
         if not NAME.fullmatch(value):
             raise web.HTTPBadRequest(text=f"{value!r} is no name: letters, digits and . _ - make one, at most 64\n")
-        return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
+        try:
+            return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
+        except ViewUnavailable as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
 
     def _rows(self, key: str) -> dict[str, Any]:
         found = self.view.rows(key)

@@ -107,6 +107,7 @@ def reader(topic: Topic[Site], tmp_path_factory: pytest.TempPathFactory) -> Iter
         status, said = ask(f"{url}/site/{site_id(1)}")  # before there is a view
         assert status == 503
         assert "cannot be read" in said
+        assert '"stale":{"records":null,"seconds":null}' in said
         with writer(topic, view):
             wait_until(lambda: stale(url) == 0, 20, "the view to be complete")
         yield url
@@ -160,12 +161,17 @@ def test_an_app_has_its_sites_page_by_page(reader: str) -> None:
 )
 def test_what_makes_no_sense_is_refused(reader: str, path: str, status: int, said: str) -> None:
     found, text = ask(f"{reader}/{path}")
-    assert (found, said in text) == (status, True), text
+    answer = msgspec.json.decode(text)
+    assert (found, said in answer["error"]) == (status, True), text
+    assert answer["stale"]["records"] == 0
+    assert 0 <= answer["stale"]["seconds"] < 5
 
 
 def test_it_is_only_read(reader: str) -> None:
     url = f"{reader}/site/{site_id(3)}"
-    assert ask(url, "PUT", {})[0] == 405
+    status, said = ask(url, "PUT", {})
+    assert status == 405
+    assert msgspec.json.decode(said)["stale"]["records"] == 0
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5) as answer:
         assert (answer.status, answer.read()) == (200, b"")
 
