@@ -285,7 +285,28 @@ class View(ABC):
         return row and cast(str, row[0])
 
     def _make(self, database: Database) -> None:
-        """The tables, unless they are there. Raises ViewOutdated when they are there in another form."""
+        """The tables, unless they are there. Raises ViewOutdated when they are there in another form.
+
+        Raises LabkitError when the database does not take these names and types, and never will.
+        """
+        try:
+            self._make_tables(database)
+        except LabkitError:
+            raise
+        except Exception as error:
+            if "already exists" in str(error):
+                raise ViewOutdated(
+                    f"{error}, and is not known as a view: use another name than {self.table}"
+                ) from error
+            if self._is_about_names(error):
+                columns = ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
+                raise LabkitError(
+                    f"view {self.table} cannot be made ({error}): one of its names or types is no good, or a word of "
+                    f"SQL: {self.table}, {self.key}, {columns}"
+                ) from error
+            raise
+
+    def _make_tables(self, database: Database) -> None:
         wanted = f"{self.key}; " + ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
         wanted += f"; by {', '.join(self.indexes)}"
         for sql in _SHARED:
@@ -304,23 +325,13 @@ class View(ABC):
             )
 
     def _create(self, database: Database) -> None:
-        try:
-            columns = "".join(f", {name} {kind}" for name, kind in self.columns.items())
-            database.execute(f"create table {self.name} ({self.key} text not null{columns})")
-            database.execute(f"create index {self.name}_of on {self.name} ({self.key})")
-            for column in self.indexes:
-                database.execute(f"create index {self.name}_{column} on {self.name} ({column}, {self.key})")
-            keys = f"({self.key} text primary key, version bigint not null, deleted int not null)"
-            database.execute(f"create table {self.name}_keys {keys}{self._of_keys}")
-        except Exception as error:
-            if "syntax error" in str(error):
-                raise LabkitError(
-                    f"view {self.table} cannot be made ({error}): one of its names or types is a word of SQL: "
-                    f"{self.key}, {', '.join(f'{name} {kind}' for name, kind in self.columns.items())}"
-                ) from error
-            if "already exists" not in str(error):
-                raise
-            raise ViewOutdated(f"{error}, and is not known as a view: use another name than {self.table}") from error
+        columns = "".join(f", {name} {kind}" for name, kind in self.columns.items())
+        database.execute(f"create table {self.name} ({self.key} text not null{columns})")
+        database.execute(f"create index {self.name}_of on {self.name} ({self.key})")
+        for column in self.indexes:
+            database.execute(f"create index {self.name}_{column} on {self.name} ({column}, {self.key})")
+        keys = f"({self.key} text primary key, version bigint not null, deleted int not null)"
+        database.execute(f"create table {self.name}_keys {keys}{self._of_keys}")
 
     # -- reading
 
@@ -425,7 +436,11 @@ class View(ABC):
 
     @abstractmethod
     def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """What a query finds. Raises ViewUnavailable."""
+        """What a query finds. Raises ViewUnavailable, LabkitError for a parameter that no column of its type can be."""
+
+    @abstractmethod
+    def _is_about_names(self, error: Exception) -> bool:
+        """Whether the database does not take the view's names or types."""
 
     @abstractmethod
     def is_about_rows(self, error: Exception) -> bool:
@@ -470,7 +485,7 @@ class SqliteView(View):
         self.path = str(Path(path).absolute())
         super().__init__(table, columns, indexes, key, generation)
         with closing(sqlite3.connect(":memory:")) as trial:  # told here, and not by a pod that dies of it
-            self._create(trial)
+            self._make(trial)
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -516,6 +531,11 @@ class SqliteView(View):
                 return found
             except sqlite3.Error as error:
                 raise ViewUnavailable(f"view {self.table} cannot be read: {self.path}: {error}") from error
+
+    def _is_about_names(self, error: Exception) -> bool:
+        said = str(error)
+        words = ("syntax error", "reserved for internal use", "to delete table", "to delete view")
+        return isinstance(error, sqlite3.OperationalError) and any(word in said for word in words)
 
     def is_about_rows(self, error: Exception) -> bool:
         kinds = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
@@ -572,16 +592,25 @@ class PostgresView(View):
                     self._reading = _Marked(self._dial())
                 found: list[Row] = self._reading.execute(sql, parameters).fetchall()
                 return found
+            except psycopg.DataError as error:
+                raise LabkitError(f"view {self.table} has no such value: {error}") from error
             except psycopg.Error as error:
                 reading, self._reading = self._reading, None
                 reading.close()
                 raise ViewUnavailable(f"view {self.table} cannot be read: {error}") from error
 
+    def _is_about_names(self, error: Exception) -> bool:
+        import psycopg
+
+        # What its statements say is wrong. Rights may still be granted.
+        refused = isinstance(error, psycopg.ProgrammingError)
+        return refused and not isinstance(error, psycopg.errors.InsufficientPrivilege)
+
     def is_about_rows(self, error: Exception) -> bool:
         import psycopg
 
-        kinds = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded, UnicodeError)
-        if isinstance(error, kinds):
+        values = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.DatatypeMismatch)
+        if isinstance(error, (*values, psycopg.errors.ProgramLimitExceeded, UnicodeError)):
             return True
         return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
 

@@ -98,6 +98,8 @@ class ViewReader(HttpService):
             return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
         except ViewUnavailable as error:
             raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
+        except LabkitError as error:  # text where the column has numbers, say
+            raise web.HTTPBadRequest(text=f"{error}\n") from error
 
     def _rows(self, key: str) -> dict[str, Any]:
         found = self.view.rows(key)

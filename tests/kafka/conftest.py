@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psycopg
 import pytest
 from processes import processes_of, wait_until
 
@@ -36,6 +38,15 @@ def postgres(state_dir: Path) -> Iterator[Postgres]:
     """One PostgreSQL for the tests; who kills it starts it again, and tables have names of their own."""
     with Postgres() as server:
         yield server
+
+
+@pytest.fixture
+def dsn(postgres: Postgres) -> str:
+    """A database of the test's own."""
+    name = f"test_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return postgres.dsn.replace("dbname=postgres", f"dbname={name}")
 
 
 @pytest.fixture

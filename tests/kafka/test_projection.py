@@ -205,6 +205,45 @@ def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, 
         assert said in reason, reason
 
 
+def test_a_value_of_another_type_than_the_column_is_set_aside(cluster: Cluster, dsn: str) -> None:
+    """PostgreSQL calls it a mistake in the statement. And nobody finds anything by such a value."""
+    topic = fresh_topic(cluster, 1, Any)
+    with PostgresView(dsn, "numbers", {"value": "bigint"}, ["value"]) as view:
+        for key, value in {"a": 1, "b": True, "c": [1], "d": 2, "e": "x"}.items():
+            put(topic, value, key=key)
+        made = Projection(topic, lambda record: [(record.value,)], view, version=lambda record: None)
+        with Member(made.consumer(fresh_group())) as member:
+            catch_up(member, view, topic)
+        assert view.content() == {"a": [(1,)], "d": [(2,)]}
+        assert [offset for _, _, offset, _ in view.aside()] == [1, 2, 4]
+        assert view.keys("value", "2") == ["d"]
+        for value in ("abc", str(2**70)):
+            with pytest.raises(LabkitError, match="has no such value") as refused:
+                view.keys("value", value)
+            assert not isinstance(refused.value, ViewUnavailable)
+        assert view.keys("value", 1) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("order", {"value": "bigint"}),
+        ("numbers", {"end": "bigint"}),
+        ("numbers", {"value": "no_such_type"}),
+        ("view", {"value": "bigint"}),
+    ],
+)
+def test_a_view_that_postgres_cannot_make_ends_its_writer(
+    cluster: Cluster, dsn: str, table: str, columns: dict[str, str]
+) -> None:
+    topic = fresh_topic(cluster, 1, Any)
+    view = PostgresView(dsn, table, columns)
+    with view, Member(Projection(topic, list, view).consumer(fresh_group())) as member:
+        error = member.ends()
+    assert type(error) is LabkitError
+    assert f"view {table} cannot be made" in str(error)
+
+
 def test_what_a_projection_asks_and_that_is_not_there_yet_is_asked_again(cluster: Cluster, in_file: SqliteView) -> None:
     """A store that is still loading, say: nothing is wrong with the records."""
     topic, asked = fresh_topic(cluster, 1, Site), [0]

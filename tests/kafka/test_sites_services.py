@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,7 +20,6 @@ from typing import Any
 from urllib.parse import quote
 
 import msgspec
-import psycopg
 import pytest
 from consuming import Member, alter, fresh_group, fresh_topic, put
 from processes import wait_until
@@ -34,7 +32,7 @@ from labkit.kafka.records import Record, encode
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Projection
-from labkit.patterns.views import SqliteView, ViewUnavailable
+from labkit.patterns.views import PostgresView, SqliteView, ViewUnavailable
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
 from labkit.services.clients import ask
@@ -75,15 +73,6 @@ def apps_view(path: Path) -> SqliteView:
 
 def writer(topic: Topic[Site], view: SqliteView) -> Member:
     return Member(Projection(topic, apps_of, view).consumer(fresh_group()))
-
-
-@pytest.fixture
-def dsn(postgres: Postgres) -> str:
-    """A database of the test's own."""
-    name = f"metasite_{uuid.uuid4().hex[:8]}"
-    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
-        connection.execute(f"create database {name}")
-    return postgres.dsn.replace("dbname=postgres", f"dbname={name}")
 
 
 # -- the reader --------------------------------------------------------------------------------------------------------
@@ -180,6 +169,15 @@ def test_a_token_is_good_for_its_own_question_only(reader: str) -> None:
     token = ask(f"{reader}/app/stores?limit=3")[1]["next"]
     assert ask(f"{reader}/app/stores?page={token}")[0] == 200
     assert ask(f"{reader}/app/forms?page={token}")[0] == 400
+
+
+def test_a_value_that_its_column_cannot_have_is_refused(cluster: Cluster, dsn: str) -> None:
+    topic, view = fresh_topic(cluster, 1, Site), PostgresView(dsn, "apps", {"stars": "bigint"}, ["stars"], key="site")
+    view.begin(topic.name, cluster.topic_id(topic.name), [])
+    with serving(ViewReader(free_ports()[0], view, topic)) as url:
+        status, said = ask(f"{url}/stars/abc")
+        assert (status, "view apps has no such value" in said) == (400, True), said
+        assert ask(f"{url}/stars/5")[1]["sites"] == []
 
 
 def test_it_answers_while_the_view_falls_behind_and_says_so(cluster: Cluster, tmp_path: Path) -> None:

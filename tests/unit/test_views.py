@@ -53,16 +53,24 @@ def test_batches_of_any_size_come_to_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "key", "says"),
+    ("table", "columns", "key", "says"),
     [
-        ({"App": "text"}, "site", "'App' cannot be a name"),
-        ({}, "site", "needs columns beside its key 'site'"),
-        ({"site": "text"}, "site", "needs columns beside its key 'site', and of other names"),
-        ({"order": "text"}, "site", r'"order": syntax error.* a word of SQL: site, order text'),
-        ({"app": "text"}, "group", r'"group": syntax error.* a word of SQL: group, app text'),
-        ({"app": "text)"}, "site", r"syntax error.* a word of SQL: site, app text\)"),
+        ("apps", {"App": "text"}, "site", "'App' cannot be a name"),
+        ("apps", {}, "site", "needs columns beside its key 'site'"),
+        ("apps", {"site": "text"}, "site", "needs columns beside its key 'site', and of other names"),
+        ("apps", {"order": "text"}, "site", r'"order": syntax error.* a word of SQL: apps, site, order text'),
+        ("apps", {"app": "text"}, "group", r'"group": syntax error.* a word of SQL: apps, group, app text'),
+        ("apps", {"app": "text)"}, "site", r"syntax error.* a word of SQL: apps, site, app text\)"),
+        ("order", {"app": "text"}, "site", r'"order": syntax error.* a word of SQL: order, site, app text'),
+        ("index", {"app": "text"}, "site", r'"index": syntax error.* a word of SQL: index'),
+        ("group", {"app": "text"}, "site", r'"group": syntax error.* a word of SQL: group'),
+        ("values", {"app": "text"}, "site", r'"values": syntax error.* a word of SQL: values'),
+        ("view", {"app": "text"}, "site", "view view cannot be made"),  # it would hide view_offsets
+        ("sqlite_apps", {"app": "text"}, "site", "view sqlite_apps cannot be made.*reserved for internal use"),
     ],
 )
-def test_what_a_view_cannot_be_made_of_is_told_at_once(columns: dict[str, str], key: str, says: str) -> None:
+def test_what_a_view_cannot_be_made_of_is_told_at_once(
+    table: str, columns: dict[str, str], key: str, says: str
+) -> None:
     with pytest.raises(LabkitError, match=f"(?s){says}"):
-        SqliteView("view.db", "apps", columns, key=key)
+        SqliteView("view.db", table, columns, key=key)
