@@ -180,14 +180,16 @@ class _Table:
                 rows.append(self._row(record))
             except Exception as error:
                 self._pass_over(record, error)
-        try:
-            with psycopg.connect(self.dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
-                cursor.execute(TABLE)
+        with psycopg.connect(self.dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
+            cursor.execute(TABLE)  # of two that make it at once one is refused, whatever its records: they come again
+            connection.commit()
+            try:
                 cursor.executemany(UPSERT, rows)
-        except REFUSED as error:
-            if len(batch) > 1:
-                raise  # the consumer hands them over again, one by one
-            self._pass_over(batch[0], error)
+            except REFUSED as error:
+                if len(batch) > 1:
+                    raise  # the consumer hands them over again, one by one
+                connection.rollback()
+                self._pass_over(batch[0], error)
 
     @staticmethod
     def _row(record: Record[Site] | PoisonRecord) -> tuple[str | None, int, str | None]:

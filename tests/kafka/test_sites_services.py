@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 import msgspec
+import psycopg
 import pytest
 from consuming import Member, alter, fresh_group, fresh_topic, put
 from processes import wait_until
@@ -37,7 +38,7 @@ from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
-from labkit.services.metasite import MetaSite, backfill, fill, stored, table_writer
+from labkit.services.metasite import TABLE, MetaSite, backfill, fill, stored, table_writer
 from labkit.services.sites import Site, site, site_id, sites
 from labkit.services.view_reader import ViewReader
 
@@ -331,6 +332,20 @@ def test_the_table_passes_over_what_it_cannot_hold(
     assert table(dsn) == {site_id(1): 1, site_id(4): 1}
     told = capfd.readouterr().err
     assert [number for number in range(7) if f"passed over: {topic.name}/0/{number}:" in told] == [1, 2, 3, 4, 5]
+
+
+def test_two_that_make_the_table_at_once_pass_over_nothing(cluster: Cluster, dsn: str) -> None:
+    """PostgreSQL refuses one of them, with the error of a row that is there already; `if not exists` or not."""
+    topic = fresh_topic(cluster, 1, Site)
+    topic.send(site(1), site_id(1))
+    topic.flush()
+    with Member(table_of(topic, dsn)) as member, psycopg.connect(dsn) as other:
+        other.execute(TABLE)
+        waiting = "select 1 from pg_locks where not granted"
+        wait_until(lambda: other.execute(waiting).fetchone(), 10, "the writer to make the table too")
+        other.commit()
+        member.wait_committed({0: 1})
+    assert table(dsn) == {site_id(1): 1}
 
 
 def test_the_table_waits_for_its_database(cluster: Cluster, dsn: str, postgres: Postgres) -> None:
