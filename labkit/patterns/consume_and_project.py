@@ -25,7 +25,11 @@ VERSION = "version"  # the field of a value, or the header of a tombstone, that 
 
 
 def version_of(record: Record[Any]) -> int | None:
-    """The value's field `version`; of a tombstone the header of that name. A tombstone without it is the newest."""
+    """The value's field `version`; of a tombstone the header of that name.
+
+    A tombstone without it is the newest whenever it comes: replayed after later versions, it takes the view back. Give
+    tombstones versions where records may come again.
+    """
     if record.value is None:
         told = record.headers.get(VERSION)
         return None if told is None else int(told)
