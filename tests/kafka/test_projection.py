@@ -8,6 +8,7 @@ import pickle
 import random
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -400,6 +401,28 @@ def test_a_frozen_writer_that_wakes_up_when_another_has_taken_over_changes_nothi
             numbered(topic, 40, 41)
             catch_up(member, view, topic)
             assert view.content() == expected(42)
+
+
+def test_a_writer_frozen_in_a_transaction_keeps_others_from_postgres_for_seconds_only(
+    cluster: Cluster, dsn: str
+) -> None:
+    """The server ends its transaction; awake again, it finds that others have done its work."""
+    topic, view = fresh_topic(cluster), numbers(dsn)
+    numbered(topic, *range(40))
+    stops = {"claimed-2": "wait", "after-3": "wait"}
+    with view, Writer(topic, fresh_group(), dsn, stops) as zombie:
+        zombie.wait_said("waiting")
+        zombie.freeze()
+        held, begun = view.count(), time.monotonic()
+        assert 0 < held < 40
+        with Member(projection(topic, view).consumer(fresh_group())) as member:
+            catch_up(member, view, topic)
+        assert time.monotonic() - begun < 15
+        assert view.content() == expected(40)
+        zombie.thaw()
+        zombie.go_on()
+        wait_until(lambda: {"step": "waiting", "subject": "after"} in zombie.lines, 10, "its next batch to be done")
+        assert view.content() == expected(40)
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
