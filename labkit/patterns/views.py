@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import sqlite3
@@ -143,6 +144,12 @@ class View(ABC):
     def name(self) -> str:
         """Of this generation's table."""
         return f"{self.table}_{self.generation}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name} in {self._where()})"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
 
     # -- what a new view overrides
 
@@ -423,6 +430,10 @@ class View(ABC):
                     connection.close()
 
     @abstractmethod
+    def _where(self) -> str:
+        """Where its database is, as people may be shown it."""
+
+    @abstractmethod
     def _connect(self) -> Any:
         """A connection to write with."""
 
@@ -486,6 +497,9 @@ class SqliteView(View):
         super().__init__(table, columns, indexes, key, generation)
         with closing(sqlite3.connect(":memory:")) as trial:  # told here, and not by a pod that dies of it
             self._make(trial)
+
+    def _where(self) -> str:
+        return self.path
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -559,6 +573,15 @@ class PostgresView(View):
     ) -> None:
         self.dsn = dsn
         super().__init__(table, columns, indexes, key, generation)
+
+    def _where(self) -> str:
+        try:
+            from psycopg.conninfo import conninfo_to_dict
+
+            told = conninfo_to_dict(self.dsn)
+        except Exception:  # no psycopg, or no connection string: what may have a password in it is not shown
+            return "a PostgreSQL"
+        return ", ".join(f"{name}={told[name]}" for name in ("host", "port", "dbname") if name in told) or "PostgreSQL"
 
     def _connect(self) -> _Marked:
         return _Marked(self._dial())

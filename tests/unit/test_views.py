@@ -8,7 +8,7 @@ import random
 import pytest
 
 from labkit.kafka.errors import LabkitError
-from labkit.patterns.views import Change, SqliteView, newest
+from labkit.patterns.views import Change, PostgresView, SqliteView, newest
 
 
 def change(key: str, version: int | None, *rows: str) -> Change:
@@ -74,3 +74,18 @@ def test_what_a_view_cannot_be_made_of_is_told_at_once(
 ) -> None:
     with pytest.raises(LabkitError, match=f"(?s){says}"):
         SqliteView("view.db", table, columns, key=key)
+
+
+def test_a_view_shows_its_table_and_where_it_is_and_no_password() -> None:
+    in_file = SqliteView("/tmp/<a>/view.db", "apps", {"app": "text"}, generation=2)
+    assert repr(in_file) == "SqliteView(apps_2 in /tmp/<a>/view.db)"
+    assert in_file._repr_html_() == "<span>SqliteView(apps_2 in /tmp/&lt;a&gt;/view.db)</span>"
+    for dsn, where in {
+        "host=db port=5432 user=me password=secret dbname=shop": "host=db, port=5432, dbname=shop",
+        "postgresql://me:secret@db/shop": "host=db, dbname=shop",
+        "password=secret": "PostgreSQL",
+        "password=secret nonsense": "a PostgreSQL",
+    }.items():
+        view = PostgresView(dsn, "apps", {"app": "text"})
+        assert repr(view) == f"PostgresView(apps_1 in {where})"
+        assert "secret" not in view._repr_html_()
