@@ -178,8 +178,8 @@ class Requesting(HttpService):
         async with await psycopg.AsyncConnection.connect(self.dsn) as database:
             # After the topic has them: a crash in between asks again, under the same ids.
             await database.execute(
-                "update subscriptions set paid_through = %s where plan = %s and paid_through < %s",
-                (told.period, told.plan, told.period),
+                "update subscriptions set paid_through = %s where id = any(%s) and paid_through < %s",
+                (told.period, [number for number, _, _ in rows], told.period),
             )
         return web.json_response({"requested": len(rows)}, status=202)
 

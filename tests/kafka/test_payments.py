@@ -255,3 +255,21 @@ def test_what_kafka_refuses_does_not_count_as_asked_for(cluster: Cluster, ledger
         assert ask(f"{service.url}/due", "POST", Due("refused", 1)) == (202, {"requested": 0})
     with Reader(topic) as reader:
         assert [record.value.id for record in reader.rest()] == ["500-1", "501-1", "502-1"]
+
+
+def test_a_subscription_that_is_made_meanwhile_is_asked_for_next_time(cluster: Cluster, ledger: str) -> None:
+    """Of its plan all that was due was marked as paid, whether a renewal had been sent or not."""
+
+    class Slow(Requesting):
+        def _request(self, renewals: Iterable[Renewal]) -> None:
+            subscribe(ledger, range(600, 602), "meanwhile")
+            super()._request(renewals)
+
+    topic = fresh_topic(cluster, 1, Renewal)
+    subscribe(ledger, range(600, 601), "meanwhile")
+    service = Slow(free_ports()[0], ledger, topic)
+    with serving(service):
+        for _ in range(2):
+            assert ask(f"{service.url}/due", "POST", Due("meanwhile", 1)) == (202, {"requested": 1})
+    with Reader(topic) as reader:
+        assert [record.value.id for record in reader.rest()] == ["600-1", "601-1"]
