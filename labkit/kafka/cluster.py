@@ -268,6 +268,7 @@ PASSING = (
     KafkaError._NOENT,  # "no leaders found"
     KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._DESTROY_BROKER,  # it knew the broker by another number, or has just been told that it is gone
 )
 
 

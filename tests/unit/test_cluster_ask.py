@@ -73,6 +73,12 @@ def test_a_silence_before_what_passes_still_counts() -> None:
     assert len(question.clients) == 4
 
 
+def test_a_client_that_has_just_dropped_the_broker_is_no_answer() -> None:
+    """As it does when the broker was frozen, and the metadata that come then are without it."""
+    question = Question(kafka(KafkaError._DESTROY_BROKER))
+    assert NOWHERE.ask(question) == "answer"
+
+
 @pytest.mark.parametrize("code", PASSING)
 def test_what_passes_is_asked_again(code: int) -> None:
     question = Question(kafka(code))
