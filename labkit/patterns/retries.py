@@ -334,7 +334,7 @@ class _Retries:
         def of(hop: _Hop) -> Callable[[Record[Any]], float]:
             def due(record: Record[Any]) -> float:
                 trail = parse(record.headers.get(HEADER))
-                if trail is not None and trail.replayed and trail.topic in self.hops:
+                if trail is not None and trail.replayed:
                     with self.lock:
                         self.replays.setdefault((record.topic, record.partition), {})[record.offset] = trail
                 # Headers come from outside: one that says "in a year" must not make the record wait for a year.
