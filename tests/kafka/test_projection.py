@@ -351,18 +351,23 @@ def finish(topic: Topic[Any], view: View, group: str | None = None) -> None:
         catch_up(member, view, topic)
 
 
-def test_killed_at_any_point_of_a_transaction_nothing_is_lost_or_doubled(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_killed_at_any_point_of_a_transaction_nothing_is_lost_or_doubled(
+    cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest, database: str
+) -> None:
     """correctness 28: kill -9 before, between, and after; the next writer goes on from the view's offset."""
-    topic, where = fresh_topic(cluster), tmp_path / "view.db"
+    where = str(tmp_path / "view.db") if database == "sqlite" else request.getfixturevalue("dsn")
+    topic = fresh_topic(cluster)
     numbered(topic, *range(100))
-    view, done = numbers(str(where)), 0
+    view, done = numbers(where), 0
     for point in ("before", "claimed", "written", "after"):
         with Writer(topic, fresh_group(), where, {f"{point}-3": "kill"}) as writer:
             assert writer.ends() == -9
         assert done < view.count() < 100
         done = view.count()
-    finish(topic, view)
-    assert view.content() == expected(100)
+    with view:
+        finish(topic, view)
+        assert view.content() == expected(100)
 
 
 def test_a_writer_goes_on_where_the_view_is_not_where_its_group_is(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,8 +33,9 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
+from labkit.lab.travel import pack, unpack
 from labkit.patterns.consume_and_project import Projection
-from labkit.patterns.views import PostgresView, SqliteView, ViewUnavailable
+from labkit.patterns.views import PostgresView, SqliteView, View, ViewUnavailable
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
 from labkit.services.clients import ask
@@ -72,7 +74,7 @@ def apps_view(path: Path) -> SqliteView:
     return SqliteView(path, "apps", {"app": "text", "version": "text"}, ["app"], key="site")
 
 
-def writer(topic: Topic[Site], view: SqliteView) -> Member:
+def writer(topic: Topic[Site], view: View) -> Member:
     return Member(Projection(topic, apps_of, view).consumer(fresh_group()))
 
 
@@ -90,9 +92,13 @@ def topic(cluster: Cluster) -> Topic[Site]:
     return topic
 
 
-@pytest.fixture(scope="module")
-def reader(topic: Topic[Site], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    view = apps_view(tmp_path_factory.mktemp("reader") / "view.db")
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def reader(
+    request: pytest.FixtureRequest, topic: Topic[Site], postgres: Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    view: View = apps_view(tmp_path_factory.mktemp("reader") / "view.db")
+    if request.param == "postgres":
+        view = PostgresView(postgres.dsn, f"apps_{uuid.uuid4().hex[:8]}", view.columns, view.indexes, view.key)
     with serving(ViewReader(free_ports()[0], view, topic)) as url:
         status, said = ask(f"{url}/site/{site_id(1)}")  # before there is a view
         assert status == 503
@@ -170,6 +176,23 @@ def test_a_token_is_good_for_its_own_question_only(reader: str) -> None:
     token = ask(f"{reader}/app/stores?limit=3")[1]["next"]
     assert ask(f"{reader}/app/stores?page={token}")[0] == 200
     assert ask(f"{reader}/app/forms?page={token}")[0] == 400
+
+
+def test_a_page_goes_on_in_another_process(topic: Topic[Site], tmp_path: Path) -> None:
+    """What signs the tokens travels with the service; one that was made by itself has another."""
+    view = apps_view(tmp_path / "view.db")
+    service = ViewReader(free_ports()[0], view, topic)
+    beside, stranger = unpack(pack(service)), ViewReader(free_ports()[0], view, topic)
+    with serving(service) as url:
+        with writer(topic, view):
+            wait_until(lambda: stale(url) == 0, 20, "the view to be complete")
+        token = ask(f"{url}/app/stores?limit=3")[1]["next"]
+        following = ask(f"{url}/app/stores?limit=3&page={token}")[1]["sites"]
+    assert len(following) == 3
+    with serving(beside) as url:
+        assert ask(f"{url}/app/stores?limit=3&page={token}")[1]["sites"] == following
+    with serving(stranger) as url:
+        assert ask(f"{url}/app/stores?limit=3&page={token}")[0] == 400
 
 
 def test_a_value_that_its_column_cannot_have_is_refused(cluster: Cluster, dsn: str) -> None:
