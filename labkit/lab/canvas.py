@@ -30,6 +30,8 @@ from PIL import Image
 Floats: TypeAlias = NDArray[np.float64]
 Style: TypeAlias = Literal["solid", "dashed", "dotted"]
 
+SMALLEST = 0.75  # scale of a picture that must not have many bytes
+
 # -- Scene: what is drawn, in pixels, origin at the bottom left ------------------------------------------------------
 
 
@@ -101,7 +103,7 @@ def render(scene: Scene) -> bytes:
 def render_small(scene: Scene, most: int) -> bytes:
     """The scene as PNG bytes, as sharp as `most` bytes allow."""
     png = b""
-    for scale, colours in ((1.5, 64), (1.0, 64), (1.0, 24), (0.75, 16)):
+    for scale, colours in ((1.5, 64), (1.0, 64), (1.0, 24), (SMALLEST, 16)):
         out = io.BytesIO()
         pixels = Image.fromarray(_pixels(scene, scale)).convert("RGB")
         pixels.quantize(colours, dither=Image.Dither.NONE).save(out, "png", optimize=True)

@@ -15,7 +15,20 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.lab.canvas import Area, Floats, Line, Mark, Scene, Style, Text, render, render_small, shorten, text_width
+from labkit.lab.canvas import (
+    SMALLEST,
+    Area,
+    Floats,
+    Line,
+    Mark,
+    Scene,
+    Style,
+    Text,
+    render,
+    render_small,
+    shorten,
+    text_width,
+)
 from labkit.lab.metrics import Fault, Sample
 
 Points: TypeAlias = tuple[Floats, Floats]
@@ -37,7 +50,7 @@ WIDTH, HEIGHT, CAPTION = 1180, 340, 34
 ABREAST = 4  # panels in a row; of more there are more rows
 _TOP, _BOTTOM, _LEFT, _CELL_GAP, _EDGE = 66, 34, 42, 22, 6
 _TICK_SIZE, _LABEL_SIZE, _TITLE_SIZE, _WORDS_SIZE = 12.0, 12.0, 16.0, 14.0
-_LABEL_PITCH, _FAULT_PITCH, _FAULT_ROWS = 15.0, 16.0, 4
+_LABEL_PITCH, _FAULT_PITCH, _FAULT_ROWS, _CAPTION_PITCH = 15.0, 16.0, 4, 20
 
 _SMALL = 30_000
 """Bytes of a picture that is kept: 40 kB as base64."""
@@ -189,7 +202,8 @@ def compose(
         raise ValueError("a picture needs at least one panel")
     if window <= 0:
         raise ValueError(f"window must be above 0 seconds, not {window}")
-    floor = CAPTION if caption else 0
+    lines = _caption_lines(caption, WIDTH - 2 * _LEFT) if caption else []
+    floor = CAPTION + _CAPTION_PITCH * (len(lines) - 1) if lines else 0
     rows = math.ceil(len(panels) / ABREAST)
     abreast = math.ceil(len(panels) / rows)
     scene = Scene(WIDTH, rows * HEIGHT + floor)
@@ -201,10 +215,22 @@ def compose(
         left = column * (cell + _CELL_GAP)
         frame = _Frame(scene, now, window, left + _LEFT, left + cell, floor + (rows - 1 - row) * HEIGHT)
         _draw_panel(frame, panel, series, faults, newest, writes_faults=i == 0)
-    if caption:
-        text = shorten(caption, 14.0, WIDTH - 2 * _LEFT)
-        scene.marks.append(Text(_LEFT, CAPTION / 2, text, 14.0, _TICK, "caption"))
+    for number, line in enumerate(lines):
+        y = floor - CAPTION / 2 - number * _CAPTION_PITCH
+        scene.marks.append(Text(_LEFT, y, line, _WORDS_SIZE, _TICK, "caption"))
     return scene
+
+
+def _caption_lines(caption: str, room: float) -> list[str]:
+    """The caption, broken between its parts where a line is full at the scale at which letters are widest."""
+    lines: list[str] = []
+    for part in caption.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines else part
+        if lines and text_width(longer, _WORDS_SIZE, False, SMALLEST) <= room * SMALLEST:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
 
 
 # -- One panel -------------------------------------------------------------------------------------------------------

@@ -282,7 +282,24 @@ def test_more_panels_than_fit_abreast_are_in_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize("scale", [0.75, 1.0, 1.5])
+def test_a_long_caption_goes_on_in_the_next_line() -> None:
+    caption = " · ".join(
+        f"{name}: 2 of 2 pods running (pod 0 restarted once)" for name in ("writer", "reader", "table")
+    )
+    scene = picture.compose(PANELS, *RUNS["two partitions"], T, caption=caption)
+    lines = scene.texts("caption")
+    assert " · ".join(line.text for line in lines) == caption
+    assert len(lines) > 1
+    for scale in (canvas.SMALLEST, 1.0, 1.5):
+        for line in lines:
+            width = canvas.text_width(line.text, line.size, line.bold, scale)
+            assert line.x + width / scale <= picture.WIDTH, (scale, line.text)
+    bottom = min(line.box[1] for line in lines)
+    ticks = min(text.box[1] for text in scene.texts("tick"))
+    assert 0 <= bottom < max(line.box[3] for line in lines) <= ticks
+
+
+@pytest.mark.parametrize("scale", [canvas.SMALLEST, 1.0, 1.5])
 def test_letters_are_not_cut_at_any_scale(scale: float) -> None:
     pixels = canvas._typeset("0 waiting · 4 failed", 14.0, "#000000", False, scale)
     assert not pixels[:, -1, 3].any(), "the last column has ink"
