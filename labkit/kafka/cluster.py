@@ -91,7 +91,7 @@ class Cluster:
 
     def topics(self) -> dict[str, int]:
         """Every topic's name and number of partitions."""
-        found = self.ask(lambda: admin(self).list_topics(timeout=ANSWER)).topics
+        found = self.ask(lambda client: client.list_topics(timeout=ANSWER)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
 
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
@@ -103,11 +103,10 @@ class Cluster:
         asked = dict(config or {})
         new = NewTopic(name, num_partitions=partitions, replication_factor=-1, config=asked)
 
-        def make() -> bool:
+        def make(client: AdminClient) -> bool:
             try:
-                admin(self).create_topics([new], operation_timeout=ANSWER, request_timeout=ANSWER)[name].result(
-                    ANSWER + 1
-                )
+                made = client.create_topics([new], operation_timeout=ANSWER, request_timeout=ANSWER)
+                made[name].result(ANSWER + 1)
             except KafkaException as error:
                 code = error.args[0].code()
                 if code in PASSING or code in (KafkaError._TIMED_OUT, KafkaError.INVALID_REPLICATION_FACTOR):
@@ -120,7 +119,8 @@ class Cluster:
         # On a busy machine a broker misses its heartbeats for a moment, and the controller counts it out.
         made = self.ask(make, about=f"topic {name}: ", also=KafkaError.INVALID_REPLICATION_FACTOR)
         # The controller has answered; the broker hears of it a moment later, and would call it unknown until then.
-        self.ask(lambda: self._described(name), about=f"topic {name}: ", also=KafkaError.UNKNOWN_TOPIC_OR_PART)
+        unknown = KafkaError.UNKNOWN_TOPIC_OR_PART
+        self.ask(lambda client: self._described(client, name), about=f"topic {name}: ", also=unknown)
         if not made:
             self._compare(name, partitions, asked.get("cleanup.policy"))
 
@@ -133,7 +133,8 @@ class Cluster:
             )
         if cleanup is not None:
             unknown = KafkaError.UNKNOWN_TOPIC_OR_PART  # just made: this broker does not know it yet
-            has = self.ask(lambda: self._configured(name), about=f"topic {name}: ", also=unknown)["cleanup.policy"]
+            found = self.ask(lambda client: self._configured(client, name), about=f"topic {name}: ", also=unknown)
+            has = found["cleanup.policy"]
             if set(has.split(",")) != set(cleanup.split(",")):
                 raise TopicMismatch(
                     f"topic {name} exists with cleanup.policy {has}, not {cleanup}: ask for that or use another name"
@@ -141,7 +142,7 @@ class Cluster:
 
     def topic_config(self, name: str) -> dict[str, str]:
         """All settings of a topic, defaults included, by name. Raises TopicMissing, ClusterUnreachable."""
-        return self._of_topic(name, lambda: self._configured(name))
+        return self._of_topic(name, lambda client: self._configured(client, name))
 
     def topic_id(self, name: str) -> str:
         """The topic's UUID, which a topic deleted and made anew does not share.
@@ -149,12 +150,12 @@ class Cluster:
         Raises TopicMissing, ClusterUnreachable.
         """
 
-        return self._of_topic(name, lambda: str(self._described(name).topic_id))
+        return self._of_topic(name, lambda client: str(self._described(client, name).topic_id))
 
-    def _of_topic(self, name: str, question: Callable[[], T]) -> T:
-        def asked() -> T:
+    def _of_topic(self, name: str, question: Callable[[AdminClient], T]) -> T:
+        def asked(client: AdminClient) -> T:
             try:
-                return question()
+                return question(client)
             except KafkaException as error:
                 if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
@@ -162,13 +163,15 @@ class Cluster:
 
         return self.ask(asked, about=f"topic {name}: ")
 
-    def _configured(self, name: str) -> dict[str, str]:
+    @staticmethod
+    def _configured(client: AdminClient, name: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
-        answer = admin(self).describe_configs([resource], request_timeout=ANSWER)[resource].result(ANSWER + 1)
+        answer = client.describe_configs([resource], request_timeout=ANSWER)[resource].result(ANSWER + 1)
         return {entry.name: entry.value for entry in answer.values()}
 
-    def _described(self, name: str) -> TopicDescription:
-        asked = admin(self).describe_topics(TopicCollection([name]), request_timeout=ANSWER)
+    @staticmethod
+    def _described(client: AdminClient, name: str) -> TopicDescription:
+        asked = client.describe_topics(TopicCollection([name]), request_timeout=ANSWER)
         described: TopicDescription = asked[name].result(ANSWER + 1)
         return described
 
@@ -178,8 +181,9 @@ class Cluster:
         Raises LabkitError when that fails.
         """
         if names:
+            client = admin(self)
             try:
-                futures = admin(self).delete_topics(list(names), operation_timeout=10)
+                futures = client.delete_topics(list(names), operation_timeout=10)
                 self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
             except (KafkaException, TimeoutError) as error:
                 raise LabkitError(f"topics at {self.bootstrap} could not be deleted: {_reason(error)}") from error
@@ -194,33 +198,40 @@ class Cluster:
         Raises LabkitError when that fails.
         """
         if names:
+            client = admin(self)
             try:
-                futures = admin(self).delete_consumer_groups(list(names), request_timeout=10)
+                futures = client.delete_consumer_groups(list(names), request_timeout=10)
                 self._wait(futures, ignore={KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP})
             except (KafkaException, TimeoutError) as error:
                 raise LabkitError(f"groups at {self.bootstrap} could not be deleted: {_reason(error)}") from error
 
     def groups(self) -> list[str]:
         """Every consumer group's name."""
-        listing = self.ask(lambda: admin(self).list_consumer_groups(request_timeout=ANSWER).result(ANSWER + 1))
+        listing = self.ask(lambda client: client.list_consumer_groups(request_timeout=ANSWER).result(ANSWER + 1))
         return [group.group_id for group in listing.valid]
 
-    def ask(self, question: Callable[[], T], patience: float = 10.0, about: str = "", also: int | None = None) -> T:
-        """Ask something that may be asked again: repeats it while the broker restarts or is just being found, and
-        while it answers with the error code `also`.
+    def ask(
+        self, question: Callable[[AdminClient], T], patience: float = 10.0, about: str = "", also: int | None = None
+    ) -> T:
+        """Ask the process's admin client something that may be asked again: repeats it while the broker restarts or
+        is just being found, and while it answers with the error code `also`.
 
         Raises ClusterUnreachable, its message beginning with `about`, for any other error, and for these when they
         last longer than `patience` seconds; ClientRefused when it is a login or a certificate that does not hold.
         """
         until, silent_before, looked = time.monotonic() + patience, False, False
         while True:
+            client = admin(self)  # held: another thread may replace it, and what a client is asked ends with it
             try:
-                return question()
+                return question(client)
             except (KafkaException, TimeoutError) as error:
                 code = error.args[0].code() if isinstance(error, KafkaException) else KafkaError._TIMED_OUT
                 # The next question goes to a new client: one that lived through a broker that was frozen or killed can
                 # hold on to the leaders of before, or wait for ever for a controller that answers everybody else.
-                _admin.cache_clear()
+                if admin(self) is client:
+                    _admin.cache_clear()
+                del client  # an error that somebody keeps must not keep it, as the frames of the question would
+                error.with_traceback(None)
                 if self.security and not looked:  # a refused login looks like silence to all but `describe`
                     looked = True
                     self._raise_refusal(about)
@@ -268,7 +279,6 @@ PASSING = (
     KafkaError._NOENT,  # "no leaders found"
     KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN,
-    KafkaError._DESTROY_BROKER,  # it knew the broker by another number, or has just been told that it is gone
 )
 
 

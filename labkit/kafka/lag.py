@@ -10,9 +10,9 @@ from typing import Any
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
-from labkit.kafka.cluster import ANSWER, Cluster, admin
+from labkit.kafka.cluster import ANSWER, Cluster
 
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
         return {}
     places = [TopicPartition(topic, number) for topic, number in partitions]
 
-    def committed() -> list[TopicPartition]:
+    def committed(_admin: AdminClient) -> list[TopicPartition]:
         try:
             answer = _asker(cluster, group, os.getpid()).committed(places, timeout=2 * ANSWER)
             if errors := [one.error for one in answer if one.error is not None]:
@@ -79,8 +79,8 @@ def offsets(cluster: Cluster, partitions: Sequence[tuple[str, int]], spec: Offse
         return {}
     wanted = {TopicPartition(topic, number): spec for topic, number in partitions}
 
-    def found() -> dict[tuple[str, int], int]:
-        futures = admin(cluster).list_offsets(wanted, request_timeout=ANSWER)
+    def found(client: AdminClient) -> dict[tuple[str, int], int]:
+        futures = client.list_offsets(wanted, request_timeout=ANSWER)
         return {(one.topic, one.partition): _offset(future) for one, future in futures.items()}
 
     return cluster.ask(found)

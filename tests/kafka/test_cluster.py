@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]
 from consuming import fresh_topic
 
 import labkit.kafka.cluster as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch
+from labkit.kafka.lag import end_offsets
 from labkit.kafka.topics import Topic
 
 
@@ -52,6 +56,33 @@ def test_a_topic_that_kafka_refuses_is_told_as_such(cluster: Cluster) -> None:
     with pytest.raises(LabkitError, match="topic no/slash could not be created") as told:
         cluster.create_topic("no/slash", 1)
     assert not isinstance(told.value, ClusterUnreachable)
+
+
+def test_a_question_outlives_the_client_that_another_thread_lets_go(cluster: Cluster) -> None:
+    """Who gets no answer asks a new client. With the old one, what others had asked it would end as well."""
+    topic, begun = fresh_topic(cluster), threading.Event()
+
+    def unanswered(_client: AdminClient) -> None:
+        begun.set()
+        raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+
+    def ask_in_vain() -> None:
+        with suppress(ClusterUnreachable):
+            cluster.ask(unanswered, patience=2.0)
+
+    others = [threading.Thread(target=ask_in_vain) for _ in range(8)]
+    for one in others:
+        one.start()
+    assert begun.wait(10)
+    asked = 0
+    while any(one.is_alive() for one in others):
+        cluster.topic_id(topic.name)
+        cluster.topic_config(topic.name)
+        end_offsets(cluster, [topic.name])
+        cluster.groups()
+        cluster.create_topic(topic.name, topic.partitions)
+        asked += 1
+    assert asked > 2
 
 
 def test_a_topic_is_made_once_the_broker_is_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
