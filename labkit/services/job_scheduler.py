@@ -1,13 +1,12 @@
 """The job scheduler: services register an endpoint and how often it is due, and it calls them.
 
 Lab time runs fast: a month lasts as many seconds as it is told. An endpoint that fails, or does not answer in time, is
-called again: that is all a scheduler knows about retrying.
+called again: that is all a scheduler knows about retrying. A schedule that it has is not taken a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import urllib.request
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from labkit.services.http import HttpService
 MONTHS = {"monthly": 1, "yearly": 12}
 
 
-class Schedule(msgspec.Struct):
+class Schedule(msgspec.Struct, frozen=True):
     """What a service registers: an endpoint that takes `POST {"plan": …, "period": …}`."""
 
     url: str
@@ -38,8 +37,19 @@ class Schedule(msgspec.Struct):
     """Seconds in which the endpoint promises to answer."""
 
 
+class Progress(msgspec.Struct):
+    """How far a scheduler is with one schedule."""
+
+    schedule: Schedule
+    calls: int = 0
+    failed: int = 0
+    done: int = 0
+    """Periods whose call was answered."""
+
+
 def schedule(scheduler: str, wanted: Schedule) -> None:
-    """Register with the scheduler at this URL. Raises LabkitError when it does not take it."""
+    """Register with the scheduler at this URL, unless it has just this schedule. Raises LabkitError when it does not
+    take it."""
     request = urllib.request.Request(f"{scheduler}/schedules", msgspec.json.encode(wanted))  # noqa: S310
     try:
         urllib.request.urlopen(request, timeout=5).close()  # noqa: S310 - our own service
@@ -47,25 +57,28 @@ def schedule(scheduler: str, wanted: Schedule) -> None:
         raise LabkitError(f"the job scheduler at {scheduler} does not take a schedule: {error}") from error
 
 
-def counts(scheduler: str) -> dict[str, int]:
-    """Its figures: calls, failed calls, periods that were registered, and how many of them are done."""
-    with urllib.request.urlopen(f"{scheduler}/schedules", timeout=5) as answer:  # noqa: S310 - our own service
-        return dict(json.load(answer))
+def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progress:
+    """Wait until all periods of this schedule are done; how many calls that took.
 
-
-def finished(scheduler: str, timeout: float = 60.0) -> dict[str, int]:
-    """Wait until all periods that were registered are done; its figures. Raises TimeoutError."""
+    Raises TimeoutError; LabkitError when it is not registered.
+    """
     until = time.monotonic() + timeout
-    while (now := counts(scheduler))["done"] < now["periods"]:
+    while True:
+        with urllib.request.urlopen(f"{scheduler}/schedules", timeout=5) as answer:  # noqa: S310 - our own service
+            there = msgspec.json.decode(answer.read(), type=list[Progress])
+        now = next((one for one in there if one.schedule == wanted), None)
+        if now is None:
+            raise LabkitError(f"the job scheduler at {scheduler} does not know {wanted}: schedule it first")
+        if now.done >= wanted.periods:
+            return now
         if time.monotonic() > until:
             raise TimeoutError(f"the job scheduler is not done after {timeout:g} s: {now}")
         time.sleep(0.05)  # between two questions
-    return now
 
 
 @dataclass(frozen=True)
 class JobScheduler(HttpService):
-    """`POST /schedules` registers one; `GET /schedules` tells how many calls were made, and how many periods are done.
+    """`POST /schedules` registers one; `GET /schedules` tells of each how many calls were made for it.
 
     `month` is how long one lasts here, `again` how soon a call that failed is repeated; in seconds.
     """
@@ -77,7 +90,7 @@ class JobScheduler(HttpService):
         return [web.post("/schedules", self.register), web.get("/schedules", self.told)]
 
     async def start(self, app: web.Application) -> None:
-        app[JOBS], app[COUNTS] = [], {"calls": 0, "failed": 0, "periods": 0, "done": 0}
+        app[JOBS], app[PROGRESS] = [], {}
 
     async def finish(self, app: web.Application) -> None:
         for job in app[JOBS]:
@@ -89,32 +102,33 @@ class JobScheduler(HttpService):
             schedule = msgspec.json.decode(await request.read(), type=Schedule)
         except msgspec.DecodeError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
-        request.app[COUNTS]["periods"] += schedule.periods
-        request.app[JOBS].append(asyncio.create_task(self._keep(request.app, schedule)))
+        if schedule in request.app[PROGRESS]:
+            return web.json_response({"known": schedule.url})
+        request.app[PROGRESS][schedule] = progress = Progress(schedule)
+        request.app[JOBS].append(asyncio.create_task(self._keep(schedule, progress)))
         return web.json_response({"registered": schedule.url}, status=201)
 
     async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(request.app[COUNTS])
+        return web.json_response(body=msgspec.json.encode(list(request.app[PROGRESS].values())))
 
-    async def _keep(self, app: web.Application, schedule: Schedule) -> None:
+    async def _keep(self, schedule: Schedule, progress: Progress) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=schedule.patience)) as session:
             for period in range(schedule.first, schedule.first + schedule.periods):
-                while not await self._call(app[COUNTS], session, schedule, period):
+                while not await self._call(progress, session, period):
                     await asyncio.sleep(self.again)
-                app[COUNTS]["done"] += 1
+                progress.done += 1
                 await asyncio.sleep(self.month * MONTHS[schedule.every])
 
-    async def _call(
-        self, counts: dict[str, int], session: aiohttp.ClientSession, schedule: Schedule, period: int
-    ) -> bool:
-        counts["calls"] += 1
+    async def _call(self, progress: Progress, session: aiohttp.ClientSession, period: int) -> bool:
+        schedule = progress.schedule
+        progress.calls += 1
         with suppress(aiohttp.ClientError, TimeoutError):
             async with session.post(schedule.url, json={"plan": schedule.every, "period": period}) as answer:
                 if answer.status < 300:
                     return True
-        counts["failed"] += 1
+        progress.failed += 1
         return False
 
 
 JOBS = web.AppKey("jobs", list[asyncio.Task[None]])
-COUNTS = web.AppKey("counts", dict[str, int])
+PROGRESS = web.AppKey("progress", dict[Schedule, Progress])

@@ -64,20 +64,18 @@ class Polling(HttpService):
         return [web.post("/due", self.due), web.get("/due", self.told)]
 
     async def start(self, app: web.Application) -> None:
-        app[COSTS] = Costs()
+        app[COSTS] = {lock: Costs() for lock in LOCKS}
         app[SESSION] = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5))
 
     async def finish(self, app: web.Application) -> None:
         await app[SESSION].close()
 
     async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(request.app[COSTS]))
+        return web.json_response(body=msgspec.json.encode(request.app[COSTS][_lock(request)]))
 
     async def due(self, request: web.Request) -> web.Response:
-        told, lock = msgspec.json.decode(await request.read(), type=Due), request.query.get("lock", "none")
-        if lock not in LOCKS:
-            raise web.HTTPBadRequest(text=f"a lock is one of {', '.join(LOCKS)}")
-        costs, turns = request.app[COSTS], asyncio.Semaphore(AT_ONCE)
+        told, lock = msgspec.json.decode(await request.read(), type=Due), _lock(request)
+        costs, turns = request.app[COSTS][lock], asyncio.Semaphore(AT_ONCE)
         rows = await _due(self.dsn, told)
 
         async def renew(number: int, renewal: Renewal, version: int) -> bool:
@@ -97,7 +95,7 @@ class Polling(HttpService):
         return web.json_response({"left": left}, status=503 if left else 200)
 
     async def _renew(self, app: web.Application, lock: str, number: int, renewal: Renewal, version: int) -> None:
-        costs = app[COSTS]
+        costs = app[COSTS][lock]
         async with await psycopg.AsyncConnection.connect(self.dsn) as database:
             if lock == "pessimistic":
                 began = time.perf_counter()
@@ -129,7 +127,7 @@ class Polling(HttpService):
 
 
 class Costs(msgspec.Struct):
-    """What locks cost the baseline so far."""
+    """What a lock cost the baseline so far."""
 
     under_way: int = 0
     """Requests that are being worked on now, those included whose caller has hung up."""
@@ -139,16 +137,16 @@ class Costs(msgspec.Struct):
     """Rows that somebody else had claimed."""
 
 
-def costs(polling: str, at_rest: bool = False, timeout: float = 30.0) -> Costs:
-    """What the service at this URL tells of its costs; `at_rest`, once no request is being worked on.
+def costs(polling: str, lock: str, timeout: float = 30.0) -> Costs:
+    """What the service at this URL tells of the costs of this lock, once no request is being worked on with it.
 
     Raises TimeoutError when that takes longer than `timeout` seconds.
     """
     until = time.monotonic() + timeout
     while True:
-        with urllib.request.urlopen(f"{polling}/due", timeout=5) as answer:  # noqa: S310 - our own service
+        with urllib.request.urlopen(f"{polling}/due?lock={lock}", timeout=5) as answer:  # noqa: S310 - our own service
             found = msgspec.json.decode(answer.read(), type=Costs)
-        if not (at_rest and found.under_way):
+        if not found.under_way:
             return found
         if time.monotonic() > until:
             raise TimeoutError(f"{found.under_way} requests are still being worked on after {timeout:g} s")
@@ -188,8 +186,15 @@ class Requesting(HttpService):
         self.renewals.deliver(((renewal, renewal.customer, None) for renewal in renewals), CONFIRM)
 
 
-COSTS = web.AppKey("costs", Costs)
+COSTS = web.AppKey("costs", dict[str, Costs])
 SESSION = web.AppKey("session", aiohttp.ClientSession)
+
+
+def _lock(request: web.Request) -> str:
+    lock = request.query.get("lock", "none")
+    if lock not in LOCKS:
+        raise web.HTTPBadRequest(text=f"a lock is one of {', '.join(LOCKS)}")
+    return lock
 
 
 async def _due(dsn: str, told: Due) -> list[tuple[int, Renewal, int]]:

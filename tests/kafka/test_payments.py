@@ -28,7 +28,7 @@ from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
-from labkit.services.job_scheduler import JobScheduler, Schedule, counts, finished, schedule
+from labkit.services.job_scheduler import JobScheduler, Schedule, finished, schedule
 from labkit.services.payments import (
     CardDeclined,
     ProviderFailed,
@@ -40,7 +40,7 @@ from labkit.services.payments import (
     charges,
 )
 from labkit.services.payments_provider import PaymentsProvider
-from labkit.services.subscriptions import Due, Polling, Requesting, costs, subscribe
+from labkit.services.subscriptions import LOCKS, Costs, Due, Polling, Requesting, costs, subscribe
 
 RENEWAL = Renewal("7-1", "customer 7", 1, 2900)
 
@@ -158,9 +158,9 @@ def test_an_account_names_what_is_wrong(lab: Lab, ledger: str) -> None:
     assert fine.check().startswith("2 due · 2 charged")
 
 
-@pytest.mark.parametrize("lock", ["none", "pessimistic", "optimistic"])
+@pytest.mark.parametrize("lock", LOCKS)
 def test_overlapping_requests_charge_twice_without_a_lock(lab: Lab, ledger: str, lock: str) -> None:
-    number = ["none", "pessimistic", "optimistic"].index(lock)
+    number = LOCKS.index(lock)
     provider = PaymentsProvider(lab.port("provider"), dsn=ledger, takes=0.1)
     polling = Polling(lab.port("polling"), dsn=ledger, provider=provider.url)
     scheduler = JobScheduler(lab.port("scheduler"), month=0.1, again=0.05)
@@ -174,17 +174,18 @@ def test_overlapping_requests_charge_twice_without_a_lock(lab: Lab, ledger: str,
             database.execute("update subscriptions set plan = 'monthly' where plan = %s", (f"plan {lock}",))
             database.execute("delete from subscriptions where plan = 'monthly' and not id = any(%s)", ([*customers],))
         schedule(scheduler.url, wanted)
-        figures = finished(scheduler.url, 30)
-        spent = costs(polling.url, at_rest=True)
-    assert figures["calls"] > 1
-    assert figures["failed"] == figures["calls"] - 1
+        figures = finished(scheduler.url, wanted, 30)
+        spent, others = costs(polling.url, lock), [costs(polling.url, other) for other in LOCKS if other != lock]
+    assert figures.calls > 1
+    assert figures.failed == figures.calls - 1
+    assert others == [Costs(), Costs()]
     made = Counter(one.renewal for one in charges(ledger) if one.renewal.removesuffix("-1") in map(str, customers))
     assert set(made) == {f"{number}-1" for number in customers}
     assert (max(made.values()) > 1) == (lock == "none")
     assert (spent.waited > 0.01) == (lock == "pessimistic")
     assert (spent.conflicts > 0) == (lock == "optimistic")
     with pytest.raises(OSError, match="refused"):
-        counts(scheduler.url)
+        finished(scheduler.url, wanted)
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,15 @@ class Endpoint(HttpService):
 def test_the_scheduler_calls_once_a_month_and_once_a_year(lab: Lab) -> None:
     scheduler, endpoint = JobScheduler(lab.port("jobs"), month=0.1), Endpoint(lab.port("noted"))
     with serving(scheduler, endpoint):
-        schedule(scheduler.url, Schedule(f"{endpoint.url}/due", "monthly", first=4, periods=3))
-        schedule(scheduler.url, Schedule(f"{endpoint.url}/due", "yearly", periods=2))
-        assert finished(scheduler.url, 30)["calls"] == 5
+        monthly = Schedule(f"{endpoint.url}/due", "monthly", first=4, periods=3)
+        yearly = Schedule(f"{endpoint.url}/due", "yearly", periods=2)
+        with pytest.raises(LabkitError, match="schedule it first"):
+            finished(scheduler.url, monthly)
+        for wanted in (monthly, yearly, monthly, yearly):  # those that it has it does not take a second time
+            schedule(scheduler.url, wanted)
+        assert [finished(scheduler.url, one, 30).calls for one in (yearly, monthly)] == [2, 3]
+        schedule(scheduler.url, monthly)
+        assert finished(scheduler.url, monthly).calls == 3
     for plan, periods, length in (("monthly", [4, 5, 6], 0.1), ("yearly", [1, 2], 1.2)):
         times = [moment for moment, told, _ in endpoint.calls if told == plan]
         assert [number for _, told, number in endpoint.calls if told == plan] == periods
