@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +22,7 @@ from labkit.services.http import TELL
 from labkit.services.latency import Latency
 
 PATIENCE = 10.0  # seconds a client waits for an answer
+TOLD = 1.0  # seconds from one line about a request that failed to the next
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Clients:
     `count` of them; each asks again once it was answered and has thought for `think` seconds (closed loop). With
     `rate`, requests begin so many times a second however long answers take (open loop), and what a request waits for
     one of the `count` clients is part of its time, as a user would see it. Reports the counts `requests` and `errors`
-    (no answer, or one of 500 and more), and the gauges `p50 ms` and `p99 ms`.
+    (no answer, or one of 500 and more; its log tells of one a second), and the gauges `p50 ms` and `p99 ms`.
     """
 
     url: str
@@ -55,20 +57,26 @@ class Clients:
     async def _ask_all(self, stop: threading.Event, report: Report) -> None:
         latency = Latency()
         requests = errors = 0
+        told = -TOLD
         due: asyncio.Queue[float] = asyncio.Queue()
 
         async def ask(session: aiohttp.ClientSession, since: float) -> None:
-            nonlocal requests, errors
-            failed = True
+            nonlocal requests, errors, told
+            path, failure = random.choice(self.paths), ""  # noqa: S311
             try:
-                async with session.get(self.url + random.choice(self.paths)) as answer:  # noqa: S311
-                    await answer.read()
-                    failed = answer.status >= 500
-            except (aiohttp.ClientError, TimeoutError):
+                async with session.get(self.url + path) as answer:
+                    body = await answer.read()
+                    if answer.status >= 500:
+                        failure = f"{answer.status} {body[:200].decode(errors='replace').strip()}"
+            except (aiohttp.ClientError, TimeoutError) as error:
+                failure = f"{type(error).__name__} {error}"
                 await asyncio.sleep(0.05)  # nobody there: not as fast as possible
             requests += 1
-            errors += failed
+            errors += bool(failure)
             latency.add(time.perf_counter() - since)
+            if failure and time.monotonic() > told + TOLD:
+                told = time.monotonic()
+                print(f"GET {path}: {failure}", file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
 
         async def client(session: aiohttp.ClientSession) -> None:
             while True:

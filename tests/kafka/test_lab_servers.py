@@ -231,7 +231,7 @@ def test_a_port_on_which_connections_were_closed_just_now_is_passed_over(
     assert lab.port("anew") != port
 
 
-def test_clients_of_a_service_that_is_away_count_errors(lab: Lab) -> None:
+def test_clients_of_a_service_that_is_away_count_errors(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
     figures: list[Measured] = []
     stop = threading.Event()
 
@@ -242,6 +242,7 @@ def test_clients_of_a_service_that_is_away_count_errors(lab: Lab) -> None:
 
     Clients(f"http://127.0.0.1:{lab.port('nobody')}", ["/"], count=2).run(stop, report)
     assert figures[-1].counts["requests"] == figures[-1].counts["errors"] >= 3
+    assert capfd.readouterr().err.startswith("GET /: ClientConnectorError ")
 
 
 @pytest.mark.parametrize("wrong", [{"paths": []}, {"count": 0}, {"rate": 0}, {"think": -1}])
