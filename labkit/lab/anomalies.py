@@ -174,13 +174,18 @@ def _extras(
 
 
 def _explaining(faults: Sequence[Fault], before: Effect, effect: Effect, at: float) -> Fault | None:
-    """The last fault before the extra effect that could have made the record be handled again."""
+    """The fault before the extra effect that could have made the record be handled again: the last one that struck the
+    pod which had it in hand, else the last of all."""
     reach = SAME_POD if effect.pod is not None and effect.pod == before.pod else AFTERMATH
     since = min(before.time, effect.time)
+    last = None
     for fault in reversed(faults[: bisect_right(faults, at, key=lambda fault: fault.start)]):
-        if fault.end is None or fault.end + reach >= since:
+        ended = float("inf") if fault.end is None else fault.end
+        if fault.target == before.pod and ended + SAME_POD >= since:
             return fault
-    return None
+        if last is None and ended + reach >= since:
+            last = fault
+    return last
 
 
 def _since(fault: Fault, effect: Effect) -> str:

@@ -184,7 +184,7 @@ def audit(
     found = find(wanted, repeats, confirmed, line, faults)
     bad = any(anomaly.kind in WRONG for anomaly in found)
     if unknown is not None:
-        found = [replace(one, kind=f"maybe {one.kind}") if one.kind in WRONG else one for one in found]
+        found = [_doubted(one) if one.kind in WRONG else one for one in found]
     elif not confirmed and not bad:
         unknown = "nothing was sent and confirmed, so nothing was tested"
     return Audit(
@@ -196,6 +196,12 @@ def audit(
         unconfirmed=len(wanted) - len(confirmed),
         clock_gap=line.gap,
     )
+
+
+def _doubted(one: Anomaly) -> Anomaly:
+    """Something wrong, as long as nothing is claimed."""
+    so_far = "confirmed, has not taken effect so far"
+    return replace(one, kind=f"maybe {one.kind}", explanation=so_far if one.kind == "lost" else one.explanation)
 
 
 def _named(found: Sequence[Anomaly]) -> str:

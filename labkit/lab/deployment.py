@@ -362,9 +362,14 @@ class Deployment:
         return [one for pod in self.pods for one in pod.waiting]
 
     def scale(self, replicas: int) -> None:
-        """Run this many pods from now on: the highest indexes go first."""
+        """Run this many pods from now on: the highest indexes go first.
+
+        Raises LabkitError when it has ended, with its lab or as it was replaced.
+        """
         _check(replicas)
         with self._lock:
+            if self._ended.is_set():
+                raise LabkitError(f"{self.name} has ended, with its lab or as it was replaced: deploy it again")
             gone = self._pods[replicas:]
             if replicas != len(self._pods):
                 now = time.time()
@@ -458,10 +463,11 @@ class Deployment:
         """What was done to its pods, to itself, and to Kafka."""
         for fault in self.history.faults:
             if fault.target in (self.name, "Kafka", "machine") or fault.target.rpartition("-")[0] == self.name:
-                word = "" if fault.kind in ("scale", "redeploy") else "fault: "
+                word, over = ("", "done") if fault.kind in ("scale", "redeploy") else ("fault: ", "ended")
                 yield LogLine(fault.start, fault.target, f"{word}{fault.text}")
                 if fault.end is not None and not fault.instant:
-                    yield LogLine(fault.end, fault.target, f"over after {fault.end - fault.start:.1f} s: {fault.text}")
+                    lasted = f"{fault.text}: {over} after {fault.end - fault.start:.1f} s"
+                    yield LogLine(fault.end, fault.target, lasted)
 
     def _run(self) -> None:
         if self._replaces is not None:

@@ -578,6 +578,7 @@ class Lab:
 
     def _repr_html_(self) -> str:
         rows: Mapping[str, str] = {
+            **({"state": "closed: run the notebook again from its first cell"} if self._closing else {}),
             "Kafka": f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}",
             "run": f"{self.run.id}: topics and groups are named <code>{html.escape(self.run.prefix)}…</code>",
             "running": ", ".join(map(repr, self.deployments.values())) or "nothing yet",
@@ -663,8 +664,8 @@ class Lab:
         A load's cell that runs again sends the same ids again: that they take effect again is no wonder.
         """
         asked = {one.id for load in loads for one in load.sent}
-        topics = {load.topic for load in loads}
-        everything = [one for load in self.loads if load.topic in topics for one in load.sent]
+        topics = {load.topic.name for load in loads}  # a cell that ran again may have made its type anew
+        everything = [one for load in self.loads if load.topic.name in topics for one in load.sent]
         ledger = [one._replace(order=order) for order, one in enumerate(everything) if one.id in asked]
         return ledger, {one.id for one in everything} - asked
 
@@ -696,7 +697,7 @@ class Planned:
     """Something that will be done once a condition holds."""
 
     def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
-        self.state = "is done once its condition holds"
+        self.state = "waits for its condition"
         self.waits = True
         self.failed = False
         self._condition, self._action = condition, action
@@ -716,7 +717,7 @@ class Planned:
                 self.waits, self.state = False, "did not happen: all came to rest before its condition held"
 
     def __repr__(self) -> str:
-        return f"what was planned ({getattr(self._action, '__name__', 'an action')}) {self.state}"
+        return f"planned {getattr(self._action, '__name__', 'action').replace('<lambda>', 'action')}: {self.state}"
 
     def _repr_html_(self) -> str:
         return f"<span>{html.escape(repr(self))}</span>"

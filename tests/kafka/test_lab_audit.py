@@ -202,7 +202,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
     shop = Shop(lab)
     allowed = False
     lab.when(lambda: allowed, shop.pods.pods[0].crash)
-    assert "what was planned (crash) is done once its condition holds" in lab.settle(0.3).reason
+    assert "planned crash: waits for its condition" in lab.settle(0.3).reason
     allowed = True
     assert lab.settle(20)
     wait_until(lambda: shop.pods.restarts == 1, 5, "the crash to be noticed")
@@ -212,7 +212,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
 
     lab.when(lambda: True, wrong)
     wait_until(lambda: "failed" in (lab.unsettled() or ""), 5)
-    assert lab.settle(60).reason == "what was planned (wrong) failed: KeyError: 'x'"
+    assert lab.settle(60).reason == "planned wrong: failed: KeyError: 'x'"
 
 
 def test_a_load_keeps_its_rate(lab: Lab) -> None:
@@ -376,6 +376,20 @@ def test_a_verdict_says_what_of_other_loads_it_does_not_look_at(lab: Lab) -> Non
         lab.verdict(second, shop.shipped).check().startswith("30 sent · 30 done · 20 of other loads not looked at · ")
     )
     assert lab.verdict([first, second], shop.shipped).check().startswith("50 sent · 50 done · lost 0")
+
+
+def test_what_earlier_loads_sent_is_known_though_a_cell_made_its_type_anew(lab: Lab) -> None:
+    """A class in a cell that runs again is another class, and the topic the same."""
+    shop = Shop(lab)
+    lab.load(shop.orders, orders(20), rate=1000)
+
+    class Anew(Order):
+        pass
+
+    again = lab.topic("orders", shop.orders.partitions, Anew)
+    second = lab.load(again, (Anew(number) for number in range(20, 50)), rate=1000)
+    found = lab.verdict(second, shop.shipped)
+    assert found.check().startswith("30 sent · 30 done · 20 of other loads not looked at · lost 0")
 
 
 def test_what_pods_handle_again_is_counted(lab: Lab) -> None:

@@ -53,7 +53,7 @@ def test_a_plan_waits_as_long_as_there_is_work(lab: Lab) -> None:
     planned, _ = plan(lab, lambda: load.count >= 250, lambda: done.append(load.count))
     assert lab.settle(20)
     assert done[0] >= 250
-    assert repr(planned) == "what was planned (<lambda>) done"
+    assert repr(planned) == "planned action: done"
 
 
 @pytest.mark.parametrize("too_late", [lambda: True, lambda: 1 / 0], ids=["true", "error"])
@@ -86,10 +86,10 @@ def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
 
     planned, thread = plan(lab, lambda: True, slow)
     assert begun.wait(5)
-    assert lab.settle(QUIET + 0.5).reason == "after 2 s: what was planned (slow) is being done"
+    assert lab.settle(QUIET + 0.5).reason == "after 2 s: planned slow: is being done"
     over.set()
     assert lab.settle(5)
-    assert repr(planned) == "what was planned (slow) done"
+    assert repr(planned) == "planned slow: done"
     thread.join(5)
     assert not thread.is_alive()
 
@@ -103,7 +103,7 @@ def test_a_plan_that_fails_is_told_at_once(lab: Lab, part: str) -> None:
     load = lab.load(lab.topic("orders", 1, Order), orders(10_000), rate=100)
     lab.when(wrong if part == "condition" else lambda: load.count > 5, wrong)
     settled = lab.settle(60)
-    assert repr(settled) == "unknown: what was planned (wrong) failed: KeyError: 'x'"
+    assert repr(settled) == "unknown: planned wrong: failed: KeyError: 'x'"
     assert settled.seconds < 10
     assert not load.done  # it did not wait for the load
 

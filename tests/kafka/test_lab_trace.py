@@ -228,7 +228,7 @@ def test_the_log_tells_of_faults_and_of_the_lives_of_pods(lab: Lab) -> None:
     places = [at() for at in order]
     assert places == sorted(places)
     assert min(places) >= 0
-    assert 0 <= line("shop-1", "fault: freeze pod 1")() < line("shop-1", "over after 0.")()
+    assert 0 <= line("shop-1", "fault: freeze pod 1")() < line("shop-1", "freeze pod 1: ended after 0.")()
     assert len([one for one in shop.log if one.text.startswith("pod 0 started as process ")]) == 2
 
 

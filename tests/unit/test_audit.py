@@ -89,6 +89,19 @@ def test_the_nearest_fault_before_the_extra_is_named() -> None:
     assert extra.explanation == "pod shop-1, 1.5 s after: rebalance"
 
 
+def test_the_fault_that_struck_the_pod_which_had_it_comes_before_a_later_one_of_another() -> None:
+    crash = Fault(START + 50, START + 50, "crash", "shop-0", "crash pod 0")
+    freeze = Fault(START + 53, None, "freeze", "shop-1", "freeze pod 1")
+    later = {"time": START + 56, "pod": "shop-2"}
+    effects = [effect(49), effect(49, 60, **later), effect(48, pod="shop-1"), effect(48, 61, **later)]
+    sent = [Sent("order-48", None, 0), Sent("order-49", None, 1)]
+    found = audit(sent, effects, [crash, freeze])
+    assert [(extra.id, extra.fault) for extra in found.redelivered] == [("order-48", freeze), ("order-49", crash)]
+    long_ago = Fault(START + 20, START + 20, "crash", "shop-0", "crash pod 0")  # before shop-0 had it
+    [extra] = audit(sent[1:], effects[:2], [long_ago, freeze]).redelivered
+    assert extra.fault == freeze
+
+
 def test_an_ended_and_a_standing_window_are_told_apart() -> None:
     effects = [effect(40), effect(40, 41, time=START + 60, pod="shop-1")]
     sent = [Sent("order-40", "ann", 0)]
