@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import html
+import inspect
 import os
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -330,9 +332,13 @@ class Lab:
         """Do `action`, a fault say, once `condition` holds, from a thread. Returns at once, so buttons keep working.
 
         The condition is looked at every 20 ms. The lab does not count as settled before the action was done. One that
-        failed is forgotten when something is planned again.
+        failed is forgotten when something is planned again; one that still waits, when the same is planned again, as by
+        a cell that runs twice.
         """
         self._check_open()
+        for one in self._planned:
+            if one.is_for(action):
+                one.drop("planned again")
         planned = Planned(condition, action)
         self._planned = [*(one for one in self._planned if not one.failed), planned]
         return planned
@@ -372,7 +378,9 @@ class Lab:
             quiet_since = float("inf") if moving else min(quiet_since, now)
             if now - quiet_since > QUIET:
                 for planned in self._planned:
-                    planned.drop()  # what it waits for does not come by itself any more
+                    planned.drop(
+                        "all came to rest before its condition held"
+                    )  # what it waits for does not come by itself any more
             reason = moving or self._planned_still() or ""
             # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
             calm = 0 if reason else calm + 1
@@ -709,12 +717,18 @@ class Planned:
         """Do not do it any more."""
         self._cancelled.set()
 
-    def drop(self) -> None:
-        """The same, for one whose condition did not come true while there was work."""
+    def drop(self, why: str) -> None:
+        """The same, unless it has begun; and say why."""
         with self._deciding:
             if self.waits and not self._begun:
                 self.cancel()
-                self.waits, self.state = False, "did not happen: all came to rest before its condition held"
+                self.waits, self.state = False, f"did not happen: {why}"
+
+    def is_for(self, action: Callable[[], object]) -> bool:
+        """Whether it does just this: the same method of the same object, or a function that was defined again."""
+        if inspect.isfunction(action) and inspect.isfunction(self._action):
+            return _made_of(action) == _made_of(self._action)
+        return self._action == action
 
     def __repr__(self) -> str:
         return f"planned {getattr(self._action, '__name__', 'action').replace('<lambda>', 'action')}: {self.state}"
@@ -738,6 +752,12 @@ class Planned:
                 if self._begun or not self._cancelled.is_set():
                     self.state = f"failed: {type(error).__name__}: {error}"
                     self.failed, self.waits = True, False
+
+
+def _made_of(function: types.FunctionType) -> tuple[types.CodeType, list[int]]:
+    """Its code, and which objects it was given."""
+    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    return function.__code__, [id(one) for one in given]
 
 
 _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {

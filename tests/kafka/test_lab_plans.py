@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -75,6 +76,32 @@ def test_a_condition_that_is_looked_at_while_its_plan_is_dropped_comes_too_late(
     assert done == []
     assert "did not happen" in repr(planned)
     assert lab.settle(5)
+
+
+def test_what_is_planned_again_is_done_once(lab: Lab) -> None:
+    """By a cell that runs twice: a method, or a function that was defined anew."""
+    begun, done = threading.Event(), Counter[str]()
+
+    class Pod:
+        def crash(self) -> None:
+            done["method"] += 1
+
+    pods = [Pod(), Pod()]
+
+    def cell() -> list[Planned]:
+        def action() -> None:
+            done["function"] += 1
+
+        planned = [lab.when(begun.is_set, action), lab.when(begun.is_set, lambda: done.update(["lambda"]))]
+        planned += [lab.when(begun.is_set, pod.crash) for pod in pods]
+        return planned + [lab.when(begun.is_set, lambda each=each: done.update([each])) for each in ("one", "two")]
+
+    first, second = cell(), cell()
+    assert {repr(one).partition(": ")[2] for one in first} == {"did not happen: planned again"}
+    begun.set()
+    assert lab.settle(10)
+    assert {repr(one).partition(": ")[2] for one in second} == {"done"}
+    assert done == {"method": 2, "function": 1, "lambda": 1, "one": 1, "two": 1}
 
 
 def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:

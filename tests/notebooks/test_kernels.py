@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import signal
@@ -212,41 +211,16 @@ def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> No
         assert told[0][1] != told[1][1]
 
 
-def notebook(name: str, twice: bool = False) -> nbformat.NotebookNode:
-    book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    if twice:
-        cells = []
-        for cell in book.cells:
-            cells.append(cell)
-            if cell.cell_type == "code":
-                cells.append(again := copy.deepcopy(cell))
-                again.id = f"{cell.id}-again"
-        book.cells = cells
-    return book
-
-
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", ["00_start_here.ipynb"])
-def test_every_cell_can_be_run_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
-    monkeypatch.setenv("LABKIT_PACE", "10")
-    book = notebook(name, twice=True)
-    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
-    NotebookClient(book, timeout=90, kernel_name="python3", resources=resources).execute()
-    cells = [cell for cell in book.cells if cell.id in ("verdict", "verdict-again")]
-    verdicts = [out.text for cell in cells for out in cell.outputs]
-    assert len(verdicts) == 2
-    assert all("lost 0" in text and "duplicated 0" in text for text in verdicts), verdicts
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["00_start_here.ipynb"])
 def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
     monkeypatch.setenv("LABKIT_PACE", "10")
-    client = NotebookClient(
-        notebook(name), timeout=90, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    book, resources = (
+        nbformat.read(ROOT / "notebooks" / name, as_version=4),
+        {"metadata": {"path": str(ROOT / "notebooks")}},
     )
+    client = NotebookClient(book, timeout=90, kernel_name="python3", resources=resources)
     for _ in range(2):  # execute() starts a kernel of its own each time
         client.execute()
     assert until(lambda: not of_this_lab(tmp_path), 10), of_this_lab(tmp_path)
