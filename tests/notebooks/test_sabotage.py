@@ -25,7 +25,7 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
     book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     book.cells = book.cells[: 1 + next(number for number, cell in enumerate(book.cells) if cell.id == last)]
     nbformat.write(book, folder / name)
-    env = {**os.environ, "LABKIT_STATE": str(folder / "state"), "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
     env["PYTHONPATH"] = str(SABOTAGE / sabotage)
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--timeout=150"]
     command += ["-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=90", str(folder / name)]
@@ -33,6 +33,7 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.usefixtures("broker")
 @pytest.mark.parametrize(
     ("notebook", "sabotage", "last", "sign"),
     [

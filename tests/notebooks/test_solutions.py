@@ -16,6 +16,7 @@ from labkit.lab.widgets import read_solutions
 SOLVED = sorted((ROOT / "notebooks" / "solutions").glob("*.py"))
 
 
+@pytest.mark.usefixtures("broker")
 @pytest.mark.parametrize("solutions", SOLVED, ids=lambda path: path.stem)
 def test_every_exercise_is_done_and_every_cell_can_be_run_twice(solutions: Path) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / f"{solutions.stem}.ipynb", as_version=4)
