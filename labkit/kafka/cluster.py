@@ -59,13 +59,8 @@ class Cluster:
         """
         heard: list[KafkaError] = []
         security = dict(self.security)
-        try:
-            # A client of its own: only its callback hears why a connection failed, and an old one knows old brokers.
-            held = [AdminClient(self.config({"error_cb": heard.append}))]
-        except KafkaException as error:
-            raise ClientRefused(
-                f"the client settings for {self.bootstrap} do not work: {explain_setting(error.args[0], security)}"
-            ) from error
+        # A client of its own: only its callback hears why a connection failed, and an old one knows old brokers.
+        held = [_client(self, {"error_cb": heard.append})]
         until, addresses, wait = time.monotonic() + timeout, self.bootstrap.count(",") + 1, 0.1
         refused: dict[str, KafkaError] = {}  # by broker: while one is left that may take us, there is hope
         failure: KafkaException | None = None
@@ -230,7 +225,8 @@ class Cluster:
                 # hold on to the leaders of before, or wait for ever for a controller that answers everybody else.
                 if admin(self) is client:
                     _admin.cache_clear()
-                del client  # an error that somebody keeps must not keep it, as the frames of the question would
+                # Who keeps the error that is raised from this must not keep the client, which would go on trying.
+                del client
                 error.with_traceback(None)
                 if self.security and not looked:  # a refused login looks like silence to all but `describe`
                     looked = True
@@ -279,17 +275,27 @@ PASSING = (
     KafkaError._NOENT,  # "no leaders found"
     KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._DESTROY_BROKER,  # the client has just been told that the cluster is without this broker
 )
+
+
+def _client(cluster: Cluster, own: Mapping[str, Any]) -> AdminClient:
+    """A new admin client. Raises ClientRefused when there can be none with these settings."""
+    try:
+        return AdminClient(cluster.config(own))
+    except KafkaException as error:
+        why = explain_setting(error.args[0], dict(cluster.security))
+        raise ClientRefused(f"the client settings for {cluster.bootstrap} do not work: {why}") from error
 
 
 @lru_cache(maxsize=8)
 def _admin(cluster: Cluster, _process: int) -> AdminClient:
     """One admin client for each cluster and process."""
-    return AdminClient(cluster.config({}))
+    return _client(cluster, {})
 
 
 def admin(cluster: Cluster) -> AdminClient:
-    """The process's admin client for `cluster`."""
+    """The process's admin client for `cluster`. Raises ClientRefused."""
     return _admin(cluster, os.getpid())
 
 

@@ -186,13 +186,13 @@ class Loop:
     def dispatch(self, messages: list[Message]) -> None:
         batches: dict[Place, list[Message]] = {}
         ends: list[Message] = []
-        topic, number, append = "", -1, ends.append
+        last, append = None, None
         for message in messages:
             error = message.error()
             if error is None:
-                if message.partition() != number or message.topic() != topic:  # neighbours are mostly of one partition
-                    topic, number = place = message.topic(), message.partition()
-                    append = batches.setdefault(place, []).append
+                place = (message.topic(), message.partition())
+                if place != last or append is None:  # neighbours are mostly of one partition
+                    last, append = place, batches.setdefault(place, []).append
                 append(message)
             elif error.code() == KafkaError._PARTITION_EOF:
                 ends.append(message)

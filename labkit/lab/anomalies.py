@@ -25,6 +25,8 @@ AFTERMATH = 30.0
 # One pod does a record twice only if it was restarted, or lost its partition, in between; otherwise one
 # handling sent twice. So the fault has to lie between the two; a second more: it is noted first, then acts.
 SAME_POD = 1.0
+NOTED = 0.2  # seconds from the moment at which a fault is noted until it acts
+STRIKE = ("crash", "death", "freeze", "eviction", "drain")  # and not "slow", which takes nothing away
 
 
 class Sent(NamedTuple):
@@ -174,18 +176,26 @@ def _extras(
 
 
 def _explaining(faults: Sequence[Fault], before: Effect, effect: Effect, at: float) -> Fault | None:
-    """The fault before the extra effect that could have made the record be handled again: the last one that struck the
-    pod which had it in hand, else the last of all."""
+    """The fault before the extra effect that could have made the record be handled again: the last that struck the pod
+    which had it in hand, else the last within reach."""
     reach = SAME_POD if effect.pod is not None and effect.pod == before.pod else AFTERMATH
     since = min(before.time, effect.time)
     last = None
     for fault in reversed(faults[: bisect_right(faults, at, key=lambda fault: fault.start)]):
         ended = float("inf") if fault.end is None else fault.end
-        if fault.target == before.pod and ended + SAME_POD >= since:
+        if _strikes(fault, before.pod) and ended + NOTED >= since:
             return fault
         if last is None and ended + reach >= since:
             last = fault
     return last
+
+
+def _strikes(fault: Fault, pod: str | None) -> bool:
+    """Whether a fault takes what a pod has in hand away from it."""
+    if pod is None:
+        return False
+    everywhere = fault.target in ("Kafka", "machine") or fault.target == pod.rpartition("-")[0]
+    return everywhere or (fault.target == pod and fault.kind in STRIKE)
 
 
 def _since(fault: Fault, effect: Effect) -> str:

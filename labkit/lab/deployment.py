@@ -323,6 +323,7 @@ class Deployment:
         self._retired: list[Pod] = []
         self._pods = [Pod(self, index) for index in range(replicas)]
         self._log: deque[LogLine] = deque(maxlen=5000)
+        self._leaving = False  # it was told to end: its pods may take a while
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"deployment {name}", daemon=True)
 
@@ -364,12 +365,12 @@ class Deployment:
     def scale(self, replicas: int) -> None:
         """Run this many pods from now on: the highest indexes go first.
 
-        Raises LabkitError when it has ended, with its lab or as it was replaced.
+        Raises LabkitError when it has ended, or was told to.
         """
         _check(replicas)
         with self._lock:
-            if self._ended.is_set():
-                raise LabkitError(f"{self.name} has ended, with its lab or as it was replaced: deploy it again")
+            if self._leaving:
+                raise LabkitError(f"{self.name} has ended: use what lab.deploy returned last")
             gone = self._pods[replicas:]
             if replicas != len(self._pods):
                 now = time.time()
@@ -426,6 +427,7 @@ class Deployment:
     def scale_down(self) -> None:
         """Begin to drain all pods, without waiting."""
         with self._lock:
+            self._leaving = True
             gone, self._pods = self._pods, []
             self._retired += gone
             leaving = list(self._retired)

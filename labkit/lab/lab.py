@@ -332,12 +332,12 @@ class Lab:
         """Do `action`, a fault say, once `condition` holds, from a thread. Returns at once, so buttons keep working.
 
         The condition is looked at every 20 ms. The lab does not count as settled before the action was done. One that
-        failed is forgotten when something is planned again; one that still waits, when the same is planned again, as by
-        a cell that runs twice.
+        failed is forgotten when something is planned again; one that still waits, when the same action is planned for
+        the same condition, as by a cell that runs twice.
         """
         self._check_open()
         for one in self._planned:
-            if one.is_for(action):
+            if one.is_the_same(condition, action):
                 one.drop("planned again")
         planned = Planned(condition, action)
         self._planned = [*(one for one in self._planned if not one.failed), planned]
@@ -377,10 +377,8 @@ class Lab:
             now = time.monotonic()
             quiet_since = float("inf") if moving else min(quiet_since, now)
             if now - quiet_since > QUIET:
-                for planned in self._planned:
-                    planned.drop(
-                        "all came to rest before its condition held"
-                    )  # what it waits for does not come by itself any more
+                for planned in self._planned:  # what they wait for does not come by itself any more
+                    planned.drop("all came to rest before its condition held")
             reason = moving or self._planned_still() or ""
             # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
             calm = 0 if reason else calm + 1
@@ -586,7 +584,7 @@ class Lab:
 
     def _repr_html_(self) -> str:
         rows: Mapping[str, str] = {
-            **({"state": "closed: run the notebook again from its first cell"} if self._closing else {}),
+            **({"state": f"closed: {self._again}"} if self._closing else {}),
             "Kafka": f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}",
             "run": f"{self.run.id}: topics and groups are named <code>{html.escape(self.run.prefix)}…</code>",
             "running": ", ".join(map(repr, self.deployments.values())) or "nothing yet",
@@ -605,10 +603,14 @@ class Lab:
     def _others(self) -> list[tuple[str, int]]:
         return [(prefix, process) for prefix, process in runs.living() if prefix != self.run.prefix]
 
+    @property
+    def _again(self) -> str:
+        return f"run the notebook again from the cell with Lab({self.notebook!r})"
+
     def _check_open(self, *things: object) -> None:
         """Raises LabkitError when this lab is closed, or when one of `things` belongs to an earlier run of it."""
         if self._closing:
-            raise LabkitError(f"this lab is closed: run the notebook again from the cell with Lab({self.notebook!r})")
+            raise LabkitError(f"this lab is closed: {self._again}")
         earlier = self.run.prefix.removesuffix(f"{self.run.id}.")
         for thing in things:
             topic = thing.topic if isinstance(thing, Load) else thing
@@ -643,7 +645,7 @@ class Lab:
         for planned in self._planned:
             if planned.failed:
                 return repr(planned)
-        newest = {load.topic: load for load in self.loads}  # a cell that is run again makes good for its failure
+        newest = {load.topic.name: load for load in self.loads}  # a cell that is run again makes good for its failure
         for load in newest.values():
             if load.error:
                 return f"the load on {load.topic.short} failed: {load.error}"
@@ -724,14 +726,13 @@ class Planned:
                 self.cancel()
                 self.waits, self.state = False, f"did not happen: {why}"
 
-    def is_for(self, action: Callable[[], object]) -> bool:
-        """Whether it does just this: the same method of the same object, or a function that was defined again."""
-        if inspect.isfunction(action) and inspect.isfunction(self._action):
-            return _made_of(action) == _made_of(self._action)
-        return self._action == action
+    def is_the_same(self, condition: Callable[[], bool], action: Callable[[], object]) -> bool:
+        """Whether it does just this, under just this condition."""
+        return _same(self._condition, condition) and _same(self._action, action)
 
     def __repr__(self) -> str:
-        return f"planned {getattr(self._action, '__name__', 'action').replace('<lambda>', 'action')}: {self.state}"
+        name = getattr(self._action, "__name__", "action").replace("<lambda>", "action")
+        return f"planned ({name}) {self.state}"
 
     def _repr_html_(self) -> str:
         return f"<span>{html.escape(repr(self))}</span>"
@@ -754,10 +755,28 @@ class Planned:
                     self.failed, self.waits = True, False
 
 
-def _made_of(function: types.FunctionType) -> tuple[types.CodeType, list[int]]:
-    """Its code, and which objects it was given."""
-    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
-    return function.__code__, [id(one) for one in given]
+def _same(one: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Whether they are the same method of the same object, or a function and what a cell that ran again made of it."""
+    if not (inspect.isfunction(one) and inspect.isfunction(other)):
+        return one == other
+    return one.__code__ == other.__code__ and all(map(_equal, _given(one), _given(other)))
+
+
+def _given(function: types.FunctionType) -> list[Any]:
+    """What a function was given when it was made: defaults, and variables of the function around it."""
+    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            given.append(cell.cell_contents)
+        except ValueError:  # not set yet
+            given.append(cell)
+    return given
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Constants of a cell that is compiled again are new objects; of other things, only the same one is."""
+    plain = type(one) is type(other) and isinstance(one, str | bytes | int | float)
+    return one is other or (plain and bool(one == other))
 
 
 _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {

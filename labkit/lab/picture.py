@@ -222,9 +222,11 @@ def compose(
 
 
 def _caption_lines(caption: str, room: float) -> list[str]:
-    """The caption, broken between its parts where a line is full at the scale at which letters are widest."""
+    """The caption, broken between its parts where a line is full at the scale at which letters are widest; a part that
+    is too long for a line is cut."""
     lines: list[str] = []
     for part in caption.split(" · "):
+        part = shorten(part, _WORDS_SIZE, 0.9 * room)
         longer = f"{lines[-1]} · {part}" if lines else part
         if lines and text_width(longer, _WORDS_SIZE, False, SMALLEST) <= room * SMALLEST:
             lines[-1] = longer

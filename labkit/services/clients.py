@@ -76,7 +76,8 @@ class Clients:
             latency.add(time.perf_counter() - since)
             if failure and time.monotonic() > told + TOLD:
                 told = time.monotonic()
-                print(f"GET {path}: {failure}", file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
+                said = " ".join(f"GET {path}: {failure}".split())
+                print(said, file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
 
         async def client(session: aiohttp.ClientSession) -> None:
             while True:

@@ -44,12 +44,14 @@ class Progress(msgspec.Struct):
     calls: int = 0
     failed: int = 0
     done: int = 0
-    """Periods whose call was answered."""
+    """Periods whose call was answered with success."""
 
 
 def schedule(scheduler: str, wanted: Schedule) -> None:
-    """Register with the scheduler at this URL, unless it has just this schedule. Raises LabkitError when it does not
-    take it."""
+    """Register with the scheduler at this URL; a schedule that is there already, in all its parts, stays as it is.
+
+    Raises LabkitError when the scheduler does not take it.
+    """
     request = urllib.request.Request(f"{scheduler}/schedules", msgspec.json.encode(wanted))  # noqa: S310
     try:
         urllib.request.urlopen(request, timeout=5).close()  # noqa: S310 - our own service
@@ -60,7 +62,7 @@ def schedule(scheduler: str, wanted: Schedule) -> None:
 def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progress:
     """Wait until all periods of this schedule are done; how many calls that took.
 
-    Raises TimeoutError; LabkitError when it is not registered.
+    Raises TimeoutError; LabkitError when it is not registered; OSError when no scheduler answers.
     """
     until = time.monotonic() + timeout
     while True:

@@ -54,7 +54,7 @@ class Polling(HttpService):
     """The baseline: `POST /due` charges all that is due, one request of the scheduler doing all the work.
 
     Without a lock two requests that overlap charge twice. `?lock=pessimistic` holds a row locked while it charges;
-    `?lock=optimistic` claims it by its version before. `GET /due` tells what that costs.
+    `?lock=optimistic` claims it by its version before. `GET /due?lock=…` tells what a lock costs.
     """
 
     dsn: str = ""
@@ -76,7 +76,6 @@ class Polling(HttpService):
     async def due(self, request: web.Request) -> web.Response:
         told, lock = msgspec.json.decode(await request.read(), type=Due), _lock(request)
         costs, turns = request.app[COSTS][lock], asyncio.Semaphore(AT_ONCE)
-        rows = await _due(self.dsn, told)
 
         async def renew(number: int, renewal: Renewal, version: int) -> bool:
             async with turns:
@@ -88,6 +87,7 @@ class Polling(HttpService):
 
         costs.under_way += 1
         try:
+            rows = await _due(self.dsn, told)
             renewed = await asyncio.gather(*(renew(*row) for row in rows))  # though the scheduler hangs up meanwhile
         finally:
             costs.under_way -= 1

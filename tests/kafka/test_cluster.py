@@ -82,7 +82,7 @@ def test_a_question_outlives_the_client_that_another_thread_lets_go(cluster: Clu
         cluster.groups()
         cluster.create_topic(topic.name, topic.partitions)
         asked += 1
-    assert asked > 2
+    assert asked
 
 
 def test_a_topic_is_made_once_the_broker_is_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

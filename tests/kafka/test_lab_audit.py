@@ -202,7 +202,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
     shop = Shop(lab)
     allowed = False
     lab.when(lambda: allowed, shop.pods.pods[0].crash)
-    assert "planned crash: waits for its condition" in lab.settle(0.3).reason
+    assert "planned (crash) waits for its condition" in lab.settle(0.3).reason
     allowed = True
     assert lab.settle(20)
     wait_until(lambda: shop.pods.restarts == 1, 5, "the crash to be noticed")
@@ -212,7 +212,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
 
     lab.when(lambda: True, wrong)
     wait_until(lambda: "failed" in (lab.unsettled() or ""), 5)
-    assert lab.settle(60).reason == "planned wrong: failed: KeyError: 'x'"
+    assert lab.settle(60).reason == "planned (wrong) failed: KeyError: 'x'"
 
 
 def test_a_load_keeps_its_rate(lab: Lab) -> None:

@@ -425,7 +425,7 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert repr(topic) == "Topic(orders, 1 partition of Order)"
     assert topic._repr_html_() == f"<span title='{topic.name}'>Topic(orders, 1 partition of Order)</span>"
     assert lab.broker._repr_html_().startswith("<span>Kafka is running; ")
-    assert "planned crash: waits for its condition" in lab.when(lambda: False, shop.pods[0].crash)._repr_html_()
+    assert "planned (crash) waits for its condition" in lab.when(lambda: False, shop.pods[0].crash)._repr_html_()
     load = lab.load(topic, orders(1))
     load.wait()
     assert load._repr_html_() == "<span>Load: 1 sent to orders, done</span>"

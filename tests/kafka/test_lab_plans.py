@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from lab_helpers import Order, orders
@@ -54,7 +55,7 @@ def test_a_plan_waits_as_long_as_there_is_work(lab: Lab) -> None:
     planned, _ = plan(lab, lambda: load.count >= 250, lambda: done.append(load.count))
     assert lab.settle(20)
     assert done[0] >= 250
-    assert repr(planned) == "planned action: done"
+    assert repr(planned) == "planned (action) done"
 
 
 @pytest.mark.parametrize("too_late", [lambda: True, lambda: 1 / 0], ids=["true", "error"])
@@ -78,30 +79,51 @@ def test_a_condition_that_is_looked_at_while_its_plan_is_dropped_comes_too_late(
     assert lab.settle(5)
 
 
+CELL = """
+def action():
+    done["function"] += 1
+
+def function(who="by default", *, times=1000):
+    done[who] += times // 1000
+
+planned = [lab.when(begun.is_set, action), lab.when(lambda: begun.is_set(), function)]
+planned += [lab.when(begun.is_set, pod.crash) for pod in pods]
+planned += [lab.when(begun.is_set, lambda each=each: done.update([each])) for each in ("one", "two")]
+planned += [lab.when(begun.is_set, lambda *, each=each: done.update([each])) for each in ("three", "four")]
+planned += [lab.when(lambda count=count: begun.is_set(), pods[0].crash) for count in (100, 200)]
+"""
+
+
 def test_what_is_planned_again_is_done_once(lab: Lab) -> None:
-    """By a cell that runs twice: a method, or a function that was defined anew."""
+    """By a cell that runs twice: a method, or a function that was compiled anew. What differs is done too."""
     begun, done = threading.Event(), Counter[str]()
 
     class Pod:
         def crash(self) -> None:
             done["method"] += 1
 
-    pods = [Pod(), Pod()]
-
-    def cell() -> list[Planned]:
-        def action() -> None:
-            done["function"] += 1
-
-        planned = [lab.when(begun.is_set, action), lab.when(begun.is_set, lambda: done.update(["lambda"]))]
-        planned += [lab.when(begun.is_set, pod.crash) for pod in pods]
-        return planned + [lab.when(begun.is_set, lambda each=each: done.update([each])) for each in ("one", "two")]
-
-    first, second = cell(), cell()
-    assert {repr(one).partition(": ")[2] for one in first} == {"did not happen: planned again"}
+    names: dict[str, Any] = {"lab": lab, "begun": begun, "done": done, "pods": [Pod(), Pod()]}
+    runs: list[list[Planned]] = []
+    for _ in range(2):
+        exec(compile(CELL, "cell", "exec"), names)
+        runs.append(names["planned"])
+    assert {repr(one).partition(") ")[2] for one in runs[0]} == {"did not happen: planned again"}
     begun.set()
     assert lab.settle(10)
-    assert {repr(one).partition(": ")[2] for one in second} == {"done"}
-    assert done == {"method": 2, "function": 1, "lambda": 1, "one": 1, "two": 1}
+    assert {repr(one).partition(") ")[2] for one in runs[1]} == {"done"}
+    assert done == {"function": 1, "by default": 1, "method": 4, "one": 1, "two": 1, "three": 1, "four": 1}
+
+
+def test_a_plan_whose_action_knows_what_is_not_set_yet(lab: Lab) -> None:
+    done = threading.Event()
+
+    def made() -> Planned:
+        planned = lab.when(done.is_set, lambda: planned.waits)
+        return planned
+
+    assert made() is not made()
+    done.set()
+    assert lab.settle(10)
 
 
 def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
@@ -113,10 +135,10 @@ def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
 
     planned, thread = plan(lab, lambda: True, slow)
     assert begun.wait(5)
-    assert lab.settle(QUIET + 0.5).reason == "after 2 s: planned slow: is being done"
+    assert lab.settle(QUIET + 0.5).reason == "after 2 s: planned (slow) is being done"
     over.set()
     assert lab.settle(5)
-    assert repr(planned) == "planned slow: done"
+    assert repr(planned) == "planned (slow) done"
     thread.join(5)
     assert not thread.is_alive()
 
@@ -130,7 +152,7 @@ def test_a_plan_that_fails_is_told_at_once(lab: Lab, part: str) -> None:
     load = lab.load(lab.topic("orders", 1, Order), orders(10_000), rate=100)
     lab.when(wrong if part == "condition" else lambda: load.count > 5, wrong)
     settled = lab.settle(60)
-    assert repr(settled) == "unknown: planned wrong: failed: KeyError: 'x'"
+    assert repr(settled) == "unknown: planned (wrong) failed: KeyError: 'x'"
     assert settled.seconds < 10
     assert not load.done  # it did not wait for the load
 

@@ -87,8 +87,8 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
             LabkitError, match=r"lab is closed: run the notebook again from the cell with Lab\('runs'\)"
         ):
             act()
-    assert "closed: run the notebook again from its first cell" in lab._repr_html_()
-    with pytest.raises(LabkitError, match="shop has ended, with its lab"):
+    assert "closed: run the notebook again from the cell with" in lab._repr_html_()
+    with pytest.raises(LabkitError, match="shop has ended: use what"):
         shop.scale(3)
 
 

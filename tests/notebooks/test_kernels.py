@@ -216,10 +216,8 @@ def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> No
 def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABKIT_STATE", str(tmp_path))
     monkeypatch.setenv("LABKIT_PACE", "10")
-    book, resources = (
-        nbformat.read(ROOT / "notebooks" / name, as_version=4),
-        {"metadata": {"path": str(ROOT / "notebooks")}},
-    )
+    book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = NotebookClient(book, timeout=90, kernel_name="python3", resources=resources)
     for _ in range(2):  # execute() starts a kernel of its own each time
         client.execute()

@@ -13,6 +13,11 @@ from labkit.cli.lab import ROOT
 from labkit.cli.notebooks import execute
 from labkit.lab.widgets import read_solutions
 
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(output["text"] for output in cell.outputs if output["output_type"] == "stream")
+
+
 SOLVED = sorted((ROOT / "notebooks" / "solutions").glob("*.py"))
 
 
@@ -29,6 +34,9 @@ def test_every_exercise_is_done_and_every_cell_can_be_run_twice(solutions: Path)
             notebook.cells.append(again := copy.deepcopy(cell))
             again.id = f"{cell.id}-again"
     execute(notebook, ROOT / "notebooks", os.environ)
+    checked = [cell for cell in notebook.cells if cell.cell_type == "code" and "NBVAL_CHECK_OUTPUT" in cell.source]
+    for cell, again in zip(checked[::2], checked[1::2], strict=True):
+        assert printed(cell) == printed(again) != "", (cell.id, printed(again))
     for cell in notebook.cells:
         if cell.id.removesuffix("-again") in filled:
             texts = [output["data"]["text/plain"] for output in cell.outputs if "data" in output]

@@ -97,9 +97,14 @@ def test_the_fault_that_struck_the_pod_which_had_it_comes_before_a_later_one_of_
     sent = [Sent("order-48", None, 0), Sent("order-49", None, 1)]
     found = audit(sent, effects, [crash, freeze])
     assert [(extra.id, extra.fault) for extra in found.redelivered] == [("order-48", freeze), ("order-49", crash)]
-    long_ago = Fault(START + 20, START + 20, "crash", "shop-0", "crash pod 0")  # before shop-0 had it
-    [extra] = audit(sent[1:], effects[:2], [long_ago, freeze]).redelivered
-    assert extra.fault == freeze
+    kafka = Fault(START + 50, START + 52, "kill", "Kafka", "kill Kafka")
+    slow = Fault(START + 20, None, "slow", "shop-0", "slow pod 0")  # takes nothing away
+    before = Fault(START + 48.5, START + 48.5, "crash", "shop-0", "crash pod 0")  # shop-0 had it only after that
+    for harmless in (slow, before):
+        [extra] = audit(sent[1:], effects[:2], [harmless, kafka]).redelivered
+        assert extra.fault == kafka
+        [extra] = audit(sent[1:], effects[:2], [harmless, freeze]).redelivered
+        assert extra.fault == freeze
 
 
 def test_an_ended_and_a_standing_window_are_told_apart() -> None:

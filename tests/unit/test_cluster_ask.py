@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO, Self
 
 import pytest
@@ -15,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]
 
 from labkit.kafka.cluster import PASSING, Cluster, admin
-from labkit.kafka.errors import ClusterUnreachable
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable
 
 NOWHERE = Cluster("127.0.0.1:1")
 SILENCE = [TimeoutError(), KafkaException(KafkaError(KafkaError._TIMED_OUT))]
@@ -71,6 +72,15 @@ def test_a_silence_before_what_passes_still_counts() -> None:
     with pytest.raises(ClusterUnreachable):
         NOWHERE.ask(question)
     assert len(question.clients) == 4
+
+
+@pytest.mark.parametrize(
+    "ask", [Cluster.topics, lambda cluster: cluster.delete_topics(["orders"]), Cluster.describe], ids=str
+)
+def test_settings_with_which_there_is_no_client_are_told(ask: Callable[[Cluster], object]) -> None:
+    odd = Cluster("127.0.0.1:1", (("security.protocol", "SASL_SSL"), ("sasl.mechanism", "NOPE")))
+    with pytest.raises(ClientRefused, match=r"the client settings for 127\.0\.0\.1:1 do not work: .*NOPE"):
+        ask(odd)
 
 
 @pytest.mark.parametrize("code", PASSING)

@@ -294,6 +294,10 @@ def test_a_long_caption_goes_on_in_the_next_line() -> None:
         for line in lines:
             width = canvas.text_width(line.text, line.size, line.bold, scale)
             assert line.x + width / scale <= picture.WIDTH, (scale, line.text)
+    long = picture.compose(PANELS, *RUNS["two partitions"], T, caption="restarted " * 40).texts("caption")
+    assert [line.text[-1] for line in long] == ["…"]
+    for scale in (canvas.SMALLEST, 1.0, 1.5):
+        assert long[0].x + canvas.text_width(long[0].text, long[0].size, False, scale) / scale <= picture.WIDTH
     bottom = min(line.box[1] for line in lines)
     ticks = min(text.box[1] for text in scene.texts("tick"))
     assert 0 <= bottom < max(line.box[3] for line in lines) <= ticks
