@@ -143,14 +143,17 @@ class Account:
     not_charged: list[str]
     charged_twice: list[str]
     answered_twice: list[str]
-    out_of_order: list[str]
+    out_of_order: list[str] | None
+    """None: no order was asked for."""
     early: list[str]
 
     def __str__(self) -> str:
-        wrong = {name: ids for name, ids in vars(self).items() if isinstance(ids, list)}
-        counts = " · ".join(f"{name.replace('_', ' ')} {len(ids):,}" for name, ids in wrong.items())
-        named = [f"  {name.replace('_', ' ')}: {', '.join(ids[:10])}" for name, ids in wrong.items() if ids]
-        return "\n".join([f"{self.due:,} due · {self.charged:,} charged · {counts}", *named])
+        wrong: dict[str, list[str] | None] = {
+            name.replace("_", " "): ids for name, ids in vars(self).items() if name not in ("due", "charged")
+        }
+        counts = [f"{name} not asked" if ids is None else f"{name} {len(ids):,}" for name, ids in wrong.items()]
+        named = [f"  {name}: {', '.join(ids[:10])}" for name, ids in wrong.items() if ids]
+        return "\n".join([" · ".join([f"{self.due:,} due", f"{self.charged:,} charged", *counts]), *named])
 
     def check(self) -> str:
         """The account, if nothing is wrong. Raises Unaccounted with it."""
@@ -196,6 +199,6 @@ def account(
         not_charged=sorted(wanted - made.keys()),
         charged_twice=sorted(name for name, count in made.items() if count > 1),
         answered_twice=[] if redelivered else sorted(name for name, count in answered.items() if count > 1),
-        out_of_order=sorted(set(disordered)) if ordered else [],
+        out_of_order=sorted(set(disordered)) if ordered else None,
         early=sorted(set(early)),
     )
