@@ -75,7 +75,9 @@ def test_a_silence_before_what_passes_still_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "ask", [Cluster.topics, lambda cluster: cluster.delete_topics(["orders"]), Cluster.describe], ids=str
+    "ask",
+    [Cluster.topics, lambda cluster: cluster.delete_topics(["orders"]), Cluster.describe],
+    ids=["topics", "delete", "describe"],
 )
 def test_settings_with_which_there_is_no_client_are_told(ask: Callable[[Cluster], object]) -> None:
     odd = Cluster("127.0.0.1:1", (("security.protocol", "SASL_SSL"), ("sasl.mechanism", "NOPE")))
