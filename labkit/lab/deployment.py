@@ -311,14 +311,12 @@ class Deployment:
         replicas: int,
         telemetry: Topic[PodReport],
         history: History,
-        replaces: Deployment | None = None,
     ) -> None:
         _check(replicas)
         if not callable(getattr(runnable, "run", None)):
             raise LabkitError(f"{runnable!r} cannot be deployed: give a Consumer(topic, handler), or what has a run()")
         self.name, self.runnable, self.history = name, runnable, history
         self._payload = message(runnable, name, telemetry)  # raises CannotTravel before anything is started
-        self._replaces = replaces
         self._lock = threading.Lock()
         self._retired: list[Pod] = []
         self._pods = [Pod(self, index) for index in range(replicas)]
@@ -328,7 +326,7 @@ class Deployment:
         self._thread = threading.Thread(target=self._run, name=f"deployment {name}", daemon=True)
 
     def begin(self) -> None:
-        """Start its pods, once the deployment that it replaces has drained."""
+        """Start its pods."""
         self._thread.start()
 
     @property
@@ -417,12 +415,11 @@ class Deployment:
 
     def drain(self, timeout: float = GRACE + 2) -> None:
         """Stop all pods: they finish what they have in hand, commit and leave. Not started again."""
-        for one in self._line():
-            one.scale_down()
-            until = time.monotonic() + timeout
-            while any(pod.child is not None for pod in one._retired) and time.monotonic() < until:
-                one._ended.wait(0.02)
-            one._close()
+        self.scale_down()
+        until = time.monotonic() + timeout
+        while any(pod.child is not None for pod in self._retired) and time.monotonic() < until:
+            self._ended.wait(0.02)
+        self.close()
 
     def scale_down(self) -> None:
         """Begin to drain all pods, without waiting."""
@@ -436,17 +433,6 @@ class Deployment:
 
     def close(self) -> None:
         """End everything now. May be called again."""
-        for one in self._line():
-            one._close()
-
-    def _line(self) -> list[Deployment]:
-        """Those that it replaces and that have not left yet, the oldest first, and itself."""
-        line = [self]
-        while (replaced := line[-1]._replaces) is not None:
-            line.append(replaced)
-        return line[::-1]
-
-    def _close(self) -> None:
         self._ended.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(5)
@@ -472,10 +458,6 @@ class Deployment:
                     yield LogLine(fault.end, fault.target, lasted)
 
     def _run(self) -> None:
-        if self._replaces is not None:
-            self._replaces.drain()  # its group's partitions are free, and its work is committed, before we start
-            self._replaces = None
-            self.history.end("redeploy", self.name, time.time())
         while not self._ended.is_set():
             now = time.monotonic()
             with self._lock:

@@ -130,6 +130,7 @@ class Lab:
             raise
         self._telemetry = telemetry
         self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads, self._look_at_kafka)
+        self._deploying = threading.Lock()
         self._closing = self._closed = False
         _open[self.notebook] = self
 
@@ -164,22 +165,28 @@ class Lab:
         """Keep `replicas` pods running `runnable`, under this name. One of that name is drained and replaced.
 
         A Consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
-        stopped. Does not wait for pods. Raises CannotTravel when the handler uses what cannot live in another process,
-        ClusterUnreachable when topics of its own cannot be made.
+        stopped. Waits until that one has left, so that nothing of it acts or answers any more; not for pods to start.
+        Raises CannotTravel when the handler uses what cannot live in another process, ClusterUnreachable when topics of
+        its own cannot be made; what ran goes on then.
         """
-        self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
-        self.run.name(name)
-        if isinstance(runnable, Consumer):
-            runnable = replace(runnable, group=runnable.group or self.run.group(name))
-        before = self.deployments.get(name)
-        made = Deployment(name, runnable, replicas, self._telemetry, self._history, before)
-        if isinstance(runnable, Consumer):
-            made.runnable = runnable.prepare()  # when nothing can be refused any more
-        if before is not None:  # it ends when the one before has left
-            self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
-        self.deployments[name] = made
-        made.begin()
-        return made
+        with self._deploying:
+            self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
+            self.run.name(name)
+            if isinstance(runnable, Consumer):
+                runnable = replace(runnable, group=runnable.group or self.run.group(name))
+            made = Deployment(name, runnable, replicas, self._telemetry, self._history)
+            if isinstance(runnable, Consumer):
+                made.runnable = runnable.prepare()  # when nothing can be refused any more
+            if (before := self.deployments.get(name)) is not None:
+                self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
+                try:
+                    before.drain()  # its group's partitions are free, and its work is committed, before pods start
+                finally:
+                    self._history.end("redeploy", name, time.time())
+                self._check_open()
+            self.deployments[name] = made
+            made.begin()
+            return made
 
     def load(
         self,

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -220,20 +221,35 @@ def test_deploying_with_another_policy_leaves_nothing_waiting(lab: Lab) -> None:
     assert lab.audit(load, target).check().startswith("20 sent · 20 done · lost 0")
 
 
-@pytest.mark.parametrize("times", [3, 300])
-def test_deploying_many_times_at_once_leaves_the_last(lab: Lab, times: int) -> None:
-    """As a cell with a loop does, while none of the earlier ones can have left yet."""
+def test_when_a_deployment_is_replaced_the_one_before_has_left(lab: Lab) -> None:
+    """Or a service of its port would answer the first question in the old way, and the second in the new."""
     topic = lab.topic("orders", 1, Order)
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(250)
-    try:
-        made = [lab.deploy("shop", Consumer(topic, lambda record: None)) for _ in range(times)]
-        wait_until(lambda: made[-1].pods[0].child, 20, "the last one's pod")
-    finally:
-        sys.setrecursionlimit(before)
-    wait_ready(made[-1])
-    pids = {pod.child.pid for one in made for pod in one.pods if pod.child}
-    assert len(pids) == 1
+    old = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
+    wait_until(lambda: all(pod.child for pod in old.pods), 20, "two pods")
+    pids = [pod.child.pid for pod in old.pods if pod.child]
+    lab.deploy("shop", Consumer(topic, lambda record: None))
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_one_that_cannot_be_deployed_leaves_what_ran(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_ready(shop)
+    with pytest.raises(CannotTravel):
+        lab.deploy("shop", Consumer(topic, lambda record: lab.close()))
+    assert lab.deployments["shop"] is shop
+    assert shop.ready()
+
+
+def test_deploying_one_name_from_many_threads_leaves_one(lab: Lab) -> None:
+    """A cell, and what `lab.when` does."""
+    topic = lab.topic("orders", 1, Order)
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: lab.deploy("shop", Consumer(topic, lambda record: None)), range(4)))
+    assert lab.deployments["shop"] in made
+    wait_ready(lab.deployments["shop"])
+    assert sum(len(one.pods) for one in made) == 1
+    assert sum(pod.child is not None for one in made for pod in one.pods) == 1
 
 
 def test_a_handler_that_raises_is_shown_with_its_traceback(lab: Lab) -> None:
