@@ -411,14 +411,10 @@ class View(ABC):
             self._disconnect()
         if self._writer is None:
             writer = self._connect()
-            try:
+            with _closed_unless_done(writer):
                 self._start(writer)
                 self._make(writer)
                 writer.execute("commit")
-            except BaseException:
-                with suppress(Exception):
-                    writer.close()
-                raise
             self._writer = writer
         return self._writer
 
@@ -504,8 +500,9 @@ class SqliteView(View):
     def _connect(self) -> sqlite3.Connection:
         try:
             connection = self._open("rwc")
-            connection.execute("pragma journal_mode = wal")
-            connection.execute("pragma synchronous = normal")
+            with _closed_unless_done(connection):
+                connection.execute("pragma journal_mode = wal")
+                connection.execute("pragma synchronous = normal")
         except sqlite3.Error as error:
             raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
         return connection
@@ -591,7 +588,8 @@ class PostgresView(View):
 
         try:
             connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=int(BUSY))
-            connection.execute(f"set idle_in_transaction_session_timeout = {int(BUSY * 1000)}")
+            with _closed_unless_done(connection):
+                connection.execute(f"set idle_in_transaction_session_timeout = {int(BUSY * 1000)}")
         except psycopg.Error as error:
             raise ViewUnavailable(f"view {self.name}: its database does not answer: {error}") from error
         return connection
@@ -649,6 +647,16 @@ class _Marked:
 
     def close(self) -> None:
         self.connection.close()
+
+
+@contextmanager
+def _closed_unless_done(connection: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            connection.close()
+        raise
 
 
 def _marks(values: Sequence[Any]) -> str:

@@ -619,6 +619,26 @@ def test_a_file_that_is_no_database_is_told(in_file: SqliteView) -> None:
         in_file.begin("topic", "id", [0])
 
 
+def test_no_connection_is_left_of_a_try_that_failed(in_file: SqliteView, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that waits for its file tries for as long as that takes."""
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **named))
+        return opened[-1]
+
+    Path(in_file.path).write_text("something else, and long enough for a header of a database " * 10)
+    monkeypatch.setattr(sqlite3, "connect", noted)
+    for _ in range(3):
+        with pytest.raises(ViewUnavailable):
+            in_file.begin("topic", "id", [0])
+    assert len(opened) == 3
+    for connection in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("select 1")
+
+
 class Small(SqliteView):
     """A disk with room for this many pages: SQLite answers as it does when the real one is full."""
 
@@ -634,16 +654,18 @@ def test_a_full_disk_loses_nothing_and_is_gone_on_from(cluster: Cluster, tmp_pat
     topic = fresh_topic(cluster, 1, Site)
     many = [site(f"site-{number}", 1, "stores" * 50) for number in range(300)]
     send(topic, *many)
-    view = Small(tmp_path / "view.db", "apps", {"app": "text"}, ["app"], key="site")
-    with build(view, topic) as member:
+    with (
+        Small(tmp_path / "view.db", "apps", {"app": "text"}, ["app"], key="site") as view,
+        build(view, topic) as member,
+    ):
         failure = member.journal.wait_for(Step.FAILED)[0]
         assert "full" in str(failure.error)
         marks = view.marks(topic.name)
         assert (marks[0].next_offset if marks else 0) == len(view.content())  # all or nothing
         view.pages = 100_000
         catch_up(member, view, topic)
-    assert len(view.content()) == 300
-    assert view.aside() == []
+        assert len(view.content()) == 300
+        assert view.aside() == []
 
 
 def test_a_postgres_killed_while_writing_loses_and_doubles_nothing(cluster: Cluster, postgres: Any) -> None:

@@ -393,8 +393,8 @@ def table_of(topic: Topic[Site], dsn: str) -> Consumer:
 def test_a_backfill_beside_live_changes_leaves_no_gap(cluster: Cluster, dsn: str, tmp_path: Path) -> None:
     """Rows that changed, or were deleted, after they were read come late and old: the newest stands everywhere."""
     fill(dsn, sites(300, pages=1))
-    topic, view = fresh_topic(cluster, 2, Site), apps_view(tmp_path / "view.db")
-    with Member(table_of(topic, dsn)), writer(topic, view):
+    topic = fresh_topic(cluster, 2, Site)
+    with apps_view(tmp_path / "view.db") as view, Member(table_of(topic, dsn)), writer(topic, view):
         live = threading.Thread(target=lambda: [topic.send(site(n, 2, pages=1), site_id(n)) for n in range(0, 300, 3)])
         live.start()
         assert backfill(dsn, topic) >= 300
