@@ -392,20 +392,21 @@ def test_a_frozen_writer_that_wakes_up_when_another_has_taken_over_changes_nothi
     with Writer(topic, group, where, {"before-3": "wait", "after-3": "wait"}) as zombie:
         zombie.wait_said("waiting")
         zombie.freeze()
-        view = numbers(str(where))
-        held = view.count()
-        assert 0 < held < 40
-        with Member(projection(topic, view).consumer(group)) as member:
-            catch_up(member, view, topic)
-            assert view.content() == expected(40)
-            zombie.thaw()
-            zombie.go_on()
-            wait_until(lambda: {"step": "waiting", "subject": "after"} in zombie.lines, 10, "its old batch to be done")
-            assert view.content() == expected(40)
-            zombie.go_on()
-            numbered(topic, 40, 41)
-            catch_up(member, view, topic)
-            assert view.content() == expected(42)
+        with numbers(str(where)) as view:
+            held = view.count()
+            assert 0 < held < 40
+            with Member(projection(topic, view).consumer(group)) as member:
+                catch_up(member, view, topic)
+                assert view.content() == expected(40)
+                zombie.thaw()
+                zombie.go_on()
+                done = {"step": "waiting", "subject": "after"}
+                wait_until(lambda: done in zombie.lines, 10, "its old batch to be done")
+                assert view.content() == expected(40)
+                zombie.go_on()
+                numbered(topic, 40, 41)
+                catch_up(member, view, topic)
+                assert view.content() == expected(42)
 
 
 def test_a_writer_frozen_in_a_transaction_keeps_others_from_postgres_for_seconds_only(
@@ -469,11 +470,11 @@ def test_two_groups_on_one_view_write_each_record_once(cluster: Cluster, tmp_pat
     """A mistake in the set-up, and the worst of zombies: both are alive. The offset alone decides."""
     topic = fresh_topic(cluster, 2)
     numbered(topic, *range(200))
-    views = [numbers(str(tmp_path / "view.db")) for _ in range(2)]
-    members = [Member(projection(topic, view).consumer(fresh_group(), batch=5)) for view in views]
-    with members[0], members[1]:
-        catch_up(members[0], views[0], topic)
-    assert views[0].content() == expected(200)
+    with numbers(str(tmp_path / "view.db")) as one, numbers(str(tmp_path / "view.db")) as other:
+        members = [Member(projection(topic, view).consumer(fresh_group(), batch=5)) for view in (one, other)]
+        with members[0], members[1]:
+            catch_up(members[0], one, topic)
+        assert one.content() == expected(200)
 
 
 def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> None:
