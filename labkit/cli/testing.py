@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ NBVAL = (
     *(*PYTEST, "-p", "no:randomly", "-W", "default", "--timeout=300"),
     *("--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=60"),
 )
+LAST = 20  # lines that are said again, in the end, of a test that failed
+COLOUR = re.compile(r"(\x1b|#x1B)\[[0-9;]*m")  # of a notebook's traceback, as XML has it too
 PACE = "10"  # notebooks are paced for people; tests send the same records faster
 # Settings of the person who runs the tests that would lead them to another Kafka.
 OUTSIDE = ("KAFKA_BOOTSTRAP_SERVERS", "KAFKA_CLIENT_CONFIG")
@@ -73,6 +76,18 @@ class Result:
     failed: int
     skipped: int
     seconds: float
+    reasons: tuple[str, ...] = ()
+    """Of each test that failed: its name, and the last lines of what it said."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a JUnit report says; errors count as failures."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 def run_tests(
@@ -95,6 +110,8 @@ def run_tests(
     results = [
         run(part, command, PARTS[part].seconds) for part in PARTS if part in chosen for command in PARTS[part].commands
     ]
+    for reason in (reason for result in results for reason in result.reasons):
+        typer.echo(f"\n{reason}")  # here, where one looks first: what is above may be an hour of output
     typer.echo()
     say_table(
         ("part", "passed", "failed", "skipped", "seconds", "command"),
@@ -119,27 +136,40 @@ def run(part: str, command: tuple[str, ...], seconds: float) -> Result:
         if part in ("notebooks", "browser"):
             environment.setdefault("LABKIT_PACE", PACE)
         code = _call([sys.executable, *command, *more], environment, seconds)
-        passed, failed, skipped = read_report(report) if is_pytest else (int(code == 0), int(code != 0), 0)
+        told = read_report(report) if is_pytest else Report(int(code == 0), int(code != 0))
+    failed, skipped = told.failed, told.skipped
     if code and not failed:  # it ended without saying which test: counted all the same
         failed = 1
         typer.echo(f"labkit: the command ended with exit code {code}", err=True)
     if part == "browser" and skipped and os.environ.get("CI") == "true":
         typer.echo("labkit: in CI a browser test that is skipped has failed", err=True)
         failed, skipped = failed + skipped, 0
-    return Result(part, shown, passed, failed, skipped, time.monotonic() - start)
+    return Result(part, shown, told.passed, failed, skipped, time.monotonic() - start, told.reasons)
 
 
-def read_report(path: Path) -> tuple[int, int, int]:
-    """Passed, failed (errors included) and skipped tests of a JUnit report; none, when it was never written."""
+def read_report(path: Path) -> Report:
+    """Read a JUnit report; an empty one, when it was never written."""
     try:
-        suites = list(ElementTree.parse(path).iter("testsuite"))  # noqa: S314  written by the pytest we just ran
+        root = ElementTree.parse(path).getroot()  # noqa: S314  written by the pytest we just ran
     except (OSError, ElementTree.ParseError):
-        return 0, 0, 0
+        return Report()
+    suites = list(root.iter("testsuite"))
     total, errors, failures, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "errors", "failures", "skipped")
     )
     failed = errors + failures
-    return max(0, total - failed - skipped), failed, skipped
+    reasons = [
+        _reason(f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}", said.text or "")
+        for case in root.iter("testcase")
+        for said in (*case.iter("failure"), *case.iter("error"))
+    ]
+    return Report(max(0, total - failed - skipped), failed, skipped, tuple(reasons))
+
+
+def _reason(name: str, said: str) -> str:
+    """The end of what a test said: the exception, and the last of what led there."""
+    lines = [line.rstrip() for line in COLOUR.sub("", said).strip().splitlines()]
+    return "\n".join((f"FAILED {name}", *(f"    {line}" for line in lines[-LAST:] if line)))
 
 
 def _call(command: list[str], environment: dict[str, str], seconds: float) -> int:

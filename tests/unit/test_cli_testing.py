@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from labkit.cli import testing
 
@@ -18,7 +19,7 @@ def suite(tmp_path: Path) -> Path:
     file.write_text(
         "import pytest\n"
         "def test_passes(): pass\n"
-        "def test_fails(): assert False\n"
+        "def test_fails(): raise ValueError('\\x1b[31mred\\x1b[0m')\n"
         "@pytest.fixture\n"
         "def broken(): raise ValueError\n"
         "def test_error(broken): pass\n"
@@ -30,6 +31,22 @@ def suite(tmp_path: Path) -> Path:
 def test_counts_of_a_test_run(suite: Path) -> None:
     result = testing.run("unit", (*PYTEST, str(suite)), 60)
     assert (result.passed, result.failed, result.skipped) == (1, 2, 1)
+
+
+def test_why_a_test_failed_is_said_again_in_the_end(
+    suite: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = testing.Part(((*PYTEST, str(suite)), ("-c", "print('and much more')")), 60)
+    monkeypatch.setattr(testing, "PARTS", {"unit": part})
+    with pytest.raises(typer.Exit):
+        testing.run_tests(["unit"])
+    said = capsys.readouterr().out
+    assert said.count("FAILED ") == 2
+    end = said[said.index("lint-imports") :]  # how a command is called that is no module
+    assert "FAILED test_suite::test_fails\n" in end
+    assert "E   ValueError: red\n" in end  # without colours
+    assert "FAILED test_suite::test_error\n" in end
+    assert end.endswith("2 passed, 2 failed, 1 skipped\n")
 
 
 def test_a_skipped_browser_test_has_failed_in_ci(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
