@@ -12,6 +12,11 @@ from labkit.kafka.producer import deliver, producer
 from labkit.kafka.records import T, encode
 
 
+def short_name(name: str) -> str:
+    """The name of a topic, a partition or a record without the lab's namespace: what pictures and messages show."""
+    return name.rsplit(".", 1)[-1]
+
+
 @dataclass(frozen=True)
 class Topic(Generic[T]):
     """The coordinates of a topic: plain data, so it can travel to a pod. `value` is the type its values decode to."""
@@ -23,8 +28,8 @@ class Topic(Generic[T]):
 
     @property
     def short(self) -> str:
-        """The name without the lab's namespace: what pictures and messages show."""
-        return self.name.rsplit(".", 1)[-1]
+        """Its name without the lab's namespace."""
+        return short_name(self.name)
 
     def create(self, config: Mapping[str, str] | None = None) -> None:
         """Make the topic unless it is there. Raises TopicMismatch when it is there in another way."""

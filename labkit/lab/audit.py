@@ -6,7 +6,6 @@ It claims only what the evidence shows, as Jepsen's checkers do; `labkit.lab.ano
 from __future__ import annotations
 
 import html
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from labkit.kafka.errors import LabkitError
 from labkit.lab.anomalies import WRONG, Anomaly, Effect, Sent, Timeline, find
+from labkit.lab.metrics import clock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ class Audit:
                 if extra.fault:
                     hands[extra.fault][extra.first_pod or "a pod without a name"] += 1
             for fault, pods in sorted(hands.items(), key=lambda entry: entry[0].start):
-                moment = time.strftime("%H:%M:%S", time.localtime(fault.start))
+                moment = clock(fault.start)
                 held = (f"{count:,} had been in the hands of {pod}" for pod, count in pods.most_common())
                 lines.append(f"  after {fault.text} at {moment}: {', '.join(held)}")
         if extras := self.resent:

@@ -15,7 +15,7 @@ from IPython import display
 
 from labkit.lab import picture
 from labkit.lab.deployment import PodState
-from labkit.lab.metrics import History
+from labkit.lab.metrics import History, clock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,7 +220,7 @@ class Board:
             except Exception as error:
                 status = f"status: {_of(error)}"
             if self._newest is not None and self._clock() - self._newest > _SILENT:
-                since = time.strftime("%H:%M:%S", time.localtime(self._newest))
+                since = clock(self._newest)
                 trouble.append(f"no new figures since {since}")
             self._say(status, trouble)
 

@@ -18,8 +18,8 @@ from enum import Enum
 
 from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
 from labkit.kafka.errors import LabkitError
-from labkit.kafka.topics import Topic
-from labkit.lab.metrics import Fault, History
+from labkit.kafka.topics import Topic, short_name
+from labkit.lab.metrics import Fault, History, clock
 from labkit.lab.pod import Runnable, message
 from labkit.lab.telemetry import PodReport, Waiting
 from labkit.runtime.child import Child
@@ -171,7 +171,7 @@ class Pod:
     def partitions(self) -> str:
         """The partitions it has, in words."""
         assigned = self.report.assigned if self.report is not None and self.child is not None else []
-        return ", ".join(place.rsplit(".", 1)[-1] for place in assigned) or "no partition"
+        return ", ".join(short_name(place) for place in assigned) or "no partition"
 
     # -- what follows is called by the deployment's thread ---------------------------------------------------------
 
@@ -409,7 +409,7 @@ class Deployment:
                 before = set() if pod.report is None else set(pod.report.assigned)
                 for verb, places in (("got", {*report.assigned} - before), ("gave up", before - {*report.assigned})):
                     if places:
-                        short = ", ".join(sorted(place.rsplit(".", 1)[-1] for place in places))
+                        short = ", ".join(sorted(short_name(place) for place in places))
                         self._log.append(LogLine(report.time, pod.name, f"{verb} {short}"))
                 pod.report = report
 
@@ -478,7 +478,7 @@ def pane(deployments: Sequence[Deployment], lines: int = 200) -> list[str]:
     log = sorted({line for one in deployments for line in one.log}, key=lambda line: line.time)
     if earlier := max(0, len(log) - lines + 1):
         log = log[earlier:]
-    shown = [f"{_clock(line.time)} {line.pod} | {line.text}" for line in log]
+    shown = [f"{clock(line.time)} {line.pod} | {line.text}" for line in log]
     many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
     where = " or ".join(f"lab.logs({one.name!r}, {earlier + len(log)})" for one in deployments)
     return [f"{many}: {where}", *shown] if earlier else shown
@@ -492,10 +492,6 @@ def _table(name: str, pods: Sequence[Pod]) -> str:
         for pod in pods
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 def _ended(code: int) -> str:

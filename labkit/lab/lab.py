@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import atexit
 import html
-import inspect
 import os
 import socket
 import threading
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,20 +18,22 @@ import psutil
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
-from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import picture, runs
-from labkit.lab.audit import Audit, Effect, Sent, audit
+from labkit.lab.audit import Audit, Effect, audit
 from labkit.lab.board import Action, Board
 from labkit.lab.deployment import Deployment, PodState, pane
+from labkit.lab.evidence import effects, ledger
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History
+from labkit.lab.metrics import Fault, History, clock
+from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
 from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.servers import Cache, Database, ServerFaults
 from labkit.lab.services import ServiceControls, Switches, store_lag, store_panels
+from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
 from labkit.runtime.broker import HOST, free_ports
@@ -45,30 +45,11 @@ from labkit.runtime.valkey import Valkey
 if TYPE_CHECKING:
     import pandas as pd
 
-QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
 
 LEAVE = 20.0  # seconds that `close` waits for the sessions of killed pods to end, so that their group can be deleted
 
 _open: dict[str, Lab] = {}  # by notebook: a cell may run again. A lab lives until it is closed, forgotten or not
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Whether a lab has come to rest: everything sent is handled, nothing waits. If not, why not."""
-
-    ok: bool
-    reason: str = ""
-    seconds: float = 0.0
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def __repr__(self) -> str:
-        return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
 
 class Lab:
@@ -111,7 +92,7 @@ class Lab:
         self.deployments: dict[str, Deployment] = {}
         self.loads: list[Load[Any]] = []
         self.topics: dict[str, Topic[Any]] = {}
-        self._planned: list[Planned] = []
+        self._plans = Plans()
         self._at_end: list[Callable[[], object]] = []
         self._history = History()
         others = "this Kafka is shared with other notebooks and `make lab`. "
@@ -130,6 +111,7 @@ class Lab:
             raise
         self._telemetry = telemetry
         self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads, self._look_at_kafka)
+        self._settling = Settling(self.cluster, self.broker, self.deployments, self.loads, self._plans, self._history)
         self._deploying = threading.Lock()
         self._closing = self._closed = False
         _open[self.notebook] = self
@@ -343,12 +325,7 @@ class Lab:
         the same condition, as by a cell that runs twice.
         """
         self._check_open()
-        for one in self._planned:
-            if one.is_the_same(condition, action):
-                one.drop("planned again")
-        planned = Planned(condition, action)
-        self._planned = [*(one for one in self._planned if not one.failed), planned]
-        return planned
+        return self._plans.add(condition, action)
 
     # -- looking at what happened ----------------------------------------------------------------------------------
 
@@ -376,25 +353,7 @@ class Lab:
         database that somebody has to bring back (waiting would keep the buttons from working), and when a load, or
         what was planned by `when`, has failed.
         """
-        begun, calm, quiet_since = time.monotonic(), 0, float("inf")
-        while True:
-            if hopeless := self._hopeless():
-                return Settled(False, hopeless, time.monotonic() - begun)
-            moving = self._moving()
-            now = time.monotonic()
-            quiet_since = float("inf") if moving else min(quiet_since, now)
-            if now - quiet_since > QUIET:
-                for planned in self._planned:  # what they wait for does not come by itself any more
-                    planned.drop("all came to rest before its condition held")
-            reason = moving or self._planned_still() or ""
-            # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
-            calm = 0 if reason else calm + 1
-            spent = now - begun
-            if calm >= 2:
-                return Settled(True, "", spent)
-            if spent > timeout:
-                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}", spent)
-            time.sleep(0.05)
+        return self._settling.settle(timeout)
 
     def wait(self, condition: Callable[[], object], timeout: float = 30.0) -> bool:
         """Wait until `condition` holds, which is looked at every 20 ms. If it does not within `timeout` seconds, the
@@ -411,42 +370,7 @@ class Lab:
 
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
-        return self._hopeless() or self._moving() or self._planned_still()
-
-    def _moving(self) -> str | None:
-        """What still goes on by itself."""
-        for load in self.loads:
-            if not load.done:
-                return f"the load on {load.topic.short} still sends"
-        return next(filter(None, map(self._unfinished, self.deployments.values())), None)
-
-    def _planned_still(self) -> str | None:
-        return next((repr(planned) for planned in self._planned if planned.waits), None)
-
-    def _unfinished(self, deployment: Deployment) -> str | None:
-        """What a deployment has still to do."""
-        name = deployment.name
-        if waiting := deployment.waiting:
-            first = min(waiting, key=lambda one: one.since)
-            many = "1 record" if len(waiting) == 1 else f"{len(waiting):,} records"
-            since = f"{first.attempt} failed attempts since {_clock(first.since)}"
-            return f"{many} of {name} in a back-off: {_short(first.place)}, {since}: {first.error}"
-        if deployment.group is None:
-            return None
-        try:
-            behind = lag(self.cluster, deployment.group, [topic.name for topic in deployment.topics])
-        except LabkitError as error:
-            return str(error)
-        there = {topic for topic, _ in behind}
-        if gone := [topic.short for topic in deployment.topics if topic.name not in there]:
-            return f"{name} consumes {', '.join(gone)}, which does not exist (any more)"
-        if not (records := sum(behind.values())):
-            return None
-        said = f"{name} is {records:,} records behind"
-        if not deployment.pods:
-            return f"{said} and has no pods: scale it up"
-        ill = [pod for pod in deployment.pods if pod.state is PodState.RESTARTING]
-        return f"{said}, and {ill[0].name} keeps ending: lab.logs({name!r}) says why" if ill else said
+        return self._settling.unsettled()
 
     def audit(
         self,
@@ -464,14 +388,14 @@ class Lab:
         # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
         # record that is handled between two looks may have made one upstream of what was looked at first.
         unknown = self.unsettled() or self.unsettled()
-        ledger, others = self._ledger(loads)
+        sends, others = ledger(loads, self.loads)
         if isinstance(done, Topic):
-            effects, poison = self._effects(done, identifier(by))
+            found, poison = effects(done, identifier(by))
             unknown = unknown or poison
         else:
-            effects = list(done)
-        asked = [effect for effect in effects if effect.id not in others]
-        return replace(audit(ledger, asked, self._history.faults, unknown=unknown), others=len(others))
+            found = list(done)
+        asked = [effect for effect in found if effect.id not in others]
+        return replace(audit(sends, asked, self._history.faults, unknown=unknown), others=len(others))
 
     def verdict(
         self,
@@ -536,7 +460,7 @@ class Lab:
             there = ", ".join(self.deployments) or "none so far"
             raise LabkitError(f"there is no deployment {name!r} in this lab: there is {there}")
         for line in self.deployments[name].log[-lines:]:
-            print(f"{_clock(line.time)} {line.pod}: {line.text}")  # noqa: T201
+            print(f"{clock(line.time)} {line.pod}: {line.text}")  # noqa: T201
 
     def close(self) -> None:
         """End pods, loads and boards; delete this run's topics and groups; let go of Kafka.
@@ -571,7 +495,7 @@ class Lab:
                 steps.callback(board.close)
             for load in self.loads:
                 steps.callback(load.cancel)
-            for planned in self._planned:
+            for planned in self._plans:
                 steps.callback(planned.cancel)
             for close in self._at_end:
                 steps.callback(close)
@@ -639,28 +563,6 @@ class Lab:
         others = (one for one in self.deployments.values() if one is not deployment)
         return [one for one in others if one.group is not None and one.group == deployment.group]
 
-    def _hopeless(self) -> str | None:
-        """Why this lab will not settle however long one waits."""
-        if self.broker.state in (ServerState.DOWN, ServerState.FROZEN):
-            return f"Kafka is {self.broker.state.value}: " + (
-                "lab.broker.restart() starts it" if self.broker.state is ServerState.DOWN else "thaw it first"
-            )
-        for deployment in self.deployments.values():
-            for pod in deployment.pods:
-                if pod.state is PodState.FROZEN:
-                    return f"{pod.name} is frozen: thaw it first"
-        for planned in self._planned:
-            if planned.failed:
-                return repr(planned)
-        newest = {load.topic.name: load for load in self.loads}  # a cell that is run again makes good for its failure
-        for load in newest.values():
-            if load.error:
-                return f"the load on {load.topic.short} failed: {load.error}"
-        standing = [one for one in self._history.standing() if one.kind in ("kill", "fail") and one.lasts is None]
-        if standing and (waiting := [one for one in self.deployments.values() if one.waiting]):
-            return f"{self._unfinished(waiting[0])}; {standing[0].text} stands: end that first"
-        return None
-
     def _status(self, deployments: Sequence[Deployment]) -> str:
         kafka = f"Kafka {self.broker.state.value}"
         if self.broker.state is ServerState.RUNNING:
@@ -675,116 +577,6 @@ class Lab:
         rate = f" · {self._sampler.rate.get(deployment.name, 0.0):,.0f} records/s" if deployment.topics else ""
         return f"{deployment.name}: {running} of {len(pods)} pods running{more}{rate}"
 
-    def _ledger(self, loads: Sequence[Load[Any]]) -> tuple[list[Sent], set[str]]:
-        """All sends of the ids that `loads` sent, by earlier loads of this run too; and the ids only others sent.
-
-        A load's cell that runs again sends the same ids again: that they take effect again is no wonder.
-        """
-        asked = {one.id for load in loads for one in load.sent}
-        topics = {load.topic.name for load in loads}  # a cell that ran again may have made its type anew
-        everything = [one for load in self.loads if load.topic.name in topics for one in load.sent]
-        ledger = [one._replace(order=order) for order, one in enumerate(everything) if one.id in asked]
-        return ledger, {one.id for one in everything} - asked
-
-    def _effects(self, topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Effect], str | None]:
-        """What took effect in a topic, and what of it could not be read."""
-        with Reader(topic) as reader:
-            records = reader.rest()
-        effects = []
-        for record in records:
-            if record.value is None:
-                continue  # a tombstone takes something back; it is no work done
-            headers = record.headers
-            cause = headers.get("cause")
-            effects.append(
-                Effect(
-                    identify(record.value),
-                    record.key,
-                    _short(record.place),
-                    record.timestamp,
-                    cause and _short(cause),
-                    headers.get("pod"),
-                    topic.short,
-                )
-            )
-        return effects, undecodable(reader)
-
-
-class Planned:
-    """Something that will be done once a condition holds."""
-
-    def __init__(self, condition: Callable[[], bool], action: Callable[[], object]) -> None:
-        self.state = "waits for its condition"
-        self.waits = True
-        self.failed = False
-        self._condition, self._action = condition, action
-        self._cancelled, self._begun = threading.Event(), False
-        self._deciding = threading.Lock()  # it is begun or it is cancelled: never both
-        threading.Thread(target=self._run, name="planned", daemon=True).start()
-
-    def cancel(self) -> None:
-        """Do not do it any more."""
-        self._cancelled.set()
-
-    def drop(self, why: str) -> None:
-        """The same, unless it has begun; and say why."""
-        with self._deciding:
-            if self.waits and not self._begun:
-                self.cancel()
-                self.waits, self.state = False, f"did not happen: {why}"
-
-    def is_the_same(self, condition: Callable[[], bool], action: Callable[[], object]) -> bool:
-        """Whether it does just this, under just this condition."""
-        return _same(self._condition, condition) and _same(self._action, action)
-
-    def __repr__(self) -> str:
-        name = getattr(self._action, "__name__", "action").replace("<lambda>", "action")
-        return f"planned ({name}) {self.state}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
-
-    def _run(self) -> None:
-        try:
-            while not self._condition():
-                if self._cancelled.wait(0.02):
-                    return
-            with self._deciding:
-                if self._cancelled.is_set():
-                    return
-                self._begun, self.state = True, "is being done"
-            self._action()
-            self.state, self.waits = "done", False
-        except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
-            with self._deciding:
-                if self._begun or not self._cancelled.is_set():
-                    self.state = f"failed: {type(error).__name__}: {error}"
-                    self.failed, self.waits = True, False
-
-
-def _same(one: Callable[[], object], other: Callable[[], object]) -> bool:
-    """Whether they are the same method of the same object, or a function and what a cell that ran again made of it."""
-    if not (inspect.isfunction(one) and inspect.isfunction(other)):
-        return one == other
-    return one.__code__ == other.__code__ and all(map(_equal, _given(one), _given(other)))
-
-
-def _given(function: types.FunctionType) -> list[Any]:
-    """What a function was given when it was made: defaults, and variables of the function around it."""
-    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        try:
-            given.append(cell.cell_contents)
-        except ValueError:  # not set yet
-            given.append(cell)
-    return given
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Constants of a cell that is compiled again are new objects; of other things, only the same one is."""
-    plain = type(one) is type(other) and isinstance(one, str | bytes | int | float)
-    return one is other or (plain and bool(one == other))
-
 
 _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
     "external": "your own cluster",
@@ -792,11 +584,6 @@ _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
     "embedded": "embedded Apache Kafka",
     "private": "an embedded Apache Kafka of its own",
 }
-
-
-def _short(place: str) -> str:
-    """A record's place without the run's namespace."""
-    return place.rsplit(".", 1)[-1]
 
 
 def _times(count: int) -> str:
@@ -811,10 +598,6 @@ def _memory(deployments: Iterable[Deployment]) -> int:
         with suppress(psutil.Error):  # it has just ended
             used += psutil.Process(process).memory_info().rss
     return used
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 def _held_port() -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 _time_of = attrgetter("time")
 
 REPEAT = 2.0  # seconds after which a value that has not changed is kept again; a picture calls 4 s without one a gap
+
+
+def clock(moment: float) -> str:
+    """The local time of day of a Unix time, as logs and boards show it."""
+    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ import ipywidgets
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
+from labkit.kafka.topics import short_name
 from labkit.lab.deployment import Deployment
+from labkit.lab.metrics import clock
 from labkit.lab.picture import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, Now, Panel, Plot
 from labkit.patterns.blocked_lanes import Blocked, BlockedLanes
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters
@@ -102,7 +104,7 @@ class RetryDesk:
         import pandas as pd
 
         rows = [
-            (one.place.rsplit(".", 1)[-1], one.key, one.value, one.attempts, one.error, one.at, one.replayed)
+            (short_name(one.place), one.key, one.value, one.attempts, one.error, one.at, one.replayed)
             for one in self.letters.values()
         ]
         frame = pd.DataFrame(rows, columns=["place", "key", "value", "attempts", "error", "time", "replayed"])
@@ -206,7 +208,7 @@ class _Unblock(_Desk):
         if self._choice.value is None:
             return "Nothing is blocked."
         one = self._desk.lanes.skip(self._choice.value)
-        return f"Skipped {_short(one.place)}: it left a trace."
+        return f"Skipped {short_name(one.place)}: it left a trace."
 
     def _skip_all(self) -> str:
         return f"Skipped {self._desk.lanes.skip_all()}; whatever fails is skipped until you resume."
@@ -279,25 +281,21 @@ class _Review(_Desk):
 
 
 def _line(one: Blocked) -> str:
-    since, again = (time.strftime("%H:%M:%S", time.localtime(at)) for at in (one.since, one.next_attempt))
+    since, again = (clock(at) for at in (one.since, one.next_attempt))
     attempts = "1 attempt" if one.attempts == 1 else f"{one.attempts} attempts"
-    return f"{_short(one.place)} · {one.key} · since {since} · {attempts}, next {again} · {one.error}"
+    return f"{short_name(one.place)} · {one.key} · since {since} · {attempts}, next {again} · {one.error}"
 
 
 def _letter_line(one: DeadLetter) -> str:
     again = "" if one.replayed is None else " · replay under way"
-    return f"{_short(one.place)} · {one.key} · {one.attempts} attempts · {one.error}{again}"
+    return f"{short_name(one.place)} · {one.key} · {one.attempts} attempts · {one.error}{again}"
 
 
 def _letter_html(one: DeadLetter) -> str:
-    failed = ", ".join(time.strftime("%H:%M:%S", time.localtime(at)) for at in one.failed)
+    failed = ", ".join(clock(at) for at in one.failed)
     rows = {"from": one.place, "key": one.key, "value": one.value, "failed at": failed, "last error": one.error}
     cells = (f"<tr><th>{name}</th><td><code>{html.escape(str(text))}</code></td></tr>" for name, text in rows.items())
     return f"<table>{''.join(cells)}</table>"
-
-
-def _short(place: str) -> str:
-    return place.rsplit(".", 1)[-1]
 
 
 def _set(widget: Any, value: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.reader import Reader
-from labkit.kafka.topics import Topic
+from labkit.kafka.topics import Topic, short_name
 from labkit.lab.load import identifier
 from labkit.lab.metrics import Fault
 from labkit.lab.sampler import undecodable
@@ -134,7 +134,7 @@ def life(records: Sequence[Seen], reports: Iterable[PodReport], faults: Sequence
             for fault in faults:
                 if _met(fault, one, witness, end):
                     pod = "" if fault.target == witness.deployment else fault.target
-                    rows[_of_fault(fault, _short(one.place), pod, first)] = None
+                    rows[_of_fault(fault, short_name(one.place), pod, first)] = None
     last = max(last or inf, *(row.time for row in rows))
     for fault in faults:
         if fault.target in EVERYBODY and fault.start <= last and _end(fault) >= first:
@@ -154,9 +154,9 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def _made(one: Seen, places: Collection[str]) -> Row:
     if one.cause in places and one.cause is not None:
-        return Row(one.time, "took effect", _short(one.place), one.pod or "", f"caused by {_short(one.cause)}")
+        return Row(one.time, "took effect", short_name(one.place), one.pod or "", f"caused by {short_name(one.cause)}")
     detail = f"{'' if one.pod else 'by a load or the notebook, '}correlation-id {one.correlation or 'none'}"
-    return Row(one.time, "produced", _short(one.place), one.pod or "", detail)
+    return Row(one.time, "produced", short_name(one.place), one.pod or "", detail)
 
 
 def _witnesses(one: Seen, effects: Sequence[Seen], reports: Sequence[PodReport]) -> Iterator[Witness]:
@@ -217,7 +217,7 @@ def _shown(pod: str, at: float, witness: Witness) -> None:
 
 def _told(one: Seen, witness: Witness, faults: Sequence[Fault]) -> Iterator[Row]:
     """The rows of one deployment."""
-    place, hands = _short(one.place), witness.hands
+    place, hands = short_name(one.place), witness.hands
     for each in hands:
         if failed := each.failed:
             after = "not tried again" if failed.again_after is None else f"again in {failed.again_after:g} s"
@@ -241,7 +241,7 @@ def _told(one: Seen, witness: Witness, faults: Sequence[Fault]) -> Iterator[Row]
         if any(hand.who == (pod, process) for hand in hands):
             yield Row(done.time, "committed", place, pod, "")
         else:
-            told = f"at the latest then: {pod} committed all before {_short(done.partition)}/{done.position}"
+            told = f"at the latest then: {pod} committed all before {short_name(done.partition)}/{done.position}"
             yield Row(done.time, "committed", place, "", told)
 
 
@@ -277,7 +277,3 @@ def _end(fault: Fault) -> float:
 
 def _clock(moment: float) -> str:
     return time.strftime("%H:%M:%S UTC", time.gmtime(moment))
-
-
-def _short(place: str) -> str:
-    return place.rsplit(".", 1)[-1]

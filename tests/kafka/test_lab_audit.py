@@ -20,6 +20,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
 from labkit.lab.audit import AuditFailed, Effect
+from labkit.lab.evidence import effects
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -183,15 +184,14 @@ def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(lab: Lab, monkeypa
     shop = Shop(lab, takes=0.2)
     load = lab.load(shop.orders, orders(10), rate=1000)
     load.wait()
-    read = lab._effects
 
     def read_and_dawdle(topic: Topic[object], identify: Callable[[object], str]) -> tuple[list[Effect], str | None]:
-        seen = read(topic, identify)
+        seen = effects(topic, identify)
         wait_until(lambda: lab.unsettled() is None, 20, "the rest")
         return seen
 
     with monkeypatch.context() as patch:
-        patch.setattr(lab, "_effects", read_and_dawdle)
+        patch.setattr("labkit.lab.lab.effects", read_and_dawdle)
         audit = lab.audit(load, shop.shipped)
     assert audit.result == "unknown"
     assert "shop is" in (audit.reason or "")

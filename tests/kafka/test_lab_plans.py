@@ -12,7 +12,8 @@ from lab_helpers import Order, orders
 from processes import wait_until
 
 from labkit.lab import Lab
-from labkit.lab.lab import QUIET, Planned
+from labkit.lab.planned import Planned
+from labkit.lab.settling import QUIET
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

@@ -1,0 +1,131 @@
+"""Whether a lab has come to rest: before that, what is missing may still come, and nothing can be judged."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.lag import lag
+from labkit.kafka.topics import short_name
+from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.load import Load
+from labkit.lab.metrics import History, clock
+from labkit.lab.planned import Plans
+from labkit.lab.servers import ServerFaults
+from labkit.runtime.server import ServerState
+
+QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Whether a lab has come to rest: everything sent is handled, nothing waits. If not, why not."""
+
+    ok: bool
+    reason: str = ""
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __repr__(self) -> str:
+        return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
+
+
+@dataclass(frozen=True)
+class Settling:
+    """What has to come to rest: all that goes on in a lab, as it is at every moment."""
+
+    cluster: Cluster
+    broker: ServerFaults
+    deployments: Mapping[str, Deployment]
+    loads: Sequence[Load[Any]]
+    plans: Plans
+    history: History
+
+    def settle(self, timeout: float) -> Settled:
+        """Wait for it: see `Lab.settle`."""
+        begun, calm, quiet_since = time.monotonic(), 0, float("inf")
+        while True:
+            if hopeless := self.hopeless():
+                return Settled(False, hopeless, time.monotonic() - begun)
+            moving = self.moving()
+            now = time.monotonic()
+            quiet_since = float("inf") if moving else min(quiet_since, now)
+            if now - quiet_since > QUIET:
+                for planned in self.plans:  # what they wait for does not come by itself any more
+                    planned.drop("all came to rest before its condition held")
+            reason = moving or self.plans.waiting() or ""
+            # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
+            calm = 0 if reason else calm + 1
+            spent = now - begun
+            if calm >= 2:
+                return Settled(True, "", spent)
+            if spent > timeout:
+                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}", spent)
+            time.sleep(0.05)
+
+    def unsettled(self) -> str | None:
+        """Why it is not at rest now; None when it is."""
+        return self.hopeless() or self.moving() or self.plans.waiting()
+
+    def hopeless(self) -> str | None:
+        """Why this lab will not settle however long one waits."""
+        if self.broker.state in (ServerState.DOWN, ServerState.FROZEN):
+            return f"Kafka is {self.broker.state.value}: " + (
+                "lab.broker.restart() starts it" if self.broker.state is ServerState.DOWN else "thaw it first"
+            )
+        for deployment in self.deployments.values():
+            for pod in deployment.pods:
+                if pod.state is PodState.FROZEN:
+                    return f"{pod.name} is frozen: thaw it first"
+        if failed := self.plans.failed():
+            return failed
+        newest = {load.topic.name: load for load in self.loads}  # a cell that is run again makes good for its failure
+        for load in newest.values():
+            if load.error:
+                return f"the load on {load.topic.short} failed: {load.error}"
+        standing = [one for one in self.history.standing() if one.kind in ("kill", "fail") and one.lasts is None]
+        if standing and (waiting := [one for one in self.deployments.values() if one.waiting]):
+            return f"{self._unfinished(waiting[0])}; {standing[0].text} stands: end that first"
+        return None
+
+    def moving(self) -> str | None:
+        """What still goes on by itself."""
+        for load in self.loads:
+            if not load.done:
+                return f"the load on {load.topic.short} still sends"
+        return next(filter(None, map(self._unfinished, self.deployments.values())), None)
+
+    def _unfinished(self, deployment: Deployment) -> str | None:
+        """What a deployment has still to do."""
+        name = deployment.name
+        if waiting := deployment.waiting:
+            first = min(waiting, key=lambda one: one.since)
+            many = "1 record" if len(waiting) == 1 else f"{len(waiting):,} records"
+            since = f"{first.attempt} failed attempts since {clock(first.since)}"
+            return f"{many} of {name} in a back-off: {short_name(first.place)}, {since}: {first.error}"
+        if deployment.group is None:
+            return None
+        try:
+            behind = lag(self.cluster, deployment.group, [topic.name for topic in deployment.topics])
+        except LabkitError as error:
+            return str(error)
+        there = {topic for topic, _ in behind}
+        if gone := [topic.short for topic in deployment.topics if topic.name not in there]:
+            return f"{name} consumes {', '.join(gone)}, which does not exist (any more)"
+        if not (records := sum(behind.values())):
+            return None
+        said = f"{name} is {records:,} records behind"
+        if not deployment.pods:
+            return f"{said} and has no pods: scale it up"
+        ill = [pod for pod in deployment.pods if pod.state is PodState.RESTARTING]
+        return f"{said}, and {ill[0].name} keeps ending: lab.logs({name!r}) says why" if ill else said
