@@ -336,7 +336,7 @@ def _curves(plot: Plot, mine: Mapping[str, Points], start: float) -> list[_Curve
         total = np.sum([np.interp(times, *points, left=0.0) for points in mine.values()], axis=0)
         curves.append(_Curve(plot.metric, *_broken(times, total, start), plot.colours[0], 1.6, "dotted"))
     if plot.how == "line":
-        by_height = sorted(mine, key=lambda label: -float(mine[label][1].max()))
+        by_height = sorted(mine, key=lambda label: -float(np.max(mine[label][1])))
         named = by_height if len(mine) <= _HIGHLIGHTED else by_height[:_HIGHEST]
         for i, (label, points) in enumerate(mine.items()):
             line = _broken(*points, start)
