@@ -132,7 +132,7 @@ def run(part: str, command: tuple[str, ...], seconds: float) -> Result:
     start = time.monotonic()
     with _own_state() as (environment, folder):
         report = folder / "report.xml"
-        more = [f"--junitxml={report}"] if is_pytest else []
+        more = [f"--junitxml={report}", "--override-ini=junit_family=xunit1"] if is_pytest else []  # which names files
         if part in ("notebooks", "browser"):
             environment.setdefault("LABKIT_PACE", PACE)
         code = _call([sys.executable, *command, *more], environment, seconds)
@@ -159,7 +159,7 @@ def read_report(path: Path) -> Report:
     )
     failed = errors + failures
     reasons = [
-        _reason(f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}", said.text or "")
+        _reason(f"{case.get('file') or case.get('classname')}::{case.get('name')}", said.text or "")
         for case in root.iter("testcase")
         for said in (*case.iter("failure"), *case.iter("error"))
     ]

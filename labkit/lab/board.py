@@ -329,15 +329,14 @@ class _PodButtons:
         self._pods = pods = {(one.name, pod.index): pod for one in deployments for pod in one.pods}
         options = [(_named(self._called(place), pod), place) for place, pod in pods.items()]
         if options != list(self._choice.options):
-            if self._chosen not in pods:
-                mine = [place for place in pods if place[0] == self._chosen[0]]
-                self._chosen = next(iter(mine or pods), (deployments[0].name, 0))
-            chosen = self._chosen
-            # New options reset the choice; the learner's stays.
+            chosen, mine = self._chosen, [place for place in pods if place[0] == self._chosen[0]]
+            if chosen not in pods and (mine or chosen[0] not in [one.name for one in deployments]):
+                chosen = next(iter(mine or pods), (deployments[0].name, 0))
+            # New options reset the choice; the learner's stays, also while its deployment is replaced and has no pods.
             self._choice.tooltips = [_about(pod) for pod in pods.values()]
             self._choice.options = options
-            if pods:
-                self._choice.value = self._chosen = chosen
+            self._choice.value = chosen if chosen in pods else None
+            self._chosen = chosen
         for button in self.buttons:
             button.refresh()
 

@@ -368,7 +368,9 @@ class Deployment:
         _check(replicas)
         with self._lock:
             if self._leaving:
-                raise LabkitError(f"{self.name} has ended: use what lab.deploy returned last")
+                raise LabkitError(
+                    f"{self.name} has ended, or was told to: use what lab.deploy returned last, or deploy it again"
+                )
             gone = self._pods[replicas:]
             if replicas != len(self._pods):
                 now = time.time()
@@ -385,6 +387,8 @@ class Deployment:
 
         `beside` are other deployments that are members of its group.
         """
+        if self._leaving:
+            return False
         pods = [*self.pods, *(pod for one in beside for pod in one.pods)]
         if not all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods):
             return False
@@ -418,7 +422,8 @@ class Deployment:
         self.scale_down()
         until = time.monotonic() + timeout
         while any(pod.child is not None for pod in self._retired) and time.monotonic() < until:
-            self._ended.wait(0.02)
+            if self._ended.wait(0.02):
+                break  # nobody buries them any more
         self.close()
 
     def scale_down(self) -> None:

@@ -148,6 +148,7 @@ class Lab:
 
         A Consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
         stopped. Waits until that one has left, so that nothing of it acts or answers any more; not for pods to start.
+        Interrupted meanwhile, that one leaves all the same, and nothing takes its place until it is deployed again.
         Raises CannotTravel when the handler uses what cannot live in another process, ClusterUnreachable when topics of
         its own cannot be made; what ran goes on then.
         """
@@ -161,12 +162,10 @@ class Lab:
                 made.runnable = runnable.prepare()  # when nothing can be refused any more
             if (before := self.deployments.get(name)) is not None:
                 self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
-                try:
-                    before.drain()  # its group's partitions are free, and its work is committed, before pods start
-                finally:
-                    self._history.end("redeploy", name, time.time())
-                self._check_open()
+                before.drain()  # its group's partitions are free, and its work is committed, before pods start
+                self._history.end("redeploy", name, time.time())
             self.deployments[name] = made
+            self._check_open()  # a lab that is being closed ends what it finds here
             made.begin()
             return made
 
@@ -487,9 +486,10 @@ class Lab:
                 steps.callback(service.close)
             steps.callback(self._sampler.close)
             grace = 5.0 if self.broker.state is ServerState.RUNNING else 0.0  # nobody could commit
-            for deployment in self.deployments.values():
+            deployments = list(self.deployments.values())  # what is added from now on does not begin
+            for deployment in deployments:
                 steps.callback(deployment.drain, timeout=grace)
-            for deployment in self.deployments.values():
+            for deployment in deployments:
                 steps.callback(deployment.scale_down)
             for board in self._boards.values():
                 steps.callback(board.close)

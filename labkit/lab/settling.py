@@ -126,6 +126,6 @@ class Settling:
             return None
         said = f"{name} is {records:,} records behind"
         if not deployment.pods:
-            return f"{said} and has no pods: scale it up"
+            return f"{said} and has no pods: scale it up, or deploy it again"
         ill = [pod for pod in deployment.pods if pod.state is PodState.RESTARTING]
         return f"{said}, and {ill[0].name} keeps ending: lab.logs({name!r}) says why" if ill else said

@@ -20,7 +20,7 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.lab import Lab
-from labkit.lab.deployment import PodState
+from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.retry_desk import RetryDesk
 from labkit.lab.travel import CannotTravel
 from labkit.patterns.retries import RetryingConsumer, retry_topics
@@ -241,6 +241,29 @@ def test_one_that_cannot_be_deployed_leaves_what_ran(lab: Lab) -> None:
     assert shop.ready()
 
 
+def test_a_replacement_that_was_interrupted_is_made_good_by_the_next(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell was stopped while the one before was leaving: it has left, and nothing is in its place."""
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_ready(shop)
+
+    def interrupted(self: Deployment) -> None:
+        self.scale_down()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Deployment, "drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lab.deploy("shop", Consumer(topic, lambda record: None))
+    assert not shop.ready()
+    with pytest.raises(LabkitError, match="deploy it again"):
+        shop.scale(1)
+    again = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_ready(again)
+    assert shop.pods == []
+    assert all(fault.end is not None for fault in lab.faults)
+
+
 def test_deploying_one_name_from_many_threads_leaves_one(lab: Lab) -> None:
     """A cell, and what `lab.when` does."""
     topic = lab.topic("orders", 1, Order)
@@ -371,7 +394,7 @@ def test_lag_without_pods_says_so(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     lab.load(topic, orders(2), rate=1000).wait()
     lab.deploy("shop", Consumer(topic, lambda record: None), replicas=0)
-    assert lab.settle(0.5).reason.endswith("shop is 2 records behind and has no pods: scale it up")
+    assert lab.settle(0.5).reason.endswith("shop is 2 records behind and has no pods: scale it up, or deploy it again")
 
 
 def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
         ):
             act()
     assert "closed: run the notebook again from the cell with" in lab._repr_html_()
-    with pytest.raises(LabkitError, match="shop has ended: use what"):
+    with pytest.raises(LabkitError, match="shop has ended, or was told to: use what"):
         shop.scale(3)
 
 
@@ -144,9 +145,31 @@ def test_closing_while_a_deployment_is_replaced_leaves_no_pod(lab: Lab) -> None:
     wait_until(lambda: old.ready(), 20)
     assert old.pods[0].child
     pid = old.pods[0].child.pid
-    lab.deploy("shop", Consumer(topic, lambda record: None))
-    lab._end(0)
+    with ThreadPoolExecutor(1) as thread:  # as what `lab.when` does
+        replaced = thread.submit(lab.deploy, "shop", Consumer(topic, lambda record: None))
+        wait_until(lambda: old.pods == [], 20, "it to be replaced")
+        lab._end(0)
+        with pytest.raises(LabkitError, match="this lab is closed"):
+            replaced.result(20)
     assert not is_alive(pid)
+    assert [pod.child for pod in lab.deployments["shop"].pods] == [None]
+
+
+def test_what_is_deployed_while_a_lab_closes_never_starts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at before its topics are made, the lab was open."""
+    consumer = Consumer(lab.topic("orders", 1, Order), lambda record: None)
+    prepare = Consumer.prepare
+
+    def prepare_and_close(self: Consumer) -> Consumer:
+        prepared = prepare(self)
+        lab._end(0)
+        return prepared
+
+    monkeypatch.setattr(Consumer, "prepare", prepare_and_close)
+    with pytest.raises(LabkitError, match="this lab is closed"):
+        lab.deploy("shop", consumer)
+    assert not lab.deployments["shop"]._thread.is_alive()
+    assert [pod.child for pod in lab.deployments["shop"].pods] == [None]
 
 
 def test_a_lab_of_the_same_name_closes_the_one_before(lab: Lab, cluster: Cluster) -> None:

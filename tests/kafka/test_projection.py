@@ -640,6 +640,26 @@ def test_no_connection_is_left_of_a_try_that_failed(in_file: SqliteView, monkeyp
             connection.execute("select 1")
 
 
+def test_a_connection_that_a_server_drops_at_once_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that is shutting down: it accepts, and answers nothing."""
+    import psycopg
+
+    class Dropped:
+        closed = False
+
+        def execute(self, sql: str) -> None:
+            raise psycopg.OperationalError("terminating connection")
+
+        def close(self) -> None:
+            self.closed = True
+
+    dropped = Dropped()
+    monkeypatch.setattr(psycopg, "connect", lambda *_, **__: dropped)
+    with pytest.raises(ViewUnavailable, match="terminating connection"):
+        PostgresView("host=127.0.0.1", "apps", {"app": "text"}).rows("a")
+    assert dropped.closed
+
+
 class Small(SqliteView):
     """A disk with room for this many pages: SQLite answers as it does when the real one is full."""
 

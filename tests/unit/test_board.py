@@ -275,6 +275,24 @@ def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
     until(lambda: buttons(board)["Remove a pod"].disabled, "the new one's only pod is shown")
 
 
+def test_the_chosen_pod_stays_while_its_deployment_has_none(make: Make) -> None:
+    """As while it is replaced: the next click would hit another service."""
+    manager, bookings = FakeDeployment("running", name="manager"), FakeDeployment("running", "running", name="bookings")
+    board = make(deployments=lambda: [manager, bookings])
+    board.redraw()
+    choice = board._pods._choice
+    choice.value = ("bookings", 1)
+    bookings.become()
+    board.redraw()
+    assert choice.value is None
+    bookings.become("running", "running")
+    board.redraw()
+    assert choice.value == ("bookings", 1)
+    bookings.become("running")
+    board.redraw()
+    assert choice.value == ("bookings", 0)
+
+
 def test_a_pod_that_is_gone_is_told(make: Make) -> None:
     deployment = FakeDeployment("running")
     board = make(deployments=deployment)
