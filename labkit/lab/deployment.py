@@ -383,7 +383,7 @@ class Deployment:
             pod.retire()
 
     def ready(self, beside: Iterable[Deployment] = ()) -> bool:
-        """Whether every pod runs and, if they are consumers, they share all partitions: no rebalance is to follow.
+        """Whether every pod runs, and listens if it is a service; consumers share all partitions: no rebalance follows.
 
         `beside` are other deployments that are members of its group.
         """
@@ -392,9 +392,12 @@ class Deployment:
         pods = [*self.pods, *(pod for one in beside for pod in one.pods)]
         if not all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods):
             return False
+        reports = [report for pod in pods if (report := pod.report) is not None]
+        if getattr(self.runnable, "listens", False) and not all(report.counts for report in reports):
+            return False  # it tells figures from the moment at which it listens
         if not pods or not self.topics:
             return True
-        shares = [report.assigned for pod in pods if (report := pod.report) is not None]
+        shares = [report.assigned for report in reports]
         held = [place for share in shares for place in share]
         shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
         every = {f"{topic.name}/{number}" for topic in shared for number in range(topic.partitions)}

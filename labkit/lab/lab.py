@@ -319,9 +319,10 @@ class Lab:
     def when(self, condition: Callable[[], bool], action: Callable[[], object]) -> Planned:
         """Do `action`, a fault say, once `condition` holds, from a thread. Returns at once, so buttons keep working.
 
-        The condition is looked at every 20 ms. The lab does not count as settled before the action was done. One that
-        failed is forgotten when something is planned again; one that still waits, when the same action is planned for
-        the same condition, as by a cell that runs twice.
+        The condition is looked at every 20 ms. While a service that it asks does not answer (OSError) it does not hold.
+        The lab does not count as settled before the action was done. One that failed is forgotten when something is
+        planned again; one that still waits, when the same action is planned for the same condition, as by a cell that
+        runs twice. If that is just being done, nothing is added.
         """
         self._check_open()
         return self._plans.add(condition, action)
@@ -432,7 +433,11 @@ class Lab:
         """Bytes of a topic's records in Kafka's files. Raises LabkitError where Kafka is not this lab's own."""
         if (broker := self.connection.broker) is None:
             raise LabkitError("only of a Kafka of its own does a lab know the files: Lab(…, cluster='private')")
-        return sum(file.stat().st_size for file in broker.folder.glob(f"data/{topic.name}-*/*.log"))
+        total = 0
+        for file in broker.folder.glob(f"data/{topic.name}-*/*.log"):
+            with suppress(FileNotFoundError):  # Kafka has just deleted it
+                total += file.stat().st_size
+        return total
 
     def history(self) -> pd.DataFrame:
         """Everything the sampler saw, tidy: time, seconds, metric, label, value."""

@@ -26,12 +26,13 @@ class Planned:
         """Do not do it any more."""
         self._cancelled.set()
 
-    def drop(self, why: str) -> None:
-        """The same, unless it has begun; and say why."""
+    def drop(self, why: str) -> bool:
+        """The same, and say why; unless it has begun: whether it had not."""
         with self._deciding:
-            if self.waits and not self._begun:
+            if dropped := self.waits and not self._begun:
                 self.cancel()
                 self.waits, self.state = False, f"did not happen: {why}"
+            return dropped
 
     def is_the_same(self, condition: Callable[[], bool], action: Callable[[], object]) -> bool:
         """Whether it does just this, under just this condition."""
@@ -44,9 +45,15 @@ class Planned:
     def _repr_html_(self) -> str:
         return f"<span>{html.escape(repr(self))}</span>"
 
+    def _holds(self) -> bool:
+        try:
+            return self._condition()
+        except OSError:  # a service that it asks is away, or is only just starting
+            return False
+
     def _run(self) -> None:
         try:
-            while not self._condition():
+            while not self._holds():
                 if self._cancelled.wait(0.02):
                     return
             with self._deciding:
@@ -72,10 +79,13 @@ class Plans:
         return iter(self._all)
 
     def add(self, condition: Callable[[], bool], action: Callable[[], object]) -> Planned:
-        """Plan something. What failed is forgotten; one that is the same and still waits is dropped."""
+        """Plan something. What failed is forgotten; one that is the same and still waits is dropped.
+
+        If the same is just being done, that is the answer: done beside itself it would meet what it breaks.
+        """
         for one in self:
-            if one.is_the_same(condition, action):
-                one.drop("planned again")
+            if one.is_the_same(condition, action) and not one.drop("planned again") and one.waits:
+                return one
         planned = Planned(condition, action)
         self._all = (*(one for one in self if not one.failed), planned)
         return planned

@@ -16,7 +16,7 @@ from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.countries import Country, countries
 from labkit.services.http import HttpService
 
-CONFIRM = 3.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
+CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 
 COUNTRIES: web.AppKey[KeyValueStore[Country]] = web.AppKey("countries", KeyValueStore)
 

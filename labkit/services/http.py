@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from aiohttp import web
 
@@ -32,6 +32,9 @@ class HttpService:
     """
 
     port: int
+
+    listens: ClassVar = True
+    """Its pods are ready once they do."""
 
     def routes(self) -> Iterable[web.RouteDef]:
         """What it answers: `web.get("/sites/{id}", self.site)` and so on."""

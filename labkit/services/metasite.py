@@ -37,7 +37,7 @@ OBJECT = "select object::text from sites where id = %s and object is not null"
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON; PostgreSQL has no text with it
 REFUSED = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)  # and would be again
 LIMIT = 100  # sites in one answer
-CONFIRM = 3.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
+CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 FREE = web.AppKey("free", asyncio.Queue)  # connections to the database that nobody uses, and None for one to be made
 _site = msgspec.json.Decoder(Site)
 

@@ -24,7 +24,7 @@ create table if not exists subscriptions (
     id int primary key, customer text not null, plan text not null, cents int not null,
     paid_through int not null default 0, claimed int not null default 0, version int not null default 0);
 """
-CONFIRM = 3.0  # seconds that a request waits for Kafka, before the scheduler is told to come again
+CONFIRM = 8.0  # seconds that a request waits for Kafka, before the scheduler is told to come again
 AT_ONCE = 8  # renewals that one request of the baseline works on at a time
 
 LOCKS = ("none", "pessimistic", "optimistic")

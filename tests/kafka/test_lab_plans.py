@@ -137,11 +137,26 @@ def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
     planned, thread = plan(lab, lambda: True, slow)
     assert begun.wait(5)
     assert lab.settle(QUIET + 0.5).reason == "after 2 s: planned (slow) is being done"
+    assert lab.when(planned._condition, slow) is planned  # a cell that runs twice: one at a time
     over.set()
     assert lab.settle(5)
     assert repr(planned) == "planned (slow) done"
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_service_that_does_not_answer_yet_is_asked_again(lab: Lab) -> None:
+    answers: list[Exception | bool] = [ConnectionRefusedError("no"), TimeoutError("no"), False, True]
+
+    def condition() -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    planned = lab.when(condition, lambda: None)
+    assert lab.settle(10)
+    assert repr(planned) == "planned (action) done"
 
 
 def wrong(*_: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import psutil
 import psycopg
 import pytest
 from aiohttp import web
-from lab_helpers import wait_ready
+from lab_helpers import wait_ready, wait_running
 from processes import is_alive, wait_until
 
 import labkit.lab.lab as module
@@ -190,6 +191,13 @@ class Shop(HttpService):
         raise RuntimeError("broken on purpose")
 
 
+class Slow(Shop):
+    """Takes a while to open what it needs."""
+
+    async def start(self, app: web.Application) -> None:
+        await asyncio.sleep(1.5)
+
+
 def get(url: str) -> object:
     with urllib.request.urlopen(url, timeout=5) as answer:
         return json.load(answer)
@@ -216,6 +224,16 @@ def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> N
     wait_until(lambda: newest(lab, "errors", "shop") == 1, 20, "the failure to be counted")
     clients.drain()
     shop.drain()
+
+
+def test_a_service_is_ready_once_it_listens(lab: Lab) -> None:
+    """Its pod runs before that: whoever asks then is refused."""
+    service = Slow(lab.port("slow"))
+    deployment = lab.deploy("slow", service)
+    wait_running(deployment)
+    assert not deployment.ready()
+    wait_ready(deployment)
+    assert get(f"{service.url}/hello") == {"says": "hello"}
 
 
 def test_a_port_on_which_connections_were_closed_just_now_is_passed_over(

@@ -303,8 +303,8 @@ def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str) -> None:
         begun = time.monotonic()
         status, said = ask(f"{url}/sites/{site_id(1)}?version=2", "DELETE")
         assert status == 503
-        assert "not confirmed within 3 s: is the broker up? They may still arrive" in said
-        assert time.monotonic() - begun < 6
+        assert "not confirmed within 8 s: is the broker up? They may still arrive" in said
+        assert time.monotonic() - begun < 12  # sooner than clients give up
     let_go(nobody.cluster)
 
 

@@ -30,7 +30,7 @@ from labkit.runtime.shared import status
 class Order(Struct):
     id: int
 
-lab = Lab("kernels")
+lab = Lab("kernels", pace=1)
 orders = lab.topic("orders", value=Order)
 done = lab.topic("done", value=Order)
 
@@ -172,7 +172,7 @@ def interrupt(manager: KernelManager, client: BlockingKernelClient) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        'lab = Lab("kernels")',
+        'lab = Lab("kernels", pace=1)',
         'shop = lab.deploy("shop", Consumer(orders, work), replicas=2)',
         "lab.settle(0.1)",
     ],

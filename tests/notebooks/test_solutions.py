@@ -21,6 +21,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 SOLVED = sorted((ROOT / "notebooks" / "solutions").glob("*.py"))
 
 
+@pytest.mark.timeout(900)  # twice a notebook; on a slow machine each of its cells may take a while
 @pytest.mark.usefixtures("broker")
 @pytest.mark.parametrize("solutions", SOLVED, ids=lambda path: path.stem)
 def test_every_exercise_is_done_and_every_cell_can_be_run_twice(solutions: Path) -> None:
