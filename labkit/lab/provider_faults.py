@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.kafka.errors import LabkitError
 from labkit.lab.board import Action
 from labkit.lab.metrics import Fault
+from labkit.lab.services import Faulty
 
 if TYPE_CHECKING:
     from labkit.lab.lab import Lab
@@ -21,18 +21,16 @@ ANSWER = 5.0  # seconds for the service to take a fault
 SEVERAL = 3  # connections that the button cuts
 
 
-class ProviderFaults:
+class ProviderFaults(Faulty):
     """Make the provider at `url` misbehave, as the buttons of a board do. Each is noted among the lab's faults.
 
     A fault stands until `recover`, which ends all of them, or for `seconds` at the lab's pace.
     Methods raise LabkitError when the provider cannot be reached.
     """
 
-    _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
-
     def __init__(self, lab: Lab, url: str, name: str = "provider") -> None:
-        self.name = name
-        self._lab, self._url, self._history = lab, url, lab._history
+        super().__init__(name, lab._history)
+        self._lab, self._url = lab, url
         self._faults: dict[str, Any] = {}
         self._ends: dict[str, threading.Timer] = {}  # of the faults that end by themselves, by kind
         self._lock = threading.Lock()
@@ -81,17 +79,6 @@ class ProviderFaults:
             Action("Cut connections", f"It charges, and cuts {SEVERAL} connections before it answers.", self.drop),
             Action(f"Recover {self.name}", "It behaves again.", self.recover, self._well),
         ]
-
-    def __repr__(self) -> str:
-        standing = [fault.text for fault in self._history.standing() if fault.target == self.name]
-        return f"Faults of {self.name}: {', '.join(standing) or 'none'}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
-
-    def _well(self) -> str | None:
-        standing = any(fault.target == self.name for fault in self._history.standing())
-        return None if standing else f"The {self.name} behaves already."
 
     def _set(self, kind: str, text: str, seconds: float | None, **faults: Any) -> None:
         with self._lock:

@@ -24,18 +24,38 @@ class Switches(Protocol):
     def clear(self, service: str) -> None: ...
 
 
-class ServiceControls:
+class Faulty:
+    """A service that a notebook can make misbehave: which of its faults stand."""
+
+    _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
+
+    def __init__(self, name: str, history: History) -> None:
+        self.name = name
+        self._history = history
+
+    def _standing(self) -> list[str]:
+        return [fault.text for fault in self._history.standing() if fault.target == self.name]
+
+    def _well(self) -> str | None:
+        return None if self._standing() else f"{self.name} behaves already."
+
+    def __repr__(self) -> str:
+        return f"Faults of {self.name}: {', '.join(self._standing()) or 'none'}"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
+
+
+class ServiceControls(Faulty):
     """Make a service fail or slow, as the buttons of a board do. Noted among the lab's faults.
 
     `seconds` is how long it lasts, else until `recover`. What is set replaces what was set before. Methods raise
     LabkitError for figures that make no sense, DeliveryFailed while Kafka is away.
     """
 
-    _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
-
     def __init__(self, name: str, switches: Switches, history: History) -> None:
-        self.name = name
-        self._switches, self._history = switches, history
+        super().__init__(name, history)
+        self._switches = switches
         self._over: threading.Timer | None = None
 
     def fail(self, share: float = 1.0, status: int = 503, seconds: float | None = None) -> None:
@@ -64,17 +84,6 @@ class ServiceControls:
         """Forget what is still to end by itself: it does so without us."""
         if self._over is not None:
             self._over.cancel()
-
-    def __repr__(self) -> str:
-        standing = [fault.text for fault in self._history.standing() if fault.target == self.name]
-        return f"Faults of {self.name}: {', '.join(standing) or 'none'}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
-
-    def _well(self) -> str | None:
-        ill = any(fault.target == self.name for fault in self._history.standing())
-        return None if ill else f"{self.name} behaves already."
 
     def _set(self, kind: str, text: str, errors: float, status: int, delay: float, seconds: float | None) -> None:
         self._switches.set(self.name, errors, status, delay, seconds)

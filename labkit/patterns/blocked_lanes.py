@@ -8,13 +8,12 @@ partition and offset, leaves a trace in a topic, and is taken back once its reco
 from __future__ import annotations
 
 import getpass
-import html
 import socket
 import threading
 import time
-from collections.abc import Callable, ItemsView, Mapping, ValuesView
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -24,6 +23,7 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import encode
 from labkit.kafka.steps import Failure
 from labkit.kafka.topics import Topic
+from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.patterns.trails import error_text, own_topic, text_of
 
@@ -98,50 +98,20 @@ def _skip_all_key(partition: str = "") -> str:
 # -- Seen from outside -------------------------------------------------------------------------------------------------
 
 
-class BlockedLanes(Mapping[str, Blocked]):
+class BlockedLanes(GroupEntries[Blocked]):
     """The records at which a group is blocked on a topic, by place, and the commands about them.
 
     Raises TopicMissing when no consumer with retries ever ran there.
     """
 
     def __init__(self, topic: Topic[Any], group: str) -> None:
-        self.topic, self.group = topic, group
-        self.store: KeyValueStore[Entry] = KeyValueStore(lanes_topic(topic, group))
+        super().__init__(topic, group, lanes_topic(topic, group))
         self._skips = skips_topic(topic, group)
         self._me = f"{getpass.getuser()}@{socket.gethostname()}"
-        try:
-            self.store.wait_ready()
-        except BaseException:
-            self.store.close()
-            raise
 
     def _now(self) -> dict[str, Blocked]:
         found = [entry for entry in self.store.snapshot().values() if isinstance(entry, Blocked)]
         return {one.place: one for one in sorted(found, key=lambda one: one.since)}
-
-    def __getitem__(self, place: str) -> Blocked:
-        return self._now()[place]
-
-    def __iter__(self) -> Any:
-        return iter(self._now())
-
-    def __len__(self) -> int:
-        return len(self._now())
-
-    def values(self) -> ValuesView[Blocked]:
-        """All of one moment: some may go on while they are looked at."""
-        return self._now().values()
-
-    def items(self) -> ItemsView[str, Blocked]:
-        """The same, with their places."""
-        return self._now().items()
-
-    def __repr__(self) -> str:
-        holds = f"{len(self):,}" if self.store.ready else "closed"
-        return f"BlockedLanes({self.topic.short} of {self.group}, {holds})"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
     @property
     def skipping(self) -> bool:
@@ -189,16 +159,6 @@ class BlockedLanes(Mapping[str, Blocked]):
         """Every skip there was, oldest first. One whose consumer crashed before it committed is listed again."""
         with Reader(self._skips) as reader:
             return [record.value for record in reader.rest()]
-
-    def close(self) -> None:
-        """Look no more."""
-        self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         until = time.monotonic() + timeout

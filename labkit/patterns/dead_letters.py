@@ -6,11 +6,9 @@ leaves it by a tombstone, when its replay succeeded or when it is purged. It is 
 
 from __future__ import annotations
 
-import html
 import time
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -18,7 +16,7 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
 from labkit.kafka.producer import deliver
 from labkit.kafka.records import Message, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.key_value_store import KeyValueStore
+from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.trails import HEADER, Trail, headers_of, own_topic, text_of
 
 DEAD_LETTERS, REPLAY = "dead-letters", "replay"  # what the two topics are called
@@ -80,47 +78,20 @@ def replay_topic(topic: Topic[Any], group: str) -> Topic[Any]:
     return replace(topic, name=own_topic(topic.name, group, REPLAY))
 
 
-class DeadLetters(Mapping[str, DeadLetter]):
+class DeadLetters(GroupEntries[DeadLetter]):
     """The dead letters of a topic and group, by the place where they came from, oldest first.
 
     Raises TopicMissing when no consumer with retries ever ran there.
     """
 
     def __init__(self, topic: Topic[Any], group: str) -> None:
-        self.topic, self.group = topic, group
-        self.store: KeyValueStore[DeadLetter] = KeyValueStore(dead_letters_topic(topic, group))
-        try:
-            self.store.wait_ready()
-        except BaseException:
-            self.store.close()
-            raise
-
-    def __getitem__(self, place: str) -> DeadLetter:
-        return self.store[place]
+        super().__init__(topic, group, dead_letters_topic(topic, group))
 
     def _now(self) -> dict[str, DeadLetter]:
         return {one.place: one for one in sorted(self.store.snapshot().values(), key=lambda one: one.at)}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._now())
-
     def __len__(self) -> int:
-        return len(self.store)
-
-    def values(self) -> ValuesView[DeadLetter]:
-        """All of one moment: some may leave while they are looked at."""
-        return self._now().values()
-
-    def items(self) -> ItemsView[str, DeadLetter]:
-        """The same, with their places."""
-        return self._now().items()
-
-    def __repr__(self) -> str:
-        holds = f"{len(self):,}" if self.store.ready else "closed"
-        return f"DeadLetters({self.topic.short} of {self.group}, {holds})"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
+        return len(self.store)  # a board asks often, and there may be many
 
     def replay(self, *places: str) -> int:
         """Put these back where their retries start, all if none is named; returns how many.
@@ -147,16 +118,6 @@ class DeadLetters(Mapping[str, DeadLetter]):
         for letter in letters:
             self.store.delete(letter.place, CONFIRM)
         return len(letters)
-
-    def close(self) -> None:
-        """Look no more."""
-        self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _chosen(self, places: tuple[str, ...]) -> list[DeadLetter]:
         now = self._now()

@@ -1,0 +1,67 @@
+"""What a group with retries keeps of a topic, seen from outside: entries of a store, by the place they are about."""
+
+from __future__ import annotations
+
+import html
+from abc import abstractmethod
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from typing import Any, Self, TypeVar
+
+from labkit.kafka.topics import Topic
+from labkit.patterns.key_value_store import KeyValueStore
+
+V = TypeVar("V")
+
+
+class GroupEntries(Mapping[str, V]):
+    """A mapping in which all that is looked at together is of one moment, oldest first. `kept` is the store's topic.
+
+    Raises TopicMissing when no consumer with retries ever ran there.
+    """
+
+    def __init__(self, topic: Topic[Any], group: str, kept: Topic[Any]) -> None:
+        self.topic, self.group = topic, group
+        self.store: KeyValueStore[Any] = KeyValueStore(kept)
+        try:
+            self.store.wait_ready()
+        except BaseException:
+            self.store.close()
+            raise
+
+    @abstractmethod
+    def _now(self) -> dict[str, V]:
+        """All there are, oldest first."""
+
+    def __getitem__(self, place: str) -> V:
+        return self._now()[place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def values(self) -> ValuesView[V]:
+        """All of one moment: some may leave while they are looked at."""
+        return self._now().values()
+
+    def items(self) -> ItemsView[str, V]:
+        """The same, with their places."""
+        return self._now().items()
+
+    def close(self) -> None:
+        """Look no more."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        holds = f"{len(self):,}" if self.store.ready else "closed"
+        return f"{type(self).__name__}({self.topic.short} of {self.group}, {holds})"
+
+    def _repr_html_(self) -> str:
+        return f"<span>{html.escape(repr(self))}</span>"
