@@ -9,6 +9,7 @@ def judge(crowded):
     few, many = ([App(f"app-{n}", "1.0") for n in range(size)] for size in (9, 10))
     if list(crowded(Of(Context(1, "ada", many)))) != [(10,)]:
         return "A site with ten apps should give one row, (10,): a list with one tuple in it."
-    return list(crowded(Of(Context(1, "ada", few)))) == [] or "A site with nine apps should give no row: []."
+    nine = list(crowded(Of(Context(1, "ada", few))))
+    return nine == [] or "A site with nine apps should give no row: []."
 
 exercise("Rows of a view that knows the sites with ten apps or more.", check=judge, crowded=crowded)

@@ -12,7 +12,7 @@ from typing import Any
 from labkit.cli.notebooks import PICTURE, PICTURE_BYTES, VERDICT, WIDGETS
 
 CODE_LINES = 18  # "at most ~15": blank lines and comments do not count, a closing bracket does
-WIDEST = 120  # characters of a line of code: more is behind a scroll bar of JupyterLab on a laptop
+WIDEST = 100  # characters of a line of code: more is behind a scroll bar of JupyterLab on a laptop
 CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # `!` and `%` lines pass under nbval whatever they do, and mean nothing outside IPython.
 MAGIC = re.compile(r"^\s*(?:[%!]|\w[\w, ]*=\s*[%!])|^\s*[\w.]+\?{1,2}\s*$")
