@@ -19,6 +19,7 @@ from enum import Enum
 from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
+from labkit.lab import runs
 from labkit.lab.metrics import Fault, History, clock
 from labkit.lab.pod import Runnable, message
 from labkit.lab.telemetry import PodReport, Waiting
@@ -486,7 +487,7 @@ def pane(deployments: Sequence[Deployment], lines: int = 200) -> list[str]:
     log = sorted({line for one in deployments for line in one.log}, key=lambda line: line.time)
     if earlier := max(0, len(log) - lines + 1):
         log = log[earlier:]
-    shown = [f"{clock(line.time)} {line.pod} | {line.text}" for line in log]
+    shown = [f"{clock(line.time)} {line.pod} | {runs.short_names(line.text)}" for line in log]
     many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
     where = " or ".join(f"lab.logs({one.name!r}, {earlier + len(log)})" for one in deployments)
     return [f"{many}: {where}", *shown] if earlier else shown

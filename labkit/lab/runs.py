@@ -25,6 +25,7 @@ from labkit.runtime.home import state_dir
 
 LEARNER = "LABKIT_LEARNER"
 CAPS = {"learner": 20, "notebook": 30, "name": 40}  # a retry topic holds a group and a topic: 249 characters in all
+NAMESPACE = re.compile(r"labkit\.[a-z0-9-]+\.[a-z0-9-]+\.[0-9]{12}[0-9a-f]{4}\.")  # of a run's names
 FORGET = 30 * 86400.0  # seconds after which a record is dropped whose cluster has not been seen again
 
 
@@ -183,6 +184,11 @@ def living() -> list[tuple[str, int]]:
 def plain(text: str, what: str) -> str:
     """`text` as a part of a Kafka name: lower-case letters, digits and dashes, capped."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
+
+
+def short_names(text: str) -> str:
+    """A text in which what runs made goes by its short name."""
+    return NAMESPACE.sub("", text)
 
 
 def _learner() -> str:

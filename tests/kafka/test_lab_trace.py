@@ -17,6 +17,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.steps import Failure, Retry
 from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, pane
+from labkit.patterns.trails import own_topic
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -244,3 +245,13 @@ def test_the_pane_says_where_the_earlier_lines_are(lab: Lab) -> None:
     time.strptime(clock, "%H:%M:%S")
     assert rest == f"{log[-199].pod} | {log[-199].text}"
     assert lines[-1].endswith(log[-1].text)
+
+
+def test_the_pane_calls_topics_by_their_short_names(lab: Lab) -> None:
+    """Of a retry topic the full name is 120 characters; `lab.logs` tells it."""
+    orders = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(orders, print), replicas=0)
+    own = own_topic(orders.name, lab.run.group("shop"), "retry1-8s")
+    shop.note("shop-0", f"{own}/0/17 failed, attempt 2: no")
+    assert pane([shop])[-1].endswith(" shop-0 | orders_shop_retry1-8s/0/17 failed, attempt 2: no")
+    assert shop.log[-1].text.startswith(own)
