@@ -43,9 +43,9 @@ def test_why_a_test_failed_is_said_again_in_the_end(
     said = capsys.readouterr().out
     assert said.count("FAILED ") == 2
     end = said[said.index("lint-imports") :]  # how a command is called that is no module
-    assert "FAILED test_suite.py::test_fails\n" in end
+    assert "test_suite.py::test_fails\n" in end
     assert "E   ValueError: red\n" in end  # without colours
-    assert "FAILED test_suite.py::test_error\n" in end
+    assert "test_suite.py::test_error\n" in end
     assert end.endswith("2 passed, 2 failed, 1 skipped\n")
 
 
