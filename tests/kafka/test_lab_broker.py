@@ -60,7 +60,7 @@ def killed(lab: Lab) -> None:
 def frozen(lab: Lab) -> None:
     lab.broker.freeze()
     assert repr(lab.settle()) == "unknown: Kafka is frozen: thaw it first"
-    time.sleep(3)  # long enough for requests to be held up; the length is the fault
+    wait_until(lambda: lab._sampler.trouble, 20, "a question that is held up")
     lab.broker.thaw()
 
 

@@ -438,11 +438,9 @@ def test_a_pod_waits_until_the_one_of_its_name_is_gone(lab: Lab) -> None:
     pid = retired.child.pid
     os.kill(pid, signal.SIGSTOP)  # so that it takes its time to drain
     shop.scale(1)
-    shop.scale(2)
-    looks = time.monotonic() + 0.5
-    while time.monotonic() < looks:
-        assert shop.pods[1].child is None
-        time.sleep(0.02)
+    shop.scale(3)
+    wait_until(lambda: shop.pods[2].child, 20, "a pod that waits for nobody")
+    assert shop.pods[1].child is None
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: shop.pods[1].child, 20, "the new pod")
     assert not is_alive(pid)

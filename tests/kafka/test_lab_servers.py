@@ -191,11 +191,15 @@ class Shop(HttpService):
         raise RuntimeError("broken on purpose")
 
 
+@dataclass(frozen=True)
 class Slow(Shop):
-    """Takes a while to open what it needs."""
+    """Listens once there is a file."""
+
+    allowed: str = ""
 
     async def start(self, app: web.Application) -> None:
-        await asyncio.sleep(1.5)
+        while not os.path.exists(self.allowed):
+            await asyncio.sleep(0.01)
 
 
 def get(url: str) -> object:
@@ -226,12 +230,14 @@ def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> N
     shop.drain()
 
 
-def test_a_service_is_ready_once_it_listens(lab: Lab) -> None:
+def test_a_service_is_ready_once_it_listens(lab: Lab, tmp_path: Path) -> None:
     """Its pod runs before that: whoever asks then is refused."""
-    service = Slow(lab.port("slow"))
+    allowed = tmp_path / "allowed"
+    service = Slow(lab.port("slow"), allowed=str(allowed))
     deployment = lab.deploy("slow", service)
     wait_running(deployment)
     assert not deployment.ready()
+    allowed.touch()
     wait_ready(deployment)
     assert get(f"{service.url}/hello") == {"says": "hello"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -140,11 +141,13 @@ def test_an_unreachable_cluster_fails_within_the_time_limit() -> None:
 def test_threads_that_ask_at_once_get_one_producer(monkeypatch: pytest.MonkeyPatch) -> None:
     """correctness 10: with two producers in a process the one would not confirm what the other sent."""
     made: list[object] = []
+    two = threading.Barrier(2)
 
     class Slow:
         def __init__(self, _cluster: Cluster, tells: bool) -> None:
             made.append(self)
-            time.sleep(0.05)
+            with suppress(threading.BrokenBarrierError):
+                two.wait(0.5)  # for another one that is being made, and must not be
 
     monkeypatch.setattr(module, "Producer", Slow)
     where = Cluster("nowhere:1", (("client.id", "at-once"),))
