@@ -15,7 +15,7 @@ from processes import wait_until
 
 import labkit.lab.load as load_module
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.records import Record
 from labkit.lab import Lab
 from labkit.lab.deployment import Deployment
@@ -60,7 +60,8 @@ def killed(lab: Lab) -> None:
 def frozen(lab: Lab) -> None:
     lab.broker.freeze()
     assert repr(lab.settle()) == "unknown: Kafka is frozen: thaw it first"
-    wait_until(lambda: lab._sampler.trouble, 20, "a question that is held up")
+    with pytest.raises(ClusterUnreachable, match="silent for 3 s"):  # long enough: others are held up as well
+        lab.connection.cluster.describe(3.0)
     lab.broker.thaw()
 
 
