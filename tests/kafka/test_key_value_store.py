@@ -135,8 +135,9 @@ def test_reads_before_all_is_loaded_raise(cluster: Cluster) -> None:
     opened = transaction(topic, ("b", 2), end="open")  # holds back every reader: the store cannot be ready
     store = KeyValueStore(topic)
     try:
-        with pytest.raises(StoreNotReady, match=r"not loaded within 0\.5 s: 1 records are to be read.*transaction"):
-            store.wait_ready(0.5)
+        wait_until(lambda: store._trouble.startswith("1 records"), 20, "all to be read but the transaction")
+        with pytest.raises(StoreNotReady, match=r"not loaded within 0\.1 s: 1 records are to be read.*transaction"):
+            store.wait_ready(0.1)
         assert not store.ready
         for read in (
             lambda: store["a"],
@@ -246,10 +247,11 @@ def test_who_is_refused_at_once_does_not_ask_again_at_once(cluster: Cluster, mon
     topic = store_topic(cluster, 1)
     monkeypatch.setattr(Cluster, "topic_config", refuse)
     store = KeyValueStore(topic)
+    wait_until(lambda: len(asked) >= 2, 10, "a second question")
     with pytest.raises(StoreNotReady, match="not allowed to look"):
-        store.wait_ready(0.5)
+        store.wait_ready(0.4)
     store.close()
-    assert 2 <= len(asked) <= 6
+    assert len(asked) <= 50  # without a pause: thousands
 
 
 def test_a_topic_deleted_under_a_store_is_told(store: KeyValueStore[Any]) -> None:
@@ -620,7 +622,7 @@ def test_writes_while_the_broker_is_down_are_bounded_and_the_state_is_true_after
             began = time.monotonic()
             with pytest.raises(DeliveryFailed, match=r"'a' in store .* not confirmed within 1 s: is the broker up\?"):
                 store.put("a", 2, timeout=1)
-            assert 0.9 < time.monotonic() - began < 3
+            assert 0.9 < time.monotonic() - began < 20
             assert store["a"] == 1  # what is not confirmed does not show
             late = KeyValueStore(topic)  # one that is made meanwhile becomes ready by itself
             with pytest.raises(StoreNotReady):

@@ -24,12 +24,12 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.producer import Producer
-from labkit.kafka.refusal import is_final
+from labkit.kafka.refusal import ASK, is_final
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
 from labkit.runtime.connect import connect
 
-SOON = 10.0  # seconds within which whatever is wrong must be told
+SOON = 30.0  # seconds; the product's own bounds end within 10, this is for a machine that stands still
 WRONG = "wr0ng-passw0rd"
 SECRETS = (PASSWORD, WRONG, STORE)
 
@@ -163,6 +163,8 @@ def test_what_is_wrong_is_told_soon(
     listener, settings, says = WRONGS[name]
     if name not in (*AT_ONCE, "nobody there", "plain text to TLS"):  # these are waited for as long as a user would
         monkeypatch.setattr(connect_module, "PATIENCE", 2.0)
+    if name in AT_ONCE:
+        monkeypatch.setattr(connect_module, "PATIENCE", 60.0)  # which is not waited for
     address = secured.address(listener) if listener.isupper() else listener
     began = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=f"(?s)^KAFKA_BOOTSTRAP_SERVERS says .*{re.escape(address)}") as told:
@@ -171,11 +173,16 @@ def test_what_is_wrong_is_told_soon(
     text = str(told.value)
     assert re.search(says, text), text
     assert re.search(r"Correct it \(KAFKA_CLIENT_CONFIG is /.*client.properties\)", text), text
-    assert took < (4 if name in AT_ONCE else SOON), f"{took:.1f} s"
+    assert took < SOON, f"{took:.1f} s"
     refused = isinstance(told.value.__cause__, ClientRefused)
     assert refused == (name in AT_ONCE), text
     everything = "".join(traceback.format_exception(told.value)) + repr(told.value) + "".join(capfd.readouterr())
     assert not [secret for secret in SECRETS if secret in everything]
+
+
+def test_what_is_waited_for_is_told_within_10_s() -> None:
+    """A silent cluster, then one look at why."""
+    assert connect_module.PATIENCE + ASK < 10
 
 
 def test_one_address_of_two_that_refuses_does_not_hide_the_other(through: Connect, secured: Secured) -> None:
@@ -237,7 +244,7 @@ def test_a_consumer_whose_login_is_withdrawn_ends(secured: Secured) -> None:
         sender = Producer(cluster)
         sender.send(topic.name, b"1")
         sender.flush()
-        assert handled.wait(10)
+        assert handled.wait(SOON)
         secured.set_password("bob", "sec0nd-passw0rd")
         wait_until(lambda: ended, SOON, "the end of the consumer")
     finally:
@@ -297,4 +304,4 @@ def test_an_error_that_is_kept_keeps_no_client_trying(secured: Secured) -> None:
     before = mine.num_threads()
     with pytest.raises(ClientRefused) as told:
         cluster.describe()
-    wait_until(lambda: mine.num_threads() <= before, 5, f"the end of the client's threads, and {told.value} kept")
+    wait_until(lambda: mine.num_threads() <= before, 20, f"the end of the client's threads, and {told.value} kept")
