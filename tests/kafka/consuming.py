@@ -12,6 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,7 @@ from processes import wait_until
 
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import ClusterUnreachable
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.steps import Step
@@ -106,7 +108,7 @@ class Journal:
                     held -= set(subject)
         return held
 
-    def wait(self, condition: Callable[[], Any], timeout: float = 15.0, what: str = "") -> Any:
+    def wait(self, condition: Callable[[], Any], timeout: float = 30.0, what: str = "") -> Any:
         """Wait until `condition()` holds; it is asked again at each step and every 50 ms."""
         until = time.monotonic() + timeout
         while not (found := condition()):
@@ -118,7 +120,7 @@ class Journal:
                 self.changed.wait(0.05)
         return found
 
-    def wait_for(self, step: Step, count: int = 1, timeout: float = 15.0) -> list[Any]:
+    def wait_for(self, step: Step, count: int = 1, timeout: float = 30.0) -> list[Any]:
         """Wait until a step was told `count` times."""
         self.wait(lambda: len(self.of(step)) >= count, timeout, f"{count} × {step.value}")
         return self.of(step)
@@ -169,14 +171,17 @@ class Member:
         error, self.error = self.error, None
         return error
 
-    def wait_committed(self, expected: dict[int, int], timeout: float = 15.0) -> None:
-        """Wait until the broker has these offsets of its first topic."""
-        topic = self.consumer.sources[0]
-        self.journal.wait(
-            lambda: committed(topic, self.consumer.group) == expected,
-            timeout,
-            f"committed offsets {expected}, not {committed(topic, self.consumer.group)}",
-        )
+    def wait_committed(self, expected: dict[int, int], timeout: float = 30.0) -> None:
+        """Wait until the broker, which may be away meanwhile, has these offsets of its first topic."""
+        found: dict[int, int] = {}
+
+        def reached() -> bool:
+            with suppress(ClusterUnreachable):
+                found.clear()
+                found.update(committed(self.consumer.sources[0], self.consumer.group))
+            return found == expected
+
+        self.journal.wait(reached, timeout, f"committed offsets {expected}")
 
 
 class Process:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from consuming import Member, committed, fresh_group, fresh_topic, put
+from consuming import Member, fresh_group, fresh_topic, put
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
@@ -103,7 +103,7 @@ def test_a_stop_without_a_broker_is_bounded(cluster: Cluster, sending: bool) -> 
 
     def handle(record: Record[int]) -> None:
         if record.value == 3:
-            frozen.wait(10)
+            frozen.wait(30)
         if sending:
             output.send(record.value)
 
@@ -112,14 +112,12 @@ def test_a_stop_without_a_broker_is_bounded(cluster: Cluster, sending: bool) -> 
         with frozen_broker():
             frozen.set()
             member.journal.wait_for(Step.HANDLED, 5)
-            began = time.monotonic()
-            member.stop()
-            assert time.monotonic() - began < 20
-    wait_until(lambda: is_back(cluster), 10)
-    assert committed(topic, group)[0] in (3, 4, 5)
-    start = committed(topic, group)[0]
+            member.stop(40)  # 17 s at most: the drain, what is sent, the commit, the client's own end
+    wait_until(lambda: is_back(cluster), 20)
     with Member(Consumer(topic, lambda record: None, group)) as member:
-        member.wait_committed({0: 5}, 30)
+        ((_, _, start),) = member.journal.wait_for(Step.ASSIGNED)[0]
+        assert start in (3, 4, 5)  # a commit that the frozen broker had not read yet may count
+        member.wait_committed({0: 5})
         assert [record.value for record in member.journal.of(Step.HANDLED)] == list(range(start, 5))
 
 
@@ -136,10 +134,12 @@ def test_offsets_can_be_asked_for_while_the_broker_goes_and_comes(cluster: Clust
 
     def ask() -> None:
         while not over.is_set():
+            began = time.monotonic()
             try:
                 answers.append(lag(cluster, group, [topic.name]))
-            except LabkitError as error:
-                errors.append(error)
+            except LabkitError as error:  # one question is given up after 10 s: a slow machine's broker may take longer
+                if not isinstance(error, ClusterUnreachable) or time.monotonic() - began < 9:
+                    errors.append(error)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -151,10 +151,10 @@ def test_offsets_can_be_asked_for_while_the_broker_goes_and_comes(cluster: Clust
             if sign == signal.SIGSTOP:
                 over.wait(2)  # longer than the broker's own session
                 os.kill(broker(), signal.SIGCONT)
-            wait_until(lambda: len(answers) > before + 20, 30, "answers again")  # noqa: B023
+            wait_until(lambda: len(answers) > before + 20, 90, "answers again")  # noqa: B023
     finally:
         over.set()
-        asking.join(30)
+        asking.join(60)
     assert all(answer == {(topic.name, 0): 0} for answer in answers)
     assert not errors
 

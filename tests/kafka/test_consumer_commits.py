@@ -55,7 +55,7 @@ def test_commits_are_confirmed(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, *range(10))
     with Member(Consumer(topic, lambda record: None, group)) as member:
-        member.journal.wait(lambda: {(topic.name, 0): 10} in member.journal.of(Step.COMMITTED), 5)
+        member.journal.wait(lambda: {(topic.name, 0): 10} in member.journal.of(Step.COMMITTED))
         assert committed(topic, group) == {0: 10}
 
 
@@ -70,9 +70,7 @@ def test_commits_go_on_while_handlers_send_without_a_pause(cluster: Cluster) -> 
         time.sleep(0.003)  # the work
 
     with Member(Consumer(topic, handle, group)) as member:
-        member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) >= 2000)
-        done, stored = len(member.journal.of(Step.HANDLED)), sum(committed(topic, group).values())
-    assert stored > done / 2
+        member.journal.wait_for(Step.COMMITTED, 6)  # of about 20; by chance there are 1 to 3, the one at the end included
 
 
 def transactions(topic: Topic[Any], *batches: tuple[bool, list[int]]) -> None:
@@ -135,7 +133,7 @@ def test_a_commit_that_is_refused_goes_with_the_next(cluster: Cluster, monkeypat
 
     monkeypatch.setattr(module, "Client", Refusing)
     with Member(Consumer(topic, lambda record: None, group)) as member:
-        member.wait_committed({0: 1}, 5)
+        member.wait_committed({0: 1})
     assert len(refused) == 3
 
 
@@ -156,5 +154,5 @@ def test_a_handler_that_hangs_keeps_neither_the_consumer_nor_the_process(cluster
         "Consumer(topic, handle, sys.argv[3], drain=0.2).run(stop)\n"
     )
     command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, group]
-    assert subprocess.run(command, timeout=15, check=False).returncode == 0
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
     assert committed(topic, group) == {}

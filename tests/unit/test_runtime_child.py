@@ -139,8 +139,8 @@ def test_child_ends_with_its_killed_owner(owner: Owner, frozen: bool) -> None:
     if frozen:
         os.kill(pid, signal.SIGSTOP)
     process.kill()
-    wait_until(lambda: not is_alive(pid), 1.0, "the child's end")
-    wait_until(lambda: not is_alive(supervisor), 1.0, "the supervisor's end")
+    wait_until(lambda: not is_alive(pid), 10, "the child's end")
+    wait_until(lambda: not is_alive(supervisor), 10, "the supervisor's end")
 
 
 def test_forgotten_child_ends() -> None:
@@ -148,15 +148,15 @@ def test_forgotten_child_ends() -> None:
     pid = child.pid
     with pytest.warns(ResourceWarning):
         del child
-    wait_until(lambda: not is_alive(pid), 1.0)
+    wait_until(lambda: not is_alive(pid), 10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the owner does it, in poll()")
 def test_child_ends_with_its_killed_supervisor() -> None:
     with Child([sys.executable, "-c", FOREVER]) as child:
         os.kill(supervisor_of(child.pid), signal.SIGKILL)
-        assert child.wait(1.0) == -signal.SIGKILL
-        wait_until(lambda: not is_alive(child.pid), 1.0)
+        assert child.wait(10) == -signal.SIGKILL
+        wait_until(lambda: not is_alive(child.pid), 10)
 
 
 def test_children_do_not_hold_each_other(owner: Owner) -> None:
@@ -181,7 +181,7 @@ def test_children_do_not_hold_each_other(owner: Owner) -> None:
     assert not is_alive(supervisor)
     assert is_alive(b)
     process.kill()
-    wait_until(lambda: not is_alive(b), 1.0)
+    wait_until(lambda: not is_alive(b), 10)
 
 
 def test_both_children_end_with_their_owner(owner: Owner) -> None:
@@ -194,7 +194,7 @@ def test_both_children_end_with_their_owner(owner: Owner) -> None:
     )
     pids = read_pids(process)
     process.kill()
-    wait_until(lambda: not any(map(is_alive, pids)), 1.0)
+    wait_until(lambda: not any(map(is_alive, pids)), 10)
 
 
 @pytest.mark.parametrize("end", ["close", "exit"])
@@ -207,9 +207,9 @@ def test_grandchildren_end_too(end: str) -> None:
     if end == "exit":
         child.stdin.close()
         assert child.wait(10) == 3
-        wait_until(lambda: not is_alive(grandchild), 1.0)
+        wait_until(lambda: not is_alive(grandchild), 10)
     child.close()
-    wait_until(lambda: not is_alive(grandchild), 1.0)
+    wait_until(lambda: not is_alive(grandchild), 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

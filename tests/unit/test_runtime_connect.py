@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
-from labkit.runtime.connect import COMPOSE_CLUSTER_ID, connect, read_client_config
+from labkit.kafka.refusal import ASK
+from labkit.runtime.connect import COMPOSE_CLUSTER_ID, PATIENCE, connect, read_client_config
 
 
 def test_compose_cluster_id_is_one_that_kafka_accepts() -> None:
@@ -23,6 +24,7 @@ def test_compose_cluster_id_is_one_that_kafka_accepts() -> None:
 
 def test_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:9")
+    monkeypatch.setattr("labkit.runtime.connect.PATIENCE", 1.0)
     began = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=r"KAFKA_BOOTSTRAP_SERVERS.* 127\.0\.0\.1:9"):
         connect()
@@ -31,6 +33,8 @@ def test_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_silent_cluster_is_named_within_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one behind a firewall is: the connection is there, an answer never comes."""
+    assert PATIENCE + ASK < 9  # and a second for all else
+    monkeypatch.setattr("labkit.runtime.connect.PATIENCE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", address)

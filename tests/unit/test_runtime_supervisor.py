@@ -21,6 +21,7 @@ from processes import is_alive, processes_of, wait_until
 from labkit.runtime import shared
 from labkit.runtime.child import supervisor_command
 from labkit.runtime.shared import Control, Gone
+from labkit.runtime.supervisor import RESTART_WAITS
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
@@ -189,8 +190,8 @@ def test_stop_ends_it_for_everybody(listen: Listen) -> None:
     user.ask("hold")
     began = time.monotonic()
     other.stop()
-    assert time.monotonic() - began < 4  # it ignores SIGTERM
-    wait_until(running.is_gone, 0.5)
+    assert time.monotonic() - began < 10  # it ignores SIGTERM; one that is kept gets 15 s
+    wait_until(running.is_gone)
     assert not running.folder.exists()
     with pytest.raises(Gone):
         user.ask("status")
@@ -201,7 +202,7 @@ def test_frozen_child_is_ended(listen: Listen) -> None:
     control = running.connect()
     os.kill(control.ask("status")["pid"], signal.SIGSTOP)
     control.stop()
-    wait_until(running.is_gone, 0.5)
+    wait_until(running.is_gone)
 
 
 def test_restarts_a_ready_child_with_growing_waits(listen: Listen) -> None:
@@ -211,13 +212,12 @@ def test_restarts_a_ready_child_with_growing_waits(listen: Listen) -> None:
     gaps = []
     for restarts in range(1, 4):
         pid = control.ask("status")["pid"]
-        os.kill(pid, signal.SIGKILL)
         died = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
         wait_until(lambda restarts=restarts: control.ask("status")["restarts"] == restarts)
         gaps.append(time.monotonic() - died)
         assert json.loads(running.state_file.read_text())["pid"] == control.ask("status")["pid"] != pid
-    assert gaps[0] < gaps[1] < gaps[2]
-    assert gaps[2] >= 0.4
+    assert all(gap >= wait for gap, wait in zip(gaps, RESTART_WAITS[1:], strict=False)), gaps  # none of them lived long
 
 
 def test_a_child_that_dies_before_it_is_ready_is_the_end(listen: Listen) -> None:
