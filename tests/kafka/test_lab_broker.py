@@ -20,6 +20,7 @@ from labkit.kafka.records import Record
 from labkit.lab import Lab
 from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
+from labkit.lab.metrics import Fault
 from labkit.runtime.connect import Connection
 from labkit.runtime.home import state_dir
 from labkit.runtime.server import ServerState
@@ -50,6 +51,11 @@ class Shop:
         wait_until(lambda: min(pod.handled for pod in self.pods.pods) > 20, 20, "both at work")
 
 
+def of_kafka(lab: Lab) -> list[Fault]:
+    """Its faults only: while it is away, pods may lose their partitions, which are faults as well."""
+    return [one for one in lab.faults if one.target == "Kafka"]
+
+
 def killed(lab: Lab) -> None:
     lab.broker.kill()
     assert repr(lab.settle()) == "unknown: Kafka is down: lab.broker.restart() starts it"
@@ -60,7 +66,7 @@ def killed(lab: Lab) -> None:
 def frozen(lab: Lab) -> None:
     lab.broker.freeze()
     assert repr(lab.settle()) == "unknown: Kafka is frozen: thaw it first"
-    with pytest.raises(ClusterUnreachable, match="silent for 3 s"):  # long enough: others are held up as well
+    with pytest.raises(ClusterUnreachable, match="no Kafka answers"):  # long enough: others are held up as well
         lab.connection.cluster.describe(3.0)
     lab.broker.thaw()
 
@@ -80,7 +86,7 @@ def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kind
     assert lab.broker.state is ServerState.RUNNING
     audit = lab.verdict(shop.load, shop.shipped)
     assert audit.check().startswith("600 sent · 600 done · lost 0 · duplicated 0 · out of order 0")
-    windows = [one for one in lab.faults if one.target == "Kafka"]
+    windows = of_kafka(lab)
     assert [one.kind for one in windows] == kinds
     assert all(one.end is not None and one.end > one.start for one in windows)
     assert shop.pods.restarts == 0
@@ -88,9 +94,10 @@ def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kind
 
 def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_module.PATIENCE >= 300  # longer than somebody reads, and than a busy machine takes for a restart
-    patient = lab.load(lab.topic("patient", 1, Order), orders(300), rate=100)
+    patient = lab.load(lab.topic("patient", 1, Order), orders(600), rate=100)
+    wait_until(lambda: patient.count, 20, "its start")  # which reads PATIENCE
     monkeypatch.setattr(load_module, "PATIENCE", 2.0)
-    impatient = lab.load(lab.topic("impatient", 1, Order), orders(300), rate=100)
+    impatient = lab.load(lab.topic("impatient", 1, Order), orders(600), rate=100)
     wait_until(lambda: min(patient.count, impatient.count) > 20, 20, "both at work")
     lab.broker.kill()
     wait_until(lambda: impatient.done, 20, "the end of the one that gives up")
@@ -98,7 +105,7 @@ def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeyp
     assert not patient.done
     lab.broker.restart()
     patient.wait()
-    assert patient.count == 300
+    assert patient.count == 600
 
 
 def test_killed_while_frozen(lab: Lab) -> None:
@@ -112,10 +119,10 @@ def test_killed_while_frozen(lab: Lab) -> None:
 def test_a_death_that_nobody_ordered_is_a_fault(lab: Lab) -> None:
     shop = Shop(lab)
     os.kill(lab.connection.broker.pid, signal.SIGKILL)  # type: ignore[union-attr]
-    # The question that the sampler has just asked is waited for: 10 s.
-    wait_until(lambda: [one.text for one in ordered(lab)] == ["Kafka died"], 40, "the fault")
+    # The questions that the sampler has just begun are waited for: up to 30 s.
+    wait_until(lambda: [one.text for one in of_kafka(lab)] == ["Kafka died"], 60, "the fault")
     lab.broker.restart()
-    assert ordered(lab)[0].end is not None
+    assert of_kafka(lab)[0].end is not None
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 
@@ -125,7 +132,7 @@ def test_a_shared_broker_that_died_explains_what_came_again(own_state: Path) -> 
         found = status()
         assert found
         os.kill(found.pid, signal.SIGKILL)
-        wait_until(lambda: [one.text for one in ordered(lab)] == ["Kafka died"], 40, "the fault")
+        wait_until(lambda: [one.text for one in of_kafka(lab)] == ["Kafka died"], 60, "the fault")
         audit = lab.verdict(shop.load, shop.shipped)
         assert audit.result == "valid", audit.verdict()
 
@@ -168,7 +175,7 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     assert buttons["Freeze Kafka"].disabled
     buttons["Thaw Kafka"].click()
     wait_until(lambda: lab.broker.state is ServerState.RUNNING, 20, "its thaw")
-    assert [one.kind for one in ordered(lab)] == ["kill", "freeze"]
+    assert [one.kind for one in of_kafka(lab)] == ["kill", "freeze"]
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 
@@ -179,7 +186,7 @@ def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None
     getattr(lab.broker, fault)()
     begun = time.monotonic()
     lab.close()
-    assert time.monotonic() - begun < 20  # the question that the sampler has just asked is waited for: 10 s
+    assert time.monotonic() - begun < 40  # the sampler has 15 s to end, each pod up to 6, Kafka 2
     assert not list(state_dir().glob("private-*"))
     assert not [path for path in (state_dir() / "runs").glob("*.json") if lab.run.id in path.name]
 

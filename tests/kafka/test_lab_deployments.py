@@ -55,8 +55,11 @@ def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     lab.wait_ready(left, right)
     assert [len(one.pods[0].report.assigned) for one in (left, right) if one.pods[0].report] == [2, 2]
     shop.pods[0].crash()
+    crashed = time.monotonic()
     wait_running(shop)
-    assert not shop.ready()  # the session of the one that died holds its partitions
+    was_ready = shop.ready()
+    # The session of the one that died holds its partitions: 6 s, if the machine was so quick.
+    assert not was_ready or time.monotonic() - crashed > 5
     lab.wait_ready(shop)
 
 
@@ -79,7 +82,8 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     assert [fault.kind for fault in ordered(lab)] == ["crash"]
 
 
-def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab) -> None:
+def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.lab.deployment.STABLE", 1000.0)  # however long a start takes here, it is no recovery
     topic = lab.topic("orders", 1, Order)
     lab.load(topic, orders(1), rate=1000).wait()
 
@@ -146,7 +150,7 @@ def test_a_slow_pod_with_a_batch_in_hand_drains_at_once(lab: Lab) -> None:
     lab.load(topic, orders(100), rate=1000).wait()
     wait_until(lambda: shop.pods[0].handled > 0, 60, "its first batch")
     shop.pods[0].drain()
-    wait_said(shop, "drained; starts again", "shop-0", timeout=5)
+    wait_said(shop, "drained; starts again", "shop-0")
     assert lab.settle(30)
 
 
@@ -191,8 +195,10 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     new = lab.deploy("shop", Consumer(source, ship), replicas=1)
     assert lab.deployments["shop"] is new
     load.wait()
-    audit = lab.verdict(load, target)
-    assert audit.check().startswith("600 sent · 600 done · lost 0")
+    late = lab.load(source, orders(10, 600), rate=1000)  # if the old one was through with all before it left
+    late.wait()
+    audit = lab.verdict([load, late], target)
+    assert audit.check().startswith("610 sent · 610 done · lost 0")
     assert audit.found == []
     assert {value["by"] for value in values(target)} == {"old", "new"}
     assert old.pods == []
@@ -352,7 +358,7 @@ def test_a_topic_deleted_under_a_deployment_is_named(lab: Lab) -> None:
     settled = lab.settle(0.5)
     assert "shop consumes orders, which does not exist (any more)" in settled.reason
     before = len(lab.history())
-    wait_until(lambda: len(lab.history()) > before, 5, "the sampler to go on")
+    wait_until(lambda: len(lab.history()) > before, 20, "the sampler to go on")
     lab.cluster.create_topic(topic.name, 2)
 
 
@@ -492,7 +498,7 @@ def test_what_a_handler_leaves_behind_does_not_hold_up_a_restart(lab: Lab) -> No
 
     shop = lab.deploy("shop", Consumer(topic, start))
     lab.load(topic, orders(1)).wait()
-    wait_until(lambda: shop.restarts >= 2, 20, "two restarts")
+    wait_until(lambda: shop.restarts >= 2, 60, "two restarts")
     for line in shop.log:
         if line.text.startswith("started "):
             os.kill(int(line.text[8:-1]), signal.SIGKILL)

@@ -35,7 +35,7 @@ def test_of_several_groups_on_a_topic_each_has_its_lag_and_the_topic_that_of_the
     lab.deploy("stuck", Consumer(topic, stuck))
     lab.load(topic, orders(20), rate=1000).wait()
     wait_until(lambda: lab.figure("behind", "quick") == 0 and lab.figure("behind", "stuck") == 20, 20, "both lags")
-    wait_until(lambda: lab.figure("lag", "orders/0") == 20, 5, "the lag of the topic")
+    wait_until(lambda: lab.figure("lag", "orders/0") == 20, 20, "the lag of the topic")
     same = [one for one in lab._history.samples if (one.metric, one.label) == ("lag", "orders/0")]
     assert len({one.time for one in same}) == len(same)  # one value at a time, or lines would jump up and down
     for deployment in lab.deployments.values():
@@ -61,10 +61,10 @@ def test_values_without_the_id_are_told_and_hide_nothing_else(lab: Lab) -> None:
     topic.flush()
     lab.board(completed=topic, lag=lab.deploy("ships", Consumer(topic, print)))
     wait_until(lambda: lab.figure("completed", "shipped") == 2, 20, "the two with an id")
-    wait_until(lambda: "has no field 'id': name its id by by=" in lab._status([]), 5, "the one without")
+    wait_until(lambda: "has no field 'id': name its id by by=" in lab._status([]), 20, "the one without")
     lab.board(completed=topic, lag=lab.deployments["ships"], by=lambda value: "one for all")
     wait_until(lambda: lab.figure("completed", "shipped") == 1, 20, "the count by another id")
-    wait_until(lambda: "no field" not in lab._status([]), 5, "nothing to complain of")
+    wait_until(lambda: "no field" not in lab._status([]), 20, "nothing to complain of")
 
 
 def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
