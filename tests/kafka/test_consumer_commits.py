@@ -70,7 +70,7 @@ def test_commits_go_on_while_handlers_send_without_a_pause(cluster: Cluster) -> 
         time.sleep(0.003)  # the work
 
     with Member(Consumer(topic, handle, group)) as member:
-        member.journal.wait_for(Step.COMMITTED, 6)  # of about 20; by chance there are 1 to 3, the one at the end included
+        member.journal.wait_for(Step.COMMITTED, 6)  # of about 20; chance brings 1 to 3, the one at the end included
 
 
 def transactions(topic: Topic[Any], *batches: tuple[bool, list[int]]) -> None:
