@@ -54,36 +54,36 @@ def blocked_at(lanes: BlockedLanes, *places: str) -> None:
     wait_until(lambda: set(lanes) == set(places), 15, f"blocked at {places}, not {list(lanes)}")
 
 
-def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_in_a_back_off(cluster: Cluster) -> None:
+def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: Cluster) -> None:
     """correctness 15: in a back-off of a minute; it names who, when and which record; the next failure blocks again."""
     topic, group = fresh_topic(cluster), fresh_group()
-    handler = Stubborn(1, 3)
+    handler = Stubborn(1, 3, 5, 7)
     with Member(consumer_of(topic, handler, group)) as member, looking(topic, group) as lanes:
-        began = time.time()
-        put(topic, *range(5), key="ada")
+        begun = time.time()
+        put(topic, *range(9), key="ada")
         blocked_at(lanes, f"{topic.name}/0/1")
         (one,) = lanes.values()
         assert (one.topic, one.partition, one.offset, one.key, one.value) == (topic.name, 0, 1, "ada", "1")
         assert (one.attempts, one.error) == (1, "ConnectionError: no answer for 1")
-        assert began < one.since < time.time()
+        assert begun < one.since < time.time()
         assert 50 < one.next_attempt - time.time() < 61
 
         took = []
-        for offset in (1, 3):
+        for offset in (1, 3, 5, 7):
             blocked_at(lanes, f"{topic.name}/0/{offset}")
             began = time.monotonic()
             assert lanes.skip(f"{topic.name}/0/{offset}").offset == offset
             wait_until(lambda: handler.called > began, 15, "the next record's turn")  # noqa: B023
             took.append(handler.called - began)
-        member.wait_committed({0: 5})
-        assert min(took) < 5  # the benchmarks measure it: 200 ms
-        assert handler.done == [0, 2, 4]
-        assert handler.calls[1] == handler.calls[3] == 1
+        member.wait_committed({0: 9})
+        assert min(took) < 0.2, took  # of four: whatever else the machine does
+        assert handler.done == [0, 2, 4, 6, 8]
+        assert {handler.calls[value] for value in handler.values} == {1}
         trace = lanes.skipped()
         assert [(one.offset, one.key, one.value, one.attempts) for one in trace] == [
-            *((1, "ada", "1", 1), (3, "ada", "3", 1))
+            (offset, "ada", str(offset), 1) for offset in (1, 3, 5, 7)
         ]
-        assert all("@" in one.by and began - 30 < one.at for one in trace)
+        assert all("@" in one.by and begun < one.at < time.time() for one in trace)
         wait_until(lambda: len(lanes.store) == 0, 10, "the end of commands that have done their work")
 
 
