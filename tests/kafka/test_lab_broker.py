@@ -94,11 +94,12 @@ def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kind
 
 def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_module.PATIENCE >= 300  # longer than somebody reads, and than a busy machine takes for a restart
+    with monkeypatch.context() as patch:
+        patch.setattr(load_module, "PATIENCE", 6.0)  # longer than this machine may stand still
+        impatient = lab.load(lab.topic("impatient", 1, Order), orders(100_000), rate=100)
+        wait_until(lambda: impatient.count, 20, "its start")  # which reads PATIENCE
     patient = lab.load(lab.topic("patient", 1, Order), orders(600), rate=100)
-    wait_until(lambda: patient.count, 20, "its start")  # which reads PATIENCE
-    monkeypatch.setattr(load_module, "PATIENCE", 2.0)
-    impatient = lab.load(lab.topic("impatient", 1, Order), orders(600), rate=100)
-    wait_until(lambda: min(patient.count, impatient.count) > 20, 20, "both at work")
+    wait_until(lambda: patient.count > 20, 20, "both at work")
     lab.broker.kill()
     wait_until(lambda: impatient.done, 20, "the end of the one that gives up")
     assert "timed out" in (impatient.error or "")
