@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
+from processes import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,8 +41,7 @@ def work(record):
 
 shop = lab.deploy("shop", Consumer(orders, work), replicas=2)
 load = lab.load(orders, (Order(n) for n in range(100_000)), rate=100)
-while not shop.ready():
-    time.sleep(0.02)
+lab.wait_ready(shop)
 """
 FACTS = """
 print(json.dumps({
@@ -79,16 +79,6 @@ def run(client: BlockingKernelClient, code: str) -> str:
     content = reply["content"]
     assert content["status"] == "ok", "\n".join(content.get("traceback", []))
     return "".join(printed)
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    """Whether it becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if true():
-            return True
-        time.sleep(0.02)
-    return true()
 
 
 def open_port(bootstrap: str) -> bool:
@@ -130,8 +120,8 @@ def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing(tmp_path: Path) -> 
         assert manager.provisioner is not None
         pid: int = manager.provisioner.process.pid  # type: ignore[attr-defined]
         os.kill(pid, signal.SIGKILL)
-        assert until(lambda: all(map(gone, facts["pods"])), 10), "pods outlive their kernel"
-        assert until(lambda: not of_this_lab(tmp_path), 20), of_this_lab(tmp_path)
+        wait_until(lambda: all(map(gone, facts["pods"])), 10, "the end of the pods with their kernel")
+        wait_until(lambda: not of_this_lab(tmp_path), 20, "the end of all that the kernel started")
         assert not open_port(facts["bootstrap"])
         with kernel(tmp_path) as (_, again):  # and the next run works
             assert "running" in run(again, SETUP + "print(shop)")
@@ -190,9 +180,9 @@ def test_an_interrupt_inside_of_what_a_cell_calls(call: str, tmp_path: Path) -> 
         after = json.loads(run(client, FACTS))
         if "Lab" not in call:  # between two labs nobody holds the broker: it may end
             assert after["broker"] == before["broker"]
-        assert until(lambda: len(pods(tmp_path)) == many, 20), pods(tmp_path)
+        wait_until(lambda: len(pods(tmp_path)) == many, 20, "the end of the earlier cells' pods")
         assert "lives" in run(client, "load.stop()\nassert lab.settle(30), lab.settle(0)\nlab.close()\nprint('lives')")
-        assert until(lambda: not pods(tmp_path), 20), pods(tmp_path)
+        wait_until(lambda: not pods(tmp_path), 20, "the end of every pod")
 
 
 def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> None:
@@ -220,4 +210,4 @@ def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypat
     client = NotebookClient(book, timeout=90, kernel_name="python3", resources=resources)
     for _ in range(2):  # execute() starts a kernel of its own each time
         client.execute()
-    assert until(lambda: not of_this_lab(tmp_path), 10), of_this_lab(tmp_path)
+    wait_until(lambda: not of_this_lab(tmp_path), 10, "the end of every process")

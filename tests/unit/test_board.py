@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import ipywidgets
 import pytest
+from processes import wait_until
 
 from labkit.lab import picture
 from labkit.lab.board import Action, Board, _log_html
@@ -80,14 +81,6 @@ def tick(history: History, value: float = 1.0, at: float | None = None) -> None:
     history.record([Sample(now, "lag", "orders/0", value), Sample(now, "completed", "charged", value)])
 
 
-def until(true: Callable[[], object], what: str) -> None:
-    """Wait for a named condition."""
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end, f"not within 10 s: {what}"
-        time.sleep(0.01)
-
-
 Make = Callable[..., Board]
 
 
@@ -126,7 +119,7 @@ def test_frames_follow_the_history_and_rest_with_it(make: Make) -> None:
     board.redraw()
     assert board.frames == 1, "nothing changed, yet a frame was drawn"
     tick(history, 500)
-    until(lambda: board.frames == 2 and bytes(board._picture.value) != first, "the new figures are drawn")
+    wait_until(lambda: board.frames == 2 and bytes(board._picture.value) != first, what="the new figures are drawn")
 
 
 def test_a_history_at_rest_for_the_whole_picture_is_drawn_once(make: Make) -> None:
@@ -272,7 +265,7 @@ def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
     buttons(board)["Crash pod 0"].click()
     assert running["shop"].called.wait(5)
     assert before.calls == []
-    until(lambda: buttons(board)["Remove a pod"].disabled, "the new one's only pod is shown")
+    wait_until(lambda: buttons(board)["Remove a pod"].disabled, what="the new one's only pod is shown")
 
 
 def test_the_chosen_pod_stays_while_its_deployment_has_none(make: Make) -> None:
@@ -300,7 +293,7 @@ def test_a_pod_that_is_gone_is_told(make: Make) -> None:
     crash = buttons(board)["Crash pod 0"]
     deployment.become()
     crash.click()
-    until(lambda: "there is no pod 0 any more" in status(board), "the message is shown")
+    wait_until(lambda: "there is no pod 0 any more" in status(board), what="the message is shown")
 
 
 def test_an_action_that_fails_is_told_until_the_next_one(make: Make) -> None:
@@ -309,11 +302,11 @@ def test_an_action_that_fails_is_told_until_the_next_one(make: Make) -> None:
     board = make(deployments=deployment)
     board.redraw()
     buttons(board)["Crash pod 0"].click()
-    until(lambda: "Crash pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), "the message is shown")
-    until(lambda: not buttons(board)["Crash pod 0"].disabled, "the button is back")
+    wait_until(lambda: "Crash pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), what="the message is shown")
+    wait_until(lambda: not buttons(board)["Crash pod 0"].disabled, what="the button is back")
     deployment.trouble = None
     buttons(board)["Crash pod 0"].click()
-    until(lambda: "did not" not in status(board), "the message is gone")
+    wait_until(lambda: "did not" not in status(board), what="the message is gone")
 
 
 def test_a_button_is_disabled_while_its_action_is_under_way(make: Make) -> None:
@@ -330,7 +323,7 @@ def test_a_button_is_disabled_while_its_action_is_under_way(make: Make) -> None:
     assert button.disabled
     button.click()
     go.set()
-    until(lambda: not button.disabled, "the action is over")
+    wait_until(lambda: not button.disabled, what="the action is over")
     assert calls == [1]
 
 
