@@ -6,23 +6,31 @@ CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3
 FITS := import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))
 VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
 
-.PHONY: help lab test bench soak notebooks lint lock environment clean
+# Two at once, each with a broker of its own: most of a test is waiting for sessions, back-offs and processes.
+PYTEST := .venv/bin/python -m pytest -n 2 --dist loadgroup --durations=10 --durations-min=5
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=60
+
+.PHONY: help lab test test-long bench soak notebooks lint lock environment clean
 
 help:
 	@echo 'make lab        open the lab: JupyterLab on notebook 00, with a Kafka behind it'
-	@echo 'make test       run everything that checks labkit'
+	@echo 'make test       check all that labkit promises, in minutes; ARGS="-k retries" for a part'
+	@echo 'make test-long  the rest: every sabotage, every crash point, cells run twice, load'
 	@echo 'make bench      measure labkit against what one would write by hand; ARGS="--json consume" for one'
 	@echo 'make soak       minutes of random faults, every record accounted for; ARGS="--seed 7" draws the same again'
 	@echo 'make lint       only the checks which take seconds'
-	@echo 'make notebooks  run the notebooks and rewrite the outputs they are committed with'
+	@echo 'make notebooks  run the notebooks and rewrite the outputs they are committed with; ARGS=00_start_here for one'
 	@echo 'make lock       resolve the dependencies of pyproject.toml anew into requirements.lock'
 	@echo 'make clean      remove the environment and caches (never your copies in work/)'
 
 lab: environment
 	@exec .venv/bin/labkit lab
 
-test: environment
-	@exec .venv/bin/labkit test
+test: lint
+	@exec $(PYTEST) $(NBVAL) tests notebooks $(ARGS)
+
+test-long: environment
+	@exec $(PYTEST) -m long tests $(ARGS)
 
 bench: environment
 	@exec .venv/bin/python tests/benchmarks $(ARGS)
@@ -31,10 +39,13 @@ soak: environment
 	@exec .venv/bin/python tests/soak.py $(ARGS)
 
 lint: environment
-	@exec .venv/bin/labkit test lint
+	@.venv/bin/python -m ruff check --quiet .
+	@.venv/bin/python -m ruff format --check --quiet .
+	@.venv/bin/python -m mypy
+	@.venv/bin/python -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 
 notebooks: environment
-	@exec .venv/bin/labkit notebooks
+	@exec .venv/bin/python tests/notebooks/outputs.py $(ARGS)
 
 # Makes .venv once; again when the dependencies changed, the folder moved, PYTHON= names another version, or the last
 # attempt was cut short: .venv/made-from is written last and says from what it was made.

@@ -256,8 +256,8 @@ def browser() -> str:
 
     path = find_chromium()
     if path is None:
-        raise Note("no Chromium: `labkit test browser` needs one (Debian: apt install chromium)")
-    return f"{path}, for `labkit test browser`"
+        raise Note("no Chromium: the browser tests need one (Debian: apt install chromium)")
+    return f"{path}, for the browser tests"
 
 
 CHECKS: dict[str, Check] = {

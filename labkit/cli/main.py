@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labkit.cli import broker, doctor, faults, lab, notebooks, retries, testing, topics
+from labkit.cli import broker, doctor, faults, lab, retries, topics
 from labkit.kafka.errors import LabkitError
 
 
@@ -46,5 +46,3 @@ app.command("blocked")(retries.blocked)
 app.command("skip")(retries.skip)
 app.command("resume")(retries.resume)
 app.add_typer(retries.dlq, name="dlq")
-app.command("test")(testing.run_tests)
-app.command("notebooks")(notebooks.notebooks)

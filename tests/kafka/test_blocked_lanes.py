@@ -54,7 +54,7 @@ def blocked_at(lanes: BlockedLanes, *places: str) -> None:
     wait_until(lambda: set(lanes) == set(places), 15, f"blocked at {places}, not {list(lanes)}")
 
 
-def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: Cluster) -> None:
+def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_in_its_back_off(cluster: Cluster) -> None:
     """correctness 15: in a back-off of a minute; it names who, when and which record; the next failure blocks again."""
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Stubborn(1, 3, 5, 7)
@@ -68,15 +68,10 @@ def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: C
         assert begun < one.since < time.time()
         assert 50 < one.next_attempt - time.time() < 61
 
-        took = []
         for offset in (1, 3, 5, 7):
             blocked_at(lanes, f"{topic.name}/0/{offset}")
-            began = time.monotonic()
             assert lanes.skip(f"{topic.name}/0/{offset}").offset == offset
-            wait_until(lambda: handler.called > began, 15, "the next record's turn")  # noqa: B023
-            took.append(handler.called - began)
         member.wait_committed({0: 9})
-        assert min(took) < 0.2, took  # of four: whatever else the machine does
         assert handler.done == [0, 2, 4, 6, 8]
         assert {handler.calls[value] for value in handler.values} == {1}
         trace = lanes.skipped()
@@ -85,6 +80,22 @@ def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_within_200_ms(cluster: C
         ]
         assert all("@" in one.by and begun < one.at < time.time() for one in trace)
         wait_until(lambda: len(lanes.store) == 0, 10, "the end of commands that have done their work")
+
+
+@pytest.mark.long
+def test_a_skip_takes_effect_within_200_ms(cluster: Cluster) -> None:
+    """correctness 15: the best of four, whatever else the machine does."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    handler, took = Stubborn(1, 3, 5, 7), []
+    with Member(consumer_of(topic, handler, group)), looking(topic, group) as lanes:
+        put(topic, *range(9))
+        for offset in (1, 3, 5, 7):
+            blocked_at(lanes, f"{topic.name}/0/{offset}")
+            began = time.monotonic()
+            lanes.skip(f"{topic.name}/0/{offset}")
+            wait_until(lambda: handler.called > began, 15, "the next record's turn")  # noqa: B023
+            took.append(handler.called - began)
+    assert min(took) < 0.2, took
 
 
 def test_a_skip_of_what_is_not_blocked_is_refused(cluster: Cluster) -> None:
@@ -230,7 +241,8 @@ def test_a_lane_that_cannot_set_aside_is_blocked_and_can_be_skipped(
             raise ConnectionError("no")
 
     with Member(consumer_of(topic, handle, group, blocking(0.05))) as member, looking(topic, group) as lanes:
-        wait_until(lambda: any("large" in one.error for one in lanes.values()), 20, "the reason to be told")
+        refused = lambda: any(one.error.startswith("DeliveryFailed") for one in lanes.values())  # noqa: E731
+        wait_until(refused, 20, "why it is blocked now")
         lanes.skip(f"{topic.name}/0/0")
         member.wait_committed({0: 2})
         assert len(member.journal.of(Step.FAILED)) == 2

@@ -110,20 +110,16 @@ def test_a_rebalance_in_the_middle_of_a_long_back_off(cluster: Cluster) -> None:
             failing[record.partition] += 1
             raise ValueError("blocked")
 
-    consumer = Consumer(topic, handle, group, on_failure=lambda failure: Retry(30))
+    consumer = Consumer(topic, handle, group, on_failure=lambda failure: Retry(600))  # longer than a test may take
     with Member(consumer) as first:
         first.journal.wait_for(Step.FAILED, 2)
         first.wait_committed({0: 1, 1: 1})
-        began = time.monotonic()
         with Member(consumer) as second:
             second.journal.wait_for(Step.FAILED)
-            assert time.monotonic() - began < 20  # the back-off is 30 s
             (moved,) = second.journal.assigned()
             share(first, 1)
             assert failing == {moved[1]: 2, 1 - moved[1]: 1}
             assert first.journal.of(Step.RECOVERED)[0].partition == moved[1]
-            began = time.monotonic()
-        assert time.monotonic() - began < 20
     assert committed(topic, group) == {0: 1, 1: 1}
 
 
@@ -136,11 +132,9 @@ def test_a_stop_interrupts_a_back_off_at_once(cluster: Cluster) -> None:
         if record.value == 1:
             raise ValueError("blocked")
 
-    with Member(Consumer(topic, handle, group, on_failure=lambda failure: Retry(30))) as member:
+    with Member(Consumer(topic, handle, group, on_failure=lambda failure: Retry(600))) as member:
         member.journal.wait_for(Step.FAILED)
-        began = time.monotonic()
-        member.stop()
-        assert time.monotonic() - began < 20
+        member.stop()  # 600 s are longer than a test may take
     assert committed(topic, group) == {0: 1}
     assert len(member.journal.of(Step.RECOVERED)) == 1
     assert member.journal.assigned() == set()

@@ -228,6 +228,7 @@ def test_a_paused_partition_goes_on_although_a_key_of_it_is_blocked(cluster: Clu
         member.wait_committed({0: 400})
 
 
+@pytest.mark.long
 def test_one_record_is_handled_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """correctness 8: a batch that waits to fill would take its whole time limit."""
     monkeypatch.setattr(module, "TURN", 1.0)  # that limit, far above what a busy machine takes

@@ -152,9 +152,7 @@ def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
     shop = Shop(lab)
     shop.pods.pods[0].freeze()
     load = lab.load(shop.orders, orders(5), rate=1000)
-    begun = time.monotonic()
-    settled = lab.settle(60)
-    assert time.monotonic() - begun < 1
+    settled = lab.settle(600)  # longer than a test may take
     assert repr(settled) == "unknown: shop-0 is frozen: thaw it first"
     audit = lab.audit(load, shop.shipped)
     assert audit.result == "unknown"
@@ -279,9 +277,7 @@ def test_a_broker_that_refuses_is_an_error_of_the_load(lab: Lab) -> None:
     assert load.count == 0
     with pytest.raises(DeliveryFailed):
         load.wait()
-    begun = time.monotonic()
-    assert "the load on orders failed: DeliveryFailed" in lab.settle(30).reason
-    assert time.monotonic() - begun < 1
+    assert "the load on orders failed: DeliveryFailed" in lab.settle(600).reason  # longer than a test may take
     fine.wait()  # none of its business
     assert fine.count == 300
 

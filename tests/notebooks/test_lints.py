@@ -11,9 +11,9 @@ from typing import Any
 
 import lints
 import pytest
+from outputs import PICTURE, PICTURE_BYTES
 
 from labkit.cli.lab import ROOT
-from labkit.cli.notebooks import PICTURE, PICTURE_BYTES
 from labkit.lab.widgets import read_solutions
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -20,8 +20,8 @@ SABOTAGE = Path(__file__).parent / "sabotage"
 
 
 def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run one notebook up to its cell `last` under nbval, as `labkit test notebooks` does, in processes that import
-    `sabotage` first."""
+    """Run one notebook up to its cell `last` under nbval, as `make test` does, in processes that import `sabotage`
+    first."""
     book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     book.cells = book.cells[: 1 + next(number for number, cell in enumerate(book.cells) if cell.id == last)]
     nbformat.write(book, folder / name)

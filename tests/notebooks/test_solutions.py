@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 
 import nbformat
 import pytest
+from outputs import ROOT, execute
 
-from labkit.cli.lab import ROOT
-from labkit.cli.notebooks import execute
 from labkit.lab.widgets import read_solutions
 
 
@@ -34,7 +32,7 @@ def test_every_exercise_is_done_and_every_cell_can_be_run_twice(solutions: Path)
         if cell.cell_type == "code":
             notebook.cells.append(again := copy.deepcopy(cell))
             again.id = f"{cell.id}-again"
-    execute(notebook, ROOT / "notebooks", os.environ)
+    execute(notebook, ROOT / "notebooks")
     checked = [cell for cell in notebook.cells if cell.cell_type == "code" and "NBVAL_CHECK_OUTPUT" in cell.source]
     for cell, again in zip(checked[::2], checked[1::2], strict=True):
         assert printed(cell) == printed(again) != "", (cell.id, printed(again))

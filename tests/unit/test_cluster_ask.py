@@ -97,7 +97,7 @@ def test_what_passes_is_asked_again_until_patience_is_over() -> None:
     begun = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=r"no answer from 127\.0\.0\.1:1 "):
         NOWHERE.ask(question, patience=0.5)
-    assert 0.5 <= time.monotonic() - begun < 5
+    assert time.monotonic() - begun >= 0.5
     assert 2 <= len(question.clients) <= 6
 
 

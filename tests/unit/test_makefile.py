@@ -107,14 +107,20 @@ def test_an_environment_that_is_up_to_date_is_left_alone(clone: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("target", ["lab", "test"])
-def test_the_two_commands_are_those_of_labkit(clone: Path, target: str) -> None:
-    labkit = make_environment(clone) / "labkit"
-    labkit.write_text('#!/bin/sh\necho "labkit $*"\nexit 3\n')
-    labkit.chmod(0o755)
+@pytest.mark.parametrize(
+    ("target", "program", "ran"),
+    [("lab", "labkit", "labkit lab\n"), ("test-long", "python", "-m long tests\n")],
+    ids=["lab", "test-long"],
+)
+def test_what_fails_fails_make(clone: Path, target: str, program: str, ran: str) -> None:
+    path = make_environment(clone) / program
+    path.unlink(missing_ok=True)
+    version = ".".join(map(str, sys.version_info[:3]))
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {version} && exit\necho "{program} $*"\nexit 3\n')
+    path.chmod(0o755)
     done = make(clone, target=target)
-    assert done.stdout == f"labkit {target}\n"
-    assert done.returncode != 0, "a failure is make's own"
+    assert done.stdout.rstrip().endswith(ran.rstrip())
+    assert done.returncode != 0
 
 
 def test_an_environment_cut_short_is_made_anew(clone: Path, tmp_path: Path) -> None:

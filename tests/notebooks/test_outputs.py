@@ -8,9 +8,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-
-from labkit.cli.notebooks import KERNEL, PICTURE, PICTURE_BYTES, WIDGETS, clean
-from labkit.kafka.errors import LabkitError
+from outputs import KERNEL, PICTURE, PICTURE_BYTES, WIDGETS, clean
 
 VERDICT = "# NBVAL_CHECK_OUTPUT\nprint(verdict)"
 
@@ -48,7 +46,7 @@ def test_only_the_last_picture_stays() -> None:
 
 
 def test_a_large_picture_is_refused() -> None:
-    with pytest.raises(LabkitError, match=r"00\.ipynb: the picture has 40,001 bytes"):
+    with pytest.raises(ValueError, match=r"00\.ipynb: the picture has 40,001 bytes"):
         cleaned(cell("board.snapshot()", picture(PICTURE_BYTES + 1)))
 
 

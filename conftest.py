@@ -1,0 +1,71 @@
+"""What every test gets, a notebook's cells included: a Kafka that is nobody else's, and the pace of tests."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from labkit.lab.widgets import read_solutions
+from labkit.runtime import shared
+from labkit.runtime.connect import composed
+
+PACED = ("notebooks", "browser")  # folders whose tests run notebooks
+# Settings of the person who runs the tests that would lead them to another Kafka.
+OUTSIDE = ("KAFKA_BOOTSTRAP_SERVERS", "KAFKA_CLIENT_CONFIG", "LABKIT_LEARNER")
+
+state = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what this process and its children do in a state folder of their own. The cache stays the user's."""
+    if composed():
+        pytest.exit("the broker of docker-compose.yml runs, and tests would use it: `docker compose stop` first", 1)
+    for name in OUTSIDE:
+        os.environ.pop(name, None)
+    folder = config.stash[state] = Path(tempfile.mkdtemp(prefix="labkit-test-"))
+    os.environ |= {"LABKIT_STATE": str(folder), "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (folder := config.stash.get(state, None)) is not None:
+        if (folder / "broker.json").exists():
+            shared.stop()  # notebooks that have just ended would keep it for some seconds
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Notebooks are paced for people; under test they send the same records faster."""
+    if item.path.parent.name in PACED:
+        os.environ["LABKIT_PACE"] = "10"
+    else:
+        os.environ.pop("LABKIT_PACE", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the cells of a notebook in one process, and have each exercise run a second time, solved."""
+    for number, item in reversed(list(enumerate(items))):
+        if item.path.suffix == ".ipynb":
+            solutions = item.path.parent / "solutions" / f"{item.path.stem}.py"
+            filled = read_solutions(solutions).get(item.cell.id) if solutions.exists() else None
+            if filled is not None:
+                items.insert(number + 1, solved(item, filled))
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def solved(exercise: pytest.Item, solution: str) -> pytest.Item:
+    """The cell of an exercise once more, with its solution, which must be right."""
+    *steps, last = ast.parse(solution).body  # the last one is `exercise(…)`, which is true once all is right
+    lines = [*map(ast.unparse, steps), f"_solved = {ast.unparse(last)}", "assert _solved, _solved"]
+    cell = exercise.cell.copy()
+    cell.source = "\n".join(lines)
+    options = {"cell_num": exercise.cell_num, "cell": cell, "options": exercise.options}
+    return type(exercise).from_parent(exercise.parent, name=f"{exercise.name} solved", **options)
