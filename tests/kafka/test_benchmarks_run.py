@@ -12,6 +12,7 @@ from benchmarks.command import BENCHMARKS
 
 from labkit.runtime.home import STATE
 
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("benchmarks")]
 WAITS = waiting.WAITS[:100]
 
 

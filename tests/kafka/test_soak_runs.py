@@ -6,6 +6,7 @@ import pytest
 import soak
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(soak, "CALM", (0.1, 0.4))

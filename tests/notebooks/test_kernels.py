@@ -158,6 +158,7 @@ def interrupt(manager: KernelManager, client: BlockingKernelClient) -> None:
     assert reply["content"].get("ename") == "KeyboardInterrupt", reply["content"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "call",
     [
@@ -200,6 +201,7 @@ def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> No
         assert told[0][1] != told[1][1]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["00_start_here.ipynb"])
 def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

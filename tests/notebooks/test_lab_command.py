@@ -66,7 +66,11 @@ def assert_nothing_is_left(folder: Path) -> None:
     wait_until(lambda: not processes_of(folder), 10, f"the end of every process: {processes_of(folder)}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.long) for one in (signal.SIGTERM, signal.SIGHUP))],
+    ids=lambda number: number.name,
+)
 def test_comes_up_and_ends_cleanly(
     lab: subprocess.Popen[str], clone: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -32,30 +33,30 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
 
 
+def long(*case: str) -> Any:
+    """A case of the second tier."""
+    return pytest.param(*case, marks=pytest.mark.long)
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("broker")
 @pytest.mark.parametrize(
     ("notebook", "sabotage", "last", "sign"),
     [
-        (FIRST, "lossy_produce", "verdict", r"invalid: .* lost [1-9]"),
         (FIRST, "early_commit", "verdict", r"invalid: .* lost [1-9]"),
-        (VIEWS, "lossy_produce", "crash-verdict", r"invalid: view: .* (missing|different) [1-9]"),
+        long(FIRST, "lossy_produce", "verdict", r"invalid: .* lost [1-9]"),
         (VIEWS, "offsets_outside", "crash-verdict", r"invalid: view: .* (missing|different) [1-9]"),
-        (VIEWS, "early_commit", "table-verdict", r"invalid: MetaSite's table: .* different [1-9]"),
-        (VIEWS, "no_version_check", "verdict", r"invalid: view: .* (unexpected|different) [1-9]"),
+        long(VIEWS, "lossy_produce", "crash-verdict", r"invalid: view: .* (missing|different) [1-9]"),
+        long(VIEWS, "early_commit", "table-verdict", r"invalid: MetaSite's table: .* different [1-9]"),
+        long(VIEWS, "no_version_check", "verdict", r"invalid: view: .* (unexpected|different) [1-9]"),
         (STORE, "ignored_tombstones", "verdict", r"a new store: missing \[\] · came back \['"),
-        (STORE, "ready_too_early", "verdict", r"a new store: missing \['"),
-        (
-            STORE,
-            "keyless_put",
-            "verdict",
-            r"the write to store countries was refused: Broker: .* failed to validate record",
-        ),
-        (RETRIES, "early_retry", "verdict-topics", r"invalid: .* early [1-9]"),
-        (RETRIES, "doubling_produce", "verdict-topics", r"invalid: .* answered twice [1-9]"),
-        (RETRIES, "skip_fires_twice", "verdict-topics", r"invalid: .* not charged 1 "),
+        long(STORE, "ready_too_early", "verdict", r"a new store: missing \['"),
+        long(STORE, "keyless_put", "verdict", r"the write to store countries was refused: "),
         (RETRIES, "commit_before_publish", "verdict-topics", r"invalid: .* not charged [1-9]"),
-        (RETRIES, "group_missing", "verdict-topics", r": announced twice"),
+        long(RETRIES, "early_retry", "verdict-topics", r"invalid: .* early [1-9]"),
+        long(RETRIES, "doubling_produce", "verdict-topics", r"invalid: .* answered twice [1-9]"),
+        long(RETRIES, "skip_fires_twice", "verdict-topics", r"invalid: .* not charged 1 "),
+        long(RETRIES, "group_missing", "verdict-topics", r": announced twice"),
     ],
 )
 def test_a_sabotaged_labkit_fails_the_verdict(

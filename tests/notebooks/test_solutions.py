@@ -19,6 +19,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 SOLVED = sorted((ROOT / "notebooks" / "solutions").glob("*.py"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # twice a notebook; on a slow machine each of its cells may take a while
 @pytest.mark.usefixtures("broker")
 @pytest.mark.parametrize("solutions", SOLVED, ids=lambda path: path.stem)
