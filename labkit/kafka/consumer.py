@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Self
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing
 from labkit.kafka.loop import EXIT_DEADLINE as EXIT_DEADLINE
-from labkit.kafka.loop import Loop, is_coroutine_function
+from labkit.kafka.loop import Loop
 from labkit.kafka.records import Record
 from labkit.kafka.steps import OnFailure, Report, keep_trying
 from labkit.kafka.topics import Topic
@@ -25,7 +27,7 @@ class Consumer:
 
     topics: Topic[Any] | Sequence[Topic[Any]]
     handler: Callable[[Any], Any]
-    """A function or a coroutine function that takes a record. If it raises, `on_failure` decides."""
+    """A plain function that takes a record. If it raises, `on_failure` decides."""
     group: str = ""
     order: Literal["partition", "key"] = "partition"
     """What is kept in order: all records of a partition, or only those of one key (more run at once)."""
@@ -42,9 +44,9 @@ class Consumer:
     """Seconds that running handlers get when partitions are revoked or the consumer stops."""
     commit_interval: float = 0.2
     batch: int | None = None
-    """With a number, the handler (no coroutine) takes a list of up to so many records of one lane instead, at least
-    one. In the place of one that does not decode stands its PoisonRecord. If it raises, the same records come one by
-    one, so that `on_failure` is asked about the right one. What it sends names no cause."""
+    """With a number, the handler takes a list of up to so many records of one lane instead, at least one. In the place
+    of one that does not decode stands its PoisonRecord. If it raises, the same records come one by one, so that
+    `on_failure` is asked about the right one. What it sends names no cause."""
     positions: Callable[[Sequence[tuple[str, int]]], Mapping[tuple[str, int], int]] | None = None
     """Tells where to read on in these (topic, partition), instead of the group's committed offsets: for who keeps
     offsets beside the effect. What is not in its answer begins at `start`. It is asked again while it
@@ -71,6 +73,7 @@ class Consumer:
             raise LabkitError(f"start is 'earliest' or 'latest', not {self.start!r}")
         if not callable(self.handler):
             raise LabkitError(f"the handler must be a function that takes a record, not {self.handler!r}")
+        self._refuse_coroutines()
         for name in ("workers", "max_ahead", "deadline", "drain", "commit_interval"):
             if getattr(self, name) <= 0:
                 raise LabkitError(f"{name} must be positive, not {getattr(self, name)!r}")
@@ -78,8 +81,17 @@ class Consumer:
             raise LabkitError(f"batch is how many records the handler takes at once, at least 1, not {self.batch!r}")
         if self.batch is not None and self.not_before:
             raise LabkitError("records that must wait for their time come one by one: leave out batch")
-        if self.batch is not None and is_coroutine_function(self.handler):
-            raise LabkitError("a handler of batches must be a plain function, not a coroutine function")
+
+    def _refuse_coroutines(self) -> None:
+        handler = self.handler
+        while isinstance(handler, partial):
+            handler = handler.func
+        if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
+            name = getattr(handler, "__qualname__", type(handler).__qualname__)
+            raise LabkitError(
+                f"the handler {name} is a coroutine function, and a Consumer has no event loop: make it a plain `def`, "
+                "with `asyncio.run(...)` inside if need be; workers=N handles N records at once"
+            )
 
     @property
     def sources(self) -> tuple[Topic[Any], ...]:

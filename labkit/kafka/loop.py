@@ -1,7 +1,6 @@
 """The one consumer loop: one thread owns the client and only polls, dispatches, pauses and commits.
 
-Records go to lanes (see `lanes`), lanes run on a bounded thread pool, or on one event loop if the handler is a
-coroutine function. A commit is five named steps, always in this order:
+Records go to lanes (see `lanes`), lanes run on a bounded thread pool. A commit is five steps, always in this order:
 
 1. finish:   the position of each partition is its lowest unfinished offset;
 2. flush:    all that handlers sent is confirmed by the broker, else nothing is committed;
@@ -12,7 +11,6 @@ coroutine function. A commit is five named steps, always in this order:
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
 import heapq
 import inspect
@@ -23,7 +21,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from queue import SimpleQueue
@@ -103,19 +100,10 @@ class Loop:
         # order, and the older of two would be what is stored.
         self.commit_sent = False
         self.ready: SimpleQueue[Lane | None] = SimpleQueue()  # lanes that want a worker
-        self.coroutines: asyncio.AbstractEventLoop | None = None
-        self.tasks: set[Future[None]] = set()
-        if is_coroutine_function(consumer.handler):
-            self.coroutines = asyncio.new_event_loop()
-            self.slots = asyncio.Semaphore(consumer.workers)
-            self.threads = [
-                threading.Thread(target=_serve_coroutines, args=(self.coroutines,), name="coroutines", daemon=True)
-            ]
-        else:  # daemons, because one that hangs in its handler must not keep the process
-            self.threads = [
-                threading.Thread(target=self.serve, name=f"lane-{number}", daemon=True)
-                for number in range(consumer.workers)
-            ]
+        self.threads = [  # daemons, because one that hangs in its handler must not keep the process
+            threading.Thread(target=self.serve, name=f"lane-{number}", daemon=True)
+            for number in range(consumer.workers)
+        ]
         self.client = Client(
             consumer.cluster.config(
                 {
@@ -211,7 +199,7 @@ class Loop:
             if batch[0].offset() < partition.next_offset:
                 self.check_identity(partition.topic)
             for lane in partition.add(batch, self.by_key):
-                self.submit(lane)
+                self.ready.put(lane)
         for end in ends:  # only after the records before it, which would look as if they were fetched twice
             place = (end.topic(), end.partition())
             if place in self.partitions and place not in self.arrived:
@@ -293,7 +281,7 @@ class Loop:
                 if not waits or not lane.partition.active:
                     continue
                 lane.to(LaneState.RUNNING)
-            self.submit(lane)
+            self.ready.put(lane)
 
     def watch_deadlines(self) -> None:
         self.left = [lane for lane in self.left if lane.began is not None]
@@ -312,8 +300,6 @@ class Loop:
                 "the process ends, the record will be delivered again. Stacks:"
             )
             faulthandler.dump_traceback(all_threads=True)
-            for task in asyncio.all_tasks(self.coroutines) if self.coroutines else ():
-                _log_awaiting(task.get_coro())
         finally:
             os._exit(EXIT_DEADLINE)
 
@@ -541,8 +527,6 @@ class Loop:
     def close(self) -> None:
         """End the workers and leave the group. Takes at most 2 × REACH: a frozen broker would keep us for a minute."""
         self.forget(list(self.partitions.values()))
-        if self.coroutines is not None:
-            self.coroutines.call_soon_threadsafe(self.coroutines.stop)
         for _ in self.threads:
             self.ready.put(None)
         leaving = threading.Thread(target=self.leave, name="leaving", daemon=True)
@@ -555,14 +539,6 @@ class Loop:
         self.client.close()
 
     # -- the workers ----------------------------------------------------------------------------------------------
-
-    def submit(self, lane: Lane) -> None:
-        if self.coroutines is not None:
-            future = asyncio.run_coroutine_threadsafe(self.work_async(lane), self.coroutines)
-            self.tasks.add(future)  # asyncio itself would let one be collected that only it refers to
-            future.add_done_callback(self.tasks.discard)
-        else:
-            self.ready.put(lane)
 
     def serve(self) -> None:
         """A worker thread."""
@@ -602,7 +578,7 @@ class Loop:
                     result = handler(record)
                     if result is not None and inspect.iscoroutine(result):
                         result.close()
-                        raise TypeError("the handler returned a coroutine, which nobody runs: make it an `async def`")
+                        raise TypeError("the handler returned a coroutine, which nobody runs: make it a plain `def`")
                 except BaseException as error:
                     if record is None:
                         hand.record = Record(message, None, None)  # what a policy sends names the poison
@@ -614,7 +590,7 @@ class Loop:
                 queue.popleft()
             if not self.ready.empty():
                 lane.began = None
-                self.submit(lane)
+                self.ready.put(lane)
                 return
 
     def work_in_batches(self, lane: Lane, most: int) -> None:
@@ -663,56 +639,7 @@ class Loop:
             lane.alone = max(0, lane.alone - len(messages))
             done += len(messages)
         lane.began = None
-        self.submit(lane)
-
-    async def work_async(self, lane: Lane) -> None:
-        """The same for a coroutine handler."""
-        try:
-            async with self.slots:
-                again = await self.take_turn(lane)
-        except asyncio.CancelledError:
-            raise  # the end of the loop
-        except BaseException as error:  # of a hook or a policy: it would end the thread of all coroutines
-            self.end(lane, error)
-            return
-        if again:
-            self.submit(lane)
-
-    async def take_turn(self, lane: Lane) -> bool:
-        """True when the lane has more to do, but others come first."""
-        handler, decode, queue = self.spec.handler, self.decode[lane.partition.topic], lane.queue
-        not_before = self.spec.not_before.get(lane.partition.topic)
-        handling.set(Hand())
-        if lane.asks and not await asyncio.to_thread(self.ask_again, lane):
-            return False
-        for _ in range(STAY):
-            lane.began = self.clock
-            if not (queue and lane.partition.active):
-                if self.rests(lane):
-                    return False
-                continue
-            while self.shut:
-                await asyncio.sleep(0.001)
-            message, record = queue[0], None
-            try:
-                record = decode(message)
-                handling.set(Hand(record))
-                if not_before is not None and self.waits(lane, not_before(record)):
-                    return False
-                for hook in self.hooks:
-                    hook(Step.HANDLING, record)
-                await handler(record)
-            except BaseException as error:
-                if record is None:
-                    handling.set(Hand(Record(message, None, None)))
-                # A policy may take its time, which must not hold up the other coroutines.
-                if not await asyncio.to_thread(self.failed, lane, message, record, error):
-                    return False
-                continue
-            self.handled(lane, record)
-            queue.popleft()
-        lane.began = None
-        return True
+        self.ready.put(lane)
 
     def rests(self, lane: Lane) -> bool:
         """Give up a lane that is empty, or whose partition was given up. False: more has come meanwhile."""
@@ -829,7 +756,7 @@ class Loop:
             if lane.state is not LaneState.BACKING_OFF:
                 return  # its worker looks before it lets the lane wait
             lane.to(LaneState.RUNNING)
-        self.submit(lane)
+        self.ready.put(lane)
 
     def end(self, lane: Lane, error: BaseException, message: Message | None = None) -> bool:
         """Let the consumer stop with an error; what the lane has in hand stays uncommitted."""
@@ -855,37 +782,12 @@ class Loop:
             hook(step, subject)
 
 
-def _serve_coroutines(loop: asyncio.AbstractEventLoop) -> None:
-    """The thread of the event loop. At the end it cancels what outlived the drain."""
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    loop.close()
-
-
 def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
 
 
-def _log_awaiting(coroutine: Any) -> None:
-    """Where a suspended coroutine stands, outermost call first: a task itself only knows its own first frame."""
-    _log("Coroutine:")
-    while inspect.iscoroutine(coroutine) and (frame := coroutine.cr_frame) is not None:
-        _log(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
-        coroutine = coroutine.cr_await
-
-
 def _place(message: Message) -> str:
     return place_of(message.topic(), message.partition(), message.offset())
-
-
-def is_coroutine_function(handler: Callable[..., Any]) -> bool:
-    """Whether calling it makes a coroutine; a callable object may too."""
-    plain = inspect.unwrap(handler)
-    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
 
 
 def _offsets(positions: dict[Place, int]) -> list[TopicPartition]:

@@ -130,10 +130,7 @@ def _blank_documented(*_: object) -> object:
     """Nothing but this line."""
 
 
-async def _blank_coroutine(*_: object) -> object: ...
-
-
-_EMPTY_BODIES = {f.__code__.co_code for f in (_blank, _blank_documented, _blank_coroutine)}
+_EMPTY_BODIES = {f.__code__.co_code for f in (_blank, _blank_documented)}
 
 
 def _unfilled(answer: object) -> bool:

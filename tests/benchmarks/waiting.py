@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 import threading
@@ -37,15 +36,12 @@ def wait(bench: Bench) -> Iterator[Row]:
         {
             "16 partitions": lambda: run(unkeyed, bench.group(), Timed().handle),
             f"{KEYS:,} keys": lambda: run(keyed, bench.group(), Timed().handle, order="key"),
-            "16 partitions, coroutines": lambda: run(unkeyed, bench.group(), Timed().handle_async),
-            f"{KEYS:,} keys, coroutines": lambda: run(keyed, bench.group(), Timed().handle_async, order="key"),
         }
     )
     bench.cluster.delete_topics([unkeyed.name, keyed.name])
     note = f"peer: waiting alone. {RECORDS:,} records, {sum(WAITS):.1f} s of waiting, {WORKERS} workers"
     for name, median in found.items():
-        goal = None if "coroutines" in name else Goal("≥", 0.8)
-        yield Row(f"wait: {name}", median.rate, "records/s", IDEAL, goal, note)
+        yield Row(f"wait: {name}", median.rate, "records/s", IDEAL, Goal("≥", 0.8), note)
 
 
 class Timed:
@@ -60,15 +56,6 @@ class Timed:
         if next(self._before) == 1:
             self.began = time.perf_counter()
         time.sleep(WAITS[record.value])  # the work
-        self._done()
-
-    async def handle_async(self, record: Record[int]) -> None:
-        if next(self._before) == 1:
-            self.began = time.perf_counter()
-        await asyncio.sleep(WAITS[record.value])
-        self._done()
-
-    def _done(self) -> None:
         if next(self._after) == RECORDS:
             self.ended = time.perf_counter()
             self.stop.set()

@@ -34,12 +34,6 @@ def refuse(record: Record[Any]) -> None:
     raise ConnectionError("no answer")
 
 
-async def hang(record: Record[Any]) -> None:
-    import asyncio
-
-    await asyncio.sleep(OPTIONS["hang"])
-
-
 def told(step: Step, subject: Any) -> None:
     """Print the step, then crash if this is the place and the time for it."""
     if isinstance(subject, Record | Failure):
@@ -68,7 +62,7 @@ def main() -> None:
         return
     consumer = Consumer(
         topic,
-        hang if OPTIONS.get("coroutine") else handle,
+        handle,
         group=OPTIONS["group"],
         start=OPTIONS.get("start", "earliest"),
         deadline=OPTIONS.get("deadline", 60.0),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import threading
 import time
 from collections import Counter, defaultdict
@@ -51,7 +49,7 @@ def test_key_order_keeps_each_keys_order_and_handles_keys_at_once(cluster: Clust
     with Member(Consumer(topic, handle, group, order="key", workers=8)) as member:
         member.journal.wait(lambda: sum(committed(topic, group).values()) == 200)
     assert dict(seen) == {f"k{key}": list(range(25)) for key in range(8)}
-    assert most > 2  # more than there are partitions
+    assert 2 < most <= 8  # more than there are partitions, no more than there are workers
 
 
 def test_a_failing_key_leaves_the_other_keys_alone_and_holds_the_commit(cluster: Cluster) -> None:
@@ -70,54 +68,6 @@ def test_a_failing_key_leaves_the_other_keys_alone_and_holds_the_commit(cluster:
         well.set()
         member.wait_committed({0: 40})
     assert [record.value for record in member.journal.of(Step.HANDLED) if record.key == "k2"] == list(range(10))
-
-
-def test_coroutines_run_at_once_and_in_order(cluster: Cluster) -> None:
-    """correctness 7"""
-    topic, group = fresh_topic(cluster, 8), fresh_group()
-    for partition in range(8):
-        put(topic, *range(20), partition=partition)
-    seen: dict[int, list[int]] = defaultdict(list)
-    running = most = 0
-
-    async def handle(record: Record[int]) -> None:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0.005)
-        if record.value == 7 and len(seen[record.partition]) == 7 and not failed[record.partition].is_set():
-            failed[record.partition].set()
-            running -= 1
-            raise ValueError("once")
-        seen[record.partition].append(record.value)
-        running -= 1
-
-    failed = {partition: threading.Event() for partition in range(8)}
-    with Member(Consumer(topic, handle, group, workers=5, on_failure=keep_trying(0.01))) as member:
-        member.wait_committed(dict.fromkeys(range(8), 20))
-    assert dict(seen) == {partition: list(range(20)) for partition in range(8)}
-    assert 2 < most <= 5
-    assert len(member.journal.of(Step.FAILED)) == 8
-
-
-def test_a_coroutine_that_outlives_the_drain_is_cancelled_and_not_committed(cluster: Cluster) -> None:
-    """correctness 3, 5"""
-    topic, group = fresh_topic(cluster), fresh_group()
-    put(topic, 1)
-    cancelled = threading.Event()
-
-    async def handle(record: Record[int]) -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.set()
-
-    with Member(Consumer(topic, handle, group, drain=0.2)) as member:
-        member.journal.wait_for(Step.HANDLING)
-        gc.collect()  # nobody but itself knows what it waits for
-    assert cancelled.wait(5)
-    assert committed(topic, group) == {}
-    assert member.journal.of(Step.FAILED) == []
 
 
 @pytest.mark.parametrize("order", ["partition", "key"])
@@ -246,15 +196,14 @@ def test_one_record_is_handled_at_once(cluster: Cluster, monkeypatch: pytest.Mon
     assert min(waits) < 0.04  # waiting to fill would have held up each of them
 
 
-@pytest.mark.parametrize("coroutine", [False, True], ids=["thread", "coroutine"])
-def test_a_handler_past_its_deadline_ends_the_process(cluster: Cluster, coroutine: bool) -> None:
+def test_a_handler_past_its_deadline_ends_the_process(cluster: Cluster) -> None:
     """correctness 7: exit code 70, the record's place and the stacks on stderr, nothing committed."""
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, 1)
-    with Process(topic, group, hang=60, deadline=0.5, coroutine=coroutine) as process:
+    with Process(topic, group, hang=60, deadline=0.5) as process:
         assert process.ends() == EXIT_DEADLINE
     assert f"handler of {topic.name}/0/0 has run for more than its deadline of 0.5 s" in process.stderr
-    assert f"in {'hang' if coroutine else 'handle'}" in process.stderr
+    assert "in handle" in process.stderr
     assert committed(topic, group) == {}
 
 

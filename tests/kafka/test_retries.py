@@ -178,11 +178,11 @@ def test_for_ever_keeps_order_and_blocks_only_its_partition(cluster: Cluster) ->
     assert last_of_other < handler.calls[1][-1]
 
 
-async def refuse(record: Record[int]) -> None:
+def refuse(record: Record[int]) -> None:
     raise ConnectionError("no")
 
 
-def test_coroutines_and_order_by_key(cluster: Cluster) -> None:
+def test_order_by_key(cluster: Cluster) -> None:
     """correctness 13, 14"""
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, 1, key="a")

@@ -407,7 +407,6 @@ def twice(function):
 @twice
 def handler(record):
     lab""",
-    "a coroutine function": "async def handler(record):\n    await lab.nothing()",
 }
 
 

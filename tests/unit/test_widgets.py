@@ -45,14 +45,11 @@ def _documented(record: object) -> object:
     """What to do."""
 
 
-async def _later(record: object) -> object: ...
-
-
 def _done(record: object) -> object:
     return record
 
 
-@pytest.mark.parametrize("answer", [..., [1, ...], {"delay": ...}, (1, (2, ...)), _todo, _documented, _later])
+@pytest.mark.parametrize("answer", [..., [1, ...], {"delay": ...}, (1, (2, ...)), _todo, _documented])
 def test_an_unfilled_exercise_says_what_is_missing(answer: object) -> None:
     state = exercise("Choose a delay.", delay=answer, times=3)
     assert not state
