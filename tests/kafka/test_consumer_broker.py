@@ -60,6 +60,7 @@ def is_back(cluster: Cluster) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_ten_seconds_without_a_broker(cluster: Cluster) -> None:
     """correctness 2, 7, 10: handlers, back-offs and sends go on; nothing is lost; the member is still there."""
     topic, output, group = fresh_topic(cluster, 2), fresh_topic(cluster), fresh_group()
@@ -94,7 +95,7 @@ def test_ten_seconds_without_a_broker(cluster: Cluster) -> None:
         assert {r.value for r in reader.rest()} == {*range(101), *range(1000, 1100)}
 
 
-@pytest.mark.parametrize("sending", [False, True], ids=["plain", "sending"])
+@pytest.mark.parametrize("sending", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "sending"])
 def test_a_stop_without_a_broker_is_bounded(cluster: Cluster, sending: bool) -> None:
     """correctness 5: it drains, gives up on the commit, and lets go; nothing is lost."""
     topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()

@@ -207,6 +207,7 @@ def test_a_handler_past_its_deadline_ends_the_process(cluster: Cluster) -> None:
     assert committed(topic, group) == {}
 
 
+@pytest.mark.long
 def test_a_frozen_process_does_not_age(cluster: Cluster) -> None:
     """correctness 7: while it is on ice, another one comes to its deadline, which is as long and began later."""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -220,6 +221,7 @@ def test_a_frozen_process_does_not_age(cluster: Cluster) -> None:
         process.wait_for(Step.COMMITTED)
 
 
+@pytest.mark.long
 def test_a_handler_that_hangs_is_missed_though_its_partition_is_gone(cluster: Cluster) -> None:
     """correctness 7: else a worker less, and in the end none, works on what the member has."""
     topic, group = fresh_topic(cluster), fresh_group()

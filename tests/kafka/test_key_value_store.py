@@ -613,6 +613,7 @@ def test_it_travels_as_the_coordinates_of_its_topic(store: KeyValueStore[Any]) -
 # -- Kafka goes away; compaction
 
 
+@pytest.mark.long
 def test_writes_while_the_broker_is_down_are_bounded_and_the_state_is_true_after() -> None:
     with PrivateBroker() as broker:
         topic = store_topic(broker.cluster, 1)
@@ -697,6 +698,7 @@ def test_a_process_frozen_through_a_compaction_forgets_what_was_deleted(cluster:
         assert frozen.ask("loads", 2) >= 2
 
 
+@pytest.mark.long
 def test_a_million_entries(cluster: Cluster) -> None:
     topic = store_topic(cluster, 4, value=int)
     count = 1_000_000

@@ -100,6 +100,7 @@ def test_a_crash_loses_nothing_and_every_extra_has_its_fault(lab: Lab) -> None:
     assert shop.pods.restarts == 1
 
 
+@pytest.mark.long
 def test_an_eviction_that_nobody_ordered_explains_its_extras(lab: Lab) -> None:
     shop = Shop(lab, 2, takes=0.02)
     load = lab.load(shop.orders, orders(1000), rate=100)
@@ -223,6 +224,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab, monkeypatch: pytest.Monke
     assert lab.settle(60).reason == "planned (wrong) failed: KeyError: 'x'"
 
 
+@pytest.mark.long
 def test_a_load_keeps_its_rate(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     begun = looked = time.monotonic()

@@ -77,7 +77,11 @@ def restarted(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "kinds"),
-    [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"])],
+    [
+        (killed, ["kill"]),
+        pytest.param(frozen, ["freeze"], marks=pytest.mark.long),
+        pytest.param(restarted, ["restart"], marks=pytest.mark.long),
+    ],
     ids=("killed", "frozen", "restarted"),
 )
 def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kinds: list[str]) -> None:
@@ -92,6 +96,7 @@ def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kind
     assert shop.pods.restarts == 0
 
 
+@pytest.mark.long
 def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_module.PATIENCE >= 300  # longer than somebody reads, and than a busy machine takes for a restart
     with monkeypatch.context() as patch:
@@ -109,6 +114,7 @@ def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeyp
     assert patient.count == 600
 
 
+@pytest.mark.long
 def test_killed_while_frozen(lab: Lab) -> None:
     lab.broker.freeze()
     lab.broker.kill()
@@ -117,6 +123,7 @@ def test_killed_while_frozen(lab: Lab) -> None:
     assert not any(one.end is None for one in lab.faults)
 
 
+@pytest.mark.long
 def test_a_death_that_nobody_ordered_is_a_fault(lab: Lab) -> None:
     shop = Shop(lab)
     os.kill(lab.connection.broker.pid, signal.SIGKILL)  # type: ignore[union-attr]
@@ -127,6 +134,7 @@ def test_a_death_that_nobody_ordered_is_a_fault(lab: Lab) -> None:
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 
+@pytest.mark.long
 def test_a_shared_broker_that_died_explains_what_came_again(own_state: Path) -> None:
     with Lab("shaken") as lab:
         shop = Shop(lab)
@@ -138,6 +146,7 @@ def test_a_shared_broker_that_died_explains_what_came_again(own_state: Path) -> 
         assert audit.result == "valid", audit.verdict()
 
 
+@pytest.mark.long
 def test_closed_it_leaves_no_client_that_goes_on_trying() -> None:
     def once() -> None:
         with Lab("fragile", cluster="private") as lab:
@@ -155,6 +164,7 @@ def test_closed_it_leaves_no_client_that_goes_on_trying() -> None:
     wait_until(lambda: psutil.Process().num_threads() <= before, 10, "as many threads as before")
 
 
+@pytest.mark.long
 def test_the_buttons_do_the_same(lab: Lab) -> None:
     shop = Shop(lab)
     board = lab.board(lag=shop.pods, completed=shop.shipped)
@@ -180,7 +190,7 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 
-@pytest.mark.parametrize("fault", ["kill", "freeze"])
+@pytest.mark.parametrize("fault", ["kill", pytest.param("freeze", marks=pytest.mark.long)])
 def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None:
     lab = Lab("fragile", cluster="private")
     Shop(lab)

@@ -36,6 +36,7 @@ def lab(connection: Connection) -> Iterator[Lab]:
     lab._end(0)  # `close` would wait for the sessions of killed pods
 
 
+@pytest.mark.long
 def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     """Before that a rebalance is to follow, and what is in hand then may come again."""
     topic = lab.topic("orders", 4, Order)
@@ -205,6 +206,7 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     assert [(fault.kind, fault.end is None) for fault in ordered(lab)] == [("redeploy", False)]
 
 
+@pytest.mark.long
 def test_deploying_with_another_policy_leaves_nothing_waiting(lab: Lab) -> None:
     """What waits in the retry topics of the policy before is work to do, and is done when it was to be."""
     source, target = lab.topic("orders", 2, Order), lab.topic("shipped", 2, Shipped)
@@ -435,6 +437,7 @@ def test_a_drain_that_ends_in_a_kill_is_over(lab: Lab, monkeypatch: pytest.Monke
     assert lab._history.standing() == []
 
 
+@pytest.mark.long
 def test_a_pod_waits_until_the_one_of_its_name_is_gone(lab: Lab) -> None:
     topic = lab.topic("orders", 2, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)

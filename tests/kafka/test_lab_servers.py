@@ -150,6 +150,7 @@ def test_postgres_dies_with_its_owner_and_leaves_nothing() -> None:
     assert not other.folder.exists()
 
 
+@pytest.mark.long
 def test_a_supervisor_that_is_killed_takes_postgres_along() -> None:
     with Postgres() as server:
         supervisor = psutil.Process(server.pid).parent()
@@ -161,6 +162,7 @@ def test_a_supervisor_that_is_killed_takes_postgres_along() -> None:
             assert one.execute("select 1").fetchone() == (1,)
 
 
+@pytest.mark.long
 def test_servers_that_start_at_once_leave_each_other_alone(tmp_path: Path) -> None:
     """Two processes with state folders of their own: what one is making, the other must not take for a dead one's."""
     code = "from labkit.runtime.postgres import Postgres\nfor _ in range(2):\n    Postgres().close()"

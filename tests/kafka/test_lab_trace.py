@@ -106,6 +106,7 @@ def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
     assert set(behind["pod"][2:]) == {by}
 
 
+@pytest.mark.long
 def test_through_a_freeze_and_a_takeover(lab: Lab, shop: Shop) -> None:
     first, second = shop.stuck.name, shop.other.name
     shop.stuck.freeze()

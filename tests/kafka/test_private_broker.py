@@ -59,6 +59,7 @@ def test_frozen_it_says_nothing_until_it_is_thawed(broker: PrivateBroker) -> Non
     assert broker.cluster.describe().cluster_id == broker.cluster_id
 
 
+@pytest.mark.long
 def test_restarted_in_good_order_or_from_frozen_it_keeps_port_and_data(broker: PrivateBroker) -> None:
     topic = fresh_topic(broker.cluster)
     put(topic, 1)
@@ -105,6 +106,7 @@ def test_closed_it_leaves_nothing(state_dir: Path) -> None:
         broker.restart()
 
 
+@pytest.mark.long
 def test_it_dies_with_its_owner_and_the_next_one_clears_up(state_dir: Path) -> None:
     code = """
         import time
@@ -128,6 +130,7 @@ def test_it_dies_with_its_owner_and_the_next_one_clears_up(state_dir: Path) -> N
     assert not [one for one in processes_of(state_dir) if folder in " ".join(one.cmdline())]
 
 
+@pytest.mark.long
 def test_a_port_that_is_taken_meanwhile_is_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
     from labkit.runtime import broker as making
 

@@ -351,7 +351,7 @@ def finish(topic: Topic[Any], view: View, group: str | None = None) -> None:
         catch_up(member, view, topic)
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
 def test_killed_at_any_point_of_a_transaction_nothing_is_lost_or_doubled(
     cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest, database: str
 ) -> None:

@@ -21,6 +21,7 @@ from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
 from labkit.patterns.trails import HEADER, parse
 
+pytestmark = pytest.mark.xdist_group("retries_crash")  # all crashes are made at once
 STEPS = [Step.FAILED, Step.RECOVERED, Step.COMMITTING, Step.FLUSHED, Step.COMMITTED]
 DELAY = 0.5
 RECORDS = 5
@@ -100,6 +101,7 @@ def run_to_rest(consumer: RetryingConsumer) -> None:
         member.journal.wait(lambda: not sum(lag(consumer.cluster, consumer.group, names).values()), 25, "no lag")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.value)
 def test_a_crash_on_the_way_to_the_dead_letters_loses_nothing(
     dead: dict[Step, tuple[Topic[Any], str]], step: Step

@@ -160,6 +160,7 @@ def test_aot_cache_of_other_flags_is_refused_by_java(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.long
 def test_broker_starts_with_a_corrupt_aot_cache(tmp_path: Path) -> None:
     kafka = prepare()
     needs_aot(kafka)
@@ -168,6 +169,7 @@ def test_broker_starts_with_a_corrupt_aot_cache(tmp_path: Path) -> None:
     run_with(kafka, tmp_path / "b", [f"-XX:AOTCache={corrupt}"])
 
 
+@pytest.mark.long
 def test_broker_starts_when_no_aot_cache_can_be_built(
     tmp_path: Path, own_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_taken_port_is_noticed(tmp_path: Path) -> None:
             made.wait_until_ready(lambda: child.poll() is None)
 
 
+@pytest.mark.long
 def test_another_port_is_tried(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         offered = [(taken.getsockname()[1], free_ports()[0])]
@@ -278,6 +281,7 @@ def test_pinned_broker_stays_until_it_is_stopped(
     assert not shared.stop()
 
 
+@pytest.mark.long
 def test_unpinned_broker_goes(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "LINGER", 0.0)
     with shared.shared_broker() as lease:
@@ -324,6 +328,7 @@ def test_killed_supervisor_takes_the_broker_along(own_state: Path) -> None:
             assert not before.folder.exists()
 
 
+@pytest.mark.long
 def test_pinned_data_survives_a_killed_supervisor(own_state: Path) -> None:
     with shared.shared_broker() as lease:
         lease.pin()
@@ -360,6 +365,7 @@ def frozen(own_state: Path) -> Iterator[tuple[shared.Lease, int]]:
             os.kill(supervisor, signal.SIGCONT)
 
 
+@pytest.mark.long
 def test_a_silent_supervisor_is_an_error_and_its_data_stays(
     frozen: tuple[shared.Lease, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +383,7 @@ def test_a_silent_supervisor_is_an_error_and_its_data_stays(
         assert status().restarts == 0
 
 
+@pytest.mark.long
 def test_a_slow_supervisor_is_waited_for(frozen: tuple[shared.Lease, int]) -> None:
     lease, supervisor = frozen
     wake = threading.Timer(4.5, os.kill, (supervisor, signal.SIGCONT))
@@ -386,6 +393,7 @@ def test_a_slow_supervisor_is_waited_for(frozen: tuple[shared.Lease, int]) -> No
     wake.join()
 
 
+@pytest.mark.long
 def test_stop_ends_a_silent_supervisor(
     frozen: tuple[shared.Lease, int], own_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +406,7 @@ def test_stop_ends_a_silent_supervisor(
     assert not before.exists()
 
 
+@pytest.mark.long
 def test_stop_ends_a_supervisor_that_answers_but_does_not_go(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "STOP_SECONDS", 0.001)  # it needs more
     with shared.shared_broker():
@@ -406,6 +415,7 @@ def test_stop_ends_a_supervisor_that_answers_but_does_not_go(own_state: Path, mo
     assert_all_gone(own_state, before, 2)
 
 
+@pytest.mark.long
 def test_a_supervisor_that_is_ending_is_waited_for(own_state: Path) -> None:
     with shared.shared_broker() as lease:
         lease.pin()

@@ -202,6 +202,7 @@ def test_each_survives_kill_9_and_what_happened_meanwhile(platform: Platform) ->
     wait_until(lambda: platform.offset("Africa/Juba") is None, 20, "what is made up for")
 
 
+@pytest.mark.long
 def test_all_go_on_reading_while_kafka_is_down_and_writing_once_it_is_back(platform: Platform) -> None:
     platform.begin()
     platform.lab.broker.kill()
@@ -217,6 +218,7 @@ def test_all_go_on_reading_while_kafka_is_down_and_writing_once_it_is_back(platf
     wait_until(lambda: platform.offset("Africa/Juba") == 120, 30, "Africa/Juba")
 
 
+@pytest.mark.long
 def test_the_lag_of_a_frozen_pods_store_grows(platform: Platform) -> None:
     pod = platform.events.pods[0]
     wait_until(lambda: store_lag(platform.events, platform.zones) == 0, 20, "no lag")

@@ -372,6 +372,7 @@ def test_two_that_make_the_table_at_once_pass_over_nothing(cluster: Cluster, dsn
     assert table(dsn) == {site_id(1): 1}
 
 
+@pytest.mark.long
 def test_the_table_waits_for_its_database(cluster: Cluster, dsn: str, postgres: Postgres) -> None:
     topic = fresh_topic(cluster, 1, Site)
     with Member(table_of(topic, dsn)) as member:

@@ -389,6 +389,7 @@ def test_it_finds_precisely_what_was_injected(seed: int) -> None:
     assert (found.sent, found.done) == (count, count - len(lost))
 
 
+@pytest.mark.long
 def test_many_ids_take_seconds() -> None:
     count = 100_000
     sent = [Sent(str(n), str(n % 1000), n) for n in range(count)]
