@@ -21,12 +21,15 @@ T = TypeVar("T")
 
 ANSWER = 5.0  # seconds for one answer of the broker, before a second client asks once more
 
-# A lab's clients sit beside the broker: a broker that restarts is found again within a tenth of a second.
-_NEAR = {
+# What all of labkit's clients have in common.
+_COMMON = {
+    # A lab's clients sit beside the broker: a broker that restarts is found again within a tenth of a second.
     "socket.connection.setup.timeout.ms": 5000,
     "reconnect.backoff.ms": 20,
     "reconnect.backoff.max.ms": 200,
     "log_level": 0,  # librdkafka prints to stderr; what matters comes back as an error
+    # A producer goes on asking for its topics. A broker may make what it is asked for, also what was just deleted.
+    "allow.auto.create.topics": False,
 }
 
 
@@ -50,7 +53,7 @@ class Cluster:
 
     def config(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Client properties: how to reach the cluster, with `own` on top."""
-        return {"bootstrap.servers": self.bootstrap, **_NEAR, **dict(self.security), **own}
+        return {"bootstrap.servers": self.bootstrap, **_COMMON, **dict(self.security), **own}
 
     def describe(self, timeout: float = 5.0) -> ClusterInfo:
         """Ask for the cluster's id, waiting at most `timeout` seconds; a refusal is told at once.
