@@ -103,7 +103,7 @@ class Lab:
         self._services: list[ServiceControls] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
-        telemetry = Topic(self.cluster, self.run.topic("telemetry"), 1, PodReport)
+        telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
         try:
             telemetry.create({"retention.ms": "3600000"})
         except BaseException:
@@ -138,7 +138,7 @@ class Lab:
             decoder(value)
         except (TypeError, NameError) as error:
             raise LabkitError(f"values of topic {name} cannot be of type {value!r}: {error}") from error
-        topic = Topic(self.cluster, self.run.topic(name), partitions, value)
+        topic = Topic(self.cluster, self.run.name(name), partitions, value)
         topic.create({**({"cleanup.policy": "compact"} if compacted else {}), **(config or {})})
         self.topics[name] = topic
         return topic
@@ -154,9 +154,9 @@ class Lab:
         """
         with self._deploying:
             self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
-            self.run.name(name)
+            full = self.run.name(name)
             if isinstance(runnable, Consumer):
-                runnable = replace(runnable, group=runnable.group or self.run.group(name))
+                runnable = replace(runnable, group=runnable.group or full)
             made = Deployment(name, runnable, replicas, self._telemetry, self._history)
             if isinstance(runnable, Consumer):
                 made.runnable = runnable.prepare()  # when nothing can be refused any more

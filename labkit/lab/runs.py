@@ -1,7 +1,7 @@
 """A run of a lab: a name for everything it makes, and a record of it, so that what a dead run left can be collected.
 
 Names are `labkit.<learner>.<notebook>.<run id>.<short name>` and never used again: a topic deleted and made anew
-under a running consumer silently loses records.
+under a running consumer silently loses records. Whatever has such a name is the run's, and goes with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import msgspec
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
+from labkit.patterns.trails import group_of
 from labkit.runtime.home import state_dir
 
 LEARNER = "LABKIT_LEARNER"
@@ -34,8 +35,6 @@ class _Made(msgspec.Struct):
     prefix: str
     process: int
     started: float
-    topics: list[str] = []
-    groups: list[str] = []
     private: bool = False
 
 
@@ -54,7 +53,7 @@ class Run:
         self._ended = False
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._write()
+        os.pwrite(self._file, msgspec.json.encode(self._made), 0)
 
     def name(self, short: str) -> str:
         """The full name of `short`. Raises LabkitError for one that Kafka would not take."""
@@ -64,22 +63,6 @@ class Run:
             )
         return self.prefix + short
 
-    def topic(self, short: str) -> str:
-        """The same, and noted as this run's topic before it is made."""
-        name = self.name(short)
-        if name not in self._made.topics:
-            self._made.topics.append(name)
-            self._write()
-        return name
-
-    def group(self, short: str) -> str:
-        """The same for a consumer group."""
-        name = self.name(short)
-        if name not in self._made.groups:
-            self._made.groups.append(name)
-            self._write()
-        return name
-
     @property
     def folder(self) -> Path:
         """A folder for this run's files, made when first asked for. It goes with the run's record."""
@@ -88,7 +71,7 @@ class Run:
         return folder
 
     def end(self, cluster: Cluster, wait: float = 0.0) -> None:
-        """Delete the topics and groups this run made, and its record. What cannot be deleted the next run collects.
+        """Delete this run's topics and groups, and its record. What cannot be deleted the next run collects.
 
         A group can be deleted once its last member has left, or its session is over: 6 s after it was killed. `wait`
         is how many seconds there are for that.
@@ -115,14 +98,9 @@ class Run:
             os.close(self._file)
             self._file = -1
 
-    def _write(self) -> None:
-        # Locked files are written in place: a renamed one would be another file, and unlocked.
-        os.pwrite(self._file, (data := msgspec.json.encode(self._made)), 0)
-        os.ftruncate(self._file, len(data))
-
 
 def collect(cluster: Cluster, cluster_id: str) -> list[str]:
-    """Delete what dead runs left on this cluster; returns their prefixes. Only what a run recorded is touched."""
+    """Delete what dead runs left on this cluster; returns their prefixes. Only runs recorded here are touched."""
     dead: dict[Path, _Made] = {}
     with ExitStack() as held:
         for path in _folder().glob("*.json"):
@@ -147,11 +125,11 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
             elif time.time() - made.started > FORGET:
                 _drop(path)
         try:
-            left = _delete(cluster, list(dead.values()))
+            left = _delete(cluster, dead.values())
         except LabkitError:
             return []  # not to be had now
         for path, made in dead.items():
-            if not left & set(made.groups):
+            if made.prefix not in left:
                 _drop(path)
     return [made.prefix for made in dead.values()]
 
@@ -186,6 +164,15 @@ def plain(text: str, what: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
 
 
+def prefix_of(name: str) -> str | None:
+    """The prefix of the run that a topic or a group belongs to; None if no run made it.
+
+    A topic that a run's group has beside somebody else's topic is the run's too.
+    """
+    found = NAMESPACE.match(name) or NAMESPACE.match(group_of(name))
+    return found and found[0]
+
+
 def short_names(text: str) -> str:
     """A text in which what runs made goes by its short name."""
     return NAMESPACE.sub("", text)
@@ -200,13 +187,15 @@ def _learner() -> str:
     return plain(name, "learner") or f"u{zlib.crc32(os.fsencode(name)):08x}"
 
 
-def _delete(cluster: Cluster, runs: Sequence[_Made]) -> set[str]:
-    """Delete the topics and groups of runs. Returns groups that have to wait for their last member's session to end."""
-    runs = [made for made in runs if not made.private]
-    cluster.delete_topics([name for made in runs for name in made.topics if name.startswith(made.prefix)])
-    groups = [name for made in runs for name in made.groups if name.startswith(made.prefix)]
-    cluster.delete_groups(groups)
-    return set(groups) & set(cluster.groups()) if groups else set()
+def _delete(cluster: Cluster, runs: Iterable[_Made]) -> set[str]:
+    """Delete the topics and groups of runs. Returns the prefixes of runs with a group that has to wait for its last
+    member's session to end."""
+    prefixes = {made.prefix for made in runs if not made.private}
+    if not prefixes:
+        return set()
+    cluster.delete_topics([name for name in cluster.topics() if prefix_of(name) in prefixes])
+    cluster.delete_groups([name for name in cluster.groups() if prefix_of(name) in prefixes])
+    return prefixes & {prefix_of(name) for name in cluster.groups()}
 
 
 def _read(file: int) -> _Made:

@@ -18,6 +18,7 @@ HEADER = "retry"
 LONGEST_NAME = 249  # of a topic, says Kafka
 TIMES = 50  # of failed attempts that are kept: the newest
 ERROR = 500  # characters kept of an error
+OWN_TOPIC = re.compile(r".+_([A-Za-z0-9.-]+)_(?:replay|retry\d+-\d+m?s|dead-letters|lanes|skips)")
 FUTURE = 1e12  # seconds since 1970: no time is later
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
@@ -91,6 +92,12 @@ def own_topic(topic: str, group: str, what: str) -> str:
             f"{LONGEST_NAME - len(name) + len(topic)} characters"
         )
     return name
+
+
+def group_of(name: str) -> str:
+    """The group whose own topic this is, as `own_topic` put it into the name; empty for any other topic."""
+    found = OWN_TOPIC.fullmatch(name)
+    return found[1] if found else ""
 
 
 def _digest(group: str) -> str:

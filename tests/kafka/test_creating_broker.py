@@ -13,13 +13,14 @@ from lab_helpers import Order, orders, values
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
+from labkit.patterns.dead_letters import dead_letters_topic
+from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
 
@@ -82,13 +83,18 @@ def test_no_question_about_a_topic_makes_it(creating: Cluster) -> None:
 def test_what_a_closed_lab_deleted_stays_away(creating: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", creating.bootstrap)
     stock = Stock(creating)
+
+    def refuse(record: object) -> None:
+        raise ValueError("no")
+
     with Lab("creating") as lab:
-        source, shipped = lab.topic("orders", 2, Order), lab.topic("shipped", 2, Order)
-        lab.deploy("shop", Consumer(source, lambda record: shipped.send(record.value)))
+        source = lab.topic("orders", 2, Order)
+        lab.deploy("shop", RetryingConsumer(source, refuse, retry=retry_topics(0.1)))
         lab.load(source, orders(10), rate=1000)
         source.send(Order(10))  # from the notebook's own process, which goes on after the lab is closed
         source.flush()
         source.deliver([(Order(11), None, None)])
-        wait_until(lambda: len(values(shipped)) == 12, 30, "all to be shipped")
+        letters = dead_letters_topic(source, lab.run.name("shop"))
+        wait_until(lambda: len(values(letters)) == 12, 30, "all to be dead letters")
     stock.wait_for_refreshes()
     assert [name for name in creating.topics() if lab.run.id in name] == []

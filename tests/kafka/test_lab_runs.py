@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from lab_helpers import Order, orders, wait_ready
+from consuming import put
+from lab_helpers import Order, orders, values, wait_ready
 from processes import is_alive, wait_until
 
 from labkit.kafka.cluster import Cluster
@@ -21,6 +23,9 @@ from labkit.kafka.topics import Topic
 from labkit.lab import Lab, runs
 from labkit.lab.deployment import Deployment
 from labkit.lab.lab import _close_all
+from labkit.patterns.dead_letters import dead_letters_topic
+from labkit.patterns.retries import RetryingConsumer, retry_topics
+from labkit.patterns.trails import own_topic
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -48,8 +53,8 @@ def lab(connection: Connection) -> Iterator[Lab]:
 
 
 def left(cluster: Cluster, prefix: str) -> list[str]:
-    """Topics and groups of a run."""
-    return sorted(name for name in (*cluster.topics(), *cluster.groups()) if name.startswith(prefix))
+    """Topics and groups of a run, those that its groups have beside other people's topics among them."""
+    return sorted(name for name in (*cluster.topics(), *cluster.groups()) if prefix in name)
 
 
 def record(lab: Lab, state_dir: Path) -> Path:
@@ -238,24 +243,88 @@ def _collected(cluster: Cluster, lab: Lab, prefix: str) -> list[str]:
     return left(cluster, prefix)
 
 
-def test_only_what_a_dead_run_recorded_is_deleted(cluster: Cluster, connection: Connection, state_dir: Path) -> None:
+def refuse(record: object) -> None:
+    raise ValueError("no")
+
+
+def test_close_deletes_what_retries_made_and_nothing_of_anybody_else(lab: Lab, cluster: Cluster) -> None:
+    mine, foreign = lab.topic("orders", 1, Order), _somewhere(cluster)
+    lab.deploy("shop", RetryingConsumer([mine, foreign], refuse, retry=retry_topics(0.1)))
+    for topic in (mine, foreign):
+        put(topic, {"id": 1})
+    letters = [dead_letters_topic(topic, lab.run.name("shop")) for topic in (mine, foreign)]
+    wait_until(lambda: [len(values(topic)) for topic in letters] == [1, 1], 30, "both in their queues")
+    others = decoys(lab.run, foreign.name)
+    for name in others:
+        cluster.create_topic(name, 1)
+    # Telemetry, orders, the group; and beside each source replays, retries, dead letters, lanes and skips.
+    assert len([name for name in left(cluster, lab.run.prefix) if name not in others]) == 3 + 2 * 5
+    lab.close()
+    assert [name for name in left(cluster, lab.run.prefix) if name not in others] == []
+    assert cluster.topics().keys() >= {*others, foreign.name}
+    cluster.delete_topics([*others, foreign.name])
+
+
+def decoys(run: runs.Run, foreign: str) -> list[str]:
+    """Names of topics that are like those of a run, and not its own."""
+    _, learner, notebook, _, _ = run.prefix.split(".")
+    another = f"labkit.{learner}.{notebook}.991231235959ffff.orders"
+    return [
+        another,
+        f"{run.prefix[:-1]}orders",
+        f"{run.prefix[:-1]}0.orders",
+        f"labkit.{learner}s.{notebook}.{run.id}.orders",
+        f"labkit.{learner}.{notebook}s.{run.id}.orders",
+        f"test.{run.prefix}orders",
+        f"copy_{run.prefix}orders_v2",
+        own_topic(foreign, another, "lanes"),
+        own_topic(foreign, f"test.{run.prefix}shop", "lanes"),
+    ]
+
+
+def test_only_what_is_of_a_dead_runs_name_is_deleted(cluster: Cluster, connection: Connection, state_dir: Path) -> None:
     run = runs.Run("dead", connection.cluster_id)
-    recorded, other = run.topic("mine"), run.name("not-recorded")
-    stranger = f"test.stranger.{time.time_ns()}"
-    run._made.topics.append(stranger)  # recorded, but not of this run's name
-    run._write()
-    for name in (recorded, other, stranger):
+    mine, stranger = run.name("mine"), f"test.stranger.{time.time_ns()}"
+    beside = own_topic(stranger, run.name("shop"), "lanes")
+    others = [stranger, *decoys(run, stranger)]
+    for name in (mine, beside, *others):
         cluster.create_topic(name, 1)
     assert run.prefix not in runs.collect(cluster, connection.cluster_id)  # it lives
     run.forget()
     assert run.prefix not in runs.collect(cluster, "another-cluster")
     assert run.prefix in runs.collect(cluster, connection.cluster_id)
-    there = cluster.topics()
-    assert recorded not in there
-    assert other in there
-    assert stranger in there
+    assert not {mine, beside} & cluster.topics().keys()
+    assert cluster.topics().keys() >= set(others)
     assert not (state_dir / "runs" / f"{run.id}.json").exists()
-    cluster.delete_topics([other, stranger])
+    cluster.delete_topics(others)
+
+
+def test_a_record_of_an_earlier_labkit_is_collected_by_its_prefix(cluster: Cluster, connection: Connection) -> None:
+    """It lists topics and groups; only the prefix counts, whatever else it lists."""
+    run = runs.Run("earlier", connection.cluster_id)
+    stranger = f"test.stranger.{time.time_ns()}"
+    told = json.loads(run._path.read_text())
+    run._path.write_text(json.dumps({**told, "topics": [run.name("orders"), stranger], "groups": [run.name("shop")]}))
+    for name in (run.name("orders"), run.name("unlisted"), stranger):
+        cluster.create_topic(name, 1)
+    run.forget()
+    assert run.prefix in runs.collect(cluster, connection.cluster_id)
+    assert left(cluster, run.prefix) == []
+    assert stranger in cluster.topics()
+    cluster.delete_topics([stranger])
+
+
+@pytest.mark.parametrize("prefix", ["", "labkit.", "test."])
+def test_a_record_with_another_prefix_deletes_nothing(cluster: Cluster, connection: Connection, prefix: str) -> None:
+    run = runs.Run("broken", connection.cluster_id)
+    told = json.loads(run._path.read_text())
+    run._path.write_text(json.dumps({**told, "prefix": prefix}))
+    stranger = _somewhere(cluster)
+    run.forget()
+    runs.collect(cluster, connection.cluster_id)
+    assert not run._path.exists()
+    assert stranger.name in cluster.topics()
+    cluster.delete_topics([stranger.name])
 
 
 def test_records_that_are_broken_or_being_made_harm_nobody(
@@ -283,7 +352,7 @@ def test_a_run_whose_cluster_is_away_is_kept(
     cluster: Cluster, connection: Connection, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs.Run("away", connection.cluster_id)
-    name = run.topic("orders")
+    name = run.name("orders")
     cluster.create_topic(name, 1)
 
     def away(self: Cluster, names: object) -> None:

@@ -252,7 +252,7 @@ def test_the_pane_calls_topics_by_their_short_names(lab: Lab) -> None:
     """Of a retry topic the full name is 120 characters; `lab.logs` tells it."""
     orders = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(orders, print), replicas=0)
-    own = own_topic(orders.name, lab.run.group("shop"), "retry1-8s")
+    own = own_topic(orders.name, lab.run.name("shop"), "retry1-8s")
     shop.note("shop-0", f"{own}/0/17 failed, attempt 2: no")
     assert pane([shop])[-1].endswith(" shop-0 | orders_shop_retry1-8s/0/17 failed, attempt 2: no")
     assert shop.log[-1].text.startswith(own)

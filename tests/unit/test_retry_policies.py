@@ -10,6 +10,8 @@ import pytest
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
+from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
+from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.retries import (
     Policy,
     RetryingConsumer,
@@ -18,7 +20,7 @@ from labkit.patterns.retries import (
     exponential,
     retry_topics,
 )
-from labkit.patterns.trails import Trail, own_topic, parse
+from labkit.patterns.trails import Trail, group_of, own_topic, parse
 
 TOPIC = Topic(Cluster("127.0.0.1:1"), "shop.orders", 3, int)
 
@@ -98,6 +100,14 @@ def test_no_two_groups_or_topics_share_a_name() -> None:
     assert all(len(name) <= 249 and set(name) <= set("abcxreply.-_0123456789def") for name in names)
     with pytest.raises(LabkitError, match="too long"):
         RetryingConsumer(Topic(TOPIC.cluster, "t" * 240, 1, int), print, "billing")
+
+
+def test_a_topic_of_a_group_tells_whose_it_is() -> None:
+    _, *own = RetryingConsumer(TOPIC, print, "labkit.ada.bills", retry=retry_topics(0.1, 10)).sources
+    own += [make(TOPIC, "labkit.ada.bills") for make in (dead_letters_topic, lanes_topic, skips_topic)]
+    assert [group_of(topic.name) for topic in own] == ["labkit.ada.bills"] * 6
+    for other in ("shop.orders", "labkit.ada.bills_lanes", "a_labkit.ada.bills", "a_labkit.ada.bills_lanes_v2"):
+        assert group_of(other) == ""
 
 
 def test_each_topic_may_have_a_policy_of_its_own() -> None:
