@@ -15,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, TopicDescription  # type: ignore[attr-defined]
 
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
-from labkit.kafka.refusal import explain, explain_setting, is_final, says_why, who
+from labkit.kafka.refusal import explain, is_final
 
 T = TypeVar("T")
 
@@ -76,15 +76,17 @@ class Cluster:
             except KafkaException as error:
                 failure, wait = error.with_traceback(None), 2 * wait  # its frames hold the client
             held[0].poll(0.01)
-            refused = {who(error): error for error in heard if is_final(error)}
+            # Its words begin with the broker they are about: `ssl://127.0.0.1:9093/bootstrap: …`.
+            refused = {error.str().partition(": ")[0]: error for error in heard if is_final(error)}
         # An error that somebody keeps must not keep the client, which would go on trying. Its end is not waited for:
         # it lasts as long as the search for a host name that nobody knows.
         threading.Thread(target=held.clear, name="end of a client", daemon=True).start()
         if refused:
-            why = explain(list(refused.values())[-1], self.bootstrap, security)
+            why = explain(list(refused.values())[-1], security)
             raise ClientRefused(f"Kafka at {self.bootstrap} refuses this client: {why}") from failure
-        reasons = [one for one in heard if says_why(one)] or heard
-        why = explain(reasons[-1], self.bootstrap, security) if reasons else f"silent for {timeout:g} s"
+        # That no broker is left is news, but no reason.
+        reasons = [one for one in heard if one.code() != KafkaError._ALL_BROKERS_DOWN] or heard
+        why = explain(reasons[-1], security) if reasons else f"silent for {timeout:g} s"
         raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {why}") from failure
 
     def topics(self) -> dict[str, int]:
@@ -287,7 +289,7 @@ def _client(cluster: Cluster, own: Mapping[str, Any]) -> AdminClient:
     try:
         return AdminClient(cluster.config(own))
     except KafkaException as error:
-        why = explain_setting(error.args[0], dict(cluster.security))
+        why = explain(error.args[0], dict(cluster.security))
         raise ClientRefused(f"the client settings for {cluster.bootstrap} do not work: {why}") from error
 
 

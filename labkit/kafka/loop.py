@@ -214,8 +214,7 @@ class Loop:
         if code in GONE:
             self.fatal = self.gone(topic)
         elif code == KafkaError._AUTHENTICATION and is_final(error):
-            where = self.spec.cluster
-            why = explain(error, where.bootstrap, dict(where.security))
+            why = explain(error, dict(self.spec.cluster.security))
             self.fatal = ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}")
         elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.fatal = LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}")

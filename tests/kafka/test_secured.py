@@ -1,9 +1,8 @@
-"""TLS and logins against a real broker that asks for them: what works, and how a mistake is told, soon and in words."""
+"""TLS and logins against a real broker that asks for them: what works, and which setting a mistake names."""
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 import traceback
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from confluent_kafka import KafkaError
 from consuming import fresh_group, fresh_topic
 from lab_helpers import Order, Shipped, orders, values, wait_ready
 from processes import wait_until
@@ -24,12 +22,11 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.producer import Producer
-from labkit.kafka.refusal import is_final
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
 from labkit.runtime.connect import connect
 
-SOON = 30.0  # seconds; the product's own bounds end within 10, this is for a machine that stands still
+SOON = 30.0  # seconds, for a machine that stands still
 WRONG = "wr0ng-passw0rd"
 SECRETS = (PASSWORD, WRONG, STORE)
 
@@ -90,133 +87,99 @@ def through(
 @pytest.mark.parametrize(
     ("listener", "settings"),
     [
-        pytest.param("TLS", TLS, id="TLS"),
         pytest.param("LOGIN", LOGIN, id="SCRAM-512 over TLS"),
-        pytest.param("LOGIN", LOGIN | {"sasl.mechanism": "SCRAM-SHA-256"}, id="SCRAM-256 over TLS"),
-        pytest.param("LOGIN", JAVA, id="a Java client's file"),
-        pytest.param("BARE", BARE, id="SCRAM without TLS"),
-        pytest.param("MUTUAL", TLS | OWN, id="mutual TLS"),
+        pytest.param("TLS", TLS, id="TLS", marks=pytest.mark.long),
+        pytest.param("LOGIN", LOGIN | {"sasl.mechanism": "SCRAM-SHA-256"}, id="SCRAM-256", marks=pytest.mark.long),
+        pytest.param("LOGIN", JAVA, id="a Java client's file", marks=pytest.mark.long),
+        pytest.param("BARE", BARE, id="SCRAM without TLS", marks=pytest.mark.long),
+        pytest.param("MUTUAL", TLS | OWN, id="mutual TLS", marks=pytest.mark.long),
     ],
 )
 def test_right_settings_connect(through: Connect, listener: str, settings: Settings) -> None:
     assert through(listener, settings).topics() is not None
 
 
-WRONGS = {
-    "wrong password": ("LOGIN", LOGIN | {"sasl.password": WRONG}, f"login of '{USER}' was refused.*sasl.password"),
-    "unknown user": ("LOGIN", LOGIN | {"sasl.username": "nobody"}, "login of 'nobody' was refused.*sasl.username"),
-    "mechanism not offered": ("LOGIN", LOGIN | {"sasl.mechanism": "PLAIN"}, "no sasl.mechanism=PLAIN: set SCRAM-SHA-"),
+# By what is wrong: where the client connects, its settings, and which of them the message says to look at.
+REFUSED = {
+    "wrong password": ("LOGIN", LOGIN | {"sasl.password": WRONG}, "sasl.password"),
+    "certificate of another authority": ("TLS", TLS | {"ssl.ca.location": "{stranger}"}, "set ssl.ca.location"),
+    "no certificate of the client": ("MUTUAL", TLS, "ssl.certificate.location"),
+}
+REFUSED_TOO = {
+    "unknown user": ("LOGIN", LOGIN | {"sasl.username": "nobody"}, "check sasl.username"),
+    "wrong password without TLS": ("BARE", BARE | {"sasl.password": WRONG}, "sasl.password"),
+    "mechanism not offered": ("LOGIN", LOGIN | {"sasl.mechanism": "PLAIN"}, "set one"),
     "mechanism not set": (
         "LOGIN",
         {name: value for name, value in LOGIN.items() if name != "sasl.mechanism"},
         "sasl.mechanism is not set",
     ),
-    "no user": ("LOGIN", {**TLS, "security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN"}, "sasl.username and"),
-    "wrong password without TLS": ("BARE", BARE | {"sasl.password": WRONG}, f"login of '{USER}' was refused"),
-    "certificate of another authority": (
-        "TLS",
-        TLS | {"ssl.ca.location": "{stranger}"},
-        r"no authority in ssl.ca.location \(.*stranger.pem\) has signed",
-    ),
-    "no authority": ("TLS", {"security.protocol": "SSL"}, "no authority known to this machine.*set ssl.ca.location"),
-    "another host name": ("ELSEWHERE", TLS, r"certificate is not for 127\.0\.0\.1: use the host name"),
-    "expired": ("EXPIRED", TLS, "certificate has expired: whoever runs the cluster must renew it"),
-    "plain text to TLS": ("TLS", {}, "speaks TLS.* set security.protocol=SSL,"),
-    "plain text to TLS with login": ("LOGIN", {}, "speaks TLS.* set security.protocol=SSL,"),
-    "plain login to TLS": ("LOGIN", BARE, "speaks TLS.* set security.protocol=SASL_SSL"),
-    "plain text to login": ("BARE", {}, "asks for a login, set security.protocol=SASL_PLAINTEXT"),
-    "TLS to TLS with login": ("LOGIN", TLS, "asks for a login, set security.protocol=SASL_SSL"),
-    "TLS to plain text": ("PLAINTEXT", TLS, "speaks no TLS.* set security.protocol=PLAINTEXT"),
-    "login over TLS to plain login": ("BARE", LOGIN, "speaks no TLS.* set security.protocol=SASL_PLAINTEXT"),
-    "login to plain text": ("PLAINTEXT", BARE, "asks for no login: set security.protocol=PLAINTEXT"),
-    "login to TLS": ("TLS", LOGIN, "asks for no login: set security.protocol=SSL"),
-    "authority's file missing": (
-        "TLS",
-        TLS | {"ssl.ca.location": "no/such.pem"},
-        "ssl.ca.location names /.*/no/such.pem, which cannot be read: No such file",
-    ),
-    "keystore's password": (
-        "MUTUAL",
-        TLS | OWN | {"ssl.keystore.password": WRONG},
-        "ssl.keystore.location names .*client.p12, which cannot be used: .*PKCS",
-    ),
-    "no certificate of the client": ("MUTUAL", TLS, "demands one that it was not given: set ssl.certificate.location"),
-    "nobody there": ("127.0.0.1:9", LOGIN, "nothing listens there"),
-    "no such host": ("no.such.host.invalid:9092", LOGIN, "nobody knows this host name"),
+    "no user": ("LOGIN", {**TLS, "security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN"}, "sasl.username"),
+    "no authority": ("TLS", {"security.protocol": "SSL"}, "set ssl.ca.location"),
+    "login to plain text": ("PLAINTEXT", BARE, "set security.protocol"),
+    "login to TLS": ("TLS", LOGIN, "set security.protocol"),
+    "authority's file missing": ("TLS", TLS | {"ssl.ca.location": "no/such.pem"}, "ssl.ca.location names"),
+    "keystore's password": ("MUTUAL", TLS | OWN | {"ssl.keystore.password": WRONG}, "ssl.keystore.location"),
 }
-AT_ONCE = {
-    *("wrong password", "unknown user", "mechanism not offered", "mechanism not set", "no user", "expired"),
-    *("wrong password without TLS", "certificate of another authority", "no authority", "another host name"),
-    *("login to plain text", "login to TLS", "authority's file missing", "keystore's password"),
-    "no certificate of the client",
+CLOSED = {"plain text to TLS": ("TLS", {}, "security.protocol fit")}
+CLOSED_TOO = {
+    "plain text to TLS with login": ("LOGIN", {}, "security.protocol fit"),
+    "plain login to TLS": ("LOGIN", BARE, "security.protocol fit"),
+    "plain text to login": ("BARE", {}, "security.protocol fit"),
+    "TLS to TLS with login": ("LOGIN", TLS, "security.protocol fit"),
+    "TLS to plain text": ("PLAINTEXT", TLS, "security.protocol fit"),
+    "login over TLS to plain login": ("BARE", LOGIN, "security.protocol fit"),
+    "nobody there": ("127.0.0.1:9", LOGIN, "host and port"),
+    "no such host": ("no.such.host.invalid:9092", LOGIN, "host name"),
 }
 
 
-@pytest.mark.parametrize("name", WRONGS)
-def test_what_is_wrong_is_told_soon(
-    name: str,
-    secured: Secured,
-    through: Connect,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", [*REFUSED, *(pytest.param(name, marks=pytest.mark.long) for name in REFUSED_TOO)])
+def test_a_refusal_is_told_without_waiting(
+    name: str, through: Connect, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listener, settings, says = WRONGS[name]
-    if name not in (*AT_ONCE, "nobody there", "plain text to TLS"):  # these are waited for as long as a user would
-        monkeypatch.setattr(connect_module, "PATIENCE", 2.0)
-    if name in AT_ONCE:
-        monkeypatch.setattr(connect_module, "PATIENCE", 60.0)  # which is not waited for
-    address = secured.address(listener) if listener.isupper() else listener
-    began = time.monotonic()
-    with pytest.raises(ClusterUnreachable, match=f"(?s)^KAFKA_BOOTSTRAP_SERVERS says .*{re.escape(address)}") as told:
+    monkeypatch.setattr(connect_module, "PATIENCE", 3600.0)  # who waited for that would never end
+    listener, settings, setting = (REFUSED | REFUSED_TOO)[name]
+    with pytest.raises(ClusterUnreachable) as told:
         through(listener, settings)
-    took = time.monotonic() - began
-    text = str(told.value)
-    assert re.search(says, text), text
-    assert re.search(r"Correct it \(KAFKA_CLIENT_CONFIG is /.*client.properties\)", text), text
-    assert took < SOON, f"{took:.1f} s"
-    refused = isinstance(told.value.__cause__, ClientRefused)
-    assert refused == (name in AT_ONCE), text
+    assert isinstance(told.value.__cause__, ClientRefused)
+    assert setting in str(told.value)
     everything = "".join(traceback.format_exception(told.value)) + repr(told.value) + "".join(capfd.readouterr())
     assert not [secret for secret in SECRETS if secret in everything]
 
 
+@pytest.mark.parametrize("name", [*CLOSED, *(pytest.param(name, marks=pytest.mark.long) for name in CLOSED_TOO)])
+def test_a_closed_connection_names_what_may_not_fit(
+    name: str, through: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect_module, "PATIENCE", 3.0)  # all of which is waited for: it might be a broker that starts
+    listener, settings, setting = (CLOSED | CLOSED_TOO)[name]
+    with pytest.raises(ClusterUnreachable, match=r"^KAFKA_BOOTSTRAP_SERVERS says ") as told:
+        through(listener, settings)
+    assert setting in str(told.value)
+    assert not [secret for secret in SECRETS if secret in str(told.value)]
+
+
+@pytest.mark.long
 def test_one_address_of_two_that_refuses_does_not_hide_the_other(through: Connect, secured: Secured) -> None:
-    both = f"{secured.address('EXPIRED')},{secured.address('TLS')}"
+    both = f"{secured.address('MUTUAL')},{secured.address('TLS')}"
     assert through(both, TLS).bootstrap == both
-    with pytest.raises(ClusterUnreachable, match="has expired"):
-        through(f"{secured.address('EXPIRED')},{secured.address('EXPIRED', 'localhost')}", TLS)
+    with pytest.raises(ClusterUnreachable, match=r"ssl\.certificate\.location"):
+        through(f"{secured.address('MUTUAL')},{secured.address('MUTUAL', 'localhost')}", TLS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("code", "words", "final"),
+    "ask",
     [
-        (KafkaError._AUTHENTICATION, "b: SASL authentication error: invalid credentials", True),
-        (KafkaError._AUTHENTICATION, "b: SaslAuthenticateRequest failed: Local: Broker transport failure", False),
-        (KafkaError._AUTHENTICATION, "b: SASL PLAIN mechanism handshake failed: Local: Timed out: brokers", False),
-        (KafkaError._SSL, "b: SSL handshake failed", True),
-        (KafkaError._TRANSPORT, "b: Connect to ipv4#127.0.0.1:9 failed: Connection refused", False),
-        (KafkaError._ALL_BROKERS_DOWN, "1/1 brokers are down", False),
+        lambda cluster: cluster.create_topic("orders", 1),
+        lambda cluster: Consumer(Topic(cluster, "orders", 1, int), print, group=fresh_group()).run(threading.Event()),
     ],
+    ids=["a question", "a consumer"],
 )
-def test_a_connection_that_broke_is_no_refusal(code: int, words: str, final: bool) -> None:
-    assert is_final(KafkaError(code, words)) is final
-
-
-def test_a_question_tells_a_refusal_with_what_was_asked(secured: Secured) -> None:
-    cluster = Cluster(secured.address("LOGIN"), tuple(filled(LOGIN | {"sasl.password": WRONG}, secured).items()))
-    began = time.monotonic()
-    with pytest.raises(ClientRefused, match=f"^topic orders: .*login of '{USER}' was refused"):
-        cluster.create_topic("orders", 1)
-    assert time.monotonic() - began < SOON
-
-
-def test_a_consumer_with_a_wrong_password_ends(secured: Secured) -> None:
-    cluster = Cluster(secured.address("LOGIN"), tuple(filled(LOGIN | {"sasl.password": WRONG}, secured).items()))
-    consumer = Consumer(Topic(cluster, "orders", 1, int), print, group=fresh_group())
-    began = time.monotonic()
-    with pytest.raises(ClientRefused, match=f"login of '{USER}' was refused"):
-        consumer.run(threading.Event())
-    assert time.monotonic() - began < SOON
+def test_who_asks_with_a_wrong_password_is_refused(secured: Secured, ask: Callable[[Cluster], None]) -> None:
+    with pytest.raises(ClientRefused, match=r"sasl\.password"):
+        ask(Cluster(secured.address("LOGIN"), tuple(filled(LOGIN | {"sasl.password": WRONG}, secured).items())))
 
 
 def test_a_consumer_whose_login_is_withdrawn_ends(secured: Secured) -> None:
@@ -245,8 +208,8 @@ def test_a_consumer_whose_login_is_withdrawn_ends(secured: Secured) -> None:
     finally:
         stop.set()
         thread.join(20)
-    assert "cannot go on" in str(ended[0])
-    assert "login of 'bob' was refused" in str(ended[0])
+    assert isinstance(ended[0], ClientRefused)
+    assert "sasl.username=bob" in str(ended[0])
     assert "passw0rd" not in str(ended[0])
 
 
@@ -285,13 +248,7 @@ def texts(folder: Path, since: float) -> Iterator[str]:
                     yield file.read_text(errors="replace")
 
 
-def test_what_shows_a_cluster_shows_no_password() -> None:
-    cluster = Cluster("127.0.0.1:1", (("sasl.password", PASSWORD),))
-    topic = Topic(cluster, "orders", 1, int)
-    consumer = Consumer(topic, print, group="billing")
-    assert PASSWORD not in f"{cluster!r} {cluster} {topic!r} {consumer!r}"
-
-
+@pytest.mark.long
 def test_an_error_that_is_kept_keeps_no_client_trying(secured: Secured) -> None:
     """Its traceback holds what `describe` had in hand; a client among that would go on with the wrong password."""
     cluster = Cluster(secured.address("LOGIN"), tuple(filled(LOGIN | {"sasl.password": WRONG}, secured).items()))
