@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from labkit.cli.names import Learner, Name, resolve
 from labkit.cli.output import Json, say_json, say_table
-from labkit.cli.topics import kafka, resolve
+from labkit.cli.topics import kafka
 
 if TYPE_CHECKING:
     from labkit.services.faults import Misbehaviour
@@ -21,6 +22,7 @@ def fault(
     seconds: Annotated[float | None, typer.Option(help="How long. By default until it is cleared.")] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Have it behave again.")] = False,
     topic: Annotated[str, typer.Option(help="The topic with the faults, of several runs' the newest.")] = "",
+    learner: Learner = "",
     as_json: Json = False,
 ) -> None:
     """Have a service of a running notebook misbehave, or behave again."""
@@ -34,29 +36,31 @@ def fault(
         raise LabkitError(f"say what {service} is to do: --errors 1, --delay 2, or --clear")
     with kafka() as connection:
         there = connection.cluster.topics()
-        name = resolve(topic or TOPIC, there)
-        faults = ServiceFaults(Topic(connection.cluster, name, there[name], Misbehaviour))
+        name = resolve("topic", topic or TOPIC, there, learner)
+        faults = ServiceFaults(Topic(connection.cluster, name.full, there[name.full], Misbehaviour))
         faults.wait_ready()
         if clear:
             faults.clear(service)
         elif service:
             faults.set(service, errors, status, delay, seconds)
-        told = {name: faults.of(name) for name in faults.store}
+        told = {one: faults.of(one) for one in faults.store}
         faults.close()
-    _say({name: one for name, one in told.items() if one != Misbehaviour()}, as_json)
+    _say(name, {service: one for service, one in sorted(told.items()) if one != Misbehaviour()}, as_json)
 
 
-def _say(told: dict[str, Misbehaviour], as_json: bool) -> None:
+def _say(name: Name, told: dict[str, Misbehaviour], as_json: bool) -> None:
     if as_json:
         rows = [
-            {"service": name, "errors": one.errors, "status": one.status, "delay": one.delay, "until": one.until}
-            for name, one in sorted(told.items())
+            {"service": service, "errors": one.errors, "status": one.status, "delay": one.delay, "until": one.until}
+            for service, one in told.items()
         ]
-        say_json(rows)
-    elif not told:
+        say_json([{**row, **name.whose} for row in rows])
+        return
+    typer.echo(name.told)
+    if not told:
         typer.echo("All services behave.")
     else:
         say_table(
             ("service", "errors", "status", "delay"),
-            ((name, f"{one.errors:.0%}", one.status, f"{one.delay:g} s") for name, one in sorted(told.items())),
+            ((service, f"{one.errors:.0%}", one.status, f"{one.delay:g} s") for service, one in told.items()),
         )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labkit.cli.names import Learner, Name, resolve
 from labkit.cli.output import Json, say_json, say_table
-from labkit.cli.topics import Name, kafka, newest
+from labkit.cli.topics import kafka
 from labkit.kafka.errors import LabkitError
 
 if TYPE_CHECKING:
@@ -26,21 +27,15 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 dlq = typer.Typer(help="Review the dead letters of a consumer group.", no_args_is_help=True)
 
 
-@dataclass(frozen=True)
-class _Retried:
-    """A topic that a group reads with retries."""
-
-    topic: Topic[Any]
-    group: str
-
-
-def blocked(group: Group, as_json: Json = False) -> None:
+def blocked(group: Group, learner: Learner = "", as_json: Json = False) -> None:
     """Say which records a group cannot get past: where, since when, when they are tried again, and why."""
-    with _lanes(group) as found:
+    with _lanes(group, learner) as (name, found):
         now = [one for lanes in found for one in lanes.values()]
     if as_json:
-        say_json([_plain(one) for one in now])
-    elif not now:
+        say_json([{**_plain(one), **name.whose} for one in now])
+        return
+    typer.echo(name.told)
+    if not now:
         typer.echo("Nothing is blocked.")
     else:
         say_table(
@@ -56,41 +51,44 @@ def skip(
     group: Group,
     place: Annotated[str, typer.Argument(help="The record: topic/partition/offset, as `blocked` shows it.")] = "",
     everything: Annotated[bool, typer.Option("--all", help="Whatever fails, from now on until `resume`.")] = False,
+    learner: Learner = "",
     as_json: Json = False,
 ) -> None:
     """Let a blocked record be, once; it leaves a trace."""
     if bool(place) == everything:
         raise LabkitError("name the record to skip, as `labkit blocked` shows it, or say --all")
-    with _lanes(group) as found:
+    with _lanes(group, learner) as (name, found):
         if everything:
             count = sum(lanes.skip_all() for lanes in found)
-            told: object = {"skipped": count, "until": "resume"}
-            said = f"Skipped {count}. Whatever fails is skipped until: labkit resume {group}"
+            told: dict[str, Any] = {"skipped": count, "until": "resume"}
+            said = f"Skipped {count}. Whatever fails is skipped until: labkit resume {name.full}"
         else:
             known = {one: lanes for lanes in found for one in lanes}
             full = _resolved(place, known, "blocked")
             one = known[full].skip(full)
             told, said = _plain(one), f"Skipped {_short(one.place)} ({one.key}): {one.error}"
-    say_json(told) if as_json else typer.echo(said)
+    _say(name, told, said, as_json)
 
 
-def resume(group: Group, as_json: Json = False) -> None:
+def resume(group: Group, learner: Learner = "", as_json: Json = False) -> None:
     """Take `skip --all` back: the next failure blocks again."""
-    with _lanes(group) as found:
+    with _lanes(group, learner) as (name, found):
         skipping = [lanes for lanes in found if lanes.skipping]
         for lanes in skipping or found[:1]:
             lanes.resume()
-    say_json({"resumed": True}) if as_json else typer.echo("The next failure blocks again.")
+    _say(name, {"resumed": True}, "The next failure blocks again.", as_json)
 
 
 @dlq.command("list")
-def list_letters(group: Group, as_json: Json = False) -> None:
+def list_letters(group: Group, learner: Learner = "", as_json: Json = False) -> None:
     """List them, oldest first."""
-    with _queues(group) as found:
+    with _queues(group, learner) as (name, found):
         letters = [letter for queue in found for letter in queue.values()]
     if as_json:
-        say_json([_plain(one) for one in letters])
-    elif not letters:
+        say_json([{**_plain(one), **name.whose} for one in letters])
+        return
+    typer.echo(name.told)
+    if not letters:
         typer.echo("No dead letters.")
     else:
         say_table(
@@ -101,19 +99,19 @@ def list_letters(group: Group, as_json: Json = False) -> None:
 
 @dlq.command("show")
 def show(
-    group: Group, place: Annotated[str, typer.Argument(help="topic/partition/offset")], as_json: Json = False
+    group: Group,
+    place: Annotated[str, typer.Argument(help="topic/partition/offset")],
+    learner: Learner = "",
+    as_json: Json = False,
 ) -> None:
     """Show one: its payload, where it came from, all attempts, the last error."""
-    with _queues(group) as found:
+    with _queues(group, learner) as (name, found):
         known = {one: queue for queue in found for one in queue}
         full = _resolved(place, known, "among the dead letters")
         letter = known[full][full]
-    if as_json:
-        say_json(_plain(letter))
-        return
-    times = {name: _clock(at) for name in ("timestamp", "at", "replayed") if (at := getattr(letter, name))}
-    for name, value in {**_plain(letter), **times, "failed": ", ".join(map(_clock, letter.failed))}.items():
-        typer.echo(f"{name}: {value}")
+    times = {field: _clock(at) for field in ("timestamp", "at", "replayed") if (at := getattr(letter, field))}
+    shown = {**_plain(letter), **times, "failed": ", ".join(map(_clock, letter.failed))}
+    _say(name, _plain(letter), "\n".join(f"{field}: {value}" for field, value in shown.items()), as_json)
 
 
 @dlq.command("replay")
@@ -121,11 +119,12 @@ def replay(
     group: Group,
     places: Places = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    learner: Learner = "",
     as_json: Json = False,
 ) -> None:
     """Put some back where their retries start. Each leaves the queue once it is handled."""
-    count = _change(group, places, everything, "replay")
-    say_json({"replayed": count}) if as_json else typer.echo(f"{count:,} put back; each leaves once it is handled.")
+    name, count = _change(group, learner, places, everything, "replay")
+    _say(name, {"replayed": count}, f"{count:,} put back; each leaves once it is handled.", as_json)
 
 
 @dlq.command("purge")
@@ -133,74 +132,75 @@ def purge(
     group: Group,
     places: Places = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    learner: Learner = "",
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Remove some for good."""
     what = "all dead letters" if everything else ", ".join(places or [])
-    if not yes and (places or everything) and not typer.confirm(f"Remove {what} of {group} for good?", err=True):
-        raise LabkitError("nothing was removed")
-    count = _change(group, places, everything, "purge")
-    say_json({"purged": count}) if as_json else typer.echo(f"{count:,} removed.")
+    name, count = _change(group, learner, places, everything, "purge", "" if yes else f"Remove {what} of")
+    _say(name, {"purged": count}, f"{count:,} removed.", as_json)
 
 
-def _change(group: str, places: list[str] | None, everything: bool, verb: str) -> int:
+def _change(
+    group: str, learner: str, places: list[str] | None, everything: bool, verb: str, question: str = ""
+) -> tuple[Name, int]:
+    """Whose they were, and how many. Asks a question that ends with whose they are, if there is one, before."""
     if bool(places) == everything:
         raise LabkitError(f"name the records to {verb}, as `labkit dlq list` shows them, or say --all")
-    with _queues(group) as found:
+    with _queues(group, learner) as (name, found):
+        if question and not typer.confirm(f"{question} {name.told} for good?", err=True):
+            raise LabkitError("nothing was removed")
         known = {one: queue for queue in found for one in queue}
         full = [*known] if everything else [_resolved(one, known, "among the dead letters") for one in places or []]
         count = 0
         for queue in found:
             if mine := [one for one in full if known[one] is queue]:
                 count += queue.replay(*mine) if verb == "replay" else queue.purge(*mine)
-    return count
+    return name, count
 
 
 @contextmanager
-def _lanes(group: str) -> Iterator[list[BlockedLanes]]:
+def _lanes(group: str, learner: str) -> Iterator[tuple[Name, list[BlockedLanes]]]:
     from labkit.patterns.blocked_lanes import BlockedLanes
 
+    name, topics = _retried(group, learner)
     with ExitStack() as stack:
-        yield [stack.enter_context(BlockedLanes(one.topic, one.group)) for one in _retried(group)]
+        yield name, [stack.enter_context(BlockedLanes(topic, name.full)) for topic in topics]
 
 
 @contextmanager
-def _queues(group: str) -> Iterator[list[DeadLetters]]:
+def _queues(group: str, learner: str) -> Iterator[tuple[Name, list[DeadLetters]]]:
     from labkit.patterns.dead_letters import DeadLetters
 
+    name, topics = _retried(group, learner)
     with ExitStack() as stack:
-        yield [stack.enter_context(DeadLetters(one.topic, one.group)) for one in _retried(group)]
+        yield name, [stack.enter_context(DeadLetters(topic, name.full)) for topic in topics]
 
 
-def _retried(group: str) -> list[_Retried]:
-    """The topics that a group reads with retries. Raises LabkitError naming the groups that do."""
+def _retried(group: str, learner: str) -> tuple[Name, list[Topic[Any]]]:
+    """A group, and the topics that it reads with retries. Raises LabkitError naming the groups that do."""
     from labkit.kafka.topics import Topic
     from labkit.patterns.blocked_lanes import LANES
-    from labkit.patterns.trails import own_topic
+    from labkit.patterns.trails import digest, taken_apart
 
     with kafka() as connection:
-        there, groups = connection.cluster.topics(), connection.cluster.groups()
         cluster = connection.cluster
-        names = [name for name in there if name.endswith(f"_{LANES}")]
-        # A group whose consumers are all gone may be forgotten by Kafka; its topics are not.
-        told = {name.removesuffix(f"_{LANES}").rpartition("_")[2] for name in names}
-        found: list[_Retried] = []
-        for full in _meant(group, [*groups, *told]):
-            for source, count in there.items():
-                with suppress(LabkitError):  # its name is too long to have such topics
-                    if own_topic(source, full, LANES) in names:
-                        found.append(_Retried(Topic(cluster, source, count, dict), full))
-            if found:
-                return found
-    known = ", ".join(sorted({Name.parse(one).short for one in (name.full for name in newest(told))})) or "none"
-    raise LabkitError(f"there is no group {group!r} with retries; there are: {known}")
+        there, groups = cluster.topics(), cluster.groups()
+    retried: dict[str, list[Topic[Any]]] = defaultdict(list)  # by the group, or its digest, as names of topics have it
+    for one in there:
+        source, of = taken_apart(one)
+        if one.endswith(f"_{LANES}") and source in there:
+            retried[of].append(Topic(cluster, source, there[source], dict))
+    # A group whose consumers are all gone may be forgotten by Kafka; its topics are not.
+    names = {one for one in (*retried, *groups, group) if one in retried or digest(one) in retried}
+    name = resolve("group with retries", group, names, learner)
+    return name, [*retried[name.full], *retried[digest(name.full)]]
 
 
-def _meant(group: str, groups: list[str]) -> list[str]:
-    """The full names that may be meant: itself, or of several runs' the newest first."""
-    short = sorted({one for one in groups if Name.parse(one).short == group}, key=lambda one: Name.parse(one).run)
-    return [group, *reversed(short)]
+def _say(name: Name, told: dict[str, Any], said: str, as_json: bool) -> None:
+    """Answer, and say whose it was."""
+    say_json({**told, **name.whose}) if as_json else typer.echo(f"{name.told}\n{said}")
 
 
 def _resolved(place: str, known: dict[str, Any], where: str) -> str:

@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from labkit.cli.names import Learner, Name, hint_at_others, listed, resolve
 from labkit.cli.output import Json, say_json, say_table
 
 if TYPE_CHECKING:
     from labkit.runtime.connect import Connection
 
-_NAME = re.compile(r"labkit\.(?P<learner>[^.]+)\.(?P<notebook>[^.]+)\.(?P<run>[^.]+)\.(?P<short>.+)")
-
-
-@dataclass(frozen=True)
-class Name:
-    """A topic's or group's name, taken apart; for those no lab made, `short` is all of it."""
-
-    full: str
-    learner: str
-    notebook: str
-    run: str
-    short: str
-
-    @classmethod
-    def parse(cls, full: str) -> Name:
-        found = _NAME.fullmatch(full)
-        return cls(full, **found.groupdict()) if found else cls(full, "", "", "", full)
-
-
-def newest(names: Iterable[str]) -> list[Name]:
-    """Without what older runs of the same notebook left. Run ids sort by time."""
-    parsed = [Name.parse(name) for name in names]
-    latest: dict[tuple[str, str], str] = {}
-    for name in parsed:
-        place = (name.learner, name.notebook)
-        latest[place] = max(latest.get(place, ""), name.run)
-    return [name for name in parsed if name.run == latest[name.learner, name.notebook]]
-
-
-def resolve(wanted: str, names: Iterable[str]) -> str:
-    """The full name that is meant by a full or a short one: of several runs' the newest.
-
-    Raises LabkitError naming what there is.
-    """
-    from labkit.kafka.errors import LabkitError
-
-    names = list(names)
-    if wanted in names:
-        return wanted
-    found = [name for name in map(Name.parse, names) if name.short == wanted]
-    if found:
-        return max(found, key=lambda name: name.run).full
-    known = ", ".join(sorted({name.short for name in newest(names)})) or "none"
-    which = f"there is no {wanted!r}" if wanted else "name one"
-    raise LabkitError(f"{which}; there are: {known}")
-
 
 def topics(
+    learner: Learner = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="Older runs' and Kafka's own topics too, by full name.")
+        bool, typer.Option("--all", help="Everybody's, older runs' and Kafka's own topics too, by full name.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List topics with their number of records: those of each notebook's newest run."""
+    """List topics with their number of records: your newest run's of each notebook, and those that no lab made."""
     from labkit.kafka.lag import end_offsets, start_offsets
 
     with kafka() as connection:
         there = connection.cluster.topics()
-        shown = [Name.parse(name) for name in there] if everything else newest(n for n in there if n[0] != "_")
+        own = [] if everything else listed((name for name in there if name[0] != "_"), learner)
+        shown = [Name.parse(name) for name in there] if everything else own
         wanted = [name.full for name in shown]
         starts, ends = start_offsets(connection.cluster, wanted), end_offsets(connection.cluster, wanted)
     records = dict.fromkeys(wanted, 0)
@@ -85,8 +39,7 @@ def topics(
                 {
                     "topic": name.full,
                     "short": name.short,
-                    "notebook": name.notebook,
-                    "run": name.run,
+                    **name.whose,
                     "partitions": there[name.full],
                     "records": records[name.full],
                 }
@@ -103,12 +56,18 @@ def topics(
                 for name in shown
             ),
         )
+    if not everything:
+        hint_at_others(there, learner)
 
 
 def lag(
     group: Annotated[
         str, typer.Argument(help="A consumer group: its full name, or the deployment's. None: says which there are.")
     ] = "",
+    learner: Learner = "",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Without a group: everybody's and older runs' too, by full name.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say how many records a consumer group has still to finish, by partition."""
@@ -119,10 +78,13 @@ def lag(
     with kafka() as connection:
         groups = connection.cluster.groups()
         if not group:
-            names = sorted({name.short for name in newest(groups)})
+            names = sorted(groups if everything else {name.short for name in listed(groups, learner)})
             say_json(names) if as_json else typer.echo("\n".join(names) or "There is no consumer group.")
+            if not everything:
+                hint_at_others(groups, learner)
             return
-        full = resolve(group, groups)
+        name = resolve("group", group, groups, learner)
+        full = name.full
         committed = committed_offsets(connection.cluster, full)
         if not committed:
             raise LabkitError(
@@ -135,9 +97,9 @@ def lag(
             {"topic": topic, "partition": partition, "committed": committed.get((topic, partition)), "lag": count}
             for (topic, partition), count in sorted(lags.items())
         ]
-        say_json({"group": full, "lag": sum(lags.values()), "partitions": partitions})
+        say_json({"group": full, **name.whose, "lag": sum(lags.values()), "partitions": partitions})
     else:
-        typer.echo(f"{full}: {sum(lags.values()):,} records behind")
+        typer.echo(f"{name.told}: {sum(lags.values()):,} records behind")
         say_table(
             ("topic", "partition", "lag"),
             ((Name.parse(topic).short, partition, count) for (topic, partition), count in sorted(lags.items())),

@@ -21,7 +21,7 @@ import msgspec
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.patterns.trails import group_of
+from labkit.patterns.trails import taken_apart
 from labkit.runtime.home import state_dir
 
 LEARNER = "LABKIT_LEARNER"
@@ -45,9 +45,8 @@ class Run:
     """
 
     def __init__(self, notebook: str, cluster_id: str, private: bool = False) -> None:
-        learner = _learner()
         self.id = time.strftime("%y%m%d%H%M%S", time.gmtime()) + os.urandom(2).hex()
-        self.prefix = f"labkit.{learner}.{plain(notebook, 'notebook')}.{self.id}."
+        self.prefix = f"labkit.{learner()}.{plain(notebook, 'notebook')}.{self.id}."
         self._made = _Made(cluster_id, self.prefix, os.getpid(), time.time(), private=private)
         self._path = _folder() / f"{self.id}.json"
         self._ended = False
@@ -164,27 +163,30 @@ def plain(text: str, what: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
 
 
+def learner(name: str = "") -> str:
+    """The learner's part of names: of this name, else of LABKIT_LEARNER, else of the user's name.
+
+    It is never empty, whatever alphabet they write their name in.
+    """
+    try:
+        name = name or os.environ.get(LEARNER) or getpass.getuser()
+    except (KeyError, OSError):  # in a container a user may have no name
+        name = f"u{os.getuid()}"
+    return plain(name, "learner") or f"u{zlib.crc32(os.fsencode(name)):08x}"
+
+
 def prefix_of(name: str) -> str | None:
     """The prefix of the run that a topic or a group belongs to; None if no run made it.
 
     A topic that a run's group has beside somebody else's topic is the run's too.
     """
-    found = NAMESPACE.match(name) or NAMESPACE.match(group_of(name))
+    found = NAMESPACE.match(name) or NAMESPACE.match(taken_apart(name)[1])
     return found and found[0]
 
 
 def short_names(text: str) -> str:
     """A text in which what runs made goes by its short name."""
     return NAMESPACE.sub("", text)
-
-
-def _learner() -> str:
-    """The learner's part of a name; never empty, whatever alphabet they write their name in."""
-    try:
-        name = os.environ.get(LEARNER) or getpass.getuser()
-    except (KeyError, OSError):  # in a container a user may have no name
-        name = f"u{os.getuid()}"
-    return plain(name, "learner") or f"u{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _delete(cluster: Cluster, runs: Iterable[_Made]) -> set[str]:

@@ -18,7 +18,7 @@ HEADER = "retry"
 LONGEST_NAME = 249  # of a topic, says Kafka
 TIMES = 50  # of failed attempts that are kept: the newest
 ERROR = 500  # characters kept of an error
-OWN_TOPIC = re.compile(r".+_([A-Za-z0-9.-]+)_(?:replay|retry\d+-\d+m?s|dead-letters|lanes|skips)")
+OWN_TOPIC = re.compile(r"(.+)_([A-Za-z0-9.-]+)_(?:replay|retry\d+-\d+m?s|dead-letters|lanes|skips)")
 FUTURE = 1e12  # seconds since 1970: no time is later
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
@@ -82,10 +82,10 @@ def own_topic(topic: str, group: str, what: str) -> str:
     It begins with the topic's name, so that who clears away by prefix finds it. Raises LabkitError when it would be
     longer than Kafka allows.
     """
-    told = group if re.fullmatch(r"[A-Za-z0-9.-]+", group) else _digest(group)
+    told = group if re.fullmatch(r"[A-Za-z0-9.-]+", group) else digest(group)
     name = f"{topic}_{told}_{what}"
     if len(name) > LONGEST_NAME:
-        name = f"{topic}_{_digest(group)}_{what}"
+        name = f"{topic}_{digest(group)}_{what}"
     if len(name) > LONGEST_NAME:
         raise LabkitError(
             f"topic {topic} has a name too long for {what} topics of its consumers: at most "
@@ -94,13 +94,16 @@ def own_topic(topic: str, group: str, what: str) -> str:
     return name
 
 
-def group_of(name: str) -> str:
-    """The group whose own topic this is, as `own_topic` put it into the name; empty for any other topic."""
+def taken_apart(name: str) -> tuple[str, str]:
+    """The topic and the group whose own topic this is, as `own_topic` put them into the name.
+
+    The group may be there by its digest only. Two empty texts for any other topic.
+    """
     found = OWN_TOPIC.fullmatch(name)
-    return found[1] if found else ""
+    return (found[1], found[2]) if found else ("", "")
 
 
-def _digest(group: str) -> str:
+def digest(group: str) -> str:
     """A group whose name cannot be part of a topic's; no underscore, which separates the parts."""
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", group)[:24]
     return f"{readable}-{hashlib.sha256(group.encode()).hexdigest()[:12]}"

@@ -25,7 +25,7 @@ RUN = "labkit.ada.start-here.261124090000bbbb."
 
 
 def labkit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    environment = {**os.environ, "LABKIT_LEARNER": "ada", "COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(
         [*LABKIT, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
@@ -118,7 +118,9 @@ def test_topics_and_lag(cluster: Cluster) -> None:
         ("empty", 2, 0),
         ("orders", 2, 20),
     ]
-    assert said("lag", "shipping").startswith(f"{group}: 10 records behind\ntopic   partition  lag\norders")
+    assert said("lag", "shipping").startswith(
+        "shipping of ada, notebook start-here, run 261124090000bbbb: 10 records behind\ntopic   partition  lag\norders"
+    )
     assert "shipping" in said("lag").splitlines()
     assert "shipping" in answer("lag")
     told = answer("lag", "shipping")

@@ -288,15 +288,16 @@ def test_faults_that_are_not_loaded_say_so_and_those_that_are_over_count_no_more
     faults.close()
 
 
-def test_the_command_line_switches_them_too(connection: Connection) -> None:
-    run = f"labkit.test.faults.{os.getpid()}"
+def test_the_command_line_switches_them_too(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABKIT_LEARNER", "test")
+    run = f"labkit.test.faults-{os.getpid()}.261124090000aaaa"
     topic = store_topic(connection.cluster, 1, Misbehaviour, name=f"{run}.{TOPIC}")
     faults = ServiceFaults(topic)
     faults.wait_ready()
     command = CliRunner()
     done = command.invoke(app, ["fault", "payments", "--errors", "0.5", "--delay", "2"])
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[1].split() == ["payments", "50%", "503", "2", "s"]
+    assert done.output.splitlines()[-1].split() == ["payments", "50%", "503", "2", "s"]
     wait_until(lambda: faults.of("payments") == Misbehaviour(0.5, 503, 2.0), 5, "the fault")
     assert '"service": "payments"' in command.invoke(app, ["fault", "--json"]).output
     assert "All services behave." in command.invoke(app, ["fault", "payments", "--clear"]).output

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.cli.topics import Name, newest, resolve
+from labkit.cli.names import Name, newest, resolve
 from labkit.kafka.errors import LabkitError
 
 LABKIT = [sys.executable, "-c", "from labkit.cli.main import app; app()"]
@@ -82,6 +82,12 @@ def test_unknown_part_of_the_tests_is_named() -> None:
 # -- names of topics and groups
 
 OLD, NEW = "labkit.ada.start-here.261123090000aaaa.", "labkit.ada.start-here.261124090000bbbb."
+BOBS = "labkit.bob.start-here.261125090000cccc."
+
+
+@pytest.fixture
+def _i_am_ada(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABKIT_LEARNER", "Ada")
 
 
 def test_a_name_is_taken_apart() -> None:
@@ -89,18 +95,31 @@ def test_a_name_is_taken_apart() -> None:
         f"{NEW}orders.retry.5", "ada", "start-here", "261124090000bbbb", "orders.retry.5"
     )
     assert Name.parse("somebody.elses").short == "somebody.elses"
+    beside = Name.parse(f"orders_{NEW}shop_lanes")
+    assert (beside.learner, beside.short) == ("ada", "orders_shop_lanes"), "of ada's group, beside a topic of others"
 
 
-def test_a_short_name_is_the_newest_runs() -> None:
-    names = [f"{NEW}orders", f"{OLD}orders", f"{OLD}gone"]
-    assert resolve("orders", names) == f"{NEW}orders"
-    assert resolve(f"{OLD}orders", names) == f"{OLD}orders"
-    assert resolve("gone", names) == f"{OLD}gone"
+@pytest.mark.usefixtures("_i_am_ada")
+def test_a_short_name_is_the_newest_of_ones_own_runs() -> None:
+    names = [f"{NEW}orders", f"{OLD}orders", f"{OLD}gone", f"{BOBS}orders", f"{BOBS}bills", "bills", "stock"]
+    for wanted, meant in (("orders", f"{NEW}orders"), ("gone", f"{OLD}gone"), ("bills", "bills"), ("stock", "stock")):
+        assert resolve("topic", wanted, names).full == meant
+    for full in names:
+        assert resolve("topic", full, names).full == full, "a full name is anybody's"
+    for wanted, meant in (("orders", f"{BOBS}orders"), ("bills", f"{BOBS}bills"), ("stock", "stock")):
+        assert resolve("topic", wanted, names, "Bob").full == meant
 
 
-def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(LabkitError, match=r"no 'oders'; there are: orders, other"):
-        resolve("oders", [f"{NEW}orders", "other"])
+@pytest.mark.usefixtures("_i_am_ada")
+def test_a_name_that_means_nothing_of_ones_own_says_what_there_is() -> None:
+    with pytest.raises(LabkitError, match=r"there is no topic called 'oders'; there are: orders, other$"):
+        resolve("topic", "oders", [f"{NEW}orders", f"{BOBS}bills", "other"])
+    with pytest.raises(LabkitError, match=r"ada has no topic called 'bills'; bob has one: add --learner bob$"):
+        resolve("topic", "bills", [f"{NEW}orders", f"{BOBS}bills"])
+    with pytest.raises(
+        LabkitError, match=r"eve has no topic called 'orders'; ada and bob have one: add --learner ada$"
+    ):
+        resolve("topic", "orders", [f"{NEW}orders", f"{BOBS}orders"], "eve")
 
 
 def test_newest_leaves_out_older_runs_of_the_same_notebook() -> None:

@@ -20,7 +20,7 @@ from labkit.patterns.retries import (
     exponential,
     retry_topics,
 )
-from labkit.patterns.trails import Trail, group_of, own_topic, parse
+from labkit.patterns.trails import Trail, own_topic, parse, taken_apart
 
 TOPIC = Topic(Cluster("127.0.0.1:1"), "shop.orders", 3, int)
 
@@ -105,9 +105,9 @@ def test_no_two_groups_or_topics_share_a_name() -> None:
 def test_a_topic_of_a_group_tells_whose_it_is() -> None:
     _, *own = RetryingConsumer(TOPIC, print, "labkit.ada.bills", retry=retry_topics(0.1, 10)).sources
     own += [make(TOPIC, "labkit.ada.bills") for make in (dead_letters_topic, lanes_topic, skips_topic)]
-    assert [group_of(topic.name) for topic in own] == ["labkit.ada.bills"] * 6
+    assert [taken_apart(topic.name) for topic in own] == [("shop.orders", "labkit.ada.bills")] * 6
     for other in ("shop.orders", "labkit.ada.bills_lanes", "a_labkit.ada.bills", "a_labkit.ada.bills_lanes_v2"):
-        assert group_of(other) == ""
+        assert taken_apart(other) == ("", "")
 
 
 def test_each_topic_may_have_a_policy_of_its_own() -> None:
