@@ -6,8 +6,11 @@ CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3
 FITS := import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))
 VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
 
-# Two at once, each with a broker of its own: most of a test is waiting for sessions, back-offs and processes.
-PYTEST := .venv/bin/python -m pytest -n 2 --dist loadgroup --durations=10 --durations-min=5
+# Two at once, each with a broker of its own: most of a test is waiting for sessions, back-offs and processes. A file
+# stays in one process, with what its tests share and the order of a notebook's cells.
+PYTEST := .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5
+# What takes longest first: a worker with one long file left would keep the other one waiting.
+TESTS := tests/browser tests/notebooks tests/kafka tests/unit
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=60
 
 .PHONY: help lab test test-long bench soak notebooks lint lock environment clean
@@ -27,10 +30,10 @@ lab: environment
 	@exec .venv/bin/labkit lab
 
 test: lint
-	@exec $(PYTEST) $(NBVAL) tests notebooks $(ARGS)
+	@exec $(PYTEST) $(NBVAL) notebooks $(TESTS) $(ARGS)
 
 test-long: environment
-	@exec $(PYTEST) -m long tests $(ARGS)
+	@exec $(PYTEST) -m long $(TESTS) $(ARGS)
 
 bench: environment
 	@exec .venv/bin/python tests/benchmarks $(ARGS)

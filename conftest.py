@@ -47,18 +47,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ.pop("LABKIT_PACE", None)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the cells of a notebook in one process, and have each exercise run a second time, solved."""
+    """Have each exercise of a notebook run a second time, solved."""
     for number, item in reversed(list(enumerate(items))):
         if item.path.suffix == ".ipynb":
             solutions = item.path.parent / "solutions" / f"{item.path.stem}.py"
             filled = read_solutions(solutions).get(item.cell.id) if solutions.exists() else None
             if filled is not None:
                 items.insert(number + 1, solved(item, filled))
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def solved(exercise: pytest.Item, solution: str) -> pytest.Item:

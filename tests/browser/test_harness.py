@@ -12,6 +12,7 @@ from PIL import Image
 
 from labkit.cli.jupyter import Jupyter
 
+pytestmark = pytest.mark.long
 SETUP = """\
 import io
 import ipywidgets

@@ -12,7 +12,7 @@ from benchmarks.command import BENCHMARKS
 
 from labkit.runtime.home import STATE
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("benchmarks")]
+pytestmark = pytest.mark.long
 WAITS = waiting.WAITS[:100]
 
 

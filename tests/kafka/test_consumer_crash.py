@@ -14,8 +14,6 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 
-pytestmark = pytest.mark.xdist_group("consumer_crash")  # all crashes are made at once
-
 
 @dataclass(frozen=True)
 class Crash:

@@ -21,7 +21,6 @@ from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
 from labkit.patterns.trails import HEADER, parse
 
-pytestmark = pytest.mark.xdist_group("retries_crash")  # all crashes are made at once
 STEPS = [Step.FAILED, Step.RECOVERED, Step.COMMITTING, Step.FLUSHED, Step.COMMITTED]
 DELAY = 0.5
 RECORDS = 5

@@ -109,7 +109,10 @@ def test_an_environment_that_is_up_to_date_is_left_alone(clone: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "program", "ran"),
-    [("lab", "labkit", "labkit lab\n"), ("test-long", "python", "-m long tests\n")],
+    [
+        ("lab", "labkit", "labkit lab\n"),
+        ("test-long", "python", "tests/kafka tests/unit\n"),
+    ],
     ids=["lab", "test-long"],
 )
 def test_what_fails_fails_make(clone: Path, target: str, program: str, ran: str) -> None:
