@@ -25,7 +25,7 @@ FLAGS = (
 WINDOW = {"width": 1280, "height": 1000}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JupyterLab's folder: a copy of notebooks/, to which a test may add its own."""
     folder = tmp_path_factory.mktemp("lab") / "notebooks"
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def jupyter(root: Path, state_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jupyter]:
     """The JupyterLab that `make lab` starts, with the application in reach of the tests."""
     own = tmp_path_factory.mktemp("jupyter")
@@ -51,7 +51,7 @@ def jupyter(root: Path, state_dir: Path, tmp_path_factory: pytest.TempPathFactor
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Chromium as it is installed here. Without one tests are skipped; in CI that is a failure."""
     path = find_chromium()
@@ -71,4 +71,6 @@ def notebook(chromium: Browser, jupyter: Jupyter) -> Iterator[NotebookPage]:
     with chromium.new_context(viewport=WINDOW) as context:
         page = context.new_page()
         page.set_default_timeout(30_000)
-        yield NotebookPage(page)
+        opened = NotebookPage(page)
+        yield opened
+        opened.close()

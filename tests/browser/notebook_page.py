@@ -57,6 +57,10 @@ class NotebookPage:
         self.page.goto(f"{link}&reset")  # without the notebooks that were open the last time
         self._wait_for(lambda: self.page.evaluate(_READY, path), timeout, f"{path} with a kernel that is ready")
 
+    def close(self) -> None:
+        """End the notebook's kernel, and so its lab: it would take its share of the machine from every later test."""
+        self.page.evaluate("() => window.jupyterapp && window.jupyterapp.serviceManager.sessions.shutdownAll()")
+
     def run_all(self, timeout: float = 120) -> None:
         """Run all cells, to the end of the last one. A cell that raises fails the test with its traceback."""
         self.start_all()
