@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import nbformat
+import pytest
 from notebook_page import NotebookPage
 from PIL import Image
 
@@ -43,6 +44,7 @@ def test_00_a_crash_by_button_is_seen_and_the_verdict_is_valid(
     notebook.screenshot("00_end", tmp_path)
 
 
+@pytest.mark.long
 def test_01_the_boards_are_drawn_and_a_writer_is_crashed_by_button(
     notebook: NotebookPage, jupyter: Jupyter, root: Path, tmp_path: Path
 ) -> None:

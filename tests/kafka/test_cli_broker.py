@@ -98,6 +98,7 @@ def test_up_status_down(own_state: Path) -> None:
     assert {path.name for path in own_state.iterdir()} == {"broker.lock"}
 
 
+@pytest.mark.long
 def test_topics_and_lag(cluster: Cluster) -> None:
     topic, empty = (Topic(cluster, f"{RUN}{name}", 2, dict[str, int]) for name in ("orders", "empty"))
     for one in (topic, empty):

@@ -122,6 +122,7 @@ def test_a_stop_without_a_broker_is_bounded(cluster: Cluster, sending: bool) -> 
         assert [record.value for record in member.journal.of(Step.HANDLED)] == list(range(start, 5))
 
 
+@pytest.mark.long
 def test_offsets_can_be_asked_for_while_the_broker_goes_and_comes(cluster: Cluster) -> None:
     """Questions are repeated until a killed broker is back; librdkafka's admin client must not be the one who asks for
     offsets: it ends the whole process when a coordinator that is starting answers."""

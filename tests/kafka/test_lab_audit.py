@@ -65,6 +65,7 @@ def test_all_is_well(lab: Lab) -> None:
     assert repr(lab.settle()) == "settled: no lag, nothing waits"
 
 
+@pytest.mark.long
 def test_a_load_cell_that_runs_again_sends_the_same_orders_again(lab: Lab) -> None:
     shop = Shop(lab)
     board = lab.board(lag=shop.pods, completed=shop.shipped)
@@ -81,6 +82,7 @@ def test_a_load_cell_that_runs_again_sends_the_same_orders_again(lab: Lab) -> No
     assert [row.now for row in board.table().itertuples() if row.metric == "sent"] == [200]
 
 
+@pytest.mark.long
 def test_orders_of_another_load_are_no_surprise(lab: Lab) -> None:
     shop = Shop(lab)
     lab.load(shop.orders, orders(100), rate=400).wait()
@@ -90,6 +92,7 @@ def test_orders_of_another_load_are_no_surprise(lab: Lab) -> None:
     assert len(audit.resent) == 20
 
 
+@pytest.mark.long
 def test_a_crash_loses_nothing_and_every_extra_has_its_fault(lab: Lab) -> None:
     shop = Shop(lab, 2, takes=0.01)
     load = lab.load(shop.orders, orders(400), rate=150)
@@ -164,6 +167,7 @@ def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
     assert lab.verdict(load, shop.shipped).check().startswith("5 sent · 5 done")
 
 
+@pytest.mark.long
 def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     shop = Shop(lab, takes=60)
     load = lab.load(shop.orders, orders(4), rate=1000)
@@ -183,6 +187,7 @@ def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.Captur
         lab.logs("shop1")
 
 
+@pytest.mark.long
 def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -284,6 +289,7 @@ def test_a_broker_that_refuses_is_an_error_of_the_load(lab: Lab) -> None:
     assert fine.count == 300
 
 
+@pytest.mark.long
 def test_a_load_that_failed_is_made_good_by_running_its_cell_again(lab: Lab) -> None:
     shop = Shop(lab)
 
@@ -298,6 +304,7 @@ def test_a_load_that_failed_is_made_good_by_running_its_cell_again(lab: Lab) -> 
     assert audit.check().startswith("5 sent · 5 done · lost 0")
 
 
+@pytest.mark.long
 def test_a_load_cell_that_runs_again_is_valid_and_says_resent(lab: Lab) -> None:
     shop = Shop(lab)
     for _ in range(2):
@@ -320,6 +327,7 @@ def test_values_without_the_id_are_named(lab: Lab) -> None:
         lab.audit(load, shop.shipped, by="customer")
 
 
+@pytest.mark.long
 def test_a_tombstone_is_no_effect(lab: Lab) -> None:
     shop = Shop(lab)
     lab.board(lag=shop.pods, completed=shop.shipped).close()
@@ -375,6 +383,7 @@ def test_a_topic_of_the_lab_knows_its_short_name(lab: Lab) -> None:
     assert topic.name in lab.cluster.topics()
 
 
+@pytest.mark.long
 def test_a_verdict_says_what_of_other_loads_it_does_not_look_at(lab: Lab) -> None:
     """As when a cell with new orders was run twice, and its name stands for the second lot."""
     shop = Shop(lab)
@@ -386,6 +395,7 @@ def test_a_verdict_says_what_of_other_loads_it_does_not_look_at(lab: Lab) -> Non
     assert lab.verdict([first, second], shop.shipped).check().startswith("50 sent · 50 done · lost 0")
 
 
+@pytest.mark.long
 def test_what_earlier_loads_sent_is_known_though_a_cell_made_its_type_anew(lab: Lab) -> None:
     """A class in a cell that runs again is another class, and the topic the same."""
     shop = Shop(lab)
@@ -400,6 +410,7 @@ def test_what_earlier_loads_sent_is_known_though_a_cell_made_its_type_anew(lab: 
     assert found.check().startswith("30 sent · 30 done · 20 of other loads not looked at · lost 0")
 
 
+@pytest.mark.long
 def test_what_pods_handle_again_is_counted(lab: Lab) -> None:
     source = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(source, lambda record: None, commit_interval=60))

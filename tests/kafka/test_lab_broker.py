@@ -190,7 +190,8 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
 
-@pytest.mark.parametrize("fault", ["kill", pytest.param("freeze", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
 def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None:
     lab = Lab("fragile", cluster="private")
     Shop(lab)

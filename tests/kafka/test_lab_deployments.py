@@ -64,6 +64,7 @@ def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     lab.wait_ready(shop)
 
 
+@pytest.mark.long
 def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     topic = lab.topic("orders", 2, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
@@ -83,6 +84,7 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     assert [fault.kind for fault in ordered(lab)] == ["crash"]
 
 
+@pytest.mark.long
 def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labkit.lab.deployment.STABLE", 1000.0)  # however long a start takes here, it is no recovery
     topic = lab.topic("orders", 1, Order)
@@ -142,6 +144,7 @@ def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
     assert kinds == [("freeze", False), ("slow", False), ("drain", False)]
 
 
+@pytest.mark.long
 def test_a_slow_pod_with_a_batch_in_hand_drains_at_once(lab: Lab) -> None:
     """Its hundred records would be held up for a minute and more, and it would be killed for not draining."""
     topic = lab.topic("orders", 1, Order)
@@ -155,6 +158,7 @@ def test_a_slow_pod_with_a_batch_in_hand_drains_at_once(lab: Lab) -> None:
     assert lab.settle(30)
 
 
+@pytest.mark.long
 def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> None:
     source, target = lab.topic("orders", 4, Order), lab.topic("shipped", 4, Shipped)
 
@@ -249,6 +253,7 @@ def test_one_that_cannot_be_deployed_leaves_what_ran(lab: Lab) -> None:
     assert shop.ready()
 
 
+@pytest.mark.long
 def test_a_replacement_that_was_interrupted_is_made_good_by_the_next(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cell was stopped while the one before was leaving: it has left, and nothing is in its place."""
     topic = lab.topic("orders", 1, Order)
@@ -350,6 +355,7 @@ def test_a_poison_record_is_shown_with_its_place(lab: Lab) -> None:
     assert said(shop, "orders/0/0 does not decode", "shop-0")
 
 
+@pytest.mark.long
 def test_a_topic_deleted_under_a_deployment_is_named(lab: Lab) -> None:
     topic = lab.topic("orders", 2, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None))
@@ -423,6 +429,7 @@ def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.Monke
     wait_until(lambda: not lab._history.standing(), 5, "the end of every fault")
 
 
+@pytest.mark.long
 def test_a_drain_that_ends_in_a_kill_is_over(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labkit.lab.deployment.GRACE", 0.5)
     topic = lab.topic("orders", 1, Order)
@@ -489,6 +496,7 @@ def test_a_handler_cannot_read_the_pods_orders(lab: Lab) -> None:
     assert lab.settle(10)
 
 
+@pytest.mark.long
 def test_what_a_handler_leaves_behind_does_not_hold_up_a_restart(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
 
@@ -507,6 +515,7 @@ def test_what_a_handler_leaves_behind_does_not_hold_up_a_restart(lab: Lab) -> No
             os.kill(int(line.text[8:-1]), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_what_a_drain_leaves_half_done_is_explained(lab: Lab, tmp_path: Path) -> None:
     """The same pod does it again, long after the drain began."""
     source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)

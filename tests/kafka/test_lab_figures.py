@@ -24,6 +24,7 @@ def lab(connection: Connection) -> Iterator[Lab]:
         yield lab
 
 
+@pytest.mark.long
 def test_of_several_groups_on_a_topic_each_has_its_lag_and_the_topic_that_of_the_last(lab: Lab) -> None:
     """As when several views are made of one topic."""
     topic = lab.topic("orders", 1, Order)
@@ -67,6 +68,7 @@ def test_values_without_the_id_are_told_and_hide_nothing_else(lab: Lab) -> None:
     wait_until(lambda: "no field" not in lab._status([]), 20, "nothing to complain of")
 
 
+@pytest.mark.long
 def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the picture would stand still for ten seconds for each group, in the middle of what it should show."""
     seen: list[str] = []

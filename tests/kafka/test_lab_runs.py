@@ -61,6 +61,7 @@ def record(lab: Lab, state_dir: Path) -> Path:
     return state_dir / "runs" / f"{lab.run.id}.json"
 
 
+@pytest.mark.long
 def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> None:
     topic = lab.topic("orders", 2, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=3)
@@ -98,6 +99,7 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
         shop.scale(3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [Deployment.scale_down, Deployment.drain, runs.Run.end])
 def test_an_interrupted_close_is_finished_by_the_next(
     lab: Lab,
@@ -143,6 +145,7 @@ def test_at_exit_every_lab_is_closed_though_one_fails(lab: Lab, monkeypatch: pyt
         assert [one._closed for one in (lab, first, last)] == [True, False, True]
 
 
+@pytest.mark.long
 def test_closing_while_a_deployment_is_replaced_leaves_no_pod(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     lab.load(topic, orders(1)).wait()
@@ -193,6 +196,7 @@ def test_a_lab_of_the_same_name_closes_the_one_before(lab: Lab, cluster: Cluster
             after.topic("orders")
 
 
+@pytest.mark.long
 def test_a_lab_nobody_holds_goes_on(connection: Connection) -> None:
     """Its pods work, so it is no garbage. The next of its name ends it."""
     shop = Lab("forgotten").deploy("shop", Consumer(_somewhere(connection.cluster), lambda record: None))
@@ -220,6 +224,7 @@ def test_a_lab_that_cannot_be_made(connection: Connection, monkeypatch: pytest.M
         Lab("runs")
 
 
+@pytest.mark.long
 def test_what_a_killed_notebook_left_is_collected(cluster: Cluster, lab: Lab, state_dir: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", NOTEBOOK], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout

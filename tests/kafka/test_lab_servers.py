@@ -75,6 +75,7 @@ def test_postgres_killed_keeps_what_it_confirmed(lab: Lab) -> None:
     assert [action.label for action in database.actions()] == ["Kill PostgreSQL", "Restart PostgreSQL"]
 
 
+@pytest.mark.long
 def test_settle_answers_at_once_while_work_waits_for_a_database_that_is_down(lab: Lab) -> None:
     """Waiting would keep the button that starts it from working."""
     database, topic = lab.postgres(), lab.topic("orders", 1, int)
@@ -97,6 +98,7 @@ def test_settle_answers_at_once_while_work_waits_for_a_database_that_is_down(lab
     assert lab.settle(30)
 
 
+@pytest.mark.long
 def test_settle_waits_while_a_service_refuses_only_some(lab: Lab) -> None:
     """Another attempt may get through, so the fault need not be ended first."""
     topic, tries = lab.topic("payments", 1, int), [0]
@@ -123,6 +125,7 @@ def test_settle_waits_while_a_service_refuses_only_some(lab: Lab) -> None:
     assert repr(till) == "Faults of till: none"
 
 
+@pytest.mark.long
 def test_postgres_cannot_be_frozen(lab: Lab) -> None:
     with pytest.raises(LabkitError, match="each of its connections is a process"):
         lab.postgres().freeze()
@@ -208,6 +211,7 @@ def get(url: str) -> object:
         return json.load(answer)
 
 
+@pytest.mark.long
 def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> None:
     service = Shop(lab.port("shop"))
     assert lab.port("shop") == service.port != lab.port("another")
@@ -287,6 +291,7 @@ class Meter:
         stop.wait()
 
 
+@pytest.mark.long
 def test_what_pods_measure_and_what_is_watched_is_in_the_history(lab: Lab) -> None:
     meters = lab.deploy("meters", Meter(), replicas=2)
     lab.watch("entries", "store", lambda: 42.0)
@@ -305,6 +310,7 @@ def test_a_watch_that_raises_is_told_and_hides_nothing_else(lab: Lab) -> None:
     lab.watch("broken", "thing", lambda: 0.0)
 
 
+@pytest.mark.long
 def test_a_board_of_two_deployments_breaks_either(lab: Lab) -> None:
     first, second = lab.deploy("first", Meter()), lab.deploy("second", Meter(), replicas=2)
     wait_ready(first)

@@ -131,6 +131,7 @@ def test_through_a_freeze_and_a_takeover(lab: Lab, shop: Shop) -> None:
     assert "until" in after["detail"][3]
 
 
+@pytest.mark.long
 def test_through_a_back_off(lab: Lab, tmp_path: Path) -> None:
     source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
     tries = tmp_path / "tries"
@@ -163,6 +164,7 @@ def test_through_a_back_off(lab: Lab, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_handler_that_sends_nothing_in_key_order(lab: Lab) -> None:
     """Then only the pods know; and what is handled out of the order of offsets is told all the same."""
     source = lab.topic("orders", 2, Order)
@@ -180,6 +182,7 @@ def test_a_handler_that_sends_nothing_in_key_order(lab: Lab) -> None:
         assert table["pod"][1] == table["pod"][2] != ""
 
 
+@pytest.mark.long
 def test_two_deployments_handle_a_record_each_once(lab: Lab) -> None:
     source = lab.topic("orders", 1, Order)
     for name in ("shop", "mailer"):
@@ -209,6 +212,7 @@ def test_an_id_that_was_never_sent(lab: Lab) -> None:
     assert list(lab.trace("nobody", by="customer")["event"]) == ["produced"]
 
 
+@pytest.mark.long
 def test_the_log_tells_of_faults_and_of_the_lives_of_pods(lab: Lab) -> None:
     shop = lab.deploy("shop", Consumer(lab.topic("orders", 2, Order), lambda record: print(record.offset)), replicas=2)
     wait_until(lambda: said(shop, "got orders/", "shop-0") and said(shop, "got orders/", "shop-1"), 20, "partitions")

@@ -71,6 +71,7 @@ def test_restarted_in_good_order_or_from_frozen_it_keeps_port_and_data(broker: P
         assert [record.value for record in reader.rest()] == [1, 2]
 
 
+@pytest.mark.long
 def test_a_death_that_nobody_ordered_is_seen(broker: PrivateBroker) -> None:
     os.kill(broker.pid, signal.SIGKILL)
     wait_until(lambda: broker.state is ServerState.DOWN)

@@ -70,6 +70,7 @@ def test_the_buttons_of_what_is_blocked(lab: Lab) -> None:
     assert len(list(desk.lanes.skipped())) == 4
 
 
+@pytest.mark.long
 def test_the_buttons_of_dead_letters(lab: Lab) -> None:
     desk, source = failing(lab, dead_letter())
     lab.load(source, orders(4, first=5), rate=1000).wait()
@@ -95,6 +96,7 @@ def test_the_buttons_of_dead_letters(lab: Lab) -> None:
     assert len(desk.table()) == 3
 
 
+@pytest.mark.long
 def test_a_desk_says_in_one_line_what_is_on_it(connection: Connection) -> None:
     with Lab("desk") as lab:
         orders = lab.topic("orders", 1, Order)

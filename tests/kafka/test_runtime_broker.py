@@ -142,6 +142,7 @@ def needs_aot(kafka: Kafka) -> None:
         pytest.skip(f"Java {kafka.java.version} has no AOT cache")
 
 
+@pytest.mark.long
 def test_aot_cache_is_accepted(tmp_path: Path) -> None:
     kafka = prepare()
     needs_aot(kafka)
@@ -201,6 +202,7 @@ def test_broker_starts_when_no_aot_cache_can_be_built(
 # --- Ports ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_taken_port_is_noticed(tmp_path: Path) -> None:
     kafka = prepare()
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -238,6 +240,7 @@ def test_two_processes_that_start_at_once_share_one(user: Callable[[], subproces
     assert status().users == 2
 
 
+@pytest.mark.long
 def test_a_user_who_returns_at_once_finds_the_same_broker(own_state: Path) -> None:
     with shared.shared_broker() as lease:
         before, pid = lease.cluster_id, status().pid
@@ -344,6 +347,7 @@ def test_pinned_data_survives_a_killed_supervisor(own_state: Path) -> None:
         assert status().pinned
 
 
+@pytest.mark.long
 def test_stop_removes_pinned_data_of_a_broker_that_no_longer_runs(own_state: Path) -> None:
     with shared.shared_broker() as lease:
         lease.pin()
@@ -452,6 +456,7 @@ def leave_state(folder: Path, supervisor: int, pid: int) -> Path:
     return data
 
 
+@pytest.mark.long
 def test_state_of_the_dead_is_swept(own_state: Path) -> None:
     with Child(["true"]) as child:
         child.wait(5)
@@ -462,6 +467,7 @@ def test_state_of_the_dead_is_swept(own_state: Path) -> None:
         assert not data.exists()
 
 
+@pytest.mark.long
 def test_strangers_with_a_dead_brokers_pid_are_left_alone(own_state: Path) -> None:
     with Child(["sleep", "600"]) as stranger:
         leave_state(own_state, stranger.pid, stranger.pid)
@@ -469,6 +475,7 @@ def test_strangers_with_a_dead_brokers_pid_are_left_alone(own_state: Path) -> No
             assert stranger.poll() is None
 
 
+@pytest.mark.long
 def test_leftovers_of_a_dead_supervisor_are_ended(own_state: Path) -> None:
     """What the kernel does on Linux, and the next start elsewhere."""
     data = own_state / "broker-0123"
@@ -488,6 +495,7 @@ def test_running_finds_and_never_starts(own_state: Path) -> None:
             assert (found.origin, found.cluster_id) == ("embedded", lease.cluster_id)
 
 
+@pytest.mark.long
 def test_broken_state_file_is_replaced(own_state: Path) -> None:
     own_state.mkdir()
     for text in ("", "[]", "{}", '{"folder": 1}', '{"port'):

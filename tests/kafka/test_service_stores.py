@@ -179,6 +179,7 @@ def test_clocks_go_forward_in_both_stores(platform: Platform) -> None:
     assert "America/Phoenix" not in changed
 
 
+@pytest.mark.long
 def test_each_survives_kill_9_and_what_happened_meanwhile(platform: Platform) -> None:
     platform.begin()
     platform.change("SS", "PUT")

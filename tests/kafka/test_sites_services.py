@@ -297,6 +297,7 @@ def test_every_change_that_kafka_refuses_is_told_to_who_asked_for_it(cluster: Cl
     assert site_id(100) in told(topic)
 
 
+@pytest.mark.long
 def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sooner than clients give up."""
     assert CONFIRM < clients.PATIENCE

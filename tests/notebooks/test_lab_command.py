@@ -87,6 +87,7 @@ def test_comes_up_and_ends_cleanly(
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.long
 def test_kill_9_leaves_nothing(lab: subprocess.Popen[str], tmp_path: Path) -> None:
     said, _ = read_address(lab)
     psutil.Process(lab.pid).kill()

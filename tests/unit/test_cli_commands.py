@@ -42,7 +42,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("lab", "doctor", "up", "down", "status", "topics", "lag", "test", "notebooks"):
+    for command in ("lab", "doctor", "up", "down", "status", "topics", "lag", "blocked", "fault"):
         assert labkit(command, "--help").returncode == 0, command
 
 
@@ -71,12 +71,6 @@ def test_a_state_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "LABKIT_STATE" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_unknown_part_of_the_tests_is_named() -> None:
-    done = labkit("test", "unti")
-    assert done.returncode == 1
-    assert done.stderr == "labkit: there is no part unti; there are: lint, unit, kafka, notebooks, browser\n"
 
 
 # -- names of topics and groups

@@ -105,6 +105,7 @@ def test_jars_that_were_not_fetched_are_no_problem(monkeypatch: pytest.MonkeyPat
     assert found == ["note", "note"]
 
 
+@pytest.mark.long
 def test_unreachable_cluster_is_a_problem_naming_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
     (finding,) = doctor.examine({"Kafka": doctor.kafka})

@@ -71,6 +71,7 @@ def test_a_work_that_is_a_file_is_named(tmp_path: Path) -> None:
         lab.prepare_work(tmp_path)
 
 
+@pytest.mark.long
 def test_jupyter_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
     with (
         Jupyter(tmp_path, tmp_path / "log", extra=["--ServerApp.port_retries=wrong"]) as jupyter,
