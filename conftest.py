@@ -23,12 +23,15 @@ state = pytest.StashKey[Path]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what this process and its children do in a state folder of their own. The cache stays the user's."""
-    if composed():
-        pytest.exit("the broker of docker-compose.yml runs, and tests would use it: `docker compose stop` first", 1)
     for name in OUTSIDE:
         os.environ.pop(name, None)
     folder = config.stash[state] = Path(tempfile.mkdtemp(prefix="labkit-test-"))
     os.environ |= {"LABKIT_STATE": str(folder), "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and composed():
+        pytest.exit("the broker of docker-compose.yml runs, and tests would use it: `docker compose stop` first", 1)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -62,6 +65,6 @@ def solved(exercise: pytest.Item, solution: str) -> pytest.Item:
     *steps, last = ast.parse(solution).body  # the last one is `exercise(…)`, which is true once all is right
     lines = [*map(ast.unparse, steps), f"_solved = {ast.unparse(last)}", "assert _solved, _solved"]
     cell = exercise.cell.copy()
-    cell.source = "\n".join(lines)
+    cell.source, cell.outputs = "\n".join(lines), []
     options = {"cell_num": exercise.cell_num, "cell": cell, "options": exercise.options}
     return type(exercise).from_parent(exercise.parent, name=f"{exercise.name} solved", **options)

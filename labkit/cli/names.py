@@ -71,19 +71,21 @@ def resolve(what: str, wanted: str, names: Iterable[str], learner: str = "") -> 
     from labkit.kafka.errors import LabkitError
     from labkit.lab import runs
 
-    whose, parsed = runs.learner(learner), [Name.parse(name) for name in names]
+    whose, names = runs.learner(learner), list(names)
+    parsed = [Name.parse(name) for name in names]
     full = [name for name in parsed if name.full == wanted]
     short = [name for name in parsed if name.short == wanted]
     own = [name for name in short if name.learner == whose]
-    # Only who names a learner does not mean a name that no lab made.
-    if found := (own or full) if learner else (full or own):
+    # A short name means a learner's own, though somebody else's full name may be the same.
+    if found := own or [name for name in full if not learner or name.learner == whose]:
         return max(found, key=lambda name: name.run)
-    if others := sorted({name.learner for name in short}):
+    if others := sorted({name.learner for name in short} - {""}):
         raise LabkitError(
             f"{whose} has no {what} called {wanted!r}; {' and '.join(others)} {'has' if len(others) == 1 else 'have'} "
             f"one: add --learner {others[0]}"
         )
-    known = ", ".join(sorted({name.short for name in listed((name.full for name in parsed), learner)})) or "none"
+    there = [name for name in newest(names) if name.learner == whose or not (learner or name.learner)]
+    known = ", ".join(sorted({name.short for name in there})) or "none"
     raise LabkitError(f"{f'there is no {what} called {wanted!r}' if wanted else 'name one'}; there are: {known}")
 
 
@@ -93,5 +95,5 @@ def hint_at_others(names: Iterable[str], learner: str = "") -> None:
 
     whose, there = runs.learner(learner), sorted({Name.parse(name).learner for name in names} - {""})
     if there and whose not in there:
-        said = f"Nothing here is of {whose}. There is something of {', '.join(there)}: --learner shows it."
+        said = f"{whose} has nothing here. There is something of {', '.join(there)}: add --learner {there[0]}."
         typer.echo(said, err=True)

@@ -28,9 +28,9 @@ _COMMON = {
     "reconnect.backoff.ms": 20,
     "reconnect.backoff.max.ms": 200,
     "log_level": 0,  # librdkafka prints to stderr; what matters comes back as an error
-    # A producer goes on asking for its topics. A broker may make what it is asked for, also what was just deleted.
-    "allow.auto.create.topics": False,
 }
+# A producer goes on asking for its topics. A broker may make what it is asked for, also what was just deleted.
+_NOTHING_MADE_BY_ASKING = {"allow.auto.create.topics": False}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cluster:
 
     def config(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Client properties: how to reach the cluster, with `own` on top."""
-        return {"bootstrap.servers": self.bootstrap, **_COMMON, **dict(self.security), **own}
+        return {"bootstrap.servers": self.bootstrap, **_COMMON, **dict(self.security), **_NOTHING_MADE_BY_ASKING, **own}
 
     def describe(self, timeout: float = 5.0) -> ClusterInfo:
         """Ask for the cluster's id, waiting at most `timeout` seconds; a refusal is told at once.

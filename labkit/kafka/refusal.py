@@ -11,7 +11,8 @@ from confluent_kafka import KafkaError
 # Each pattern is sought in an error's name and words; the first that is found tells what to do. The last one names
 # several causes: a broker that expects another protocol closes the connection without a word, as one does that stops.
 MEANINGS = {
-    "Unsupported SASL mechanism": "the broker does not take this sasl.mechanism: set one that it names here",
+    "Broker: Unsupported SASL mechanism": "the broker does not take this sasl.mechanism: set one that it names here",
+    "Unsupported SASL mechanism": "the client knows no such sasl.mechanism: set SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN",
     "SASL state": (
         "this port asks for no login: set security.protocol to SSL (with TLS) or PLAINTEXT, or use the port that does"
     ),

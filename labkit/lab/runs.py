@@ -178,9 +178,10 @@ def learner(name: str = "") -> str:
 def prefix_of(name: str) -> str | None:
     """The prefix of the run that a topic or a group belongs to; None if no run made it.
 
-    A topic that a run's group has beside somebody else's topic is the run's too.
+    A topic that a run's group has beside somebody else's topic is the run's too, unless its name is so long that it
+    holds the group by its digest.
     """
-    found = NAMESPACE.match(name) or NAMESPACE.match(taken_apart(name)[1])
+    found = NAMESPACE.match(taken_apart(name)[1]) or NAMESPACE.match(name)  # beside another run's topic, too
     return found and found[0]
 
 

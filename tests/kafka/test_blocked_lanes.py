@@ -66,7 +66,7 @@ def test_a_blocked_lane_is_seen_and_a_skip_takes_effect_in_its_back_off(cluster:
         assert (one.topic, one.partition, one.offset, one.key, one.value) == (topic.name, 0, 1, "ada", "1")
         assert (one.attempts, one.error) == (1, "ConnectionError: no answer for 1")
         assert begun < one.since < time.time()
-        assert 50 < one.next_attempt - time.time() < 61
+        assert one.next_attempt - one.since >= 59.9
 
         for offset in (1, 3, 5, 7):
             blocked_at(lanes, f"{topic.name}/0/{offset}")

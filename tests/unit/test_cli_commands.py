@@ -100,8 +100,12 @@ def test_a_short_name_is_the_newest_of_ones_own_runs() -> None:
         assert resolve("topic", wanted, names).full == meant
     for full in names:
         assert resolve("topic", full, names).full == full, "a full name is anybody's"
-    for wanted, meant in (("orders", f"{BOBS}orders"), ("bills", f"{BOBS}bills"), ("stock", "stock")):
+    for wanted, meant in (("orders", f"{BOBS}orders"), ("bills", f"{BOBS}bills")):
         assert resolve("topic", wanted, names, "Bob").full == meant
+    for not_bobs in ("stock", f"{NEW}orders"):
+        with pytest.raises(LabkitError, match=r"there are: bills, orders$"):
+            resolve("topic", not_bobs, names, "Bob")
+    assert resolve("topic", "orders", [*names, "orders"]).full == f"{NEW}orders", "one's own before the company's"
 
 
 @pytest.mark.usefixtures("_i_am_ada")

@@ -126,6 +126,14 @@ def test_what_fails_fails_make(clone: Path, target: str, program: str, ran: str)
     assert done.returncode != 0
 
 
+def test_make_test_lints_and_runs_everything_with_the_notebooks(clone: Path) -> None:
+    make_environment(clone)
+    commands = make(clone, "--dry-run", target="test").stdout.splitlines()
+    assert [words for words in ("ruff check", "ruff format --check", "mypy", "importlinter") if words in str(commands)]
+    assert "--nbval-lax" in commands[-1]
+    assert commands[-1].endswith("notebooks tests/browser tests/notebooks tests/kafka tests/unit ")
+
+
 def test_an_environment_cut_short_is_made_anew(clone: Path, tmp_path: Path) -> None:
     (clone / ".venv" / "bin").mkdir(parents=True)
     (clone / ".venv" / "half-made").write_text("")

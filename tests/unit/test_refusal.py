@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,7 @@ def test_settings_that_no_client_can_be_made_with(tmp_path: Path) -> None:
     missing, there = tmp_path / "no.pem", tmp_path / "client.p12"
     there.touch()
     assert told("ssl.ca.location failed: BIO lib", ca=missing) == (
-        f"ssl.ca.location names {missing}, which cannot be read: No such file or directory"
+        f"ssl.ca.location names {missing}, which cannot be read: {os.strerror(errno.ENOENT)}"
     )
     words = "Failed to parse ssl.keystore.location PKCS#12 file: mac verify failure"
     assert told(words, keystore=there) == f"ssl.keystore.location names {there}, which cannot be used: {words}"

@@ -45,7 +45,7 @@ def test_silent_cluster_is_named_within_10_s(monkeypatch: pytest.MonkeyPatch) ->
 def test_missing_client_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:9")
     monkeypatch.setenv("KAFKA_CLIENT_CONFIG", str(tmp_path / "client.properties"))
-    with pytest.raises(LabkitError, match=rf"KAFKA_CLIENT_CONFIG.*{tmp_path}/client.properties.*No such file"):
+    with pytest.raises(LabkitError, match=rf"KAFKA_CLIENT_CONFIG.*{tmp_path}/client.properties"):
         connect()
 
 

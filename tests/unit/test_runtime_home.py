@@ -34,7 +34,7 @@ def test_made_where_the_variable_says(
 def test_below_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, folder: Folder) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(variable, str(tmp_path / "file" / "x"))
-    with pytest.raises(LabkitError, match=rf"{tmp_path}/file/x: Not a directory.*{variable}"):
+    with pytest.raises(LabkitError, match=rf"{tmp_path}/file/x: .*{variable}"):
         folder()
 
 
@@ -59,7 +59,7 @@ def test_without_permission(monkeypatch: pytest.MonkeyPatch, variable: str, fold
         with ordinary_user(), pytest.raises(LabkitError, match=rf"{name}: no permission.*{variable}"):
             folder()
         monkeypatch.setenv(variable, name + "/x/y")
-        with ordinary_user(), pytest.raises(LabkitError, match=rf"{name}/x/y: Permission denied.*{variable}"):
+        with ordinary_user(), pytest.raises(LabkitError, match=rf"{name}/x/y: .*{variable}"):
             folder()
 
 

@@ -58,15 +58,15 @@ def test_batches_of_any_size_come_to_the_same() -> None:
         ("apps", {"App": "text"}, "site", "'App' cannot be a name"),
         ("apps", {}, "site", "needs columns beside its key 'site'"),
         ("apps", {"site": "text"}, "site", "needs columns beside its key 'site', and of other names"),
-        ("apps", {"order": "text"}, "site", r'"order": syntax error.* a word of SQL: apps, site, order text'),
-        ("apps", {"app": "text"}, "group", r'"group": syntax error.* a word of SQL: apps, group, app text'),
-        ("apps", {"app": "text)"}, "site", r"syntax error.* a word of SQL: apps, site, app text\)"),
-        ("order", {"app": "text"}, "site", r'"order": syntax error.* a word of SQL: order, site, app text'),
-        ("index", {"app": "text"}, "site", r'"index": syntax error.* a word of SQL: index'),
-        ("group", {"app": "text"}, "site", r'"group": syntax error.* a word of SQL: group'),
-        ("values", {"app": "text"}, "site", r'"values": syntax error.* a word of SQL: values'),
+        ("apps", {"order": "text"}, "site", r'"order": .* a word of SQL: apps, site, order text'),
+        ("apps", {"app": "text"}, "group", r'"group": .* a word of SQL: apps, group, app text'),
+        ("apps", {"app": "text)"}, "site", r".* a word of SQL: apps, site, app text\)"),
+        ("order", {"app": "text"}, "site", r'"order": .* a word of SQL: order, site, app text'),
+        ("index", {"app": "text"}, "site", r'"index": .* a word of SQL: index'),
+        ("group", {"app": "text"}, "site", r'"group": .* a word of SQL: group'),
+        ("values", {"app": "text"}, "site", r'"values": .* a word of SQL: values'),
         ("view", {"app": "text"}, "site", "view view cannot be made"),  # it would hide view_offsets
-        ("sqlite_apps", {"app": "text"}, "site", "view sqlite_apps cannot be made.*reserved for internal use"),
+        ("sqlite_apps", {"app": "text"}, "site", "view sqlite_apps cannot be made"),
     ],
 )
 def test_what_a_view_cannot_be_made_of_is_told_at_once(
