@@ -69,6 +69,7 @@ def test_01_the_boards_are_drawn_and_a_writer_is_crashed_by_button(
     notebook.screenshot("01_load", tmp_path)
 
 
+@pytest.mark.long
 def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
     notebook: NotebookPage, jupyter: Jupyter, root: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def consume(topic: Topic[dict[str, int]], group: str, until: Any) -> None:
         member.join()
 
 
+@pytest.mark.long
 def test_doctor_finds_this_machine_healthy(cluster: Cluster) -> None:
     told = answer("doctor")
     assert told["healthy"] is True

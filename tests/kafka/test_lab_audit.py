@@ -247,6 +247,7 @@ def test_a_load_keeps_its_rate(lab: Lab) -> None:
     assert all(one.confirmed for one in sent)
 
 
+@pytest.mark.long
 def test_a_lossy_producer_is_found_out(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     send, dropped = Producer.send, []
 
@@ -340,6 +341,7 @@ def test_a_tombstone_is_no_effect(lab: Lab) -> None:
     wait_until(lambda: len(lab.history().query(completed)), 20, "the count of three")
 
 
+@pytest.mark.long
 def test_the_history_is_tidy_and_its_lag_is_the_real_one(lab: Lab) -> None:
     shop = Shop(lab, 0)
     lab.board(lag=shop.pods, completed=shop.shipped).close()

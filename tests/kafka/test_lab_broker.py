@@ -75,13 +75,10 @@ def restarted(lab: Lab) -> None:
     lab.broker.restart()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "kinds"),
-    [
-        (killed, ["kill"]),
-        pytest.param(frozen, ["freeze"], marks=pytest.mark.long),
-        pytest.param(restarted, ["restart"], marks=pytest.mark.long),
-    ],
+    [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"])],
     ids=("killed", "frozen", "restarted"),
 )
 def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kinds: list[str]) -> None:

@@ -102,6 +102,7 @@ def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab, monkeypatch
     assert ordered(lab)[0].kind == "death"
 
 
+@pytest.mark.long
 def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None:
     """Else what it had in hand and comes again would have no explanation."""
     topic = lab.topic("orders", 1, Order)
@@ -277,6 +278,7 @@ def test_a_replacement_that_was_interrupted_is_made_good_by_the_next(lab: Lab, m
     assert all(fault.end is not None for fault in lab.faults)
 
 
+@pytest.mark.long
 def test_deploying_one_name_from_many_threads_leaves_one(lab: Lab) -> None:
     """A cell, and what `lab.when` does."""
     topic = lab.topic("orders", 1, Order)
@@ -313,6 +315,7 @@ def test_a_handler_that_raises_is_shown_with_its_traceback(lab: Lab) -> None:
     assert shop.restarts == 0
 
 
+@pytest.mark.long
 def test_an_edited_handler_takes_effect_and_the_record_is_done(lab: Lab) -> None:
     source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
 
@@ -411,6 +414,7 @@ def test_lag_without_pods_says_so(lab: Lab) -> None:
     assert lab.settle(0.5).reason.endswith("shop is 2 records behind and has no pods: scale it up, or deploy it again")
 
 
+@pytest.mark.long
 def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labkit.lab.deployment.GRACE", 0.5)
     topic = lab.topic("orders", 1, Order)
@@ -484,6 +488,7 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert load._repr_html_() == "<span>Load: 1 sent to orders, done</span>"
 
 
+@pytest.mark.long
 def test_a_handler_cannot_read_the_pods_orders(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
 

@@ -50,6 +50,7 @@ def test_a_plan_whose_condition_does_not_come_is_dropped_at_rest(lab: Lab) -> No
     assert done == []
 
 
+@pytest.mark.long
 def test_a_plan_waits_as_long_as_there_is_work(lab: Lab) -> None:
     load = lab.load(lab.topic("orders", 1, Order), orders(300), rate=100)  # twice as long as it would take to drop it
     done = []

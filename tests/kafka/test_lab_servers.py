@@ -131,6 +131,7 @@ def test_postgres_cannot_be_frozen(lab: Lab) -> None:
         lab.postgres().freeze()
 
 
+@pytest.mark.long
 def test_postgres_dies_with_its_owner_and_leaves_nothing() -> None:
     code = """
         import psycopg, time

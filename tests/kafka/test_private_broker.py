@@ -79,6 +79,7 @@ def test_a_death_that_nobody_ordered_is_seen(broker: PrivateBroker) -> None:
     assert broker.cluster.describe().brokers == 1
 
 
+@pytest.mark.long
 def test_one_commit_at_a_time_is_on_its_way(broker: PrivateBroker) -> None:
     """Two could overtake each other when the client sends them again: the older one would be stored last."""
     topic = fresh_topic(broker.cluster)

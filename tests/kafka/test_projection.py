@@ -409,6 +409,7 @@ def test_a_frozen_writer_that_wakes_up_when_another_has_taken_over_changes_nothi
                 assert view.content() == expected(42)
 
 
+@pytest.mark.long
 def test_a_writer_frozen_in_a_transaction_keeps_others_from_postgres_for_seconds_only(
     cluster: Cluster, dsn: str
 ) -> None:

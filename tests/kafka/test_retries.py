@@ -284,6 +284,7 @@ def test_blocking_then_topics_then_queue_with_exact_counts(cluster: Cluster) -> 
     assert trail.due == trail.failed[-1] + 0.2
 
 
+@pytest.mark.long
 def test_a_trail_is_bounded_however_often_and_loudly_a_record_fails(cluster: Cluster) -> None:
     """correctness 16: or its header would be too long to be believed, and its origin be lost."""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -477,6 +478,7 @@ def test_what_an_earlier_policy_set_aside_begins_with_the_next_one(
     assert letters(topic, group) == []
 
 
+@pytest.mark.long
 def test_a_member_ends_when_another_policy_of_its_group_left_topics_it_does_not_read(cluster: Cluster) -> None:
     """What a member of another version set aside would wait in vain, and be gone in a week."""
     topic, group = fresh_topic(cluster, 2), fresh_group()

@@ -266,6 +266,7 @@ def test_everything_goes_with_a_killed_user(own_state: Path, user: Callable[[], 
     assert_all_gone(own_state, before, 20)
 
 
+@pytest.mark.long
 def test_pinned_broker_stays_until_it_is_stopped(
     own_state: Path, user: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

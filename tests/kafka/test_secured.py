@@ -182,6 +182,7 @@ def test_who_asks_with_a_wrong_password_is_refused(secured: Secured, ask: Callab
         ask(Cluster(secured.address("LOGIN"), tuple(filled(LOGIN | {"sasl.password": WRONG}, secured).items())))
 
 
+@pytest.mark.long
 def test_a_consumer_whose_login_is_withdrawn_ends(secured: Secured) -> None:
     secured.set_password("bob", "f1rst-passw0rd")
     login = LOGIN | {"sasl.username": "bob", "sasl.password": "f1rst-passw0rd", "sasl.mechanism": "SCRAM-SHA-256"}

@@ -448,6 +448,7 @@ def test_a_dual_write_that_ends_in_between_loses_the_event(cluster: Cluster, dsn
     assert set(table(dsn)) - set(told(topic)) == {site_id(5)}
 
 
+@pytest.mark.long
 def test_metasite_says_503_while_its_database_is_away(cluster: Cluster, dsn: str, postgres: Postgres) -> None:
     fill(dsn, sites(2, pages=0))
     with serving(MetaSite(free_ports()[0], dsn, fresh_topic(cluster, 1, Site))) as url:
