@@ -131,6 +131,7 @@ def test_topics_and_lag(cluster: Cluster) -> None:
     assert sum(one["committed"] for one in told["partitions"]) == sum(one["lag"] for one in told["partitions"]) == 10
 
 
+@pytest.mark.long
 def test_lag_of_a_group_that_has_committed_nothing_says_what_to_do(cluster: Cluster) -> None:
     topic = Topic(cluster, f"{RUN}empty", 1, dict[str, int])
     topic.create()

@@ -188,5 +188,5 @@ def test_who_has_none_is_told_who_has(both: Both, monkeypatch: pytest.MonkeyPatc
         assert "replayed" not in letter
     for command in ("topics", "lag"):
         done = CliRunner().invoke(app, [command, "--json"])
-        assert "Nothing here is of eve" in done.stderr
+        assert "eve has nothing here" in done.stderr
         assert both.name("ada", "") not in done.stdout

@@ -59,6 +59,7 @@ def test_commits_are_confirmed(cluster: Cluster) -> None:
         assert committed(topic, group) == {0: 10}
 
 
+@pytest.mark.long
 def test_commits_go_on_while_handlers_send_without_a_pause(cluster: Cluster) -> None:
     """correctness 1, 10: a commit waits for what was sent before it, not for a moment in which nothing is sent."""
     topic, group, output = fresh_topic(cluster, 16), fresh_group(), fresh_topic(cluster)

@@ -123,6 +123,7 @@ def test_an_eviction_that_nobody_ordered_explains_its_extras(lab: Lab) -> None:
     lab.verdict(load, shop.shipped).check()
 
 
+@pytest.mark.long
 def test_records_that_do_not_decode_are_not_called_lost(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     shop = Shop(lab)
     load = lab.load(shop.orders, orders(3), rate=1000)
@@ -152,6 +153,7 @@ def test_a_load_that_is_done_holds_no_threads(lab: Lab) -> None:
     wait_until(lambda: psutil.Process().num_threads() <= before + 1, 5, "the end of their threads")
 
 
+@pytest.mark.long
 def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
     shop = Shop(lab)
     shop.pods.pods[0].freeze()

@@ -112,6 +112,7 @@ def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None
     assert ordered(lab)[0].kind == "death"
 
 
+@pytest.mark.long
 def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None))
@@ -345,6 +346,7 @@ def test_a_handler_past_its_deadline_is_in_the_log_with_its_stack(lab: Lab) -> N
     assert said(shop, "in hang", "shop-0")
 
 
+@pytest.mark.long
 def test_a_poison_record_is_shown_with_its_place(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     sender = Producer(lab.cluster)
@@ -468,6 +470,7 @@ def test_a_pod_waits_until_the_one_of_its_name_is_gone(lab: Lab) -> None:
     wait_until(lambda: not lab._history.standing(), 5, "the end of every fault")
 
 
+@pytest.mark.long
 def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=0)

@@ -236,6 +236,7 @@ def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> N
     shop.drain()
 
 
+@pytest.mark.long
 def test_a_service_is_ready_once_it_listens(lab: Lab, tmp_path: Path) -> None:
     """Its pod runs before that: whoever asks then is refused."""
     allowed = tmp_path / "allowed"

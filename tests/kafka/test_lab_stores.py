@@ -68,6 +68,7 @@ def test_without_a_wheel_it_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
         lab.valkey()
 
 
+@pytest.mark.long
 def test_the_size_on_disk_is_known_of_ones_own_kafka_only(lab: Lab) -> None:
     topic = lab.topic("sized", 2, str)
     with pytest.raises(LabkitError, match="cluster='private'"):

@@ -70,6 +70,7 @@ def shop(lab: Lab, tmp_path: Path) -> Shop:
     return Shop(lab, tmp_path)
 
 
+@pytest.mark.long
 def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
     first = shop.stuck.name
     table = told(lab, 17, "took effect")  # it works while things still run

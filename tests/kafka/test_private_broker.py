@@ -48,6 +48,7 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
         assert sorted(record.value for record in reader.rest()) == list(range(1000))
 
 
+@pytest.mark.long
 def test_frozen_it_says_nothing_until_it_is_thawed(broker: PrivateBroker) -> None:
     with pytest.raises(LabkitError, match="nothing to thaw"):
         broker.thaw()

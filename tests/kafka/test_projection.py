@@ -680,7 +680,7 @@ def test_a_full_disk_loses_nothing_and_is_gone_on_from(cluster: Cluster, tmp_pat
         build(view, topic) as member,
     ):
         failure = member.journal.wait_for(Step.FAILED)[0]
-        assert isinstance(failure.error, ViewUnavailable)
+        assert isinstance(failure.error, sqlite3.OperationalError)
         marks = view.marks(topic.name)
         assert (marks[0].next_offset if marks else 0) == len(view.content())  # all or nothing
         view.pages = 100_000

@@ -250,6 +250,7 @@ def test_a_user_who_returns_at_once_finds_the_same_broker(own_state: Path) -> No
         assert status().pid == pid
 
 
+@pytest.mark.long
 def test_everything_goes_with_the_last_user(own_state: Path) -> None:
     assert shared.LINGER + DISCARD_SECONDS < 5  # correctness 30
     with shared.shared_broker():
@@ -487,6 +488,7 @@ def test_leftovers_of_a_dead_supervisor_are_ended(own_state: Path) -> None:
             assert leftover.wait(5) == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_running_finds_and_never_starts(own_state: Path) -> None:
     assert running() is None
     assert not processes_of(own_state)

@@ -214,6 +214,7 @@ def test_a_consumer_whose_login_is_withdrawn_ends(secured: Secured) -> None:
     assert "passw0rd" not in str(ended[0])
 
 
+@pytest.mark.long
 def test_a_lab_works_over_tls_with_a_login(through: Connect, secured: Secured, state_dir: Path) -> None:
     through("LOGIN", LOGIN)
     begun = time.time()

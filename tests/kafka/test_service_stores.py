@@ -101,6 +101,7 @@ def test_iso_and_iana() -> None:
     assert zone_at("Europe/Berlin", "DE", SUMMER) == Zone("DE", 120, "CEST")
 
 
+@pytest.mark.long
 def test_a_country_appears_and_goes_without_anyone_calling_bookings(platform: Platform) -> None:
     platform.begin()
     assert platform.ask("events", "/zones/Africa/Juba")[0] == 404

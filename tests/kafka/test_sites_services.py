@@ -412,6 +412,7 @@ def test_a_backfill_beside_live_changes_leaves_no_gap(cluster: Cluster, dsn: str
         wait_until(lambda: table(dsn) == versions, 20, "the table")
 
 
+@pytest.mark.long
 def test_a_dual_write_that_ends_in_between_loses_the_event(cluster: Cluster, dsn: str) -> None:
     """At a named step, so always; the client's retry does not mend it."""
     topic, port = fresh_topic(cluster, 1, Site), free_ports()[0]
