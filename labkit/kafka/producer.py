@@ -17,32 +17,62 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import Message as Report
 from confluent_kafka import Producer as Client
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMissing
 from labkit.kafka.records import Record
 
+Headers: TypeAlias = Mapping[str, str | bytes | None]
 
-class Hand:
-    """What a thread or task has in hand: the record whose handler runs. The consumer loop fills it."""
+OnDelivery: TypeAlias = Callable[[str | None, int, int], None]
+"""Called once it is known what became of a record: why it was refused (None: it was not), its partition and offset."""
 
-    __slots__ = ("record",)
 
-    def __init__(self, record: Record[object] | None = None) -> None:
+class Output(NamedTuple):
+    """A record that a handler has sent, held until the handler has returned."""
+
+    topic: str
+    value: bytes | None
+    key: bytes | None
+    partition: int
+    headers: dict[str, str | bytes | None]
+
+
+class HandlerContext:
+    """The call of a handler that a thread is in: the record that it handles, and what it has sent so far.
+
+    The consumer's worker fills it. Only the handler's own thread may send in it. What is held is what goes through
+    `producer`, which is confirmed before a commit; a handler's own producer, or another cluster's, sends at once.
+    """
+
+    __slots__ = ("held", "holds", "producer", "record", "thread")
+
+    def __init__(self, producer: Producer | None = None, record: Record[object] | None = None) -> None:
+        self.producer = producer
         self.record = record
+        self.holds = False  # True while the handler runs: what it sends is held
+        self.held: list[Output] = []
+        self.thread = threading.get_ident()
+
+    def take(self) -> list[Output]:
+        """What was sent in it; from now on it holds nothing."""
+        held, self.held, self.holds = self.held, [], False
+        return held
 
 
 # An object that is changed, because setting the variable itself for every record takes longer than calling a handler.
-handling: ContextVar[Hand] = ContextVar("handling", default=Hand())  # noqa: B039 - the default is never changed
+NOBODY = HandlerContext()  # that of a thread which is in no handler
+handling: ContextVar[HandlerContext] = ContextVar("handling", default=NOBODY)
 
-Told: TypeAlias = Callable[[str | None, int, int], None]
-"""Called once it is known what became of a record: why it was refused (None: it was not), its partition and offset."""
-
+MESSAGE_MAX_BYTES = 1_000_000  # what the client takes at most
+PROPAGATION = 3.0  # seconds for a new topic to be known everywhere
+UNKNOWN = 1 << 31  # partitions of a topic that no broker tells of
+ASK_AGAIN, FOREVER = 30.0, 1e9  # seconds for which an answer holds
 POLL = 500  # records from one look at what was refused to the next
 POD = "LABKIT_POD"  # environment variable: the pod's name, put into what it sends
 
@@ -53,23 +83,25 @@ class Producer:
     `send` only queues. A record that the broker refuses, or does not confirm in `timeout` seconds, makes the next
     `flush` raise DeliveryFailed.
 
-    With `idempotent=False` a record may arrive twice. Only with `tells` may `send` be given `told`.
+    With `idempotent=False` a record may arrive twice. Only with `reports` may `send` be given `on_delivery`.
     """
 
-    def __init__(self, cluster: Cluster, timeout: float = 30.0, idempotent: bool = True, tells: bool = False) -> None:
+    def __init__(self, cluster: Cluster, timeout: float = 30.0, idempotent: bool = True, reports: bool = False) -> None:
         own = {
             "enable.idempotence": idempotent,
             "partitioner": "murmur2_random",  # where Java clients put the same key
             "linger.ms": 2,
-            "delivery.report.only.error": not tells,  # a callback for each record costs up to half the speed
+            "delivery.report.only.error": not reports,  # a callback for each record costs up to half the speed
             "delivery.timeout.ms": int(timeout * 1000),
             "queue.buffering.max.messages": 1_000_000,
             "topic.metadata.refresh.interval.ms": 1000,
             "topic.metadata.propagation.max.ms": 3000,  # else a topic that is missing is told after 30 s only
         }
+        self.cluster = cluster
         self._client = Client(cluster.config(own))
+        self._partitions: dict[str, tuple[int, float]] = {}  # by topic: how many, and until when that holds
         self.refused = 0
-        """How many records were not delivered so far: who depends on them compares (see `check`)."""
+        """How many records were not delivered so far. `check` compares it with an earlier value."""
         self._raised = 0  # how many of them `flush` has told of
         self._reasons: deque[str] = deque(maxlen=3)
         self._failing = threading.Lock()
@@ -81,21 +113,29 @@ class Producer:
         topic: str,
         value: bytes | None,
         key: str | bytes | None = None,
-        headers: Mapping[str, str | bytes | None] | Mapping[str, str] | None = None,
+        headers: Headers | Mapping[str, str] | None = None,
         partition: int = -1,
-        told: Told | None = None,
+        on_delivery: OnDelivery | None = None,
     ) -> None:
         """Queue one record. Blocks only while the client's buffer is full. Raises DeliveryFailed when it stays full.
 
-        `told` hears what became of it, from the thread that calls `hear` or sends; then it is no business of `flush`.
+        In a handler the record is held until the handler has returned: one that raises has sent nothing. What cannot be
+        sent is refused here: TopicMissing, LabkitError for no such partition, for one that is too large, and for a
+        thread that is not the handler's own.
+
+        `on_delivery` hears what became of it, from the thread that calls `poll` or sends; then it is no business of
+        `flush`, and not held.
         """
         number = next(self._count)
         if number % POLL == 1:
             self._client.poll(0)
             if number == 1:
                 self._connect(topic)
-        cause = handling.get().record
-        wire: dict[str, str | bytes | None] = dict(headers) if headers else {}
+        context = handling.get()
+        cause = context.record
+        wire: dict[str, str | bytes | None] = {
+            name: text.encode() if isinstance(text, str) else text for name, text in (headers or {}).items()
+        }
         if "correlation-id" not in wire:
             correlation = None if cause is None else cause.headers.get("correlation-id")
             wire["correlation-id"] = b"%b-%d" % (self._prefix, number) if correlation is None else correlation.encode()
@@ -104,11 +144,34 @@ class Producer:
         if self._pod:
             wire["pod"] = self._pod
         raw_key = key.encode() if isinstance(key, str) else key
-        report = self._report if told is None else partial(_tell, told)
+        if on_delivery is not None or context is NOBODY:
+            self._produce(topic, value, raw_key, partition, wire, on_delivery)
+            return
+        if context.thread != threading.get_ident():
+            raise LabkitError(
+                f"{topic}: only the handler's own thread may send. Send in the handler, or start the thread without a "
+                "copy of its context"
+            )
+        if context.holds and context.producer is self:
+            self._check(topic, len(value or b"") + len(raw_key or b""), partition)
+            context.held.append(Output(topic, value, raw_key, partition, wire))
+        else:
+            self._produce(topic, value, raw_key, partition, wire)
+
+    def _produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        partition: int,
+        headers: dict[str, str | bytes | None],
+        on_delivery: OnDelivery | None = None,
+    ) -> None:
+        report = self._report if on_delivery is None else partial(_tell, on_delivery)
         for wait in (0.1, 1.0, 10.0, 0.0):
             try:
                 # By position (value, key, partition, on_delivery, timestamp, headers): names cost a tenth of a send.
-                self._client.produce(topic, value, raw_key, partition, report, None, 0, wire)
+                self._client.produce(topic, value, key, partition, report, None, 0, headers)
                 return
             except BufferError:
                 self._client.poll(wait)
@@ -118,12 +181,50 @@ class Producer:
             f"{topic}: the buffer of {len(self._client):,} unsent records stays full: is the broker up?"
         )
 
+    def _check(self, topic: str, size: int, partition: int) -> None:
+        """Refuse what cannot be sent while the handler can still fail by it: later nobody knows whose record it was."""
+        if size > MESSAGE_MAX_BYTES:
+            raise LabkitError(f"{topic}: a record of {size:,} bytes is too large: {MESSAGE_MAX_BYTES:,} are allowed")
+        known, until = self._partitions.get(topic, (0, 0.0))
+        if partition >= known or time.monotonic() > until:
+            known = self._ask_partitions(topic)
+        if not -1 <= partition < known:
+            raise LabkitError(f"{topic} has {known} partitions: there is no partition {partition}")
+
+    def _ask_partitions(self, topic: str) -> int:
+        """How many partitions a topic has. A broker that does not answer refuses nothing. Raises TopicMissing."""
+        until = time.monotonic() + PROPAGATION
+        while True:
+            try:
+                found = self._client.list_topics(topic, timeout=1.0).topics[topic]
+            except KafkaException:
+                known = UNKNOWN
+                break
+            if known := len(found.partitions):
+                break
+            if time.monotonic() > until:  # one that has just been made is known everywhere by now
+                raise TopicMissing(f"topic {topic} does not exist at {self.cluster.bootstrap}: create it first")
+            time.sleep(0.05)
+        self._partitions[topic] = (known, time.monotonic() + (ASK_AGAIN if known == UNKNOWN else FOREVER))
+        return known
+
+    def release(self, output: Output) -> None:
+        """Queue what was held. Raises DeliveryFailed."""
+        self._produce(*output)
+
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until the broker has confirmed all that was sent so far.
 
+        In a handler that has sent something it raises LabkitError: that goes out when the handler has returned.
         Raises DeliveryFailed: for records that were refused, with their number and the first reasons, or when some are
         still unconfirmed after `timeout` seconds.
         """
+        context = handling.get()
+        if context.holds and context.held and context.producer is self:
+            raise LabkitError(
+                "flush: what a handler has sent goes out when the handler has returned, and is confirmed before its "
+                "record is committed. Leave flush out; deliver() sends at once and waits"
+            )
         left = self._client.flush(timeout)
         self.raise_failures()
         if left:
@@ -139,8 +240,8 @@ class Producer:
         with suppress(KafkaException):  # the broker is away: the record waits for it
             self._client.list_topics(topic, timeout=0.5)
 
-    def hear(self, wait: float = 0.0) -> None:
-        """Have `told` called for what is known by now, or becomes known within `wait` seconds."""
+    def poll(self, wait: float = 0.0) -> None:
+        """Have `on_delivery` called for what is known by now, or becomes known within `wait` seconds."""
         self._client.poll(wait)
 
     def raise_failures(self) -> None:
@@ -164,24 +265,24 @@ class Producer:
                 self._reasons.append(f"{message.topic()}: {error.str()}")
 
 
-def _tell(told: Told, error: KafkaError | None, message: Report) -> None:
-    told(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
+def _tell(on_delivery: OnDelivery, error: KafkaError | None, message: Report) -> None:
+    on_delivery(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
 
 
 _producers: dict[tuple[Cluster, int, bool], Producer] = {}
 _making = threading.Lock()
 
 
-def producer(cluster: Cluster, tells: bool = False) -> Producer:
+def producer(cluster: Cluster, reports: bool = False) -> Producer:
     """The process's one producer for `cluster`: what one thread sends, another one's `flush` confirms.
 
-    With `tells` another one, of which each sender hears what became of its own records.
+    With `reports` another one, of which each sender hears what became of its own records.
     """
-    key = (cluster, os.getpid(), tells)
+    key = (cluster, os.getpid(), reports)
     found = _producers.get(key)
     if found is None:
         with _making:
-            found = _producers.setdefault(key, _producers.get(key) or Producer(cluster, tells=tells))
+            found = _producers.setdefault(key, _producers.get(key) or Producer(cluster, reports=reports))
     return found
 
 
@@ -196,7 +297,7 @@ def deliver(
     `flush` is the whole process's, and tells of a refusal only whoever calls it first. Raises DeliveryFailed when some
     were refused, or not confirmed within `timeout` seconds: those may still arrive.
     """
-    sender = producer(cluster, tells=True)
+    sender = producer(cluster, reports=True)
     known: list[str | None] = []  # why each was refused, None if it was not; told from any thread that listens
 
     def told(refused: str | None, partition: int, offset: int) -> None:
@@ -204,10 +305,10 @@ def deliver(
 
     sent = 0
     for sent, (value, key, headers) in enumerate(records, 1):  # noqa: B007 - the last one counts
-        sender.send(topic, value, key, headers, told=told)
+        sender.send(topic, value, key, headers, on_delivery=told)
     until = time.monotonic() + timeout
     while len(known) < sent and time.monotonic() < until:
-        sender.hear(0.005)  # what others hear may be ours
+        sender.poll(0.005)  # what others hear may be ours
     left = sent - len(known)
     refused = [why for why in known if why is not None]
     if refused:
@@ -222,5 +323,5 @@ def deliver(
 def let_go(cluster: Cluster) -> None:
     """Forget the process's producers for `cluster`, with what they have not sent."""
     with _making:
-        for tells in (False, True):
-            _producers.pop((cluster, os.getpid(), tells), None)
+        for reports in (False, True):
+            _producers.pop((cluster, os.getpid(), reports), None)

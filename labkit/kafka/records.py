@@ -6,12 +6,13 @@ partition they are placed on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from labkit.kafka.errors import PoisonRecord, place_of
+from labkit.kafka.errors import LabkitError, PoisonRecord, place_of
 
 T = TypeVar("T")
 
@@ -29,8 +30,25 @@ class Message(Protocol):
     def error(self) -> Any: ...
 
 
-encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+_encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what keys and values that are none raise
+
+
+def encode(value: Any) -> bytes:
+    """A value as JSON. Raises TypeError for what has no form there, LabkitError for NaN and infinity: they would be
+    null without a word."""
+    raw = _encode(value)
+    if b"null" in raw and _has_nan(msgspec.to_builtins(value)):
+        raise LabkitError(f"JSON has no NaN or infinity, and a {type(value).__name__} holds one: send None or a text")
+    return raw
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(map(_has_nan, value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_nan, value))
 
 
 class Record(Generic[T]):

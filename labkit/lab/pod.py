@@ -17,9 +17,9 @@ import threading
 import traceback
 from typing import Any, BinaryIO, Protocol
 
+from labkit.kafka.consumer.steps import Report
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import POD
-from labkit.kafka.steps import Report
 from labkit.kafka.topics import Topic
 from labkit.lab.telemetry import PodReport, Telemetry
 from labkit.lab.travel import pack, unpack

@@ -49,7 +49,7 @@ class RetryDesk:
         delays = self.consumer.policy(self.topic).topics
         _, *own = self.consumer.own_topics(self.topic)
         self._retry_topics = {topic.name: f"in {delay:g} s" for topic, delay in zip(own, delays, strict=True)}
-        for topic in self.consumer.companions[self.topic.name][1 + len(own) :]:  # of an earlier policy
+        for topic in self.consumer.co_partitioned[self.topic.name][1 + len(own) :]:  # of an earlier policy
             self._retry_topics[topic.name] = f"in {topic.name.rpartition('-')[2]}, before"
         self._depths: dict[str, int] = {}
         self._looked = 0.0

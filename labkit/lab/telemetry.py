@@ -16,10 +16,11 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from labkit.kafka.consumer.failures import FailedRecord, Retry
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import encode
-from labkit.kafka.steps import Ask, Failure, Retry, Step
 from labkit.kafka.topics import Topic
 
 INTERVAL = 0.2  # seconds between two reports
@@ -136,6 +137,12 @@ class Telemetry:
                 self._stop.wait(self.slow)
         elif step is Step.FAILED:
             self._note(subject)
+        elif step is Step.BLOCKED:
+            error = _text(subject.refused or subject.error)
+            with self._lock:
+                self._waiting[subject.place] = Waiting(
+                    subject.place, subject.attempt, subject.since, subject.due, error
+                )
         elif step is Step.RECOVERED:
             with self._lock:
                 self._waiting.pop(subject.place, None)
@@ -172,15 +179,11 @@ class Telemetry:
         except DeliveryFailed:
             pass  # the pod ends all the same; whoever keeps it sees its exit code
 
-    def _note(self, failure: Failure) -> None:
+    def _note(self, failed: FailedRecord) -> None:
+        after = failed.decision.after if isinstance(failed.decision, Retry) else None
         with self._lock:
             self._failed += 1
-            now, error = time.time(), f"{type(failure.error).__name__}: {failure.error}"[:500]
-            after = failure.decision.after if isinstance(failure.decision, Retry | Ask) else None
-            self._events.append(Failed(failure.place, failure.attempt, now, error[:200], after))
-            if after is not None:
-                due = now + after
-                self._waiting[failure.place] = Waiting(failure.place, failure.attempt, failure.since, due, error)
+            self._events.append(Failed(failed.place, failed.attempt, time.time(), _text(failed.error)[:200], after))
 
     def _unheard_since(self, now: float) -> float:
         stopped, went_on = self._pause
@@ -253,6 +256,10 @@ class Telemetry:
             if lost > 0 or not left:
                 self._said.clear()
         return lost > 0
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def ranges(offsets: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -8,24 +8,26 @@ partition and offset, leaves a trace in a topic, and is taken back once its reco
 from __future__ import annotations
 
 import getpass
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 import msgspec
 
+from labkit.kafka.consumer.failures import FailedRecord
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError, place_of
-from labkit.kafka.producer import Producer
+from labkit.kafka.producer import POD, producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import encode
-from labkit.kafka.steps import Failure
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.patterns.trails import error_text, own_topic, text_of
+from labkit.patterns.trails import HEADER, error_text, headers_of, own_topic, parse, text_of
 
 LANES, SKIPS = "lanes", "skips"  # what the two topics are called
 SHOWN = 1000  # characters of a value that are shown
@@ -175,70 +177,86 @@ class BlockedLanes(GroupEntries[Blocked]):
 
 
 class Commands:
-    """What one running consumer says of its blocked lanes, and is told about them. Called from several threads."""
+    """What one running consumer says of its blocked lanes, and is told about them. It only listens to the consumer's
+    steps, and puts what is commanded on the record that it names. Called from several threads."""
 
-    def __init__(self, topic: Topic[Any], group: str, producer: Producer) -> None:
+    def __init__(self, topic: Topic[Any], group: str) -> None:
         self.topic = lanes_topic(topic, group)
         self.store: KeyValueStore[Entry] = KeyValueStore(self.topic)
-        self._producer = producer
-        self._mine: dict[str, tuple[Failure, Blocked]] = {}  # by place
+        self._main = topic.name
+        self._me = os.environ.get(POD) or f"{socket.gethostname()}/{os.getpid()}"
+        self._producer = producer(topic.cluster, reports=True)
+        self._mine: dict[str, tuple[FailedRecord, Blocked]] = {}  # by place
         self._held: dict[tuple[str, int], int] = {}  # partitions, and what of them is committed
         self._lock = threading.Lock()
         self._subscription = self.store.subscribe(self._changed)
 
-    def skip_of(self, failure: Failure) -> Skip | None:
-        """The command that lets this record be."""
-        partition = f"{failure.topic}/{failure.partition}"
-        for key in (_skip_key(failure.place), _skip_all_key(partition), _skip_all_key()):
-            with suppress(LabkitError):  # not loaded yet: then it wakes us; or somebody wrote nonsense there
-                if isinstance(found := self.store.get(key), Skip):
-                    return found
-        return None
-
-    def block(self, failure: Failure, attempts: int, next_attempt: float, member: str) -> None:
-        """Say that a lane waits."""
-        raw = failure.raw
-        value = text_of(raw.value()) if raw is not None else None
-        entry = Blocked(
-            *(failure.topic, failure.partition, failure.offset, failure.key, value and value[:SHOWN]),
-            *(failure.since, attempts, next_attempt, error_text(failure.error), member),
-        )
-        with self._lock:
-            self._mine[failure.place] = (failure, entry)
-            self._send(f"blocked {entry.place}", entry)
-
-    def unblock(self, failure: Failure) -> None:
-        """Say that it goes on, or is no longer ours."""
-        with self._lock:
-            if self._mine.pop(failure.place, None) is not None:
-                self._send(f"blocked {failure.place}", None)
-
-    def assigned(self, partitions: list[tuple[str, int, int]]) -> None:
-        """Partitions came: whatever stands there of an owner before, who crashed, is over."""
-        with self._lock:
-            self._held |= {(topic, number): first for topic, number, first in partitions}
-        with suppress(LabkitError):  # not loaded: each entry is looked at when it is
-            for key, entry in self.store.snapshot().items():
-                self._changed(key, None, entry)
-
-    def revoked(self, partitions: list[tuple[str, int]]) -> None:
-        """Partitions left."""
-        with self._lock:
-            for place in partitions:
-                self._held.pop(place, None)
-
-    def committed(self, positions: Mapping[tuple[str, int], int]) -> None:
-        """Offsets are stored: commands about what lies before have done their work."""
-        with self._lock:
-            self._held |= {place: at for place, at in positions.items() if place in self._held}
-        with suppress(LabkitError):
-            for key, entry in self.store.snapshot().items():
-                if key.startswith("skip "):
-                    self._changed(key, None, entry)
+    def on_step(self, step: Step, subject: Any) -> None:
+        """A step of the consumer."""
+        if step is Step.FAILED:
+            self._command(subject)
+        elif step is Step.BLOCKED:
+            self._block(subject)
+        elif step is Step.RECOVERED:
+            with self._lock:
+                if self._mine.pop(subject.place, None) is not None:
+                    self._send(f"blocked {subject.place}", None)
+        elif step is Step.ASSIGNED:
+            with self._lock:
+                self._held |= {(topic, number): first for topic, number, first in subject}
+            self._look_again("")  # whatever stands there of an owner before, who crashed, is over
+        elif step is Step.COMMITTED:
+            with self._lock:
+                self._held |= {place: at for place, at in subject.items() if place in self._held}
+            self._look_again("skip ")  # commands about what lies before have done their work
+        elif step in (Step.REVOKED, Step.LOST):
+            with self._lock:
+                for partition in subject:
+                    self._held.pop(partition, None)
+                gone = [place for place, (one, _) in self._mine.items() if (one.topic, one.partition) in subject]
+                for place in gone:
+                    del self._mine[place]
 
     def close(self) -> None:
         """Hear no more."""
         self.store.close()
+        self._producer.unconfirmed(2.0)
+
+    def _command(self, failed: FailedRecord) -> None:
+        """Put on a record what stands about it in the store, once; take off what stands there no more."""
+        partition = f"{failed.topic}/{failed.partition}"
+        with self._lock:
+            found = None
+            for key in (_skip_key(failed.place), _skip_all_key(partition), _skip_all_key()):
+                with suppress(LabkitError):  # not loaded yet: then it wakes us; or somebody wrote nonsense there
+                    if found is None and isinstance(entry := self.store.get(key), Skip):
+                        found = entry
+            before, failed.command = failed.command, found
+        if found is not None and before is None:
+            failed.put_command(found)
+
+    def _block(self, failed: FailedRecord) -> None:
+        """Say that a lane waits."""
+        value = text_of(failed.message.value())
+        own = failed.topic != self._main  # a trail that comes with the main topic is forged
+        trail = parse(headers_of(failed.message).get(HEADER)) if own else None
+        attempts = failed.attempt + (trail.attempts if trail is not None else 0)
+        entry = Blocked(
+            *(failed.topic, failed.partition, failed.offset, failed.key, value and value[:SHOWN], failed.since),
+            *(attempts, failed.due, error_text(failed.refused or failed.error), self._me),
+        )
+        with self._lock:
+            if (failed.topic, failed.partition) not in self._held:  # taken away meanwhile
+                return
+            self._mine[failed.place] = (failed, entry)
+            self._send(f"blocked {entry.place}", entry)
+        self._command(failed)  # one that came while nothing was blocked here
+
+    def _look_again(self, prefix: str) -> None:
+        with suppress(LabkitError):  # not loaded: each entry is looked at when it is
+            for key, entry in self.store.snapshot().items():
+                if key.startswith(prefix):
+                    self._changed(key, None, entry)
 
     def _changed(self, key: str, old: Entry | None, new: Entry | None) -> None:
         """Told by the store's thread of everything in it, and of every change."""
@@ -252,17 +270,17 @@ class Commands:
                 elif new is not None and place not in self._mine and committed is not None:
                     self._send(key, None)
                 return
-            if verb != "skip" or new is None:
+            if verb != "skip":
                 return
-            if committed is not None and 0 <= offset < committed:
+            if new is not None and committed is not None and 0 <= offset < committed:
                 self._send(key, None)
-            woken = [failure for failure, _ in self._mine.values()]
-        for failure in woken:
-            if self.skip_of(failure) is not None:
-                failure.reconsider()
+            blocked = [failed for failed, _ in self._mine.values()]
+        for failed in blocked:
+            self._command(failed)
 
     def _send(self, key: str, entry: Entry | None) -> None:
-        self._producer.send(self.topic.name, None if entry is None else encode(entry), key, told=_ignore)
+        self._producer.poll()  # of what was sent before
+        self._producer.send(self.topic.name, None if entry is None else encode(entry), key, on_delivery=_ignore)
 
 
 def _taken_apart(place: str) -> tuple[str, int, int]:

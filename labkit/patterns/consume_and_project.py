@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, cast
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.failures import Decision, FailedRecord, Stop, keep_trying
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, PoisonRecord, Unavailable
 from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.records import Record, T
-from labkit.kafka.steps import Decision, Failure, Stop, keep_trying
 from labkit.kafka.topics import Topic
 from labkit.patterns.views import LARGEST_BATCH, Batch, Change, Row, View, ViewOutdated, ViewTakenBack
 
@@ -118,10 +118,10 @@ class Projection(Generic[T]):
         return Change(record.key, version, rows)
 
     @staticmethod
-    def decide(failure: Failure) -> Decision:
+    def decide(failed: FailedRecord) -> Decision:
         """Wait for a database that is away; end where waiting would not help."""
-        ends = isinstance(failure.error, ViewOutdated | ViewTakenBack)
-        return Stop() if ends else keep_trying(cap=5.0)(failure)
+        ends = isinstance(failed.error, ViewOutdated | ViewTakenBack)
+        return Stop() if ends else keep_trying(cap=5.0)(failed)
 
 
 def _reason(error: Exception) -> str:

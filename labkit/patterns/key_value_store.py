@@ -18,6 +18,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Va
 from contextlib import suppress
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, overload
 
+from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import (
     ClientRefused,
     ClusterUnreachable,
@@ -32,7 +33,6 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import UNDECODABLE, Message, encode, parser
-from labkit.kafka.steps import Measured
 from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
@@ -272,11 +272,11 @@ class KeyValueStore(Mapping[str, V]):
         self._check_open()
         write = _Write(len(records))
         with self._lock:
-            self._producer = producer = self._producer or Producer(self.topic.cluster, tells=True)
+            self._producer = producer = self._producer or Producer(self.topic.cluster, reports=True)
             self._writes.append(write)
         try:
             for key, value in records:
-                producer.send(self.topic.name, value, key, told=write.told)
+                producer.send(self.topic.name, value, key, on_delivery=write.told)
             done = write.done.wait(timeout)
         finally:
             with self._lock:
@@ -380,7 +380,7 @@ class KeyValueStore(Mapping[str, V]):
                 self._tell(self._contents.apply(messages, bool(self._subscriptions)))
         self._positions = reader.positions()
         if self._producer is not None:
-            self._producer.hear()
+            self._producer.poll()
             for write in list(self._writes):
                 write.settle(self._positions)
 

@@ -13,9 +13,7 @@ group is part of their names. Whatever is set aside is confirmed before its sour
 from __future__ import annotations
 
 import math
-import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -25,18 +23,16 @@ from typing import Any, Self
 import msgspec
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError, TopicMissing
-from labkit.kafka.producer import POD, Producer, producer
+from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
+from labkit.kafka.consumer.steps import Report, Step
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.records import Record, encode
-from labkit.kafka.steps import Ask, Decision, Done, Failure, Report, Retry, Step, Stop
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import SHOWN, Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
 from labkit.patterns.trails import HEADER, TIMES, Trail, error_text, headers_of, own_topic, parse, text_of
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
-CONFIRM = 5.0  # seconds for what is set aside to be confirmed, before the lane waits
-AGAIN, AGAIN_CAP = 0.5, 10.0  # seconds until that is tried again, doubling
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
 WEEK = 7 * 24 * 3600
@@ -176,7 +172,10 @@ class RetryingConsumer(Consumer):
     def _beside(self, main: Topic[Any]) -> list[Topic[Any]]:
         own = self.own_topics(main)
         names = {topic.name for topic in own}
-        return [*own, *(topic for topic in self.companions.get(main.name, ()) if self.is_left(main, topic.name, names))]
+        return [
+            *own,
+            *(topic for topic in self.co_partitioned.get(main.name, ()) if self.is_left(main, topic.name, names)),
+        ]
 
     def policy(self, topic: Topic[Any]) -> Policy:
         """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
@@ -222,7 +221,7 @@ class RetryingConsumer(Consumer):
                 time.sleep(0.02)  # between two questions
             # A policy may be changed while records wait in the topics of the one before.
             beside[main.name] += [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
-        return replace(self, companions=beside)
+        return replace(self, co_partitioned=beside)
 
     def is_left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
         """Whether a topic is one of its retry topics, of another policy than that with the topics `now`."""
@@ -238,8 +237,10 @@ class RetryingConsumer(Consumer):
         ready = self.prepare()
         with _Retries(ready) as retries:
             not_before = {**self.not_before, **retries.not_before()}
-            on_change = _both(self.on_change, retries.told)
-            bound = replace(ready, on_failure=retries.decide, on_change=on_change, not_before=not_before)
+            on_change = _both(self.on_change, retries.on_change)
+            bound = replace(
+                ready, handler=retries.handle, on_failure=retries.decide, on_change=on_change, not_before=not_before
+            )
             Consumer.run(bound, stop, report)
 
 
@@ -263,7 +264,7 @@ def _both(first: Report | None, second: Report) -> Report:
 
 
 @dataclass(frozen=True)
-class _Hop:
+class _Stage:
     """A topic it reads: the main topic behind it, how many retry topics a record in it has reached, its delay."""
 
     main: Topic[Any]
@@ -272,103 +273,60 @@ class _Hop:
     own: bool
 
 
-@dataclass
-class _Case:
-    """A record that failed and is not finished."""
-
-    since: float
-    attempt: int
-    failed: list[float]
-    """When its attempts failed, in this topic and process."""
-    tries: int = 0
-    """How often it could not be set aside."""
-    sent: dict[str, _Sent] = field(default_factory=dict)
-    """What is on its way to where it is set aside, by topic: not to be sent twice."""
-
-
-class _Sent:
-    """One record that is to be confirmed."""
-
-    def __init__(self) -> None:
-        self.known = threading.Event()
-        self.refused: str | None = None
-
-    def told(self, refused: str | None, partition: int, offset: int) -> None:
-        self.refused = refused
-        self.known.set()
-
-
 class _Retries:
-    """Decides about failures in one running consumer, from the threads of its handlers."""
+    """What one running consumer does with records that fail, and with those that come out of its own topics."""
 
     def __init__(self, consumer: RetryingConsumer) -> None:
         self.consumer, self.group = consumer, consumer.group
-        self.hops: dict[str, _Hop] = {}
+        self.stages: dict[str, _Stage] = {}
         for main in consumer.mains:
-            self.hops[main.name] = _Hop(main, 0, 0.0, own=False)
-            for own in consumer.companions[main.name]:
+            self.stages[main.name] = _Stage(main, 0, 0.0, own=False)
+            for own in consumer.co_partitioned[main.name]:
                 number, delay, unit = end.groups() if (end := RETRY_TOPIC.search(own.name)) else ("0", "0", "s")
                 seconds = int(delay) / (1000 if unit == "ms" else 1)
-                self.hops[own.name] = _Hop(main, int(number), seconds, own=True)
-        self.cases: dict[str, _Case] = {}  # by place
-        self.replays: dict[tuple[str, int], dict[int, Trail]] = {}  # begun and not committed; by partition and offset
-        self.lock = threading.Lock()
-        self.producer = Producer(consumer.cluster, tells=True)
-        self.patience = min(CONFIRM, consumer.deadline / 2)
-        self.me = os.environ.get(POD) or f"{socket.gethostname()}/{os.getpid()}"
+                self.stages[own.name] = _Stage(main, int(number), seconds, own=True)
 
     def __enter__(self) -> Self:
-        self.commands = {main.name: Commands(main, self.group, self.producer) for main in self.consumer.mains}
+        self.commands = {main.name: Commands(main, self.group) for main in self.consumer.mains}
         return self
 
     def __exit__(self, *_: object) -> None:
         for commands in self.commands.values():
             commands.close()
-        self.producer.unconfirmed(2.0)
-
-    # -- records of its own topics
 
     def not_before(self) -> dict[str, Callable[[Record[Any]], float]]:
         """When a record of one of its own topics may be handled."""
 
-        def of(hop: _Hop) -> Callable[[Record[Any]], float]:
+        def of(stage: _Stage) -> Callable[[Record[Any]], float]:
             def due(record: Record[Any]) -> float:
                 trail = parse(record.headers.get(HEADER))
-                if trail is not None and trail.replayed:
-                    with self.lock:
-                        self.replays.setdefault((record.topic, record.partition), {})[record.offset] = trail
                 # Headers come from outside: one that says "in a year" must not make the record wait for a year.
-                latest = record.timestamp + MILLISECOND + hop.delay
+                latest = record.timestamp + MILLISECOND + stage.delay
                 return latest if trail is None or trail.due is None else min(trail.due, latest)
 
             return due
 
-        return {name: of(hop) for name, hop in self.hops.items() if hop.own}
+        return {name: of(stage) for name, stage in self.stages.items() if stage.own}
 
-    def told(self, step: Step, subject: Any) -> None:
-        """The consumer's `on_change`."""
-        if step is Step.RECOVERED:
-            with self.lock:
-                self.cases.pop(subject.place, None)
-            self.commands[self.hops[subject.topic].main.name].unblock(subject)
-        elif step is Step.ASSIGNED:
-            with self.lock:
-                for topic, partition, _ in subject:
-                    self.replays.pop((topic, partition), None)  # noted by a worker that was late when it was lost
+    def handle(self, record: Record[Any]) -> Any:
+        """The consumer's handler. A dead letter whose replay succeeds leaves the queue by what this call sends: that is
+        confirmed before the commit, so a crash in between has it handled again, and does not leave it in the queue."""
+        result = self.consumer.handler(record)
+        if self.stages[record.topic].own:
+            trail = parse(record.headers.get(HEADER))
+            if trail is not None and trail.replayed:
+                dead_letters_topic(self.stages[record.topic].main, self.group).send(None, trail.place)
+        return result
+
+    def on_change(self, step: Step, subject: Any) -> None:
+        """The consumer's `on_change`: who looks on from outside hears of what is blocked."""
+        if step in (Step.FAILED, Step.BLOCKED, Step.RECOVERED):
+            self.commands[self.stages[subject.topic].main.name].on_step(step, subject)
+            return
+        if step is Step.ASSIGNED:
             self.look_for_others()
-            for commands in self.commands.values():
-                commands.assigned(subject)
-        elif step is Step.COMMITTING:
-            self.leave_queue(subject)
-        elif step is Step.COMMITTED:
-            for commands in self.commands.values():
-                commands.committed(subject)
-        elif step in (Step.REVOKED, Step.LOST):
-            with self.lock:
-                for place in subject:
-                    self.replays.pop(place, None)
-            for commands in self.commands.values():
-                commands.revoked(subject)
+        for commands in self.commands.values():
+            commands.on_step(step, subject)
 
     def look_for_others(self) -> None:
         """Another member may have run with another policy, and left records in topics that were not there when this one
@@ -378,149 +336,57 @@ class _Retries:
         except ClusterUnreachable:
             return
         for main in self.consumer.mains:
-            if others := [name for name in there if self.consumer.is_left(main, name, self.hops)]:
+            if others := [name for name in there if self.consumer.is_left(main, name, self.stages)]:
                 raise LabkitError(
                     f"another member of {self.group} retries in {', '.join(others)}: start again, to read that too"
                 )
 
-    def leave_queue(self, positions: Mapping[tuple[str, int], int]) -> None:
-        """Replayed records that are about to be committed, and were not set aside again, are no dead letters any more.
-        Confirmed before the commit: after a crash in between they are handled again, and not left in the queue."""
-        with self.lock:
-            done = []
-            for place, position in positions.items():
-                begun = self.replays.get(place, {})
-                done += [(place[0], begun.pop(offset)) for offset in sorted(begun) if offset < position]
-        for topic, trail in done:
-            letters = dead_letters_topic(self.hops[topic].main, self.group)
-            producer(letters.cluster).send(letters.name, None, trail.place)  # what the commit waits for
+    def decide(self, failed: FailedRecord) -> Decision:
+        """The consumer's `on_failure`: what the policy, or a command, says."""
+        stage = self.stages[failed.topic]
+        policy = self.consumer.policy(stage.main)
+        trail = self.trail(failed, stage)
+        if isinstance(failed.command, Skip):
+            return self.skip(failed, stage, trail, failed.command)
+        # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
+        retriable = failed.record is not None and not isinstance(failed.error, policy.non_retriable)
+        # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
+        if retriable and (stage.number == 0 or stage.number > len(policy.topics)):
+            delay = policy.blocks.delay(failed.attempt)
+            if delay is not None:
+                return Retry(delay)
+        if retriable and stage.number < len(policy.topics):
+            return self.send_on(failed, stage, trail, policy.topics[stage.number])
+        # To the dead letters, under the place where it came from: the same record is there once.
+        letter = dead_letter_of(failed.message, trail, failed.times[-1])
+        return SetAside(dead_letters_topic(stage.main, self.group).name, letter.place, encode(letter))
 
-    # -- failures
-
-    def decide(self, failure: Failure) -> Decision:
-        """The consumer's `on_failure`."""
-        hop, case = self.hops[failure.topic], self.case(failure)
-        commands = self.commands[hop.main.name]
-        before = (parse(headers_of(failure.raw).get(HEADER)) if hop.own and failure.raw is not None else None) or Trail(
-            *(failure.topic, failure.partition, failure.offset, _timestamp(failure), self.group)
-        )
-        trail = msgspec.structs.replace(
+    def trail(self, failed: FailedRecord, stage: _Stage) -> Trail:
+        """Where it came from, and all that has happened to it."""
+        before = parse(headers_of(failed.message).get(HEADER)) if stage.own else None
+        if before is None:
+            timestamp = max(0, failed.message.timestamp()[1]) / 1000
+            before = Trail(failed.topic, failed.partition, failed.offset, timestamp, self.group)
+        return msgspec.structs.replace(
             before,
-            attempts=before.attempts + failure.attempt,
-            failed=(*before.failed, *case.failed)[-TIMES:],
-            error=error_text(failure.error),
+            attempts=before.attempts + failed.attempt,
+            failed=(*before.failed, *failed.times)[-TIMES:],
+            error=error_text(failed.error),
             due=None,
         )
-        decision: Decision
-        try:
-            if (skip := commands.skip_of(failure)) is not None:
-                return self.skip(failure, case, hop, trail, skip)
-            decision = self.next(failure, case, hop, trail)
-        except DeliveryFailed as error:
-            if (gone := self.missing(case)) is not None:
-                return Stop(TopicMissing(f"topic {gone} was deleted while {self.group} was running: start it again"))
-            case.tries += 1
-            decision = Ask(min(AGAIN_CAP, AGAIN * 2.0 ** min(case.tries - 1, 60)))
-            failure = replace(failure, error=error)  # that is what it is blocked by now
-        if isinstance(decision, Retry | Ask):
-            commands.block(failure, trail.attempts, time.time() + decision.after, self.me)
-        return decision
 
-    def missing(self, case: _Case) -> str | None:
-        """A topic that should have taken the record and does not exist any more."""
-        try:
-            there = self.consumer.cluster.topics()
-        except ClusterUnreachable:
-            return None
-        for name in case.sent.keys() - there.keys():
-            try:
-                self.consumer.cluster.topic_id(name)  # a broker that just came back lists a topic a moment later
-            except TopicMissing:
-                return name
-            except ClusterUnreachable:
-                return None
-        return None
-
-    def case(self, failure: Failure) -> _Case:
-        """What is known of this record; a new attempt is noted."""
-        with self.lock:
-            case = self.cases.get(failure.place)
-            if case is None or case.since != failure.since:
-                case = self.cases[failure.place] = _Case(failure.since, failure.attempt, [time.time()])
-            elif case.attempt != failure.attempt:
-                case.attempt = failure.attempt
-                case.failed = [*case.failed, time.time()][-TIMES:]
-            return case
-
-    def next(self, failure: Failure, case: _Case, hop: _Hop, trail: Trail) -> Decision:
-        """What the policy says. Raises DeliveryFailed when the record cannot be set aside now."""
-        policy = self.consumer.policy(hop.main)
-        # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
-        retriable = failure.record is not None and not isinstance(failure.error, policy.non_retriable)
-        # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
-        if retriable and (hop.number == 0 or hop.number > len(policy.topics)):
-            delay = policy.blocks.delay(failure.attempt)
-            if delay is not None:
-                return Retry(max(0.0, case.failed[-1] + delay - time.time()))
-        if retriable and hop.number < len(policy.topics):
-            self.send_on(failure, case, hop, trail, policy.topics[hop.number])
-        else:
-            self.send_to_queue(failure, case, hop, trail)
-        self.set_aside(failure)
-        return Done()
-
-    def send_on(self, failure: Failure, case: _Case, hop: _Hop, trail: Trail, delay: float) -> None:
+    def send_on(self, failed: FailedRecord, stage: _Stage, trail: Trail, delay: float) -> SetAside:
         """To the next retry topic."""
-        following = self.consumer.own_topics(hop.main)[hop.number + 1]
-        trail = msgspec.structs.replace(trail, due=case.failed[-1] + delay)
-        assert failure.raw is not None  # noqa: S101 - the loop's failures have it
-        headers = {**headers_of(failure.raw), HEADER: encode(trail)}
-        self.publish(case, following.name, failure.raw.value(), failure.raw.key(), headers)
+        following = self.consumer.own_topics(stage.main)[stage.number + 1]
+        trail = msgspec.structs.replace(trail, due=failed.times[-1] + delay)
+        headers = {**headers_of(failed.message), HEADER: encode(trail)}
+        return SetAside(following.name, failed.message.key(), failed.message.value(), headers)
 
-    def send_to_queue(self, failure: Failure, case: _Case, hop: _Hop, trail: Trail) -> None:
-        """To the dead letters, under the place where it came from: the same record is there once."""
-        assert failure.raw is not None  # noqa: S101
-        letter = dead_letter_of(failure.raw, trail, time.time())
-        self.publish(case, dead_letters_topic(hop.main, self.group).name, encode(letter), letter.place)
-
-    def skip(self, failure: Failure, case: _Case, hop: _Hop, trail: Trail, skip: Skip) -> Done:
-        """Let it be, once that has left its trace. Raises DeliveryFailed."""
-        value = text_of(None if failure.raw is None else failure.raw.value())
+    def skip(self, failed: FailedRecord, stage: _Stage, trail: Trail, skip: Skip) -> SetAside:
+        """Let it be, once that has left its trace."""
+        value = text_of(failed.message.value())
         trace = Skipped(
-            *(skip.by, time.time(), failure.topic, failure.partition, failure.offset, failure.key),
+            *(skip.by, time.time(), failed.topic, failed.partition, failed.offset, failed.key),
             *(value and value[:SHOWN], trail.attempts, trail.error),
         )
-        self.publish(case, skips_topic(hop.main, self.group).name, encode(trace), failure.key)
-        self.set_aside(failure)
-        return Done()
-
-    def set_aside(self, failure: Failure) -> None:
-        """A replayed record that failed again, or is skipped, does not leave the queue."""
-        with self.lock:
-            self.replays.get((failure.topic, failure.partition), {}).pop(failure.offset, None)
-
-    def publish(
-        self,
-        case: _Case,
-        topic: str,
-        value: bytes | None,
-        key: str | bytes | None,
-        headers: Mapping[str, str | bytes | None] | None = None,
-    ) -> None:
-        """Send one record, unless it is on its way already, and see it confirmed. Raises DeliveryFailed."""
-        sent = case.sent.get(topic)
-        if sent is None or sent.refused is not None:
-            sent = _Sent()
-            self.producer.send(topic, value, key, headers, told=sent.told)
-            case.sent[topic] = sent
-        until = time.monotonic() + self.patience
-        while not sent.known.is_set():
-            if time.monotonic() > until:
-                raise DeliveryFailed(f"{topic} did not confirm within {self.patience:g} s: is the broker up?")
-            self.producer.hear(0.005)  # what others hear may be ours
-        if sent.refused is not None:
-            raise DeliveryFailed(f"{topic}: {sent.refused}")
-
-
-def _timestamp(failure: Failure) -> float:
-    return 0.0 if failure.raw is None else max(0, failure.raw.timestamp()[1]) / 1000
+        return SetAside(skips_topic(stage.main, self.group).name, failed.key, encode(trace))

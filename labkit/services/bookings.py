@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import DeliveryFailed, PoisonRecord
-from labkit.kafka.steps import Report, Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.countries import Country, Zone, zone_at, zones_by_country

@@ -9,8 +9,8 @@ from functools import partial
 
 from aiohttp import web
 
+from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import DeliveryFailed
-from labkit.kafka.steps import Measured
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.countries import Country, countries

@@ -16,8 +16,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
-from labkit.kafka.steps import Measured, Report, Step
 from labkit.services.http import TELL
 from labkit.services.latency import Latency
 

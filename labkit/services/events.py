@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from aiohttp import web
 
-from labkit.kafka.steps import Measured
+from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.countries import Zone

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from aiohttp import web
 
-from labkit.kafka.steps import Measured, Report, Step
+from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.services.latency import Latency
 
 HOST = "127.0.0.1"

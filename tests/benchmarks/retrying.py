@@ -71,7 +71,7 @@ def lateness(bench: Bench) -> Iterator[Row]:
         for number in range(RATE * SECONDS):
             producer.send(topic.name, encode(number), f"customer {number}")
             if number % 10 == 0:
-                producer.hear()
+                producer.poll()
                 time.sleep(max(0.0, began + number / RATE - time.monotonic()))
         producer.flush()
         wait(lambda: len(late) >= RATE * SECONDS)

@@ -23,10 +23,10 @@ from processes import wait_until
 
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.producer import Producer
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 
 FOLDER = Path(__file__).parent

@@ -12,8 +12,9 @@ from typing import Any
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.failures import FailedRecord
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Failure, Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
 
@@ -36,7 +37,7 @@ def refuse(record: Record[Any]) -> None:
 
 def told(step: Step, subject: Any) -> None:
     """Print the step, then crash if this is the place and the time for it."""
-    if isinstance(subject, Record | Failure):
+    if isinstance(subject, Record | FailedRecord):
         subject = [subject.topic, subject.partition, subject.offset]
     elif isinstance(subject, dict):
         subject = [[*place, offset] for place, offset in subject.items()]

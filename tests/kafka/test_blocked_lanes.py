@@ -13,10 +13,10 @@ from consuming import Member, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record, encode
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import BlockedLanes, Skip, lanes_topic
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking

@@ -11,8 +11,10 @@ from consuming import Member, committed, fresh_group, fresh_topic, put
 
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside, Stop
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError, PoisonRecord, Unavailable
-from labkit.kafka.steps import Decision, Done, Failure, Retry, Step, Stop
+from labkit.kafka.reader import Reader
 
 
 def test_a_batch_is_of_one_partition_in_order_and_no_longer_than_asked(cluster: Cluster) -> None:
@@ -53,29 +55,31 @@ def test_a_record_that_does_not_decode_comes_in_its_place(cluster: Cluster) -> N
 
 def test_of_a_batch_that_fails_the_policy_gets_the_record_that_does_it(cluster: Cluster) -> None:
     """All others are handled; only that one is asked about, and set aside."""
-    topic, group = fresh_topic(cluster), fresh_group()
+    topic, aside, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
     put(topic, *range(50))
     handled: list[int] = []
-    failures: list[Failure] = []
+    asked: list[tuple[int, int]] = []
 
     def handle(batch: list[Any]) -> None:
         if any(one.value == 20 for one in batch):
             raise ValueError("not that one")
         handled.extend(one.value for one in batch)
 
-    def decide(failure: Failure) -> Decision:
-        failures.append(failure)
-        return Done()
+    def decide(failed: FailedRecord) -> Decision:
+        asked.append((failed.offset, failed.attempt))
+        return SetAside(aside.name, None, failed.message.value())
 
     with Member(Consumer(topic, handle, group, batch=30, on_failure=decide)) as member:
         member.wait_committed({0: 50})
     assert handled == [number for number in range(50) if number != 20]
-    assert [(failure.offset, failure.attempt) for failure in failures] == [(20, 1)]  # nobody asks about an innocent one
-    assert [failure.offset for failure in member.journal.of(Step.FAILED)] == [20]
+    assert asked == [(20, 1)]  # nobody asks about an innocent one
+    assert [failed.offset for failed in member.journal.of(Step.FAILED)] == [20]
+    with Reader(aside) as reader:
+        assert [record.value for record in reader.rest()] == [20]
 
 
 def test_after_records_that_are_set_aside_the_next_ones_come_together_again(cluster: Cluster) -> None:
-    topic, group = fresh_topic(cluster), fresh_group()
+    topic, aside, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
     put(topic, *range(200))
     sizes: list[int] = []
 
@@ -83,7 +87,9 @@ def test_after_records_that_are_set_aside_the_next_ones_come_together_again(clus
         sizes.append(len(batch))
         raise ValueError("none of them")
 
-    with Member(Consumer(topic, handle, group, batch=20, on_failure=lambda failure: Done())) as member:
+    with Member(
+        Consumer(topic, handle, group, batch=20, on_failure=lambda failed: SetAside(aside.name, None, b"0"))
+    ) as member:
         member.wait_committed({0: 200})
     assert sizes.count(1) >= 200
     assert len([size for size in sizes if size > 1]) >= 3
@@ -201,7 +207,7 @@ def test_who_tells_positions_and_is_away_is_waited_for(cluster: Cluster) -> None
 def test_who_tells_positions_and_stays_away_ends_the_consumer(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labkit.kafka.loop.AWAY", 0.3)
+    monkeypatch.setattr("labkit.kafka.consumer.assignment.AWAY", 0.3)
 
     def positions(partitions: Any) -> dict[tuple[str, int], int]:
         raise Unavailable("its database does not answer")

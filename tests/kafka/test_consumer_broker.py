@@ -14,13 +14,15 @@ import pytest
 from consuming import Member, fresh_group, fresh_topic, put
 from processes import wait_until
 
+import labkit.kafka.consumer.workers as workers
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.failures import SetAside, keep_trying
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Step, keep_trying
 from labkit.runtime import shared
 
 
@@ -58,6 +60,33 @@ def is_back(cluster: Cluster) -> bool:
         return bool(cluster.describe(1.0))
     except LabkitError:
         return False
+
+
+def test_what_is_set_aside_while_the_broker_is_away_blocks_its_lane_and_is_there_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """correctness 10, 17: the lane is seen to wait, nothing is sent again, and nothing is committed before."""
+    topic, aside, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    monkeypatch.setattr(workers, "CONFIRM", 0.2)
+    put(topic, 0, 1)
+    frozen, failing = threading.Event(), threading.Event()
+
+    def handle(record: Record[int]) -> None:
+        failing.set()
+        frozen.wait(20)
+        raise ValueError("no")
+
+    decide = lambda failed: SetAside(aside.name, None, failed.message.value())  # noqa: E731
+    with Member(Consumer(topic, handle, group, on_failure=decide)) as member:
+        assert failing.wait(20)
+        with frozen_broker():
+            frozen.set()
+            blocked = member.journal.wait_for(Step.BLOCKED, 3)[0]
+            assert "not confirmed" in str(blocked.refused)
+            assert len(member.journal.of(Step.FAILED)) == 1
+        member.wait_committed({0: 2})
+    with Reader(aside) as reader:
+        assert [record.value for record in reader.rest()] == [0, 1]
 
 
 @pytest.mark.long

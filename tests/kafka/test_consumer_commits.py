@@ -13,13 +13,14 @@ from confluent_kafka import Producer as Client
 from consuming import Member, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 
-import labkit.kafka.loop as module
+import labkit.kafka.consumer.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.assignment import Assignment
+from labkit.kafka.consumer.lanes import Partition
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.lag import end_offsets, lag
-from labkit.kafka.lanes import Partition
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 
 
@@ -29,13 +30,13 @@ def test_a_stop_commits_only_what_was_handled(cluster: Cluster, monkeypatch: pyt
     put(topic, *range(10))
     handled: list[int] = []
     released: list[Partition] = []
-    release = module.Loop.release
+    release = Assignment.release
 
-    def told(loop: module.Loop, partitions: list[Partition]) -> None:
+    def told(assignment: Assignment, partitions: list[Partition]) -> None:
         released.extend(partitions)
-        release(loop, partitions)
+        release(assignment, partitions)
 
-    monkeypatch.setattr(module.Loop, "release", told)
+    monkeypatch.setattr(Assignment, "release", told)
 
     def handle(record: Record[int]) -> None:
         if record.value == 2:

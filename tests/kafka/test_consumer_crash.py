@@ -10,8 +10,8 @@ from consuming import Member, Process, committed, fresh_group, fresh_topic, put
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.reader import Reader
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 
 

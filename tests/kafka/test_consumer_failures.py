@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 import threading
 import time
@@ -11,16 +12,18 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from consuming import Journal, Member, committed, fresh_group, fresh_topic, put
+from consuming import Journal, Member, alter, committed, fresh_group, fresh_topic, put
 
-import labkit.kafka.loop as module
+import labkit.kafka.consumer.loop as module
+import labkit.kafka.consumer.workers as workers
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside, Stop, keep_trying
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed, HandlerExit, LabkitError, PoisonRecord, TopicMissing
-from labkit.kafka.producer import Producer
+from labkit.kafka.producer import Producer, producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Record
-from labkit.kafka.steps import Decision, Done, Failure, Retry, Step, Stop, keep_trying
+from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 
 
@@ -29,25 +32,26 @@ def test_a_failing_record_is_tried_until_it_succeeds_and_keeps_its_order(cluster
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, *range(5), key="k")
     handled: list[int] = []
-    failures: list[Failure] = []
+    failures: list[tuple[int, float, Any]] = []
 
     def handle(record: Record[int]) -> None:
         if record.value == 2 and len(failures) < 3:
             raise ValueError("not yet")
         handled.append(record.value)
 
-    def policy(failure: Failure) -> Decision:
-        failures.append(failure)
+    def policy(failed: FailedRecord) -> Decision:
+        failures.append((failed.attempt, failed.since, failed.record))
         return Retry(0.05)
 
     with Member(Consumer(topic, handle, group, on_failure=policy)) as member:
         member.wait_committed({0: 5})
         (recovered,) = member.journal.of(Step.RECOVERED)
     assert handled == [0, 1, 2, 3, 4]
-    assert [failure.attempt for failure in failures] == [1, 2, 3]
-    assert len({failure.since for failure in failures}) == 1
-    assert all(failure.record and (failure.record.key, failure.record.value) == ("k", 2) for failure in failures)
+    assert [attempt for attempt, _, _ in failures] == [1, 2, 3]
+    assert len({since for _, since, _ in failures}) == 1
+    assert all((record.key, record.value) == ("k", 2) for _, _, record in failures)
     assert recovered.place == f"{topic.name}/0/2"
+    assert len(recovered.times) == 3
 
 
 def test_a_failing_partition_leaves_the_others_alone(cluster: Cluster) -> None:
@@ -82,46 +86,49 @@ def test_poison_names_its_place_and_blocks_only_its_lane(cluster: Cluster) -> No
     assert {record.value for record in member.journal.of(Step.HANDLED)} == {1, 3, 4}
 
 
-def test_what_a_policy_sends_for_poison_names_the_poison_as_its_cause(cluster: Cluster) -> None:
+def test_what_is_set_aside_names_the_poison_as_its_cause(cluster: Cluster) -> None:
     """And not the record before it: an audit and a dead-letter queue go by it."""
     topic, dead = fresh_topic(cluster), fresh_topic(cluster, value=str)
     put(topic, 1, 2, b"{poison", 3, b"{poison")
 
-    def policy(failure: Failure) -> Decision:
-        dead.send(failure.place)
-        return Done()
+    def policy(failed: FailedRecord) -> Decision:
+        return SetAside(dead.name, None, encode(failed.place))
 
     with Member(Consumer(topic, lambda record: None, fresh_group(), on_failure=policy)) as member:
         member.wait_committed({0: 5})
+    assert [record.value for record in member.journal.of(Step.HANDLED)] == [1, 2, 3]
     with Reader(dead) as reader:
         found = {record.value: record.headers["cause"] for record in reader.rest()}
     assert found == {place: place for place in (f"{topic.name}/0/2", f"{topic.name}/0/4")}
 
 
-def test_a_policy_whose_own_records_are_refused_commits_nothing(cluster: Cluster) -> None:
-    """correctness 10, 17: a dead letter that the broker does not take is not done, and is not tried hot."""
-    topic, group = fresh_topic(cluster), fresh_group()
+def test_what_cannot_be_set_aside_blocks_its_lane_alone(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """correctness 10, 17: its topic is not there. The policy is asked again, the handler is not; other lanes go on."""
+    topic, group = fresh_topic(cluster, 2), fresh_group()
     nowhere = Topic(cluster, f"{topic.name}.nowhere", 1, str)
-    put(topic, 1)
-    asked: list[Failure] = []
+    monkeypatch.setattr(workers, "AGAIN", 0.01)
+    put(topic, 1, partition=0)
+    put(topic, *range(5), partition=1)
+    asked, called = threading.Semaphore(0), []
 
-    def policy(failure: Failure) -> Decision:
-        asked.append(failure)
-        nowhere.send(failure.place)
-        return Done()
+    def handle(record: Record[int]) -> None:
+        if record.partition == 0:
+            called.append(record)
+            raise ValueError("no")
 
-    with Member(Consumer(topic, lambda record: 1 / 0, group, on_failure=policy)) as member:
-        assert isinstance(member.ends(), DeliveryFailed)
-    assert committed(topic, group) == {}
-    assert len(asked) == 1
+    def policy(failed: FailedRecord) -> Decision:
+        asked.release()
+        return SetAside(nowhere.name, None, b'""')
 
-
-def test_a_policy_that_says_done_passes_poison(cluster: Cluster) -> None:
-    topic, group = fresh_topic(cluster), fresh_group()
-    put(topic, 1, b"{poison", 2)
-    with Member(Consumer(topic, lambda record: None, group, on_failure=lambda failure: Done())) as member:
-        member.wait_committed({0: 3})
-    assert [record.value for record in member.journal.of(Step.HANDLED)] == [1, 2]
+    with Member(Consumer(topic, handle, group, on_failure=policy)) as member:
+        member.wait_committed({1: 5})
+        assert all(asked.acquire(timeout=20) for _ in range(3))
+        blocked = member.journal.wait_for(Step.BLOCKED)[0]
+        assert nowhere.name in str(blocked.refused)
+        nowhere.create()
+        member.wait_committed({0: 1, 1: 5})
+    assert len(called) == 1
+    assert len(member.journal.of(Step.FAILED)) == 1
 
 
 @pytest.mark.parametrize(
@@ -237,29 +244,32 @@ def test_an_error_in_a_hook_never_loses_a_record(cluster: Cluster, step: Step) -
 
 def test_nothing_is_committed_when_what_a_handler_sent_is_refused(cluster: Cluster) -> None:
     """correctness 10: refused after the handler returned."""
-    topic, group = fresh_topic(cluster), fresh_group()
-    missing = Topic(cluster, f"{topic.name}.missing", 1, int)
-    put(topic, 1, 2)
-    with Member(Consumer(topic, lambda record: missing.send(record.value), group)) as member:
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    with Member(Consumer(topic, lambda record: output.send(record.value), group)) as member:
+        member.wait_committed({0: 1})
+        cluster.delete_topics([output.name])
+        put(topic, 2)
         error = member.ends()
     assert isinstance(error, DeliveryFailed)
-    assert missing.name in str(error)
-    assert committed(topic, group) == {}
+    assert output.name in str(error)
+    assert committed(topic, group) == {0: 1}
 
 
 def test_nothing_is_committed_when_another_handler_was_told_of_the_refusal(cluster: Cluster) -> None:
     """correctness 10: the second record's own flush must not make the first one's loss look fine."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
     small = Topic(cluster, f"{topic.name}.small", 1, str)
-    small.create({"max.message.bytes": "1000"})
-    put(topic, 1, partition=0)
+    small.create()
+    put(topic, 0, partition=0)
     told: list[DeliveryFailed] = []
     sent = threading.Event()
 
     def handle(record: Record[int]) -> None:
         if record.partition == 0:
             small.send("x" * 5000)
-            sent.set()
+            if record.value:
+                sent.set()
         else:
             try:
                 small.flush()
@@ -267,21 +277,132 @@ def test_nothing_is_committed_when_another_handler_was_told_of_the_refusal(clust
                 told.append(error)
 
     with Member(Consumer(topic, handle, group, commit_interval=1.0)) as member:
+        member.wait_committed({0: 1})
+        alter(small, {"max.message.bytes": "1000"})  # after its handler has learned what it takes
+        put(topic, 1, partition=0)
         assert sent.wait(10)
         put(topic, 2, partition=1)
         assert isinstance(member.ends(), DeliveryFailed)
-    assert committed(topic, group) == {}
+    assert committed(topic, group) == {0: 1}
 
 
-def test_a_record_too_large_fails_in_the_handler(cluster: Cluster) -> None:
-    """correctness 10"""
-    topic, group = fresh_topic(cluster), fresh_group()
-    output = Topic(cluster, topic.name, 1, str)
+def test_a_handler_that_fails_has_sent_nothing(cluster: Cluster) -> None:
+    """correctness 34: it sends two records and raises, three times, and then succeeds."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
     put(topic, 1)
-    with Member(Consumer(topic, lambda record: output.send("x" * 3_000_000), group)) as member:
-        failure = member.journal.wait_for(Step.FAILED, 2)[0]
-    assert isinstance(failure.error, DeliveryFailed)
-    assert committed(topic, group) == {}
+    calls: list[int] = []
+
+    def handle(record: Record[int]) -> None:
+        calls.append(record.value)
+        output.send(10)
+        output.send(20)
+        if len(calls) <= 3:
+            raise ValueError("not yet")
+
+    with Member(Consumer(topic, handle, group, on_failure=keep_trying(0.01))) as member:
+        member.wait_committed({0: 1})
+    assert len(calls) == 4
+    with Reader(output) as reader:
+        assert [record.value for record in reader.rest()] == [10, 20]
+
+
+def test_a_batch_that_fails_has_sent_nothing(cluster: Cluster) -> None:
+    """correctness 34: of all its records once more, one by one, each is sent once."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, *range(20))
+
+    def handle(batch: list[Any]) -> None:
+        for record in batch:
+            output.send(record.value)
+        if len(batch) > 1:
+            raise ValueError("too many at once")
+
+    with Member(Consumer(topic, handle, group, batch=10)) as member:
+        member.wait_committed({0: 20})
+    with Reader(output) as reader:
+        assert [record.value for record in reader.rest()] == list(range(20))
+
+
+def test_a_handler_that_sends_ten_thousand_records(cluster: Cluster) -> None:
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    with Member(Consumer(topic, lambda record: [output.send(n) for n in range(10_000)] and None, group)) as member:
+        member.wait_committed({0: 1})
+    with Reader(output) as reader:
+        assert [record.value for record in reader.rest()] == list(range(10_000))
+
+
+def test_what_cannot_be_sent_fails_in_the_handler(cluster: Cluster) -> None:
+    """correctness 10, 34, 35: while its policy can still be asked, and its lane alone is blocked by it."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    output = fresh_topic(cluster, value=object)
+    wrong = [
+        (lambda: output.send("x" * 3_000_000), "too large"),
+        (lambda: (output.send(1), output.flush()), "deliver()"),
+        (lambda: output.send(1, headers={"name": "\ud800"}), "surrogates"),
+        (lambda: output.send({"rate": float("nan")}), "NaN"),
+        (lambda: output.send([1.0, [float("inf")]]), "NaN"),
+        (lambda: output.send(object()), "object"),
+        (lambda: producer(cluster).send(output.name, b"1", partition=7), "no partition 7"),
+        (lambda: Topic(cluster, f"{output.name}.missing", 1, int).send(1), "does not exist"),
+    ]
+    put(topic, *range(len(wrong)))
+    errors: list[str] = []
+
+    def policy(failed: FailedRecord) -> Decision:
+        errors.append(str(failed.error))
+        return SetAside(output.name, None, b"1")
+
+    with Member(Consumer(topic, lambda record: wrong[record.value][0](), group, on_failure=policy)) as member:
+        member.wait_committed({0: len(wrong)})
+    assert len(errors) == len(wrong)
+    for error, (_, words) in zip(errors, wrong, strict=True):
+        assert words in error
+
+
+def test_what_threads_of_a_handler_send(cluster: Cluster) -> None:
+    """With a copy of its context they are refused, as they may be too late for it; without one they send at once."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+    refused: list[str] = []
+
+    def send(value: int) -> None:
+        try:
+            output.send(value)
+        except LabkitError as error:
+            refused.append(str(error))
+
+    def handle(record: Record[int]) -> None:
+        copied = contextvars.copy_context()
+        for target in (lambda: copied.run(send, 1), lambda: send(2)):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        raise ValueError("no")
+
+    with Member(Consumer(topic, handle, group, on_failure=lambda failed: Stop())) as member:
+        assert str(member.ends()) == "no"
+    output.flush()
+    assert len(refused) == 1
+    assert "without a copy of its context" in refused[0]
+    with Reader(output) as reader:
+        assert [record.value for record in reader.rest()] == [2]
+
+
+def test_what_a_handler_delivered_stays_delivered(cluster: Cluster) -> None:
+    """`deliver` has said that it is there: it is not held, and not taken back."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, 1)
+
+    def handle(record: Record[int]) -> None:
+        output.send(1)
+        output.deliver([(2, None, None)])
+        raise ValueError("no")
+
+    with Member(Consumer(topic, handle, group, on_failure=lambda failed: Stop())) as member:
+        assert str(member.ends()) == "no"
+    with Reader(output) as reader:
+        assert [record.value for record in reader.rest()] == [2]
 
 
 def test_what_a_handler_sends_names_its_cause(cluster: Cluster) -> None:
@@ -359,6 +480,16 @@ def test_every_kind_of_coroutine_function_is_refused(handler: Any, name: str, ba
     topic = Topic(Cluster("127.0.0.1:1"), "t", 1, int)
     with pytest.raises(LabkitError, match=f"the handler {name} is a coroutine function.*plain `def`.*asyncio.run"):
         Consumer(topic, handler, batch=batch)
+
+
+def test_a_stray_yield_is_refused() -> None:
+    """Its body would never run, and each record count as handled."""
+
+    def handler(record: Record[int]) -> Any:
+        yield record
+
+    with pytest.raises(LabkitError, match="handler is a generator function"):
+        Consumer(Topic(Cluster("127.0.0.1:1"), "t", 1, int), handler)
 
 
 def test_a_handler_that_runs_a_coroutine_itself_is_none() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from consuming import Member, Process, committed, fresh_group, fresh_topic, put
 
-import labkit.kafka.loop as module
+import labkit.kafka.consumer.loop as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
+from labkit.kafka.consumer.failures import keep_trying
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Step, keep_trying
 from labkit.kafka.topics import Topic
 
 

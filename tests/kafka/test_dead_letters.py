@@ -12,10 +12,10 @@ from processes import wait_until
 
 import labkit.patterns.dead_letters as module
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMissing
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
@@ -147,8 +147,8 @@ def test_an_interrupted_replay_loses_none(
             self.left -= 1
             super().send(*args, **more)
 
-    dying = Dying(place[0].cluster, tells=True)
-    monkeypatch.setattr("labkit.kafka.producer.producer", lambda cluster, tells: dying)
+    dying = Dying(place[0].cluster, reports=True)
+    monkeypatch.setattr("labkit.kafka.producer.producer", lambda cluster, reports: dying)
     with pytest.raises(KeyboardInterrupt):
         queue.replay()
     holds(queue, 2)
@@ -244,7 +244,7 @@ def test_a_tombstone_and_bytes_that_are_no_text_come_back_as_they_were(cluster: 
             before = len(member.journal.of(Step.FAILED))
             queue.replay()
             failures = member.journal.wait_for(Step.FAILED, before + 2)[before:]
-    assert {(failure.raw.key(), failure.raw.value()) for failure in failures} == {
+    assert {(failure.message.key(), failure.message.value()) for failure in failures} == {
         *((b"gone", None), (b"\xfe", b"\xff\x00{"))
     }
 

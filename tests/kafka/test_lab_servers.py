@@ -24,8 +24,8 @@ from processes import is_alive, wait_until
 
 import labkit.lab.lab as module
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
-from labkit.kafka.steps import Measured, Report, Step
 from labkit.lab import Lab, picture
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection

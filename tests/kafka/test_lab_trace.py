@@ -12,9 +12,9 @@ from lab_helpers import Order, Shipped, orders, said, wait_ready
 from processes import wait_until
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.failures import FailedRecord, Retry
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Failure, Retry
 from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, pane
 from labkit.patterns.trails import own_topic
@@ -49,8 +49,7 @@ class Shop:
         go = self.go
 
         def ship(record: Record[Order]) -> None:
-            shipped.send(Shipped(record.value.id), key=record.key)
-            shipped.flush()
+            shipped.deliver([(Shipped(record.value.id), record.key, None)])  # at once
             if record.value.id == 17 and not begun.exists():
                 begun.touch()
                 print("stuck")
@@ -144,7 +143,7 @@ def test_through_a_back_off(lab: Lab, tmp_path: Path) -> None:
             raise ConnectionError(f"try {len(tries.read_text())}")
         target.send(Shipped(record.value.id))
 
-    def soon(failure: Failure) -> Retry:
+    def soon(failed: FailedRecord) -> Retry:
         return Retry(0.01)  # both attempts within one report
 
     lab.deploy("shop", Consumer(source, ship, on_failure=soon))

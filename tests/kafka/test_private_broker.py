@@ -17,9 +17,9 @@ from consuming import Member, fresh_group, fresh_topic, put
 from processes import is_alive, processes_of, wait_until
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.reader import Reader
-from labkit.kafka.steps import Step
 from labkit.runtime.private import PrivateBroker
 from labkit.runtime.server import ServerState
 

@@ -13,7 +13,7 @@ from processes import wait_until
 import labkit.kafka.producer as module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed
-from labkit.kafka.producer import POD, Hand, Producer, handling, producer
+from labkit.kafka.producer import POD, HandlerContext, Producer, handling, producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
@@ -141,7 +141,7 @@ def test_threads_that_ask_at_once_get_one_producer(monkeypatch: pytest.MonkeyPat
     two = threading.Barrier(2)
 
     class Slow:
-        def __init__(self, _cluster: Cluster, tells: bool) -> None:
+        def __init__(self, _cluster: Cluster, reports: bool) -> None:
             made.append(self)
             with suppress(threading.BrokenBarrierError):
                 two.wait(0.5)  # for another one that is being made, and must not be
@@ -170,7 +170,7 @@ def test_headers_say_where_a_record_comes_from(cluster: Cluster, monkeypatch: py
     sender.send(topic.name, b"0")
     sender.flush()
     (first,) = read(topic)
-    token = handling.set(Hand(first))
+    token = handling.set(HandlerContext(record=first))
     try:
         sender.send(topic.name, b"1")
         sender.send(topic.name, b"2", headers={**first.headers, "x": "y"})

@@ -26,11 +26,11 @@ from view_member import numbers, projection
 
 import labkit.patterns.consume_and_project as module
 from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.lag import end_offsets, lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Projection, Staleness
 from labkit.patterns.key_value_store import StoreNotReady

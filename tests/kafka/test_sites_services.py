@@ -27,10 +27,10 @@ from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.producer import let_go
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
-from labkit.kafka.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.lab.travel import pack, unpack
 from labkit.patterns.consume_and_project import Projection

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.steps import Step
+from labkit.kafka.consumer.steps import Step
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Projection
 from labkit.patterns.views import Batch, Change, Database, PostgresView, SqliteView, View, insert

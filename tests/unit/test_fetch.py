@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from labkit.kafka.loop import Loop
+from labkit.kafka.consumer.loop import TURN, Loop
 
 
 class Client:
@@ -23,15 +24,14 @@ class Client:
 
 
 @pytest.mark.parametrize(
-    ("records", "asked"), [(0, [(1, 0.05)]), (1, [(1, 0.05), (499, 0)]), (9, [(1, 0.05), (499, 0)])]
+    ("records", "asked"), [(0, [(1, TURN)]), (1, [(1, TURN), (499, 0)]), (9, [(1, TURN), (499, 0)])]
 )
-def test_one_record_is_waited_for_and_then_what_is_there_already(
-    records: int, asked: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_record_is_waited_for_and_then_what_is_there_already(records: int, asked: list[tuple[int, float]]) -> None:
     """correctness 8: who asks for many at once waits until they have come."""
     loop = Loop.__new__(Loop)
     client = Client(records)
-    loop.client, loop.batch, loop.arrived = client, 500, set()  # type: ignore[assignment]
-    monkeypatch.setattr(loop, "patience", lambda: 0.05, raising=False)
+    loop.client, loop.batch = client, 500  # type: ignore[assignment]
+    loop.workers = SimpleNamespace(next_due=lambda: None)  # type: ignore[assignment]
+    loop.assignment = SimpleNamespace(newly_assigned=set())  # type: ignore[assignment]
     assert sum(map(len, loop.fetch())) == records
     assert client.asked == asked

@@ -7,9 +7,9 @@ from typing import cast
 
 import pytest
 
-from labkit.kafka.lanes import Lane, LaneState, Partition
+from labkit.kafka.consumer.failures import FailedRecord
+from labkit.kafka.consumer.lanes import Lane, LaneState, Partition
 from labkit.kafka.records import Message
-from labkit.kafka.steps import Failure
 
 
 class Fetched:
@@ -130,17 +130,13 @@ def test_a_change_of_state_that_makes_no_sense_raises(before: LaneState, after: 
         lane.to(after)
 
 
-def test_attempts_are_counted_for_each_record() -> None:
-    lane = Lane(Partition("t", 0, 0), None)
-
-    def fail(offset: int) -> Failure:
-        return lane.next_failure(*fetched(offset, key=b"k"), None, ValueError())
-
-    first = fail(4)
-    lane.failure = first
-    second = fail(4)
-    assert (first.place, first.key) == ("t/0/4", "k")
-    assert (first.attempt, second.attempt) == (1, 2)
-    assert second.since == first.since > 0
-    lane.failure = second
-    assert fail(5).attempt == 1
+def test_attempts_are_counted() -> None:
+    (message,) = fetched(4, key=b"k")
+    woken: list[FailedRecord] = []
+    failed = FailedRecord(message, woken.append)
+    failed.fail(None, ValueError("first"))
+    failed.fail(None, ValueError("second"))
+    assert (failed.place, failed.key, failed.attempt, str(failed.error)) == ("t/0/4", "k", 2, "second")
+    assert 0 < failed.since <= failed.times[0] <= failed.times[1]
+    failed.put_command("skip it")
+    assert (failed.command, woken) == ("skip it", [failed])

@@ -11,9 +11,9 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from labkit.kafka.consumer.failures import FailedRecord, Retry, keep_trying
 from labkit.kafka.errors import PoisonRecord
 from labkit.kafka.records import Message, decoder, encode
-from labkit.kafka.steps import Failure, Retry, keep_trying
 
 
 class Order(msgspec.Struct):
@@ -122,7 +122,9 @@ def test_back_offs_double_up_to_the_cap_and_never_end() -> None:
     decide = keep_trying(first=0.1, cap=10.0)
 
     def wait(attempt: int) -> float:
-        decision = decide(Failure("t", 0, 0, None, None, ValueError(), attempt, 0.0))
+        failed = FailedRecord(cast(Message, Fetched(b"1")), lambda failed: None)
+        failed.attempt = attempt
+        decision = decide(failed)
         assert isinstance(decision, Retry)
         return decision.after
 

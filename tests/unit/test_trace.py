@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -10,8 +11,9 @@ import pytest
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.records import Record
-from labkit.kafka.steps import Done, Failure, Retry, Step
+from labkit.kafka.consumer.failures import FailedRecord, Retry, SetAside
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.records import Message, Record
 from labkit.kafka.topics import Topic
 from labkit.lab import telemetry
 from labkit.lab.metrics import Fault
@@ -257,9 +259,12 @@ def a_record(offset: int) -> Record[Any]:
 
 
 def test_a_pod_tells_once_what_it_did_in_the_order_in_which_it_did_it(spoken: Telemetry, line: Line) -> None:
-    error = ValueError("no")
-    for again in (Retry(1.0), Done()):
-        spoken(Step.FAILED, Failure("orders", 2, 5, None, None, error, 1, T, again))
+    message = SimpleNamespace(topic=lambda: "orders", partition=lambda: 2, offset=lambda: 5)
+    failed = FailedRecord(cast(Message, message), lambda failed: None)
+    for again in (Retry(1.0), SetAside("elsewhere", None, None)):
+        failed.fail(None, ValueError("no"))
+        failed.decision = again
+        spoken(Step.FAILED, failed)
     for offset in (7, 6, 9):
         spoken(Step.HANDLED, a_record(offset))
     spoken(Step.COMMITTED, {("orders", 2): 10})

@@ -1,19 +1,19 @@
-"""A policy that says "set aside" first and publishes later, when nobody waits for it any more."""
+"""A consumer that takes a record for set aside at once and publishes it later, when nobody waits for it any more."""
 
 import threading
 
-from labkit.patterns.retries import _Retries
+from labkit.kafka.consumer.commits import AtLeastOnce
 
-_publish = _Retries.publish
+_set_aside = AtLeastOnce.set_aside
 
 
-def _later(self, case, topic, value, key, headers=None):  # type: ignore[no-untyped-def]
-    if topic.endswith("skips"):
-        return _publish(self, case, topic, value, key, headers)
-    timer = threading.Timer(20, lambda: self.producer.send(topic, value, key, headers))
+def _later(self, aside, answered):  # type: ignore[no-untyped-def]
+    if aside.topic.endswith("skips"):
+        return _set_aside(self, aside, answered)
+    timer = threading.Timer(20, lambda: _set_aside(self, aside, lambda refused: None))
     timer.daemon = True
     timer.start()
-    return None
+    return answered(None)
 
 
-_Retries.publish = _later  # type: ignore[method-assign]
+AtLeastOnce.set_aside = _later  # type: ignore[method-assign]

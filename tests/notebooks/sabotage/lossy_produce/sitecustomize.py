@@ -8,10 +8,10 @@ _sent = itertools.count(1)
 _send = Producer.send
 
 
-def _lossy(self, topic, value, key=None, headers=None, partition=-1, told=None):  # type: ignore[no-untyped-def]
+def _lossy(self, topic, value, key=None, headers=None, partition=-1, on_delivery=None):  # type: ignore[no-untyped-def]
     if not topic.endswith("telemetry") and next(_sent) % 50 == 0:
         return
-    _send(self, topic, value, key, headers, partition, told)
+    _send(self, topic, value, key, headers, partition, on_delivery)
 
 
 Producer.send = _lossy  # type: ignore[method-assign]

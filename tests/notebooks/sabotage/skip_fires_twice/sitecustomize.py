@@ -2,15 +2,16 @@
 
 from labkit.patterns.blocked_lanes import Commands, Skip
 
-_skip_of = Commands.skip_of
+_command = Commands._command
 
 
-def _any(self, failure):  # type: ignore[no-untyped-def]
+def _any(self, failed):  # type: ignore[no-untyped-def]
     seen = self.__dict__.setdefault("_sabotaged", {})
-    found = _skip_of(self, failure)
-    if isinstance(found, Skip):
-        seen[failure.partition] = found
-    return seen.get(failure.partition)
+    _command(self, failed)
+    if isinstance(failed.command, Skip):
+        seen[failed.partition] = failed.command
+    elif failed.partition in seen:
+        failed.put_command(seen[failed.partition])
 
 
-Commands.skip_of = _any  # type: ignore[method-assign]
+Commands._command = _any  # type: ignore[method-assign]

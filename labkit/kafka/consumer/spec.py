@@ -1,29 +1,24 @@
-"""A consumer as plain data; `loop` runs it."""
+"""What a consumer is told, as plain data, and what of it is refused."""
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import LabkitError, TopicMissing
-from labkit.kafka.loop import EXIT_DEADLINE as EXIT_DEADLINE
-from labkit.kafka.loop import Loop
+from labkit.kafka.consumer.failures import OnFailure, keep_trying
+from labkit.kafka.consumer.steps import Report
+from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
-from labkit.kafka.steps import OnFailure, Report, keep_trying
 from labkit.kafka.topics import Topic
 
 
 @dataclass(frozen=True)
-class Consumer:
-    """Reads topics as a member of a consumer group and calls `handler` with each record, at least once, in lane order.
-
-    It is plain data until `run`. `Lab.deploy` fills in `group`, runs it in pods and keeps them alive.
-    """
+class Spec:
+    """What to read, as which group, what to do with each record, and within which bounds. See `Consumer`."""
 
     topics: Topic[Any] | Sequence[Topic[Any]]
     handler: Callable[[Any], Any]
@@ -56,7 +51,7 @@ class Consumer:
     """A hook called at every step (see `Step`): where tests and baselines crash."""
     on_change: Report | None = None
     """The same without HANDLING and HANDLED, which come with every record: it costs nothing."""
-    companions: Mapping[str, Sequence[Topic[Any]]] = field(default_factory=dict)
+    co_partitioned: Mapping[str, Sequence[Topic[Any]]] = field(default_factory=dict)
     """By topic: others among `sources`, whose partitions come and go with its partitions of the same number. The group
     shares out none of them, so none keeps a member from its share of what matters."""
     not_before: Mapping[str, Callable[[Record[Any]], float]] = field(default_factory=dict)
@@ -73,7 +68,7 @@ class Consumer:
             raise LabkitError(f"start is 'earliest' or 'latest', not {self.start!r}")
         if not callable(self.handler):
             raise LabkitError(f"the handler must be a function that takes a record, not {self.handler!r}")
-        self._refuse_coroutines()
+        self._refuse_what_runs_nothing()
         for name in ("workers", "max_ahead", "deadline", "drain", "commit_interval"):
             if getattr(self, name) <= 0:
                 raise LabkitError(f"{name} must be positive, not {getattr(self, name)!r}")
@@ -82,16 +77,22 @@ class Consumer:
         if self.batch is not None and self.not_before:
             raise LabkitError("records that must wait for their time come one by one: leave out batch")
 
-    def _refuse_coroutines(self) -> None:
+    def _refuse_what_runs_nothing(self) -> None:
         handler = self.handler
         while isinstance(handler, partial):
             handler = handler.func
-        if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
-            name = getattr(handler, "__qualname__", type(handler).__qualname__)
-            raise LabkitError(
-                f"the handler {name} is a coroutine function, and a Consumer has no event loop: make it a plain `def`, "
-                "with `asyncio.run(...)` inside if need be; workers=N handles N records at once"
-            )
+        kinds = {
+            "coroutine": inspect.iscoroutinefunction,
+            "generator": inspect.isgeneratorfunction,
+            "generator of coroutines": inspect.isasyncgenfunction,
+        }
+        for kind, is_one in kinds.items():
+            if is_one(handler) or is_one(type(handler).__call__):
+                name = getattr(handler, "__qualname__", type(handler).__qualname__)
+                raise LabkitError(
+                    f"the handler {name} is a {kind} function: calling it runs nothing. Make it a plain `def`, "
+                    "with `asyncio.run(...)` inside if need be; workers=N handles N records at once"
+                )
 
     @property
     def sources(self) -> tuple[Topic[Any], ...]:
@@ -102,25 +103,3 @@ class Consumer:
     def cluster(self) -> Cluster:
         """Where they are."""
         return self.sources[0].cluster
-
-    def prepare(self) -> Self:
-        """Make what it needs beside its topics, and return it as it will run."""
-        return self
-
-    def run(self, stop: threading.Event, report: Report | None = None) -> None:
-        """Consume until `stop` is set, then drain, commit and leave the group.
-
-        Raises TopicMissing for a topic that does not exist or is deleted meanwhile, DeliveryFailed when what handlers
-        sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy says Stop.
-        """
-        if not self.group:
-            raise LabkitError(
-                "a Consumer needs a group to run: Consumer(..., group='billing'), or let Lab.deploy name it"
-            )
-        there = self.cluster.topics()
-        for topic in self.sources:
-            if topic.name not in there:
-                raise TopicMissing(
-                    f"topic {topic.short} ({topic.name}) does not exist at {self.cluster.bootstrap}: create it first"
-                )
-        Loop(self, stop, report).run()

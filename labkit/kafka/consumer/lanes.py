@@ -7,14 +7,12 @@ finished, so what may be committed follows from the queues alone: the lowest off
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
 
-from labkit.kafka.records import Message, Record
-from labkit.kafka.steps import Failure
+from labkit.kafka.consumer.failures import FailedRecord
+from labkit.kafka.records import Message
 
 
 class LaneState(Enum):
@@ -26,6 +24,8 @@ class LaneState(Enum):
     """A worker has it, or will take it next."""
     BACKING_OFF = "backing off"
     """Its first record failed, or is not due yet; it waits for the next attempt."""
+    SETTING_ASIDE = "setting aside"
+    """Its first record is on its way to a topic where it is kept; the lane waits until that is confirmed."""
 
 
 _ALLOWED = {
@@ -33,24 +33,26 @@ _ALLOWED = {
     (LaneState.RUNNING, LaneState.IDLE),
     (LaneState.RUNNING, LaneState.BACKING_OFF),
     (LaneState.BACKING_OFF, LaneState.RUNNING),
+    (LaneState.RUNNING, LaneState.SETTING_ASIDE),
+    (LaneState.SETTING_ASIDE, LaneState.RUNNING),
+    (LaneState.SETTING_ASIDE, LaneState.BACKING_OFF),
 }
 
 
 class Lane:
     """Records that must be handled one after the other."""
 
-    __slots__ = ("alone", "asks", "began", "due", "failure", "key", "partition", "queue", "state")
+    __slots__ = ("began", "due", "failed", "key", "one_by_one", "partition", "queue", "state")
 
     def __init__(self, partition: Partition, key: bytes | None) -> None:
         self.partition = partition
         self.key = key
         self.queue: deque[Message] = deque()
         self.state = LaneState.IDLE
-        self.failure: Failure | None = None  # of the first record, while it keeps failing
+        self.failed: FailedRecord | None = None  # its first record, while that keeps failing
         self.began: float | None = None  # consumer's clock at which the running handler was called
-        self.due = 0.0  # monotonic time of the next attempt
-        self.alone = 0  # how many records are to be handled one by one, as a batch of them failed
-        self.asks = False  # then the policy is asked first, before the handler is called
+        self.due = 0.0  # monotonic time at which it goes on
+        self.one_by_one = 0  # how many records come one by one, as a batch of them failed
 
     def to(self, state: LaneState) -> None:
         """Change state; a change that makes no sense is a bug and raises."""
@@ -58,22 +60,10 @@ class Lane:
             raise AssertionError(f"a lane cannot go from {self.state.value} to {state.value}")
         self.state = state
 
-    def next_failure(self, message: Message, record: Record[Any] | None, error: BaseException) -> Failure:
-        """One more failed attempt at its first record, counted on top of the earlier ones."""
-        key, before = message.key(), self.failure
-        if before is not None and before.offset != message.offset():
-            before = None
-        return Failure(
-            topic=message.topic(),
-            partition=message.partition(),
-            offset=message.offset(),
-            key=None if key is None else key.decode(errors="replace"),
-            record=record,
-            error=error,
-            attempt=before.attempt + 1 if before else 1,
-            since=before.since if before else time.time(),
-            raw=message,
-        )
+    def busy(self) -> bool:
+        """Whether its first record may be finished at any moment: a release waits for it."""
+        failed = self.failed  # another thread may be done with it
+        return bool(failed and failed.on_its_way) or self.began is not None
 
 
 class Partition:
@@ -84,11 +74,13 @@ class Partition:
         "asked",
         "at_end",
         "committed",
+        "given_up",
         "lanes",
         "lock",
         "next_offset",
         "number",
         "paused",
+        "seeking",
         "topic",
     )
 
@@ -99,8 +91,10 @@ class Partition:
         self.asked = start  # what we last asked it to store
         self.lanes: dict[bytes | None, Lane] = {}
         self.lock = threading.Lock()  # guards lanes and their states against the workers
-        self.active = True  # False once revoked or lost: no further record is started, no result committed
+        self.active = True  # False once revoked or lost: no further record is started
+        self.given_up = False  # True once nothing that is finished for it counts any more
         self.paused = False
+        self.seeking = False  # what is fetched is not what comes next, until the client has gone back
         self.at_end = False  # nothing more to be fetched, as far as we know
 
     def add(self, messages: list[Message], by_key: bool) -> list[Lane]:
@@ -149,11 +143,12 @@ class Partition:
         Only the thread that appends may ask: then a queue seen empty stays empty.
         """
         lowest = self.next_offset
-        for lane in list(self.lanes.values()):
-            try:
-                lowest = min(lowest, lane.queue[0].offset())
-            except IndexError:
-                continue
+        with self.lock:  # a batch leaves its queue as one
+            for lane in self.lanes.values():
+                try:
+                    lowest = min(lowest, lane.queue[0].offset())
+                except IndexError:
+                    continue
         return lowest
 
     def ahead(self) -> int:

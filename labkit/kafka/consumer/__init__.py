@@ -1,0 +1,47 @@
+"""The one consumer: a group's member that reads topics and calls a handler, at least once, in lane order.
+
+`spec` is what it is told, `loop` polls, `lanes` keep order, `workers` call the handler, `failures` has the record that
+fails and what may become of it, `commits` stores offsets, `assignment` follows the group, `steps` are what it reports.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Self
+
+from labkit.kafka.consumer.loop import EXIT_DEADLINE as EXIT_DEADLINE
+from labkit.kafka.consumer.loop import Loop
+from labkit.kafka.consumer.spec import Spec
+from labkit.kafka.consumer.steps import Report
+from labkit.kafka.errors import LabkitError, TopicMissing
+
+
+@dataclass(frozen=True)
+class Consumer(Spec):
+    """Reads topics as a member of a consumer group and calls `handler` with each record, at least once, in lane order.
+
+    It is plain data until `run`. `Lab.deploy` fills in `group`, runs it in pods and keeps them alive.
+    """
+
+    def prepare(self) -> Self:
+        """Make what it needs beside its topics, and return it as it will run."""
+        return self
+
+    def run(self, stop: threading.Event, report: Report | None = None) -> None:
+        """Consume until `stop` is set, then drain, commit and leave the group.
+
+        Raises TopicMissing for a topic that does not exist or is deleted meanwhile, DeliveryFailed when what handlers
+        sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy says Stop.
+        """
+        if not self.group:
+            raise LabkitError(
+                "a Consumer needs a group to run: Consumer(..., group='billing'), or let Lab.deploy name it"
+            )
+        there = self.cluster.topics()
+        for topic in self.sources:
+            if topic.name not in there:
+                raise TopicMissing(
+                    f"topic {topic.short} ({topic.name}) does not exist at {self.cluster.bootstrap}: create it first"
+                )
+        Loop(self, stop, report).run()

@@ -1,0 +1,159 @@
+"""Which partitions this member has, and where it begins in them. Everything here is called in the thread that polls,
+by the client, in the middle of a `consume`."""
+
+from __future__ import annotations
+
+import time
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from labkit.kafka.consumer.commits import REACH, Commits
+from labkit.kafka.consumer.lanes import Lane, Partition
+from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.consumer.workers import Workers
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable
+
+AWAY = 30.0  # seconds to ask again and again where partitions begin
+GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
+
+
+class Assignment:
+    """Follows the group. Partitions of co-partitioned topics come and go with those that the group gives and takes."""
+
+    def __init__(self, run: Run, commits: Commits, workers: Workers) -> None:
+        self.run, self.commits, self.workers = run, commits, workers
+        there = run.spec.cluster.topics()
+        self.co_partitioned = {
+            main: [(topic.name, there.get(topic.name, 0)) for topic in others]
+            for main, others in run.spec.co_partitioned.items()
+        }
+        self.own = {name for topics in self.co_partitioned.values() for name, _ in topics}
+        self.newly_assigned: set[tuple[str, int]] = set()  # assigned during the consume call that runs now
+        self.abandoned: list[Lane] = []  # of partitions that were given up while their handler was running
+
+    def subscribed(self) -> list[str]:
+        """The topics whose partitions the group shares out."""
+        return [topic.name for topic in self.run.spec.sources if topic.name not in self.own]
+
+    def gone(self, topic: str | None) -> TopicMissing:
+        """The error of a topic that was deleted."""
+        return TopicMissing(
+            f"topic {topic or ', '.join(one.name for one in self.run.spec.sources)} was deleted while group "
+            f"{self.run.spec.group} was reading it: create a topic of another name and deploy again"
+        )
+
+    def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
+        """The group has given partitions."""
+        starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
+        client.incremental_assign(starts)
+        if not starts:
+            return
+        client.resume(starts)  # a pause from before outlives a rebalance in librdkafka
+        for one in starts:
+            key = (one.topic, one.partition)
+            self.run.partitions[key] = Partition(one.topic, one.partition, one.offset)
+            self.newly_assigned.add(key)
+        # "latest" means from now on: without a commit, what is produced while the member restarts would be lost.
+        if fresh and not self.commits.commit_now(fresh):
+            for key in fresh:  # refused, say by the next rebalance: goes with the next commit
+                self.run.partitions[key].committed = self.run.partitions[key].asked = -1
+        self.run.tell(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
+
+    def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
+        """The group takes partitions: what runs is finished, up to a bound, and committed."""
+        partitions = self._with_co_partitioned(partitions)
+        try:
+            self.release(self.run.held(partitions))
+        finally:
+            client.incremental_unassign(partitions)
+        self.run.tell(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
+
+    def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
+        """The group has taken partitions while this member was away: nothing of them counts any more."""
+        partitions = self._with_co_partitioned(partitions)
+        self.forget(self.run.held(partitions))
+        client.incremental_unassign(partitions)
+        self.run.tell(Step.LOST, [(one.topic, one.partition) for one in partitions])
+
+    def release(self, partitions: list[Partition]) -> None:
+        """Let partitions go: start nothing more, wait for what runs, commit. Nothing is committed late."""
+        for partition in partitions:
+            partition.active = False
+        until = time.monotonic() + self.run.spec.drain
+        while any(lane.busy() for p in partitions for lane in list(p.lanes.values())) and time.monotonic() < until:
+            self.run.wake.clear()
+            self.run.wake.wait(0.01)
+        positions = {(p.topic, p.number): at for p in partitions if (at := p.position()) > p.committed}
+        self.forget(partitions)
+        if positions:
+            self.commits.settle(positions)
+
+    def forget(self, partitions: list[Partition]) -> None:
+        """Nothing that belongs to these partitions counts any more, whoever still works on it."""
+        for partition in partitions:
+            self.run.partitions.pop((partition.topic, partition.number), None)
+        self.abandoned += self.workers.forget(partitions)
+
+    def _with_co_partitioned(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        others = [
+            TopicPartition(name, one.partition)
+            for one in partitions
+            for name, count in self.co_partitioned.get(one.topic, ())
+            if one.partition < count
+        ]
+        return [*partitions, *others]
+
+    def _starts(
+        self, client: Client, partitions: list[TopicPartition]
+    ) -> tuple[list[TopicPartition], dict[tuple[str, int], int]]:
+        """Where to begin, and which of these positions are to be committed. Asks until there is an answer."""
+        spec, until = self.run.spec, time.monotonic() + AWAY
+        while partitions and not self.run.stop.is_set():
+            try:
+                return self._ask_starts(client, partitions)
+            except KafkaException as error:
+                if error.args[0].code() in GONE:
+                    raise self.gone(None) from error
+                if time.monotonic() > until:
+                    raise ClusterUnreachable(
+                        f"{spec.cluster.bootstrap} does not say where group {spec.group} is to begin: "
+                        f"{error.args[0].str()}"
+                    ) from error
+            except (Unavailable, ClusterUnreachable) as error:  # of who tells positions
+                if isinstance(error, ClientRefused) or time.monotonic() > until:
+                    raise
+                log(f"{spec.group}: where to read on is not told yet: {error}")
+            self.run.stop.wait(0.1)
+        return [], {}
+
+    def _ask_starts(
+        self, client: Client, partitions: list[TopicPartition]
+    ) -> tuple[list[TopicPartition], dict[tuple[str, int], int]]:
+        spec = self.run.spec
+        starts: list[TopicPartition] = []
+        fresh: dict[tuple[str, int], int] = {}
+        told = spec.positions and spec.positions([(one.topic, one.partition) for one in partitions])
+        for one in client.committed(partitions, timeout=REACH):
+            if one.error is not None:  # not to be taken for "nothing committed"
+                raise KafkaException(one.error)
+            key = (one.topic, one.partition)
+            offset = one.offset if told is None else told.get(key, -1)
+            if offset < 0 or told is not None:
+                low, high = client.get_watermark_offsets(TopicPartition(*key), timeout=REACH)
+                if 0 <= offset < low:
+                    raise LabkitError(
+                        f"group {spec.group} is to read {one.topic}/{one.partition} from offset {offset:,} up to "
+                        f"{low:,} yet, but those records are gone from the topic: build anew what was made of it"
+                    )
+            if offset < 0:
+                # What is in a co-partitioned topic is the group's own work, whenever it came.
+                latest = spec.start == "latest" and one.topic not in self.own
+                offset = high if latest else low
+                if latest:
+                    fresh[key] = offset
+            if told is not None and offset != one.offset:
+                fresh[key] = offset  # else the group's lag would be that of another one's work
+            starts.append(TopicPartition(*key, offset))
+        return starts, fresh

@@ -1,0 +1,257 @@
+"""The one consumer loop: one thread owns the client and only polls, dispatches, pauses and commits.
+
+Records go to lanes (see `lanes`), which run on a bounded thread pool (`workers`); `commits` stores what is finished.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from typing import Any, cast
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from labkit.kafka.consumer.assignment import GONE, Assignment
+from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
+from labkit.kafka.consumer.lanes import Partition
+from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.spec import Spec
+from labkit.kafka.consumer.steps import Report
+from labkit.kafka.consumer.workers import Workers
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, DeliveryFailed, LabkitError, TopicMissing, place_of
+from labkit.kafka.records import Message
+from labkit.kafka.refusal import explain, is_final
+
+BATCH = 500  # records taken at once from what the client has fetched
+TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
+FULL = 0.1  # seconds a partition may stay full before it is paused
+FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records
+EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
+
+
+class Loop:
+    """One run of a Consumer, in the thread that calls `run`."""
+
+    def __init__(self, spec: Spec, stop: threading.Event, report: Report | None) -> None:
+        self.spec = spec
+        self.shared = Run(spec, stop, report)
+        self.partitions = self.shared.partitions
+        self.by_key = spec.order == "key"
+        self.batch = max(1, min(BATCH, spec.max_ahead // 2))
+        self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
+        self.client = Client(
+            spec.cluster.config(
+                {
+                    "group.id": spec.group,
+                    "auto.offset.reset": spec.start,
+                    "enable.auto.commit": False,
+                    "enable.auto.offset.store": False,
+                    "on_commit": self.guarded(lambda error, offsets: self.commits.confirmed(error, offsets)),
+                    "error_cb": self.client_error,
+                    "enable.partition.eof": True,  # so that committed positions pass commit markers
+                    "partition.assignment.strategy": "cooperative-sticky",
+                    "session.timeout.ms": 6000,  # a stock broker refuses less
+                    "heartbeat.interval.ms": 300,  # how soon a member hears of a rebalance
+                    "topic.metadata.refresh.interval.ms": 1000,  # else a deleted topic stays unnoticed for 40 s
+                    "fetch.queue.backoff.ms": 1,  # with the default 1000 the same loop reaches 0.15 of the speed
+                    "queued.min.messages": 300_000,
+                    "queued.max.messages.kbytes": 65_536,  # bounds the prefetch in memory
+                }
+            )
+        )
+        self.commits: Commits = AtLeastOnce(self.shared, self.client)
+        self.workers = Workers(self.shared, self.commits)
+        self.assignment = Assignment(self.shared, self.commits, self.workers)
+
+    def run(self) -> None:
+        """Consume until the stop, or until an error, which is raised."""
+        shared, before = self.shared, time.monotonic()
+        try:
+            self.client.subscribe(
+                self.assignment.subscribed(),
+                on_assign=self.guarded(self.assignment.assigned),
+                on_revoke=self.guarded(self.assignment.revoked),
+                on_lost=self.guarded(self.assignment.lost),
+            )
+            self.workers.start()
+            while not shared.stop.is_set() and shared.fatal is None:
+                now = time.monotonic()
+                shared.clock += min(now - before, 1.0)
+                before = now
+                self.workers.resume(now)
+                self.watch_deadlines()
+                for messages in self.fetch():
+                    self.dispatch(messages)
+                self.go_back()
+                self.relieve()
+                self.commits.commit(now)
+            with (
+                nullcontext() if shared.fatal is None else suppress(DeliveryFailed)
+            ):  # the first error is the one to tell
+                self.assignment.release(list(self.partitions.values()))
+        finally:
+            self.close()
+        if shared.fatal is not None:
+            raise shared.fatal
+
+    def fetch(self) -> Iterator[list[Message]]:
+        """One record, waiting a little, then whatever is there already: asking for many at once waits to fill."""
+        due = self.workers.next_due()
+        patience = TURN if due is None else min(TURN, max(0.0, due - time.monotonic()))
+        first = self.client.consume(1, patience)
+        self.assignment.newly_assigned.clear()  # that was before the one record was taken
+        yield cast(list[Message], first)
+        if first and self.batch > 1:
+            yield cast(list[Message], self.client.consume(self.batch - 1, 0))
+
+    def dispatch(self, messages: list[Message]) -> None:
+        """Give fetched records to their lanes."""
+        batches: dict[tuple[str, int], list[Message]] = {}
+        ends: list[Message] = []
+        last, append = None, None
+        for message in messages:
+            error = message.error()
+            if error is None:
+                key = (message.topic(), message.partition())
+                if key != last or append is None:  # neighbours are mostly of one partition
+                    last, append = key, batches.setdefault(key, []).append
+                append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                ends.append(message)
+            else:
+                self.client_error(error, message.topic())
+        # Taken away and given back within this very call: what was fetched before must not run ahead of what the
+        # committed offset brings again.
+        for key in self.assignment.newly_assigned & {*batches, *((end.topic(), end.partition()) for end in ends)}:
+            if partition := self.partitions.get(key):
+                partition.seeking = True
+        for key, batch in batches.items():
+            partition = self.partitions.get(key)
+            if partition is None or partition.seeking:
+                continue  # revoked meanwhile: uncommitted, so its next owner gets these; or fetched again
+            if batch[0].offset() < partition.next_offset:
+                self.check_identity(partition.topic)
+            for lane in partition.add(batch, self.by_key):
+                self.workers.ready.put(lane)
+        for end in ends:  # only after the records before it, which would look as if they were fetched twice
+            partition = self.partitions.get((end.topic(), end.partition()))
+            if partition is not None and not partition.seeking:
+                partition.reached(end.offset())
+
+    def go_back(self) -> None:
+        """Have the client fetch what comes next. It refuses until it fetches that partition at all: asked again at the
+        next turn. (An assignment changed outside of a rebalance callback could hide a loss.)"""
+        for partition in self.partitions.values():
+            if partition.seeking:
+                with suppress(KafkaException):
+                    self.client.seek(TopicPartition(partition.topic, partition.number, partition.next_offset))
+                    partition.seeking = False
+
+    def client_error(self, error: KafkaError, topic: str | None = None) -> None:
+        """What the client says of a topic, or of its connections: a login that is refused it tells nowhere else."""
+        code = error.code()
+        if code in GONE:
+            self.shared.end(self.assignment.gone(topic))
+        elif code == KafkaError._AUTHENTICATION and is_final(error):
+            where = self.spec.cluster
+            why = explain(error, dict(where.security))
+            self.shared.end(ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}"))
+        elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
+            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
+        # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
+
+    def check_identity(self, topic: str) -> None:
+        """Offsets that go back may be those of another topic of this name, whose records would be passed over."""
+        try:
+            same = self.spec.cluster.topic_id(topic) == self.topic_ids[topic]
+        except TopicMissing:
+            same = False
+        except ClusterUnreachable:
+            same = True  # asked again when more comes
+        if not same:
+            self.shared.end(self.assignment.gone(topic))
+
+    def relieve(self) -> None:
+        """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
+
+        The client hands out one partition after the other: while one has nothing to do and more to come, a full one is
+        waited for no longer than a handler without work of its own needs, or that one would stand still for it.
+        """
+        full: list[Partition] = []
+        starving = False
+        for partition in self.partitions.values():
+            if not partition.paused:
+                if self.is_full(partition):
+                    full.append(partition)
+                starving |= not partition.lanes and not partition.at_end
+            elif partition.ahead() <= self.batch // 2:
+                self.client.resume([TopicPartition(partition.topic, partition.number)])
+                partition.paused = False
+        shared, until = self.shared, time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
+        while full and time.monotonic() < until and not shared.stop.is_set() and shared.fatal is None:
+            shared.wake.clear()
+            if not any(map(self.is_full, full)):
+                return
+            shared.wake.wait(0.002)
+        for partition in full:
+            if self.is_full(partition):
+                self.client.pause([TopicPartition(partition.topic, partition.number)])
+                partition.paused = True
+
+    def is_full(self, partition: Partition) -> bool:
+        """Whether one more batch could exceed `max_ahead`."""
+        return partition.ahead() + self.batch > self.spec.max_ahead
+
+    def watch_deadlines(self) -> None:
+        """End the process when a handler has run for too long."""
+        abandoned = self.assignment.abandoned = [lane for lane in self.assignment.abandoned if lane.began is not None]
+        ours = (lane for partition in self.partitions.values() for lane in list(partition.lanes.values()))
+        for lane in itertools.chain(abandoned, ours):  # a worker that hangs is missed, whoever has the record now
+            began = lane.began
+            if began is not None and self.shared.clock - began > self.spec.deadline:
+                with suppress(IndexError):  # it returned just now
+                    first = lane.queue[0]
+                    self.overrun(place_of(first.topic(), first.partition(), first.offset()))
+
+    def overrun(self, place: str) -> None:
+        """End the process, as Python cannot end a thread."""
+        try:
+            log(
+                f"handler of {place} has run for more than its deadline of {self.spec.deadline:g} s; "
+                "the process ends, the record will be delivered again. Stacks:"
+            )
+            faulthandler.dump_traceback(all_threads=True)
+        finally:
+            os._exit(EXIT_DEADLINE)
+
+    def guarded(self, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        """A callback for the client. What it raises ends the loop, but not through the client: that could never close
+        after an exception out of a rebalance."""
+
+        def call(first: Any, second: Any) -> None:
+            try:
+                callback(first, second)
+            except BaseException as error:
+                self.shared.end(error)
+
+        return call
+
+    def close(self) -> None:
+        """End the workers and leave the group. Takes at most 2 × REACH: a frozen broker would keep us for a minute."""
+        self.assignment.forget(list(self.partitions.values()))
+        self.workers.close()
+        self.commits.close()
+        leaving = threading.Thread(target=self.leave, name="leaving", daemon=True)
+        leaving.start()
+        leaving.join(2 * REACH)
+
+    def leave(self) -> None:
+        if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session's end
+            self.client.unsubscribe()
+        self.client.close()
