@@ -38,9 +38,9 @@ class Topic(Generic[T]):
     def send(self, value: T | None, key: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         """Queue one record through the process's producer; `flush` confirms it. A `None` value is a tombstone.
 
-        Inside a handler no flush is needed: the consumer flushes before it commits. If the broker refuses what a
-        handler sent, the consumer ends with DeliveryFailed and commits nothing of it. `on_failure` is not asked: nobody
-        knows any more whose record it was.
+        In a handler the record is held until the handler has returned, and is confirmed before the commit: no flush is
+        needed. What cannot be sent raises here, as the handler's own failure. If the broker refuses a record later, the
+        consumer ends with DeliveryFailed and commits nothing of it: nobody knows any more whose record it was.
         """
         producer(self.cluster).send(self.name, None if value is None else encode(value), key, headers)
 
