@@ -11,7 +11,7 @@ VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
 PYTEST := .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5
 # The longest files start first, notebooks before all, so that no worker ends long after the other.
 TESTS := tests/browser tests/notebooks tests/kafka tests/unit
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=60
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=120
 
 .PHONY: help lab test test-long bench soak notebooks lint lock environment clean
 

@@ -11,7 +11,7 @@ from labkit.runtime.server import Server
 
 
 class PrivateBroker(Server):
-    """One embedded broker (0.9 s once everything is prepared; again in 1 to 3 s after a `restart`)."""
+    """One embedded broker (0.9 s once everything is prepared; again in some 4 s after a `restart`)."""
 
     name, kind = "Kafka", "private"
 

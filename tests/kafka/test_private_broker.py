@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from consuming import Member, fresh_group, fresh_topic, put
 from processes import is_alive, processes_of, wait_until
 
@@ -95,6 +97,20 @@ def test_one_commit_at_a_time_is_on_its_way(broker: PrivateBroker) -> None:
         # Before the stop, whose own commit need not wait for one that is on its way.
         steps = [step for step, _ in list(member.journal.steps) if step in (Step.FLUSHED, Step.COMMITTED)]
     assert (Step.FLUSHED, Step.FLUSHED) not in pairwise(steps)
+
+
+def test_halted_for_a_moment_it_stays_the_leader(broker: PrivateBroker) -> None:
+    """A broker that is fenced whenever the machine halts makes the machine busier: all partitions change leaders."""
+    topic = fresh_topic(broker.cluster, 8)
+    for number in range(3):
+        broker.freeze()
+        time.sleep(0.8)
+        broker.thaw()
+        put(topic, number)
+        time.sleep(0.2)  # the controller looks for sessions that are over from time to time
+    client = AdminClient(broker.cluster.config({}))
+    [answer] = client.list_offsets({TopicPartition(topic.name, 0): OffsetSpec.latest()}).values()  # type: ignore[no-untyped-call]
+    assert answer.result().leader_epoch == 0
 
 
 def test_closed_it_leaves_nothing(state_dir: Path) -> None:
