@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from labkit.lab.widgets import read_solutions
 from labkit.runtime import shared
 from labkit.runtime.connect import composed
 
@@ -55,9 +54,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for number, item in reversed(list(enumerate(items))):
         if item.path.suffix == ".ipynb":
             solutions = item.path.parent / "solutions" / f"{item.path.stem}.py"
-            filled = read_solutions(solutions).get(item.cell.id) if solutions.exists() else None
-            if filled is not None:
+            if solutions.exists() and (filled := solutions_in(solutions).get(item.cell.id)) is not None:
                 items.insert(number + 1, solved(item, filled))
+
+
+def solutions_in(file: Path) -> dict[str, str]:
+    """The solutions of a notebook's exercises, by the id of the cell."""
+    from labkit.lab.widgets import read_solutions  # with all of Jupyter: only where there is a notebook
+
+    return read_solutions(file)
 
 
 def solved(exercise: pytest.Item, solution: str) -> pytest.Item:
