@@ -62,7 +62,7 @@ Check = Callable[[], str]
 
 def examine(checks: dict[str, Check]) -> Iterator[Finding]:
     """Run every check; one that fails in a way nobody thought of is a problem too."""
-    from labkit.kafka.errors import LabkitError
+    from labkit.kafka.errors import LabkitError, error_text
 
     for name, check in checks.items():
         try:
@@ -74,7 +74,7 @@ def examine(checks: dict[str, Check]) -> Iterator[Finding]:
         except LabkitError as error:
             yield Finding(name, "problem", str(error), FIXES.get(name, REMAKE))
         except Exception as error:
-            text = f"the check itself failed: {type(error).__name__}: {error}"
+            text = f"the check itself failed: {error_text(error)}"
             yield Finding(name, "problem", text, f"if nothing else is wrong: {REMAKE}")
 
 

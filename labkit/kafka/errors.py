@@ -8,6 +8,18 @@ def place_of(topic: str, partition: int, offset: int) -> str:
     return f"{topic}/{partition}/{offset}"
 
 
+def error_text(error: BaseException, most: int = 500) -> str:
+    """An error's type and text in at most so many characters, which can be written as UTF-8 whatever the error quotes.
+
+    An error of somebody else's may raise when its text is asked for; its type alone is told then.
+    """
+    try:
+        text = str(error)
+    except Exception as broken:
+        text = f"(its text cannot be had: {type(broken).__name__})"
+    return f"{type(error).__name__}: {text}"[:most].encode(errors="replace").decode()
+
+
 class LabkitError(Exception):
     """Base of all: catch this to tell a mistake in the set-up from a bug."""
 

@@ -50,19 +50,19 @@ class HandlerContext:
     `producer`, which is confirmed before a commit; a handler's own producer, or another cluster's, sends at once.
     """
 
-    __slots__ = ("held", "holds", "producer", "record", "thread")
+    __slots__ = ("collecting", "outputs", "producer", "record", "thread")
 
     def __init__(self, producer: Producer | None = None, record: Record[object] | None = None) -> None:
         self.producer = producer
         self.record = record
-        self.holds = False  # True while the handler runs: what it sends is held
-        self.held: list[Output] = []
+        self.collecting = False  # True while the handler runs: what it sends is held
+        self.outputs: list[Output] = []
         self.thread = threading.get_ident()
 
     def take(self) -> list[Output]:
         """What was sent in it; from now on it holds nothing."""
-        held, self.held, self.holds = self.held, [], False
-        return held
+        outputs, self.outputs, self.collecting = self.outputs, [], False
+        return outputs
 
 
 # An object that is changed, because setting the variable itself for every record takes longer than calling a handler.
@@ -70,6 +70,7 @@ NOBODY = HandlerContext()  # that of a thread which is in no handler
 handling: ContextVar[HandlerContext] = ContextVar("handling", default=NOBODY)
 
 MESSAGE_MAX_BYTES = 1_000_000  # what the client takes at most
+OVERHEAD = 100  # bytes of a record beside its value, key and headers; the client counts some 40
 PROPAGATION = 3.0  # seconds for a new topic to be known everywhere
 UNKNOWN = 1 << 31  # partitions of a topic that no broker tells of
 ASK_AGAIN, FOREVER = 30.0, 1e9  # seconds for which an answer holds
@@ -95,14 +96,14 @@ class Producer:
             "delivery.timeout.ms": int(timeout * 1000),
             "queue.buffering.max.messages": 1_000_000,
             "topic.metadata.refresh.interval.ms": 1000,
-            "topic.metadata.propagation.max.ms": 3000,  # else a topic that is missing is told after 30 s only
+            "topic.metadata.propagation.max.ms": 3000,  # else a missing topic is reported after 30 s only
         }
         self.cluster = cluster
         self._client = Client(cluster.config(own))
         self._partitions: dict[str, tuple[int, float]] = {}  # by topic: how many, and until when that holds
         self.refused = 0
         """How many records were not delivered so far. `check` compares it with an earlier value."""
-        self._raised = 0  # how many of them `flush` has told of
+        self._raised = 0  # how many of them `flush` has raised for
         self._reasons: deque[str] = deque(maxlen=3)
         self._failing = threading.Lock()
         self._pod = os.environ.get(POD, "").encode()
@@ -152,9 +153,9 @@ class Producer:
                 f"{topic}: only the handler's own thread may send. Send in the handler, or start the thread without a "
                 "copy of its context"
             )
-        if context.holds and context.producer is self:
-            self._check(topic, len(value or b"") + len(raw_key or b""), partition)
-            context.held.append(Output(topic, value, raw_key, partition, wire))
+        if context.collecting and context.producer is self:
+            self._check(topic, _size(value, raw_key, wire), partition)
+            context.outputs.append(Output(topic, value, raw_key, partition, wire))
         else:
             self._produce(topic, value, raw_key, partition, wire)
 
@@ -220,7 +221,7 @@ class Producer:
         still unconfirmed after `timeout` seconds.
         """
         context = handling.get()
-        if context.holds and context.held and context.producer is self:
+        if context.collecting and context.outputs and context.producer is self:
             raise LabkitError(
                 "flush: what a handler has sent goes out when the handler has returned, and is confirmed before its "
                 "record is committed. Leave flush out; deliver() sends at once and waits"
@@ -265,6 +266,12 @@ class Producer:
                 self._reasons.append(f"{message.topic()}: {error.str()}")
 
 
+def _size(value: bytes | None, key: bytes | None, headers: Mapping[str, str | bytes | None]) -> int:
+    """The bytes that the client counts for a record, or a few more."""
+    rest = sum(len(name) + len(one or b"") + 10 for name, one in headers.items())
+    return len(value or b"") + len(key or b"") + rest + OVERHEAD
+
+
 def _tell(on_delivery: OnDelivery, error: KafkaError | None, message: Report) -> None:
     on_delivery(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
 
@@ -298,14 +305,14 @@ def deliver(
     were refused, or not confirmed within `timeout` seconds: those may still arrive.
     """
     sender = producer(cluster, reports=True)
-    known: list[str | None] = []  # why each was refused, None if it was not; told from any thread that listens
+    known: list[str | None] = []  # why each was refused, None if it was not; filled by any thread that polls
 
-    def told(refused: str | None, partition: int, offset: int) -> None:
+    def on_delivery(refused: str | None, partition: int, offset: int) -> None:
         known.append(refused)
 
     sent = 0
     for sent, (value, key, headers) in enumerate(records, 1):  # noqa: B007 - the last one counts
-        sender.send(topic, value, key, headers, on_delivery=told)
+        sender.send(topic, value, key, headers, on_delivery=on_delivery)
     until = time.monotonic() + timeout
     while len(known) < sent and time.monotonic() < until:
         sender.poll(0.005)  # what others hear may be ours

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from labkit.kafka.errors import LabkitError, PoisonRecord, place_of
+from labkit.kafka.errors import LabkitError, PoisonRecord, error_text, place_of
 
 T = TypeVar("T")
 
@@ -89,13 +89,19 @@ class Record(Generic[T]):
 
 
 def parser(value: type[T]) -> Callable[[bytes], T]:
-    """A function from a value on the wire to the value; it raises one of UNDECODABLE.
+    """A function from a value on the wire to the value; raises one of UNDECODABLE, or what the type's checks raise.
 
     `value` is anything msgspec can check: a Struct, a dataclass, a TypedDict, `dict`, `list`, `str`, `int` … Unknown
     fields are ignored, missing ones take their default, so producers and consumers can be upgraded one by one.
     """
     parse: Callable[[bytes], T] = msgspec.json.Decoder(value).decode
     return parse
+
+
+def poison(message: Message, error: Exception) -> PoisonRecord:
+    """The error of a record that did not decode, for that reason."""
+    reason = str(error) if isinstance(error, UNDECODABLE) else error_text(error)
+    return PoisonRecord(message.topic(), message.partition(), message.offset(), reason)
 
 
 def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
@@ -110,7 +116,7 @@ def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
                 None if raw_key is None else raw_key.decode(),
                 None if raw is None else parse(raw),  # type: ignore[arg-type]
             )
-        except UNDECODABLE as error:
-            raise PoisonRecord(message.topic(), message.partition(), message.offset(), str(error)) from error
+        except Exception as error:  # of a value type, whose own checks may raise anything
+            raise poison(message, error) from error
 
     return decode

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Generic
 
-from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.errors import DeliveryFailed, LabkitError, error_text
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import T, encode
 from labkit.kafka.topics import Topic
@@ -113,7 +113,7 @@ class Load(Generic[T]):
                     begun = time.monotonic() - order / self._rate
                 self._stop.wait(0.02)
         except Exception as error:  # shown by repr, wait and the audit; a thread has nobody to raise to
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = error_text(error)
 
     def _confirm(self, producer: Producer) -> None:
         while producer.unconfirmed(0.2) and not self._stop.is_set():

@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from labkit.kafka.errors import error_text
+
 
 class Planned:
     """Something that will be done once a condition holds."""
@@ -65,7 +67,7 @@ class Planned:
         except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
             with self._deciding:
                 if self._begun or not self._cancelled.is_set():
-                    self.state = f"failed: {type(error).__name__}: {error}"
+                    self.state = f"failed: {error_text(error)}"
                     self.failed, self.waits = True, False
 
 

@@ -18,7 +18,7 @@ import traceback
 from typing import Any, BinaryIO, Protocol
 
 from labkit.kafka.consumer.steps import Report
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.producer import POD
 from labkit.kafka.topics import Topic
 from labkit.lab.telemetry import PodReport, Telemetry
@@ -58,7 +58,7 @@ def main() -> int:
     try:
         runnable.run(stop, telemetry)
     except LabkitError as error:
-        _say(f"{type(error).__name__}: {error}")
+        _say(error_text(error, 20_000))
     except BaseException:
         traceback.print_exc()
     else:

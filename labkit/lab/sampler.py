@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
@@ -133,7 +133,7 @@ class Sampler:
             except LabkitError as error:
                 self.trouble = str(error)
             except Exception as error:  # a thread has nobody to raise to; the status line shows it
-                self.trouble = f"{type(error).__name__}: {error}"
+                self.trouble = error_text(error)
             self._stop.wait(max(0.0, TICK - (time.monotonic() - mono)))
 
     def _sample(self) -> str | None:
@@ -172,7 +172,7 @@ class Sampler:
             try:
                 values.append((metric, label, read()))
             except Exception as error:  # the learner's own function, or a server that is down: the others count on
-                trouble = f"{metric} of {label}: {type(error).__name__}: {error}"
+                trouble = f"{metric} of {label}: {error_text(error)}"
         now = time.time()
         highest: dict[tuple[str, str], float] = {}  # of the groups that read one topic, the one that is most behind
         for metric, label, value in values:

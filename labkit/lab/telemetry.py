@@ -18,7 +18,7 @@ import msgspec
 
 from labkit.kafka.consumer.failures import FailedRecord, Retry
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.errors import DeliveryFailed, error_text
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
@@ -138,7 +138,7 @@ class Telemetry:
         elif step is Step.FAILED:
             self._note(subject)
         elif step is Step.BLOCKED:
-            error = _text(subject.refused or subject.error)
+            error = error_text(subject.refused or subject.error)
             with self._lock:
                 self._waiting[subject.place] = Waiting(
                     subject.place, subject.attempt, subject.since, subject.due, error
@@ -183,7 +183,9 @@ class Telemetry:
         after = failed.decision.after if isinstance(failed.decision, Retry) else None
         with self._lock:
             self._failed += 1
-            self._events.append(Failed(failed.place, failed.attempt, time.time(), _text(failed.error)[:200], after))
+            self._events.append(
+                Failed(failed.place, failed.attempt, time.time(), error_text(failed.error)[:200], after)
+            )
 
     def _unheard_since(self, now: float) -> float:
         stopped, went_on = self._pause
@@ -256,10 +258,6 @@ class Telemetry:
             if lost > 0 or not left:
                 self._said.clear()
         return lost > 0
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
 
 
 def ranges(offsets: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import ipywidgets
 
+from labkit.kafka.errors import error_text
+
 _OK, _MISSING = "#00835F", "#B84F00"
 
 
@@ -116,7 +118,7 @@ def exercise(task: str, check: Callable[..., object] | None = None, **answers: o
         try:
             result = check(**answers)
         except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
+            wrong = error_text(error)
         else:
             if result is not None and result is not True:
                 wrong = str(result) if result else "this is not what was asked for."

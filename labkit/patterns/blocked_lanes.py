@@ -20,14 +20,14 @@ import msgspec
 
 from labkit.kafka.consumer.failures import FailedRecord
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import LabkitError, place_of
+from labkit.kafka.errors import LabkitError, error_text, place_of
 from labkit.kafka.producer import POD, producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.patterns.trails import HEADER, error_text, headers_of, own_topic, parse, text_of
+from labkit.patterns.trails import HEADER, headers_of, own_topic, parse, text_of
 
 LANES, SKIPS = "lanes", "skips"  # what the two topics are called
 SHOWN = 1000  # characters of a value that are shown
@@ -167,8 +167,8 @@ class BlockedLanes(GroupEntries[Blocked]):
         while not done():
             if time.monotonic() > until:
                 raise LabkitError(
-                    f"{what}: said, but no consumer of {self.group} has done it within {timeout:g} s. Is one alive? "
-                    "The next one that meets the record will"
+                    f"{what}: stored, but no consumer of {self.group} carried it out within {timeout:g} s. Is one "
+                    "running? The next one that reaches the record will"
                 )
             time.sleep(0.01)
 
@@ -231,9 +231,10 @@ class Commands:
                 with suppress(LabkitError):  # not loaded yet: then it wakes us; or somebody wrote nonsense there
                     if found is None and isinstance(entry := self.store.get(key), Skip):
                         found = entry
-            before, failed.command = failed.command, found
-        if found is not None and before is None:
-            failed.put_command(found)
+            if found is not None and failed.command is None:
+                failed.put_command(found)  # under the lock, or one that is taken back meanwhile would stand again
+            else:
+                failed.command = found
 
     def _block(self, failed: FailedRecord) -> None:
         """Say that a lane waits."""

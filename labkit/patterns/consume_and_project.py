@@ -15,7 +15,7 @@ from typing import Any, Generic, cast
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Stop, keep_trying
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, PoisonRecord, Unavailable
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, PoisonRecord, Unavailable, error_text
 from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.records import Record, T
 from labkit.kafka.topics import Topic
@@ -125,7 +125,7 @@ class Projection(Generic[T]):
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500].replace("\0", "").encode(errors="replace").decode()
+    return error_text(error).replace("\0", "")
 
 
 class Staleness:

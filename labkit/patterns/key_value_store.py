@@ -28,11 +28,12 @@ from labkit.kafka.errors import (
     TopicMismatch,
     TopicMissing,
     Unavailable,
+    error_text,
 )
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import UNDECODABLE, Message, encode, parser
+from labkit.kafka.records import Message, encode, parser, poison
 from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
@@ -260,11 +261,11 @@ class KeyValueStore(Mapping[str, V]):
         try:
             raw = encode(value)
             self._parse(raw)
-        except (TypeError, ValueError, *UNDECODABLE) as error:
+        except Exception as error:  # of a value type, whose own checks may raise anything
             kind = getattr(self.topic.value, "__name__", self.topic.value)
             raise LabkitError(
                 f"a {type(value).__name__} is no value for {key!r} in store {self.topic.short}: write one of the "
-                f"type that its topic has, {kind} ({error})"
+                f"type that its topic has, {kind} ({error_text(error)})"
             ) from error
         return raw
 
@@ -320,7 +321,7 @@ class KeyValueStore(Mapping[str, V]):
             except LabkitError as error:
                 self._end(error)
             except Exception as error:  # a thread has nobody to raise to; who reads next is told
-                self._end(LabkitError(f"store {self.topic.short} ended: {type(error).__name__}: {error}"))
+                self._end(LabkitError(f"store {self.topic.short} ended: {error_text(error)}"))
 
     def _check_topic(self) -> float:
         """How long the topic keeps tombstones, in seconds. Raises TopicMismatch for one that cannot hold a store."""
@@ -503,7 +504,7 @@ class _Contents(Generic[V]):
             try:
                 key = raw_key.decode()
                 value = None if raw is None else parse(raw)
-            except UNDECODABLE as error:
+            except Exception as error:  # of a value type, whose own checks may raise anything
                 self._set_aside(raw_key.decode(errors="replace"), message, error)
                 continue
             if tell:
@@ -520,11 +521,11 @@ class _Contents(Generic[V]):
         return changes
 
     def _set_aside(self, key: str, message: Message, error: Exception) -> None:
-        poison = PoisonRecord(message.topic(), message.partition(), message.offset(), str(error))
-        log.error("store: key %r cannot be read until it is written again: %s", key, poison)
+        why = poison(message, error)
+        log.error("store: key %r cannot be read until it is written again: %s", key, why)
         known = self.unreadable.get(key)
         before = self.entries.get(key) if known is None else known.before
-        self.unreadable[key] = _Unreadable(poison, before)  # first: who reads meanwhile must not find nothing at all
+        self.unreadable[key] = _Unreadable(why, before)  # first: who reads meanwhile must not find nothing at all
         self.entries.pop(key, None)
 
 

@@ -17,7 +17,6 @@ from labkit.kafka.records import Message
 HEADER = "retry"
 LONGEST_NAME = 249  # of a topic, says Kafka
 TIMES = 50  # of failed attempts that are kept: the newest
-ERROR = 500  # characters kept of an error
 OWN_TOPIC = re.compile(r"(.+)_([A-Za-z0-9.-]+)_(?:replay|retry\d+-\d+m?s|dead-letters|lanes|skips)")
 FUTURE = 1e12  # seconds since 1970: no time is later
 
@@ -69,11 +68,6 @@ def headers_of(message: Message) -> dict[str, bytes | None]:
 def text_of(raw: bytes | None) -> str | None:
     """Bytes for people; what is no UTF-8 is shown by replacement characters."""
     return None if raw is None else raw.decode(errors="replace")
-
-
-def error_text(error: BaseException) -> str:
-    """An error in one text of bounded length, which can be written as UTF-8 whatever the error quotes."""
-    return f"{type(error).__name__}: {error}"[:ERROR].encode(errors="replace").decode()
 
 
 def own_topic(topic: str, group: str, what: str) -> str:

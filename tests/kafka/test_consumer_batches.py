@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -51,6 +52,51 @@ def test_a_record_that_does_not_decode_comes_in_its_place(cluster: Cluster) -> N
     found = [one for batch in batches for one in batch]
     assert [one.offset for one in found] == [0, 1, 2]
     assert isinstance(found[1], PoisonRecord)
+
+
+@dataclass
+class Checked:
+    rate: int
+
+    def __post_init__(self) -> None:
+        raise KeyError(self.rate)  # not what msgspec makes of a ValueError
+
+
+@pytest.mark.parametrize("batch", [None, 10])
+def test_a_value_type_whose_own_check_raises_is_poison(cluster: Cluster, batch: int | None) -> None:
+    """The consumer ended of it, and again after each restart."""
+    topic, group = fresh_topic(cluster, value=Checked), fresh_group()
+    put(topic, b'{"rate":7}')
+    handled: list[Any] = []
+    errors: list[BaseException] = []
+
+    def policy(failed: FailedRecord) -> Decision:
+        errors.append(failed.error)
+        return Retry(60)
+
+    with Member(Consumer(topic, handled.append, group, batch=batch, on_failure=policy)) as member:
+        member.journal.wait(lambda: errors or handled)
+    (poison,) = errors or handled[0]
+    assert isinstance(poison, PoisonRecord)
+    assert "KeyError: 7" in str(poison)
+
+
+def test_a_batch_that_grows_while_its_first_record_is_tried_again(cluster: Cluster) -> None:
+    """Each call of a failing record is one attempt that the policy knows of."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    calls: list[list[int]] = []
+
+    def handle(batch: list[Any]) -> None:
+        calls.append([one.value for one in batch])
+        if 0 in calls[-1] and len(calls) < 4:
+            put(topic, len(calls))
+            raise ValueError("not yet")
+
+    with Member(Consumer(topic, handle, group, batch=10, on_failure=lambda failed: Retry(0.2))) as member:
+        put(topic, 0)
+        member.wait_committed({0: 4})
+    assert [call for call in calls if 0 in call] == [[0]] * 4
+    assert len(member.journal.of(Step.FAILED)) == 3
 
 
 def test_of_a_batch_that_fails_the_policy_gets_the_record_that_does_it(cluster: Cluster) -> None:

@@ -54,6 +54,31 @@ def test_a_failing_record_is_tried_until_it_succeeds_and_keeps_its_order(cluster
     assert len(recovered.times) == 3
 
 
+class Untellable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("batch", [None, 10])
+def test_an_error_without_a_text_is_an_error_like_any_other(cluster: Cluster, batch: int | None) -> None:
+    """correctness 36: the whole consumer ended of it, again after each restart."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(5))
+    failures: list[FailedRecord] = []
+
+    def handle(_: Any) -> None:
+        if len(failures) < 2:
+            raise Untellable
+
+    def policy(failed: FailedRecord) -> Decision:
+        failures.append(failed)
+        return Retry(0.05)
+
+    with Member(Consumer(topic, handle, group, batch=batch, on_failure=policy)) as member:
+        member.wait_committed({0: 5})
+    assert len(failures) == 2
+
+
 def test_a_failing_partition_leaves_the_others_alone(cluster: Cluster) -> None:
     """correctness 7: p0 fails for ever while p1's records go on."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
@@ -338,6 +363,7 @@ def test_what_cannot_be_sent_fails_in_the_handler(cluster: Cluster) -> None:
     output = fresh_topic(cluster, value=object)
     wrong = [
         (lambda: output.send("x" * 3_000_000), "too large"),
+        (lambda: output.send("x" * 999_900), "too large"),  # with its headers
         (lambda: (output.send(1), output.flush()), "deliver()"),
         (lambda: output.send(1, headers={"name": "\ud800"}), "surrogates"),
         (lambda: output.send({"rate": float("nan")}), "NaN"),

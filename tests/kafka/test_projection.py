@@ -167,6 +167,11 @@ def test_a_whole_topic_replayed_gives_the_same_view(cluster: Cluster, view: View
     assert set(before) == {key for key, value in last.items() if value is not None}
 
 
+class Untellable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, view: View) -> None:
     """A function that raises, poison, no key, no version, rows of the wrong form or that the database refuses."""
     topic = fresh_topic(cluster, 1, Site)
@@ -183,6 +188,8 @@ def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, 
                 return [("half a character: \ud83d",)]
             case ["quote"]:
                 raise ValueError("half a character: \ud83d")
+            case ["mute"]:
+                raise Untellable
         return apps_of(record)
 
     send(topic, site("a", 1, "stores"), site("b", 1, "raise"))
@@ -191,16 +198,17 @@ def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, 
     send(topic, site("d", -1, "stores"), site("e", 1, "shape"), site("f", 1, "value"), site("g", 1, "stores"))
     topic.send(None, "a", {"version": "many"})
     send(topic, site("h", 1, "forum"), site("i", 1, "surrogate"), site("j", 1, "quote"), site("k", 1, "forum"))
+    send(topic, site("l", 1, "mute"))
     with Member(Projection(topic, rows, view).consumer(fresh_group())) as member:
         catch_up(member, view, topic)
     assert view.content() == {"a": [("stores",)], "g": [("stores",)], "h": [("forum",)], "k": [("forum",)]}
     aside = view.aside()
     assert [(name, partition, offset) for name, partition, offset, _ in aside] == [
-        (topic.name, 0, offset) for offset in (1, 2, 3, 4, 5, 6, 8, 10, 11)
+        (topic.name, 0, offset) for offset in (1, 2, 3, 4, 5, 6, 8, 10, 11, 13)
     ]
     for (*_, reason), said in zip(
         aside,
-        ("by zero", "does not decode", "no key", "-1", "no row of app", "", "many", "Unicode", "character: ?"),
+        ("by zero", "not decode", "no key", "-1", "no row of app", "", "many", "Unicode", "character: ?", "Untellable"),
         strict=True,
     ):
         assert said in reason, reason

@@ -137,6 +137,22 @@ def test_an_error_that_quotes_half_a_character_is_set_aside_too(cluster: Cluster
     assert letter.error == "ValueError: cannot read ?"
 
 
+class Untellable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_error_without_a_text_is_set_aside_too(cluster: Cluster) -> None:
+    """correctness 36"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 1, 2)
+    handler = Handler({1: ALWAYS}, error=Untellable)
+    run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(0.05).then(retry_topics(0.05))))
+    (letter,) = letters(topic, group)
+    assert (letter.attempts, letter.error) == (3, "Untellable: (its text cannot be had: RuntimeError)")
+    assert handler.done == [2]
+
+
 def test_what_is_in_its_own_topics_is_read_from_the_beginning(cluster: Cluster) -> None:
     """`start="latest"` is about the topics it was given: what is in the others is its own work."""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -422,6 +438,25 @@ def test_what_cannot_be_published_three_times_waits_and_is_not_lost(
     assert sorted(value for value in handler.done if value >= 10) == list(range(10, 15))
     assert len(letters(topic, group)) == (0 if policy.topics else 1)
     assert all(later - sooner >= 0.1 for sooner, later in itertools.pairwise(tries))
+
+
+def test_many_lanes_whose_dead_letters_are_refused_at_once_are_all_blocked(cluster: Cluster) -> None:
+    """The process died of it: a hook polled the client from within the client's own callback."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    consumer = RetryingConsumer(topic, refuse, group, order="key", retry=dead_letter())
+    with Member(consumer) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        cluster.delete_topics([dead_letters_topic(topic, group).name])
+        for number in range(8):
+            put(topic, number, key=str(number))
+
+        def blocked() -> set[str]:
+            return {failed.place for failed in member.journal.of(Step.BLOCKED) if failed.refused is not None}
+
+        member.journal.wait(lambda: len(blocked()) == 8, what="eight blocked lanes")
+    assert committed(topic, group) == {}
+    run_to_rest(consumer)  # makes the topic anew
+    assert len(letters(topic, group)) == 8
 
 
 def test_a_retry_topic_deleted_under_way_blocks_the_lane_and_loses_nothing(cluster: Cluster) -> None:

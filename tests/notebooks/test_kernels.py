@@ -186,6 +186,7 @@ def test_an_interrupt_inside_of_what_a_cell_calls(call: str, tmp_path: Path) -> 
         wait_until(lambda: not pods(tmp_path), 20, "the end of every pod")
 
 
+@pytest.mark.long
 def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> None:
     """correctness 31"""
     with kernel(tmp_path) as (_, one), kernel(tmp_path) as (_, two):

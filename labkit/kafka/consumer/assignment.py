@@ -58,24 +58,29 @@ class Assignment:
         # "latest" means from now on: without a commit, what is produced while the member restarts would be lost.
         if fresh and not self.commits.commit_now(fresh):
             for key in fresh:  # refused, say by the next rebalance: goes with the next commit
-                self.run.partitions[key].committed = self.run.partitions[key].asked = -1
-        self.run.tell(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
+                self.run.partitions[key].committed = self.run.partitions[key].commit_requested = -1
+        self.run.report(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group takes partitions: what runs is finished, up to a bound, and committed."""
         partitions = self._with_co_partitioned(partitions)
         try:
-            self.release(self.run.held(partitions))
+            self.release(self.run.assigned_among(partitions))
         finally:
-            client.incremental_unassign(partitions)
-        self.run.tell(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
+            self._unassign(client, partitions)
+        self.run.report(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
 
     def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has taken partitions while this member was away: nothing of them counts any more."""
         partitions = self._with_co_partitioned(partitions)
-        self.forget(self.run.held(partitions))
-        client.incremental_unassign(partitions)
-        self.run.tell(Step.LOST, [(one.topic, one.partition) for one in partitions])
+        self.forget(self.run.assigned_among(partitions))
+        self._unassign(client, partitions)
+        self.run.report(Step.LOST, [(one.topic, one.partition) for one in partitions])
+
+    def _unassign(self, client: Client, partitions: list[TopicPartition]) -> None:
+        """A stop in the middle of an assignment leaves partitions that the group gave and the client never got."""
+        there = {(one.topic, one.partition) for one in client.assignment()}
+        client.incremental_unassign([one for one in partitions if (one.topic, one.partition) in there])
 
     def release(self, partitions: list[Partition]) -> None:
         """Let partitions go: start nothing more, wait for what runs, commit. Nothing is committed late."""
@@ -118,13 +123,13 @@ class Assignment:
                     raise self.gone(None) from error
                 if time.monotonic() > until:
                     raise ClusterUnreachable(
-                        f"{spec.cluster.bootstrap} does not say where group {spec.group} is to begin: "
+                        f"{spec.cluster.bootstrap} did not say within {AWAY:g} s where group {spec.group} begins: "
                         f"{error.args[0].str()}"
                     ) from error
             except (Unavailable, ClusterUnreachable) as error:  # of who tells positions
                 if isinstance(error, ClientRefused) or time.monotonic() > until:
                     raise
-                log(f"{spec.group}: where to read on is not told yet: {error}")
+                log(f"{spec.group}: start positions are not available yet: {error}")
             self.run.stop.wait(0.1)
         return [], {}
 
@@ -134,13 +139,13 @@ class Assignment:
         spec = self.run.spec
         starts: list[TopicPartition] = []
         fresh: dict[tuple[str, int], int] = {}
-        told = spec.positions and spec.positions([(one.topic, one.partition) for one in partitions])
+        stored = spec.positions and spec.positions([(one.topic, one.partition) for one in partitions])
         for one in client.committed(partitions, timeout=REACH):
             if one.error is not None:  # not to be taken for "nothing committed"
                 raise KafkaException(one.error)
             key = (one.topic, one.partition)
-            offset = one.offset if told is None else told.get(key, -1)
-            if offset < 0 or told is not None:
+            offset = one.offset if stored is None else stored.get(key, -1)
+            if offset < 0 or stored is not None:
                 low, high = client.get_watermark_offsets(TopicPartition(*key), timeout=REACH)
                 if 0 <= offset < low:
                     raise LabkitError(
@@ -153,7 +158,7 @@ class Assignment:
                 offset = high if latest else low
                 if latest:
                     fresh[key] = offset
-            if told is not None and offset != one.offset:
+            if stored is not None and offset != one.offset:
                 fresh[key] = offset  # else the group's lag would be that of another one's work
             starts.append(TopicPartition(*key, offset))
         return starts, fresh

@@ -14,6 +14,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from confluent_kafka import Consumer as Client
@@ -42,7 +44,8 @@ class Commits(Protocol):
         """A handler has returned: send what it sent. Raises DeliveryFailed."""
 
     def set_aside(self, aside: SetAside, answered: Callable[[str | None], None]) -> None:
-        """Keep a failed record elsewhere; `answered` is told why that was refused, or None. Raises DeliveryFailed."""
+        """Keep a failed record elsewhere; `answered` gets the reason of a refusal, or None once the broker
+        has confirmed. Raises DeliveryFailed."""
 
     def commit(self, now: float) -> None:
         """Commit what is finished, if it is time."""
@@ -57,7 +60,7 @@ class Commits(Protocol):
         """Commit these positions, of partitions that are let go."""
 
     def close(self) -> None:
-        """Nothing more will be asked."""
+        """End what runs in the background."""
 
 
 class AtLeastOnce:
@@ -69,13 +72,14 @@ class AtLeastOnce:
         self.pausing = False  # True while a commit waits for what handlers sent
         self.gate = threading.Event()
         self.producer = producer(run.spec.cluster)
-        self.refused = self.producer.refused  # before this run: none of our handlers' business
+        self.refused = self.producer.refused  # times_refused before this run do not concern it
         self.next_commit = 0.0
         # One is on its way. A second could overtake it: after an outage the client sends again what it had sent, in any
         # order, and the older of two would be what is stored.
         self.commit_sent = False
-        self._aside = producer(run.spec.cluster, reports=True)
+        self._reports: SimpleQueue[tuple[Callable[[str | None], None], str | None]] = SimpleQueue()
         self._polling: threading.Thread | None = None
+        self._starting = threading.Lock()
         self._closed = False
 
     def publish(self, outputs: list[Output]) -> None:
@@ -85,18 +89,31 @@ class AtLeastOnce:
     # -- what is set aside: confirmed record by record, as the refusal of a flush names no record
 
     def set_aside(self, aside: SetAside, answered: Callable[[str | None], None]) -> None:
-        if self._polling is None:
-            self._polling = threading.Thread(target=self._poll, name="delivery reports", daemon=True)
-            self._polling.start()
+        sender = producer(self.run.spec.cluster, reports=True)
+        with self._starting:
+            if self._polling is None:
+                self._polling = threading.Thread(
+                    target=self._poll, args=(sender,), name="delivery reports", daemon=True
+                )
+                self._polling.start()
 
+        # The client may not be polled again from within its own callback (it would crash), and hooks do poll it.
         def on_delivery(refused: str | None, partition: int, offset: int) -> None:
-            answered(refused)
+            self._reports.put((answered, refused))
 
-        self._aside.send(aside.topic, aside.value, aside.key, aside.headers, on_delivery=on_delivery)
+        sender.send(aside.topic, aside.value, aside.key, aside.headers, on_delivery=on_delivery)
 
-    def _poll(self) -> None:
-        while not self._closed:
-            self._aside.poll(0.1)
+    def _poll(self, sender: Producer) -> None:
+        """Call `answered` for what has been delivered, in a thread of its own and outside of the client."""
+        try:
+            while not self._closed:
+                sender.poll(0.1)
+                with suppress(Empty):
+                    while True:
+                        answered, refused = self._reports.get_nowait()
+                        answered(refused)
+        except BaseException as error:  # of a hook: never to be swallowed by a thread
+            self.run.end(error)
 
     def close(self) -> None:
         self._closed = True
@@ -107,18 +124,20 @@ class AtLeastOnce:
         if now < self.next_commit or self.commit_sent:
             return
         positions = {
-            key: at for key, p in self.run.partitions.items() if (at := p.position()) > p.committed and at != p.asked
+            key: at
+            for key, p in self.run.partitions.items()
+            if (at := p.position()) > p.committed and at != p.commit_requested
         }
         if not positions:
             self.next_commit = now + self.run.spec.commit_interval
             return
-        self.run.tell(Step.COMMITTING, positions)
+        self.run.report(Step.COMMITTING, positions)
         if self._unconfirmed():
             return  # tried again at the next turn
         self.next_commit = now + self.run.spec.commit_interval
-        self.run.tell(Step.FLUSHED, None)
+        self.run.report(Step.FLUSHED, None)
         for key, offset in positions.items():
-            self.run.partitions[key].asked = offset
+            self.run.partitions[key].commit_requested = offset
         self.commit_sent = True
         try:
             self.client.commit(offsets=_offsets(positions), asynchronous=True)
@@ -151,23 +170,25 @@ class AtLeastOnce:
             if partition is None:
                 continue
             if error is not None or one.error is not None:
-                partition.asked = partition.committed  # refused, say by a rebalance: goes with the next commit
+                partition.commit_requested = (
+                    partition.committed
+                )  # refused, say by a rebalance: goes with the next commit
             else:
                 partition.committed = max(partition.committed, one.offset)
                 stored[one.topic, one.partition] = one.offset
         if stored:
-            self.run.tell(Step.COMMITTED, stored)
+            self.run.report(Step.COMMITTED, stored)
 
     def settle(self, positions: dict[tuple[str, int], int]) -> None:
-        self.run.tell(Step.COMMITTING, positions)
+        self.run.report(Step.COMMITTING, positions)
         left = self.producer.unconfirmed(self.run.spec.drain)
         self.producer.check(self.refused)
         if left:
-            log(f"{self.run.spec.group}: {left:,} records of handlers are unconfirmed: what caused them comes again")
+            log(f"{self.run.spec.group}: {left:,} outputs are unconfirmed: their records will be delivered again")
             return
-        self.run.tell(Step.FLUSHED, None)
+        self.run.report(Step.FLUSHED, None)
         if self.commit_now(positions):
-            self.run.tell(Step.COMMITTED, positions)
+            self.run.report(Step.COMMITTED, positions)
 
     def commit_now(self, positions: dict[tuple[str, int], int]) -> bool:
         until = time.monotonic() + REACH

@@ -1,7 +1,7 @@
 """A record that fails: one object, which its lane owns, and what becomes of it.
 
-The policy is a pure function from the FailedRecord to a decision. Whoever looks on from outside (a dashboard, a
-command line) hears of it by steps, and may put a command on it; the policy answers that too.
+The policy is a pure function from the FailedRecord to a decision. Dashboards and the
+command line learn of a failure from steps. They may put a command on the record; the policy then decides again.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class FailedRecord:
         """What somebody outside wants done with it, for the policy to answer."""
         self.refused: DeliveryFailed | None = None
         """Why it could not be set aside, the last time."""
-        self.refusals = 0
-        self.on_its_way: set[str] = set()
-        """The topics that it was sent to, to be kept there, and that have not refused it."""
+        self.times_refused = 0
+        self.in_flight: set[str] = set()
+        """The topics that it was sent to and that have not refused it."""
         self.confirmed = False
         """Whether one of them has it."""
         self.recheck = False
@@ -83,7 +83,7 @@ class FailedRecord:
     def fail(self, record: Record[Any] | None, error: BaseException) -> None:
         """One more attempt has failed."""
         self.record, self.error = record, error
-        self.refused, self.refusals = None, 0
+        self.refused, self.times_refused = None, 0
         self.attempt += 1
         self.times = [*self.times, time.time()][-TIMES:]
 

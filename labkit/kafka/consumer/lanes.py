@@ -63,7 +63,7 @@ class Lane:
     def busy(self) -> bool:
         """Whether its first record may be finished at any moment: a release waits for it."""
         failed = self.failed  # another thread may be done with it
-        return bool(failed and failed.on_its_way) or self.began is not None
+        return bool(failed and failed.in_flight) or self.began is not None
 
 
 class Partition:
@@ -71,8 +71,8 @@ class Partition:
 
     __slots__ = (
         "active",
-        "asked",
         "at_end",
+        "commit_requested",
         "committed",
         "given_up",
         "lanes",
@@ -88,13 +88,13 @@ class Partition:
         self.topic, self.number = topic, number
         self.next_offset = start  # after the last one fetched
         self.committed = start  # what the broker has, as far as we know
-        self.asked = start  # what we last asked it to store
+        self.commit_requested = start  # what we last asked it to store
         self.lanes: dict[bytes | None, Lane] = {}
         self.lock = threading.Lock()  # guards lanes and their states against the workers
         self.active = True  # False once revoked or lost: no further record is started
         self.given_up = False  # True once nothing that is finished for it counts any more
         self.paused = False
-        self.seeking = False  # what is fetched is not what comes next, until the client has gone back
+        self.seeking = False  # the client must seek to next_offset first; what it fetches until then is dropped
         self.at_end = False  # nothing more to be fetched, as far as we know
 
     def add(self, messages: list[Message], by_key: bool) -> list[Lane]:

@@ -105,7 +105,7 @@ class Loop:
         due = self.workers.next_due()
         patience = TURN if due is None else min(TURN, max(0.0, due - time.monotonic()))
         first = self.client.consume(1, patience)
-        self.assignment.newly_assigned.clear()  # that was before the one record was taken
+        self.assignment.newly_assigned.clear()  # those were assigned before this record was taken
         yield cast(list[Message], first)
         if first and self.batch > 1:
             yield cast(list[Message], self.client.consume(self.batch - 1, 0))
@@ -154,7 +154,7 @@ class Loop:
                     partition.seeking = False
 
     def client_error(self, error: KafkaError, topic: str | None = None) -> None:
-        """What the client says of a topic, or of its connections: a login that is refused it tells nowhere else."""
+        """An error that the client reports about a topic or a connection. A refused login it reports nowhere else."""
         code = error.code()
         if code in GONE:
             self.shared.end(self.assignment.gone(topic))
@@ -189,7 +189,7 @@ class Loop:
             if not partition.paused:
                 if self.is_full(partition):
                     full.append(partition)
-                starving |= not partition.lanes and not partition.at_end
+                starving |= not partition.lanes and not partition.at_end and not partition.seeking
             elif partition.ahead() <= self.batch // 2:
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False

@@ -26,7 +26,7 @@ class Run:
         self.fatal: BaseException | None = None
         self.wake = threading.Event()  # a lane ran empty, or cannot go on
 
-    def tell(self, step: Step, subject: Any) -> None:
+    def report(self, step: Step, subject: Any) -> None:
         """Tell the hooks of a step that does not come with every record."""
         for hook in self._change_hooks:
             hook(step, subject)
@@ -36,7 +36,7 @@ class Run:
         self.fatal = self.fatal or error
         self.wake.set()
 
-    def held(self, partitions: Iterable[TopicPartition]) -> list[Partition]:
+    def assigned_among(self, partitions: Iterable[TopicPartition]) -> list[Partition]:
         """Those of these partitions that this run has."""
         keys = ((one.topic, one.partition) for one in partitions)
         return [self.partitions[key] for key in keys if key in self.partitions]

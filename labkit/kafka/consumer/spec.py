@@ -1,4 +1,4 @@
-"""What a consumer is told, as plain data, and what of it is refused."""
+"""The settings of a consumer, as plain data, and the checks on them."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class Spec:
     workers: int = 16
     """How many records may be handled at once."""
     max_ahead: int = 1000
-    """How many records from its lowest unfinished one on a partition is read; bounds what a crash brings again."""
+    """The consumer reads at most this many records beyond a partition's lowest unfinished one. This bounds what a crash
+    redelivers."""
     deadline: float = 60.0
     """Seconds one call of the handler may take; past it the process dumps its stacks and exits."""
     drain: float = 5.0
     """Seconds that running handlers get when partitions are revoked or the consumer stops."""
     commit_interval: float = 0.2
     batch: int | None = None
-    """With a number, the handler takes a list of up to so many records of one lane instead, at least one. In the place
-    of one that does not decode stands its PoisonRecord. If it raises, the same records come one by one, so that
-    `on_failure` is asked about the right one. What it sends names no cause."""
+    """With a number, the handler takes a list of up to so many records of one lane instead, at least one. A
+    record that does not decode is replaced by its PoisonRecord. If the handler raises, the same records come one by
+    one, so that `on_failure` is asked about the right one. What it sends names no cause."""
     positions: Callable[[Sequence[tuple[str, int]]], Mapping[tuple[str, int], int]] | None = None
-    """Tells where to read on in these (topic, partition), instead of the group's committed offsets: for who keeps
-    offsets beside the effect. What is not in its answer begins at `start`. It is asked again while it
-    raises Unavailable. If it raises anything else, or tells of records that the topic no longer has, the consumer
-    ends."""
+    """Returns the offset at which to start each (topic, partition), instead of the group's committed one: for handlers
+    that store offsets with their effect. A partition it leaves out begins at `start`. It is asked again while it raises
+    Unavailable. The consumer ends if it raises anything else, or names records that the topic no longer has."""
     on_step: Report | None = None
     """A hook called at every step (see `Step`): where tests and baselines crash."""
     on_change: Report | None = None
     """The same without HANDLING and HANDLED, which come with every record: it costs nothing."""
     co_partitioned: Mapping[str, Sequence[Topic[Any]]] = field(default_factory=dict)
-    """By topic: others among `sources`, whose partitions come and go with its partitions of the same number. The group
-    shares out none of them, so none keeps a member from its share of what matters."""
+    """By topic: other topics among `sources`. The group does not assign their partitions: partition n comes and goes
+    with partition n of this topic."""
     not_before: Mapping[str, Callable[[Record[Any]], float]] = field(default_factory=dict)
     """By topic: a record's time, in seconds since 1970, before which the handler is not called; its lane waits."""
 

@@ -1,4 +1,4 @@
-"""The named steps of consuming: what a running consumer tells whoever runs it.
+"""The named steps that a running consumer reports.
 
 Tests and baselines crash a process *at a step*, so a failure happens where it is meant to, never by luck.
 """
@@ -27,8 +27,8 @@ class Step(Enum):
     RECOVERED = "recovered"
     """A lane that had failed goes on: its record was handled, set aside, or taken away. Subject: the FailedRecord."""
     COMMITTING = "committing"
-    """Offsets are to be committed; what is sent now, before them. Told again for as long as something that was sent is
-    not confirmed. Subject: {(topic, partition): offset}."""
+    """Offsets are about to be committed; what a hook sends now is confirmed first. Reported again until all outputs are
+    confirmed. Subject: {(topic, partition): offset}."""
     FLUSHED = "flushed"
     """Everything that was sent is confirmed, and the commit follows. Subject: None."""
     COMMITTED = "committed"

@@ -18,7 +18,7 @@ from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAsi
 from labkit.kafka.consumer.lanes import Lane, LaneState, Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import DeliveryFailed, HandlerExit, PoisonRecord, place_of
+from labkit.kafka.errors import DeliveryFailed, HandlerExit, PoisonRecord, error_text, place_of
 from labkit.kafka.producer import HandlerContext, handling
 from labkit.kafka.records import Message, Record, decoder
 
@@ -80,7 +80,7 @@ class Workers:
                 late.refused = DeliveryFailed(f"not confirmed within {CONFIRM:g} s: is the broker up?")
                 late.due = time.time() + CONFIRM
                 self._wait(lane, CONFIRM)
-            self._tell_blocked(lane, late)
+            self._report_blocked(lane, late)
 
     def forget(self, partitions: Iterable[Partition]) -> list[Lane]:
         """Drop all waits of these partitions. Returns the lanes whose handler still runs."""
@@ -90,7 +90,8 @@ class Workers:
             for lane in list(partition.lanes.values()):
                 if lane.began is not None:
                     running.append(lane)
-                self._recovered(lane)
+                if lane.failed is not None:
+                    self._recovered(lane)
         with self._waiting_lock:
             self.waiting = [entry for entry in self.waiting if entry[2].partition.active]
             heapq.heapify(self.waiting)
@@ -126,7 +127,7 @@ class Workers:
         handler, decode = self.spec.handler, self.decode[partition.topic]
         not_before = self.spec.not_before.get(partition.topic)
         for _ in range(STAY):
-            lane.began = run.clock  # before the look at `active`: either we see the release, or it waits for us
+            lane.began = run.clock  # set before `active` is read: this worker sees the release, or that waits for it
             if not (queue and partition.active):
                 if self._rests(lane):
                     return False
@@ -140,9 +141,9 @@ class Workers:
                     return False
                 for hook in hooks:
                     hook(Step.HANDLING, record)
-                context.holds = True
+                context.collecting = True
                 result = handler(record)
-                context.holds = False
+                context.collecting = False
                 if result is not None and inspect.iscoroutine(result):
                     result.close()
                     raise TypeError("the handler returned a coroutine, which nobody runs: make it a plain `def`")
@@ -150,7 +151,7 @@ class Workers:
                 if not self._failed(lane, context, message, record, error):
                     return False
                 continue
-            if context.held and not self._publish(lane, context):
+            if context.outputs and not self._publish(lane, context):
                 return False
             if hooks:
                 for hook in hooks:
@@ -165,8 +166,8 @@ class Workers:
         """The same for a handler that takes batches."""
         queue, partition, hooks = lane.queue, lane.partition, self.run.hooks
         decode, done = self.decode[partition.topic], 0
-        context.record = None
         while done < STAY:
+            context.record = None  # what the policy set aside before had a cause
             lane.began = self.run.clock
             if not (queue and partition.active):
                 if self._rests(lane):
@@ -175,7 +176,7 @@ class Workers:
             if self.commits.pausing:
                 self.commits.gate.wait()
             # By index: the thread that polls appends meanwhile, which an iterator would not survive.
-            most = 1 if lane.one_by_one else self.spec.batch or 1
+            most = 1 if lane.one_by_one or lane.failed else self.spec.batch or 1
             messages = [queue[number] for number in range(min(len(queue), most))]
             batch: list[Record[Any] | PoisonRecord] = []
             for message in messages:
@@ -187,9 +188,9 @@ class Workers:
             try:
                 for record, hook in itertools.product(records, hooks):
                     hook(Step.HANDLING, record)
-                context.holds = True
+                context.collecting = True
                 result = self.spec.handler(batch)
-                context.holds = False
+                context.collecting = False
                 if inspect.iscoroutine(result):
                     result.close()
                     raise TypeError("the handler returned a coroutine, which nobody runs: make it a plain `def`")
@@ -198,11 +199,12 @@ class Workers:
                 if not self._failed(lane, context, messages[0], first, error, len(messages)):
                     return False
                 continue
-            if context.held and not self._publish(lane, context):
+            if context.outputs and not self._publish(lane, context):
                 return False
             for record, hook in itertools.product(records, hooks):
                 hook(Step.HANDLED, record)
-            self._recovered(lane)
+            if lane.failed is not None:
+                self._recovered(lane)
             with partition.lock:  # a batch is finished as one
                 for _ in messages:
                     queue.popleft()
@@ -212,7 +214,7 @@ class Workers:
         return True
 
     def _publish(self, lane: Lane, context: HandlerContext) -> bool:
-        """Send what the handler sent, now that it has returned. False when nobody waits for its result any more."""
+        """Publish the outputs of a handler that returned. False if the partition was given up meanwhile."""
         outputs = context.take()
         if lane.partition.given_up:  # its next owner handles the record again
             lane.began = None
@@ -229,9 +231,10 @@ class Workers:
         return True
 
     def _recovered(self, lane: Lane) -> None:
-        failed, lane.failed = lane.failed, None
+        with lane.partition.lock:  # two threads may find it: one of them tells
+            failed, lane.failed = lane.failed, None
         if failed is not None:
-            self.run.tell(Step.RECOVERED, failed)
+            self.run.report(Step.RECOVERED, failed)
 
     # -- a record that fails
 
@@ -244,7 +247,7 @@ class Workers:
         error: BaseException,
         many: int = 1,
     ) -> bool:
-        """An attempt has failed, and so nothing of it goes out; of `many` records each comes alone first.
+        """Drop the outputs of a failed attempt, then ask the policy. A failed batch is first tried record by record.
 
         True when the lane goes on at once.
         """
@@ -252,38 +255,38 @@ class Workers:
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return self._end(lane, error, message)
         if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
-            log(f"{_place(message)} failed while its partition was given up: {type(error).__name__}: {error}")
+            log(f"{_place(message)} failed while its partition was given up: {error_text(error)}")
             lane.began = None
             self.run.wake.set()
             return False
         if many > 1:  # which of them it was is known once they come one by one: only then the policy is asked
-            log(f"{many} records from {_place(message)} on failed, now one by one: {type(error).__name__}: {error}")
+            log(f"{many} records from {_place(message)} on failed, now one by one: {error_text(error)}")
             lane.one_by_one, lane.began = many, None
             return True
         failed = lane.failed
         if failed is None:
             failed = lane.failed = FailedRecord(message, lambda failed: self._wake(lane, failed))
         failed.fail(record, error)
-        return self._decide(lane, failed, news=True)
+        return self._decide(lane, failed, first_time=True)
 
     def _goes_on(self, lane: Lane, failed: FailedRecord) -> bool:
         """Take up a lane that waited. True when its first record, or the one behind it, is handled now."""
         if failed.confirmed:
             self._finish(lane)
         elif failed.recheck and lane.partition.active:
-            return self._decide(lane, failed, news=False)
+            return self._decide(lane, failed, first_time=False)
         return True
 
-    def _decide(self, lane: Lane, failed: FailedRecord, news: bool) -> bool:
+    def _decide(self, lane: Lane, failed: FailedRecord, first_time: bool) -> bool:
         """Do what the policy decides. True when the lane goes on with its next record at once."""
         handling.get().record = failed.record or Record(failed.message, None, None)  # the cause of what is set aside
         while not failed.confirmed:
             lane.began, failed.recheck = self.run.clock, False  # deciding has a deadline of its own
             decision = failed.decision = self._decision(failed)
-            if news:
+            if first_time:
                 self._log(failed)
-                self.run.tell(Step.FAILED, failed)
-                news = False
+                self.run.report(Step.FAILED, failed)
+                first_time = False
             if failed.recheck:  # somebody outside has put a command on it meanwhile
                 continue
             match decision:
@@ -317,31 +320,31 @@ class Workers:
         """Let the lane wait until `due`, in seconds since 1970. False when its record got a command since the policy
         was asked."""
         failed.due = due
-        self._tell_blocked(lane, failed)  # before it waits: from then on another worker may have it
+        self._report_blocked(lane, failed)  # before it waits: from then on another worker may have it
         with lane.partition.lock:
-            if failed.recheck:
+            if failed.recheck or failed.confirmed:
                 return False
             self._back_off(lane, due - time.time())
         return True
 
     def _set_aside(self, lane: Lane, failed: FailedRecord, aside: SetAside) -> bool:
-        """Send the record to where it is kept; the lane waits for the answer. False as above, or when that is here."""
+        """Publish the record; its lane waits for the confirmation. False if a command came, or that is here already."""
         with lane.partition.lock:
             if failed.recheck or failed.confirmed:
                 return False
-            again = aside.topic in failed.on_its_way  # the policy was asked for another reason
-            failed.on_its_way.add(aside.topic)
+            again = aside.topic in failed.in_flight  # the policy was asked for another reason
+            failed.in_flight.add(aside.topic)
             lane.began = None
             lane.to(LaneState.SETTING_ASIDE)
             self._wait(lane, CONFIRM)
         if not again and not lane.partition.given_up:  # else its next owner has the record, and asks its own policy
             try:
-                self.commits.set_aside(aside, lambda refused: self._answered(lane, failed, aside.topic, refused))
+                self.commits.set_aside(aside, lambda refused: self._on_delivery(lane, failed, aside.topic, refused))
             except Exception as error:  # of what cannot be sent at all, too
-                self._answered(lane, failed, aside.topic, f"{type(error).__name__}: {error}")
+                self._on_delivery(lane, failed, aside.topic, error_text(error))
         return True
 
-    def _answered(self, lane: Lane, failed: FailedRecord, topic: str, refused: str | None) -> None:
+    def _on_delivery(self, lane: Lane, failed: FailedRecord, topic: str, refused: str | None) -> None:
         """The broker has answered about a record that was set aside. Called from any thread."""
         with lane.partition.lock:
             if refused is None:
@@ -350,23 +353,23 @@ class Workers:
                     lane.to(LaneState.RUNNING)
                     self.ready.put(lane)
                 return
-            failed.on_its_way.discard(topic)
+            failed.in_flight.discard(topic)
             failed.refused = DeliveryFailed(f"{topic}: {refused}")
-            after = min(AGAIN_CAP, AGAIN * 2.0 ** min(failed.refusals, 60))
-            failed.refusals, failed.due = failed.refusals + 1, time.time() + after
+            after = min(AGAIN_CAP, AGAIN * 2.0 ** min(failed.times_refused, 60))
+            failed.times_refused, failed.due = failed.times_refused + 1, time.time() + after
         if lane.failed is failed:
-            self._tell_blocked(lane, failed)
+            self._report_blocked(lane, failed)
         with lane.partition.lock:
-            if lane.failed is failed and lane.state is LaneState.SETTING_ASIDE and not failed.on_its_way:
+            if lane.failed is failed and lane.state is LaneState.SETTING_ASIDE and not failed.in_flight:
                 failed.recheck = True
                 self._back_off(lane, after)
 
-    def _tell_blocked(self, lane: Lane, failed: FailedRecord) -> None:
-        """Tell that a lane waits. A hook that raises ends the run, and not the thread of whoever polled the answer."""
+    def _report_blocked(self, lane: Lane, failed: FailedRecord) -> None:
+        """Report that a lane waits. An error in a hook ends the run, not the calling thread."""
         try:
-            self.run.tell(Step.BLOCKED, failed)
+            self.run.report(Step.BLOCKED, failed)
             if lane.failed is not failed:  # it was taken away, or finished, meanwhile: that word may have come first
-                self.run.tell(Step.RECOVERED, failed)
+                self.run.report(Step.RECOVERED, failed)
         except BaseException as error:
             self.run.end(error)
 
@@ -408,7 +411,7 @@ class Workers:
             heapq.heappush(self.waiting, (lane.due, next(self._tie), lane))
 
     def _end(self, lane: Lane, error: BaseException, message: Message | None = None) -> bool:
-        """Let the consumer stop with an error; what the lane has in hand stays uncommitted."""
+        """Let the consumer stop with an error; the lane's current record stays uncommitted."""
         if not isinstance(error, Exception):
             place = "a record" if message is None else _place(message)
             error = HandlerExit(f"the handler ended the process ({error!r}) on {place}, which is not committed")
@@ -420,7 +423,7 @@ class Workers:
         """One line for each failed attempt; the traceback, below our own frames, once for errors of a kind that come in
         numbers."""
         error, now = failed.error, time.monotonic()
-        log(f"{failed.place} failed, attempt {failed.attempt}: {type(error).__name__}: {error}")
+        log(f"{failed.place} failed, attempt {failed.attempt}: {error_text(error)}")
         if failed.attempt == 1 and not isinstance(error, PoisonRecord) and now > self._traced.get(type(error), 0):
             self._traced[type(error)] = now + TRACED
             below = error.__traceback__
