@@ -67,20 +67,15 @@ class Assignment:
         try:
             self.release(self.run.assigned_among(partitions))
         finally:
-            self._unassign(client, partitions)
+            client.incremental_unassign(partitions)
         self.run.report(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
 
     def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has taken partitions while this member was away: nothing of them counts any more."""
         partitions = self._with_co_partitioned(partitions)
         self.forget(self.run.assigned_among(partitions))
-        self._unassign(client, partitions)
+        client.incremental_unassign(partitions)
         self.run.report(Step.LOST, [(one.topic, one.partition) for one in partitions])
-
-    def _unassign(self, client: Client, partitions: list[TopicPartition]) -> None:
-        """A stop in the middle of an assignment leaves partitions that the group gave and the client never got."""
-        there = {(one.topic, one.partition) for one in client.assignment()}
-        client.incremental_unassign([one for one in partitions if (one.topic, one.partition) in there])
 
     def release(self, partitions: list[Partition]) -> None:
         """Let partitions go: start nothing more, wait for what runs, commit. Nothing is committed late."""
