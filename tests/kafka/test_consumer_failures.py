@@ -331,6 +331,27 @@ def test_a_handler_that_fails_has_sent_nothing(cluster: Cluster) -> None:
         assert [record.value for record in reader.rest()] == [10, 20]
 
 
+def test_what_a_hook_sends_is_no_output_of_the_record(cluster: Cluster) -> None:
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, *range(3))
+    calls: list[int] = []
+
+    def hook(step: Step, subject: Any) -> None:
+        if step in (Step.HANDLING, Step.HANDLED):
+            output.send(subject.value)
+
+    def handle(record: Record[int]) -> None:
+        calls.append(record.value)
+        if len(calls) == 2:
+            raise ValueError("once")
+
+    consumer = Consumer(topic, handle, group, on_failure=lambda failed: Retry(0.01), on_step=hook)
+    with Member(consumer) as member:
+        member.wait_committed({0: 3})
+    with Reader(output) as reader:
+        assert [record.value for record in reader.rest()] == [0, 0, 1, 1, 1, 2, 2]
+
+
 def test_a_batch_that_fails_has_sent_nothing(cluster: Cluster) -> None:
     """correctness 34: of all its records once more, one by one, each is sent once."""
     topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from operator import methodcaller
 from typing import Any, cast
 
 from confluent_kafka import Consumer as Client
@@ -43,6 +44,10 @@ class Loop:
         self.shared = Run(spec, stop, report)
         self.partitions = self.shared.partitions
         self.by_key = spec.order == "key"
+        # For one topic a call that stays in C: it comes with every record.
+        self.partition_of: Callable[[Message], Any] = (
+            methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
+        )
         self.batch = max(1, min(BATCH, spec.max_ahead // 2))
         self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
         self.client = Client(
@@ -114,17 +119,16 @@ class Loop:
         """Give fetched records to their lanes."""
         batches: dict[tuple[str, int], list[Message]] = {}
         ends: list[Message] = []
-        last, append = None, None
-        for message in messages:
-            error = message.error()
-            if error is None:
-                key = (message.topic(), message.partition())
-                if key != last or append is None:  # neighbours are mostly of one partition
-                    last, append = key, batches.setdefault(key, []).append
-                append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:
+        if special := [message for message in messages if message.error() is not None]:
+            messages = [message for message in messages if message.error() is None]
+        for _, group in itertools.groupby(messages, self.partition_of):  # neighbours are mostly of one partition
+            neighbours = list(group)
+            first = neighbours[0]
+            batches.setdefault((first.topic(), first.partition()), []).extend(neighbours)
+        for message in special:
+            if (error := message.error()) is not None and error.code() == KafkaError._PARTITION_EOF:
                 ends.append(message)
-            else:
+            elif error is not None:
                 self.client_error(error, message.topic())
         # Taken away and given back within this very call: what was fetched before must not run ahead of what the
         # committed offset brings again.

@@ -90,8 +90,7 @@ class Workers:
             for lane in list(partition.lanes.values()):
                 if lane.began is not None:
                     running.append(lane)
-                if lane.failed is not None:
-                    self._recovered(lane)
+                self._recovered(lane)
         with self._waiting_lock:
             self.waiting = [entry for entry in self.waiting if entry[2].partition.active]
             heapq.heapify(self.waiting)
@@ -139,11 +138,12 @@ class Workers:
                 record = context.record = decode(message)  # what its handler sends names it as the cause
                 if not_before is not None and self._waits(lane, not_before(record)):
                     return False
-                for hook in hooks:
-                    hook(Step.HANDLING, record)
+                if hooks:
+                    context.collecting = False  # what a hook sends is no output of the record
+                    for hook in hooks:
+                        hook(Step.HANDLING, record)
                 context.collecting = True
                 result = handler(record)
-                context.collecting = False
                 if result is not None and inspect.iscoroutine(result):
                     result.close()
                     raise TypeError("the handler returned a coroutine, which nobody runs: make it a plain `def`")
@@ -153,10 +153,10 @@ class Workers:
                 continue
             if context.outputs and not self._publish(lane, context):
                 return False
-            if hooks:
+            if hooks or lane.failed is not None:
+                context.collecting = False
                 for hook in hooks:
                     hook(Step.HANDLED, record)
-            if lane.failed is not None:
                 self._recovered(lane)
             queue.popleft()
         lane.began = None
@@ -203,8 +203,7 @@ class Workers:
                 return False
             for record, hook in itertools.product(records, hooks):
                 hook(Step.HANDLED, record)
-            if lane.failed is not None:
-                self._recovered(lane)
+            self._recovered(lane)
             with partition.lock:  # a batch is finished as one
                 for _ in messages:
                     queue.popleft()
@@ -231,6 +230,9 @@ class Workers:
         return True
 
     def _recovered(self, lane: Lane) -> None:
+        """Report that its first record fails no more, if it did."""
+        if lane.failed is None:
+            return
         with lane.partition.lock:  # two threads may find it: one of them tells
             failed, lane.failed = lane.failed, None
         if failed is not None:
