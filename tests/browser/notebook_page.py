@@ -61,7 +61,7 @@ class NotebookPage:
         """End the notebook's kernel, and so its lab: it would take its share of the machine from every later test."""
         self.page.evaluate("() => window.jupyterapp && window.jupyterapp.serviceManager.sessions.shutdownAll()")
 
-    def run_all(self, timeout: float = 120) -> None:
+    def run_all(self, timeout: float = 240) -> None:
         """Run all cells, to the end of the last one. A cell that raises fails the test with its traceback."""
         self.start_all()
         self.wait_until_run(timeout)
@@ -70,19 +70,19 @@ class NotebookPage:
         """Begin to run all cells; meanwhile buttons can be pressed, and pictures seen."""
         self.page.evaluate(_RUN, "notebook:run-all-cells")
 
-    def run_above(self, source: str, timeout: float = 120) -> None:
+    def run_above(self, source: str, timeout: float = 240) -> None:
         """Run the cells above the one whose source contains `source`."""
         self._select(source)
         self.page.evaluate(_RUN, "notebook:run-all-above")
         self._wait_until_run(timeout)
 
-    def run_below(self, source: str, timeout: float = 120) -> None:
+    def run_below(self, source: str, timeout: float = 240) -> None:
         """Run the cell whose source contains `source` and all below it; then all must have run, and none raised."""
         self._select(source)
         self.page.evaluate(_RUN, "notebook:run-all-below")
         self.wait_until_run(timeout)
 
-    def wait_until_run(self, timeout: float = 120) -> None:
+    def wait_until_run(self, timeout: float = 240) -> None:
         """Wait until what `start_all` began is done. A cell that raised fails the test with its traceback."""
         self._wait_until_run(timeout)
         code = [cell for cell in self.cells() if cell["cell_type"] == "code" and _text(cell["source"]).strip()]
@@ -120,7 +120,7 @@ class NotebookPage:
         """All text the reader sees in the outputs, that of widgets included."""
         return "\n".join(self.page.locator(".jp-OutputArea-output").all_inner_texts())
 
-    def wait_for_text(self, text: str, timeout: float = 30) -> None:
+    def wait_for_text(self, text: str, timeout: float = 60) -> None:
         """Wait until an output, of a widget too, shows `text`."""
         try:
             self._wait_for(lambda: text in self.visible_text(), timeout, f"the text {text!r}")
@@ -133,7 +133,7 @@ class NotebookPage:
         by_text = buttons.filter(has_text=name)
         return by_text.first if by_text.count() else buttons.and_(self.page.locator(f'[title*="{name}"]')).first
 
-    def click(self, name: str, timeout: float = 15) -> None:
+    def click(self, name: str, timeout: float = 60) -> None:
         """Press the button with this text or tooltip, once it can be pressed."""
 
         def can_be_pressed() -> bool:
@@ -146,7 +146,7 @@ class NotebookPage:
     def picture(self, index: int = 0) -> bytes:
         """The bytes of the `index`-th live picture (an ipywidgets Image) as the browser has them now."""
         image = self.page.locator(".jp-OutputArea-output img.widget-image").nth(index)
-        image.wait_for(state="attached", timeout=15_000)
+        image.wait_for(state="attached", timeout=60_000)
         for _ in range(20):
             try:
                 return base64.b64decode(image.evaluate(_BYTES))
@@ -154,7 +154,7 @@ class NotebookPage:
                 last = error
         pytest.fail(f"the picture cannot be read: {last}")
 
-    def wait_for_new_picture(self, before: bytes, index: int = 0, timeout: float = 15) -> bytes:
+    def wait_for_new_picture(self, before: bytes, index: int = 0, timeout: float = 60) -> bytes:
         """Wait until the live picture differs from `before`; return it."""
         self._wait_for(lambda: self.picture(index) != before, timeout, "a picture that differs")
         return self.picture(index)

@@ -7,7 +7,6 @@ import soak
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 def test_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(soak, "CALM", (0.1, 0.4))
     passed = soak.soak(seed=1, records=1_500, rate=300)

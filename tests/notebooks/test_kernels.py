@@ -203,7 +203,7 @@ def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> No
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", ["00_start_here.ipynb"])
 def test_restart_and_run_all_twice_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABKIT_STATE", str(tmp_path))

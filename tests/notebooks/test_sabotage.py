@@ -28,9 +28,9 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
     nbformat.write(book, folder / name)
     env = {**os.environ, "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
     env["PYTHONPATH"] = str(SABOTAGE / sabotage)
-    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--timeout=150"]
-    command += ["-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=90", str(folder / name)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--timeout=300"]
+    command += ["-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", str(folder / name)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False)
 
 
 def long(*case: str) -> Any:
@@ -38,7 +38,7 @@ def long(*case: str) -> Any:
     return pytest.param(*case, marks=pytest.mark.long)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("broker")
 @pytest.mark.parametrize(
     ("notebook", "sabotage", "last", "sign"),
