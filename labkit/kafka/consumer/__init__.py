@@ -33,7 +33,7 @@ class Consumer(Spec):
 
         Raises TopicMissing for a topic that does not exist, is deleted meanwhile or made anew, DeliveryFailed when what
         handlers sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy
-        says Stop.
+        says Stop, LabkitError when the group does not take this member.
         """
         if not self.group:
             raise LabkitError(

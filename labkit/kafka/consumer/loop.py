@@ -26,7 +26,7 @@ from labkit.kafka.consumer.steps import Report
 from labkit.kafka.consumer.workers import Workers
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, DeliveryFailed, LabkitError, place_of
 from labkit.kafka.records import Message
-from labkit.kafka.refusal import explain, is_final
+from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
 BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
@@ -171,6 +171,8 @@ class Loop:
             where = self.spec.cluster
             why = explain(error, dict(where.security))
             self.shared.end(ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}"))
+        elif code in NOT_JOINED:
+            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {NOT_JOINED[code]}"))
         elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
