@@ -142,26 +142,40 @@ class Cluster:
 
     def topic_config(self, name: str) -> dict[str, str]:
         """All settings of a topic, defaults included, by name. Raises TopicMissing, ClusterUnreachable."""
-        return self._of_topic(name, lambda client: self._configured(client, name))
 
-    def topic_id(self, name: str) -> str:
-        """The topic's UUID, which a topic deleted and made anew does not share.
-
-        Raises TopicMissing, ClusterUnreachable.
-        """
-
-        return self._of_topic(name, lambda client: str(self._described(client, name).topic_id))
-
-    def _of_topic(self, name: str, question: Callable[[AdminClient], T]) -> T:
-        def asked(client: AdminClient) -> T:
+        def asked(client: AdminClient) -> dict[str, str]:
             try:
-                return question(client)
+                return self._configured(client, name)
             except KafkaException as error:
                 if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}") from error
                 raise
 
         return self.ask(asked, about=f"topic {name}: ")
+
+    def topic_id(self, name: str) -> str:
+        """The topic's UUID, which a topic deleted and made anew does not share.
+
+        Raises TopicMissing, ClusterUnreachable.
+        """
+        if found := self.topic_ids([name]):
+            return found[name]
+        raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}")
+
+    def topic_ids(self, names: Collection[str]) -> dict[str, str]:
+        """The UUIDs of those of these topics that exist, by name. Raises ClusterUnreachable."""
+
+        def asked(client: AdminClient) -> dict[str, str]:
+            found = {}
+            for name, answer in client.describe_topics(TopicCollection([*names]), request_timeout=ANSWER).items():
+                try:
+                    found[name] = str(answer.result(ANSWER + 1).topic_id)
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                        raise
+            return found
+
+        return self.ask(asked, about=f"topic {', '.join(names)}: ")
 
     @staticmethod
     def _configured(client: AdminClient, name: str) -> dict[str, str]:

@@ -19,21 +19,29 @@ _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 
 
 def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, int], int]:
-    """Records between the group's committed offset and the end, for each (topic, partition) of `topics`.
+    """Records that the group has still to read, for each (topic, partition) of `topics`.
 
-    A partition the group never committed counts from its beginning. Raises ClusterUnreachable.
+    These are the ones from its committed offset to the end. Without one, or where that is out of the topic's range, the
+    group reads from the beginning, so all records count. Raises ClusterUnreachable.
     """
     partitions = _partitions(cluster, topics)
     committed = _committed(cluster, group, partitions)
     ends = offsets(cluster, partitions, _END)
-    unknown = [place for place in partitions if place not in committed]
-    starts = offsets(cluster, unknown, _BEGINNING) if unknown else {}
-    return {place: max(0, ends[place] - committed.get(place, starts.get(place, 0))) for place in partitions}
+    behind = [place for place in partitions if committed.get(place) != ends[place]]
+    starts = offsets(cluster, behind, _BEGINNING) if behind else {}
+    found = dict.fromkeys(partitions, 0)
+    for place, start in starts.items():
+        at = committed.get(place, start)
+        found[place] = max(0, ends[place] - (at if start <= at <= ends[place] else start))
+    return found
 
 
-def committed_offsets(cluster: Cluster, group: str) -> dict[tuple[str, int], int]:
-    """What the group has committed: the next offset it would read, for each (topic, partition)."""
-    return _committed(cluster, group, _partitions(cluster, None))
+def committed_offsets(
+    cluster: Cluster, group: str, topics: Collection[str] | None = None
+) -> dict[tuple[str, int], int]:
+    """What the group has committed, in these topics or in all: the next offset it would read, for each (topic,
+    partition)."""
+    return _committed(cluster, group, _partitions(cluster, topics))
 
 
 def _partitions(cluster: Cluster, topics: Collection[str] | None) -> list[tuple[str, int]]:

@@ -41,6 +41,20 @@ MEANINGS = {
         "If it fits, the broker is starting or stopping"
     ),
 }
+# Why a group does not take a member, by the error's code. The client only tries again, for ever.
+NOT_JOINED = {
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL: (
+        "a member that is in it shares partitions out in another way, or is no consumer. All members need the same "
+        "partition.assignment.strategy, here cooperative-sticky: set it there, end that member, or use another group"
+    ),
+    KafkaError.GROUP_MAX_SIZE_REACHED: (
+        "it has as many members as the broker allows: run fewer, or raise the broker's group.max.size"
+    ),
+    KafkaError.INVALID_SESSION_TIMEOUT: (
+        "the broker does not allow its session.timeout.ms of 6000: set the broker's group.min.session.timeout.ms to no "
+        "more, and group.max.session.timeout.ms to no less"
+    ),
+}
 SHOWN = ("security.protocol", "sasl.mechanism", "sasl.mechanisms", "sasl.username", "ssl.ca.location")
 
 

@@ -160,6 +160,14 @@ class Staleness:
                     f"view {self.view.table} was made of another topic {self.topic.short}, which was deleted and made "
                     "anew: build it anew (a generation more), and switch to that"
                 )
+            beyond = [number for number, mark in marks.items() if mark.next_offset > ends.get(number, 0)]
+            now = end_offsets(cluster, name) if beyond else {}  # it may just have got there
+            if beyond := [one for one in beyond if marks[one].next_offset > now.get((name[0], one), 0)]:
+                raise ViewOutdated(
+                    f"view {self.view.table} has {self.topic.short}/{beyond[0]} up to offset "
+                    f"{marks[beyond[0]].next_offset:,}, where the topic has no records: build it anew (a generation "
+                    "more), and switch to that"
+                )
             # Of what was deleted from the topic's beginning nothing is lacking.
             starts = {} if len(marks) == len(ends) else start_offsets(cluster, name)
         except LabkitError:

@@ -262,15 +262,19 @@ class View(ABC):
         made.generation += 1
         return made
 
-    def switch(self) -> None:
+    def switch(self, force: bool = False) -> None:
         """Let readers see this generation from now on; a read sees the one before or this one, and never fails.
 
-        Raises LabkitError while it has less of the topic than the generation that is shown.
+        Raises LabkitError while it has less of the topic than the generation that is shown, which `force` allows.
         """
         with self._lock, self._transaction() as database:
-            if behind := database.execute(_BEHIND, (self.name, self.table, self.name)).fetchall():
+            behind = database.execute(_BEHIND, (self.name, self.table, self.name)).fetchall()
+            if behind and not force:
                 places = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
-                raise LabkitError(f"view {self.name} is behind the one that is shown: {places} records; wait for it")
+                raise LabkitError(
+                    f"view {self.name} is behind the one that is shown: {places} records; wait for it. If the topic "
+                    "has lost these records, switch(force=True)"
+                )
             self._show(database)
 
     def _show(self, database: Database) -> None:

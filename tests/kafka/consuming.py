@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from confluent_kafka import Consumer as Client
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
 from processes import wait_until
 
@@ -62,6 +64,26 @@ def _sender(cluster: Cluster) -> Producer:
 def committed(topic: Topic[Any], group: str) -> dict[int, int]:
     """The group's committed offset, for each partition that has one."""
     return {number: at for (name, number), at in committed_offsets(topic.cluster, group).items() if name == topic.name}
+
+
+def commit(topic: Topic[Any], group: str, offset: int) -> None:
+    """Commit an offset of partition 0, as a group of somebody else's client."""
+    client = Client(topic.cluster.config({"group.id": group}))
+    offsets = [TopicPartition(topic.name, 0, offset)]
+    topic.cluster.ask(lambda _: client.commit(offsets=offsets, asynchronous=False))  # a coordinator may just be loading
+    client.close()
+
+
+def trim(topic: Topic[Any], before: int) -> None:
+    """Delete the records of partition 0 before this offset, as retention does."""
+    for future in admin(topic.cluster).delete_records([TopicPartition(topic.name, 0, before)]).values():
+        future.result(10)
+
+
+def make_anew(topic: Topic[Any]) -> None:
+    """Delete the topic and make another one of its name."""
+    topic.cluster.delete_topics([topic.name])
+    topic.create()
 
 
 def alter(topic: Topic[Any], config: dict[str, str]) -> None:

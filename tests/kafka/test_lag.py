@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from confluent_kafka import Consumer as Client
-from confluent_kafka import TopicPartition
-from consuming import Member, fresh_group, fresh_topic, put
+from consuming import Member, commit, fresh_group, fresh_topic, put, trim
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.lag import committed_offsets, end_offsets, lag, start_offsets
-from labkit.kafka.topics import Topic
-
-
-def commit(topic: Topic[int], group: str, offset: int) -> None:
-    client = Client(topic.cluster.config({"group.id": group}))
-    client.commit(offsets=[TopicPartition(topic.name, 0, offset)], asynchronous=False)
-    client.close()
 
 
 def test_lag_counts_from_the_beginning_until_something_is_committed(cluster: Cluster) -> None:
@@ -41,6 +32,19 @@ def test_lag_is_never_negative(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     commit(topic, group, 50)
     assert lag(cluster, group, [topic.name]) == {(topic.name, 0): 0}
+
+
+def test_of_an_offset_out_of_range_all_records_are_still_to_be_read(cluster: Cluster) -> None:
+    """correctness 32: lag is what the group has still to read: it goes on with the first record there is."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, *range(60))
+    commit(topic, group, 100)
+    assert lag(cluster, group, [topic.name]) == {(topic.name, 0): 60}
+    commit(topic, group, 60)
+    assert lag(cluster, group, [topic.name]) == {(topic.name, 0): 0}
+    commit(topic, group, 10)
+    trim(topic, 50)
+    assert lag(cluster, group, [topic.name]) == {(topic.name, 0): 10}
 
 
 def test_a_topic_that_is_gone_has_no_lag_and_no_offsets(cluster: Cluster) -> None:

@@ -505,6 +505,28 @@ def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> No
     assert view.content() == {"c": [("forum",)]}
 
 
+def test_a_view_that_is_beyond_the_end_of_its_topic_demands_a_rebuild(cluster: Cluster, view: View) -> None:
+    """correctness 28, 32: the topic has lost records that the view has; those that come in their place would be passed
+    over."""
+    topic = fresh_topic(cluster, 1, Site)
+    view.begin(topic.name, cluster.topic_id(topic.name), [0])
+    view.apply(Batch(0, 0, 100, 0.0, [], []))
+    send(topic, site("a", 1, "stores"))
+    with pytest.raises(ViewOutdated, match="up to offset 100"):
+        stale(topic, view)
+    with build(view, topic) as member:
+        error = member.ends()
+    assert isinstance(error, LabkitError)
+    assert f"{topic.name}/0 from offset 100 on" in str(error)
+    with view.beside() as beside, build(beside, topic) as member:
+        member.wait_committed({0: 1})
+        with pytest.raises(LabkitError, match="force=True"):
+            beside.switch()
+        beside.switch(force=True)
+    assert view.content() == {"a": [("stores",)]}
+    assert stale(topic, view) == 0
+
+
 def test_how_stale_a_view_of_a_topic_made_anew_is_cannot_be_told(cluster: Cluster, in_file: SqliteView) -> None:
     """Its offsets are those of the topic that was deleted: beyond the end of the new one, which it has nothing of."""
     topic = fresh_topic(cluster, 1, Site)

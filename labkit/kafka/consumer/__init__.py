@@ -31,8 +31,9 @@ class Consumer(Spec):
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
         """Consume until `stop` is set, then drain, commit and leave the group.
 
-        Raises TopicMissing for a topic that does not exist or is deleted meanwhile, DeliveryFailed when what handlers
-        sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy says Stop.
+        Raises TopicMissing for a topic that does not exist, is deleted meanwhile or made anew, DeliveryFailed when what
+        handlers sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy
+        says Stop, LabkitError when the group does not take this member.
         """
         if not self.group:
             raise LabkitError(

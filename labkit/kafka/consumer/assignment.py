@@ -14,6 +14,7 @@ from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.consumer.workers import Workers
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable
+from labkit.kafka.lag import committed_offsets
 
 AWAY = 30.0  # seconds to ask again and again where partitions begin
 GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
@@ -30,6 +31,14 @@ class Assignment:
             for main, others in run.spec.co_partitioned.items()
         }
         self.own = {name for topics in self.co_partitioned.values() for name, _ in topics}
+        # Topics of which every partition is read from its beginning, unless a commit says otherwise. What is in a
+        # co-partitioned topic is the group's own work. `start` is for a group without history: asked before we join it,
+        # as others that begin now may commit before we are assigned anything.
+        self.known = set(self.own)
+        if run.spec.start == "latest":
+            names = [topic.name for topic in run.spec.sources]
+            self.known |= {name for name, _ in committed_offsets(run.spec.cluster, run.spec.group, names)}
+        self.made_anew: set[str] = set()  # topics that are others now than when the run began
         self.newly_assigned: set[tuple[str, int]] = set()  # assigned during the consume call that runs now
         self.abandoned: list[Lane] = []  # of partitions that were given up while their handler was running
 
@@ -40,13 +49,14 @@ class Assignment:
     def gone(self, topic: str | None) -> TopicMissing:
         """The error of a topic that was deleted."""
         return TopicMissing(
-            f"topic {topic or ', '.join(one.name for one in self.run.spec.sources)} was deleted while group "
-            f"{self.run.spec.group} was reading it: create a topic of another name and deploy again"
+            f"topic {topic or ', '.join(self.run.topic_ids)} was deleted while group {self.run.spec.group} was reading "
+            "it. If there is a new one of that name, start the consumer again to read it from its beginning"
         )
 
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has given partitions."""
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
+        self.known.update(self.run.topic_ids)  # what comes later is not what the group began with
         client.incremental_assign(starts)
         if not starts:
             return
@@ -85,7 +95,11 @@ class Assignment:
         while any(lane.busy() for p in partitions for lane in list(p.lanes.values())) and time.monotonic() < until:
             self.run.wake.clear()
             self.run.wake.wait(0.01)
-        positions = {(p.topic, p.number): at for p in partitions if (at := p.position()) > p.committed}
+        positions = {
+            (p.topic, p.number): 0 if p.topic in self.made_anew else at  # 0: nothing of the new one is handled
+            for p in partitions
+            if (at := p.position()) > p.committed or p.topic in self.made_anew
+        }
         self.forget(partitions)
         if positions:
             self.commits.settle(positions)
@@ -140,20 +154,42 @@ class Assignment:
                 raise KafkaException(one.error)
             key = (one.topic, one.partition)
             offset = one.offset if stored is None else stored.get(key, -1)
-            if offset < 0 or stored is not None:
-                low, high = client.get_watermark_offsets(TopicPartition(*key), timeout=REACH)
-                if 0 <= offset < low:
-                    raise LabkitError(
-                        f"group {spec.group} is to read {one.topic}/{one.partition} from offset {offset:,} up to "
-                        f"{low:,} yet, but those records are gone from the topic: build anew what was made of it"
-                    )
+            if stored is None and self.commits.of_another_topic(one):
+                log(
+                    f"{spec.group}: offset {offset:,} was committed for a topic {one.topic} that was deleted since: "
+                    f"partition {one.partition} of the new one is read from its beginning"
+                )
+                offset = -1
             if offset < 0:
-                # What is in a co-partitioned topic is the group's own work, whenever it came.
-                latest = spec.start == "latest" and one.topic not in self.own
+                low, high = client.get_watermark_offsets(TopicPartition(*key), timeout=REACH)
+                latest = spec.start == "latest" and one.topic not in self.known
                 offset = high if latest else low
                 if latest:
                     fresh[key] = offset
-            if stored is not None and offset != one.offset:
+            if offset != one.offset and (stored is not None or one.offset >= 0):
                 fresh[key] = offset  # else the group's lag would be that of another one's work
             starts.append(TopicPartition(*key, offset))
         return starts, fresh
+
+    def jumped(self, client: Client, partition: Partition, at: int) -> Partition:
+        """The client goes on at another offset than the next one. That is no news where records were compacted away, or
+        markers of transactions are. If the next offset is out of the topic's range, it is told, and a partition that
+        goes back begins anew; the run ends when something was made of the topic up to that offset."""
+        topic, number, expected = partition.topic, partition.number, partition.next_offset
+        low, high = client.get_watermark_offsets(TopicPartition(topic, number), cached=True)  # as fetched last
+        if expected < low <= at:
+            why = f"its records before offset {low:,} were deleted"
+        elif at < expected and (at <= low or high < expected):
+            why = f"it ends before that, at {high:,}"
+        else:
+            return partition
+        told = f"group {self.run.spec.group} is to read {topic}/{number} from offset {expected:,} on, but {why}"
+        if self.run.spec.positions is not None:
+            self.run.end(LabkitError(f"{told}: build anew what was made of it"))
+            return partition
+        log(f"{told}: it goes on with the first record there is, offset {at:,}")
+        if at < expected:
+            self.forget([partition])
+            partition = self.run.partitions[topic, number] = Partition(topic, number, at)
+            partition.committed = partition.commit_requested = -1  # what is stored could be passed over once more
+        return partition

@@ -28,6 +28,7 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.producer import Output, Producer, producer
 
 REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
+OF_TOPIC = "labkit topic.id="  # stands, with the id, in the metadata of what is committed
 
 
 class Commits(Protocol):
@@ -56,6 +57,10 @@ class Commits(Protocol):
     def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
         """The client tells what became of a commit."""
 
+    def of_another_topic(self, stored: TopicPartition) -> bool:
+        """Whether the group committed this in a topic of this name that was deleted since. Kafka deletes such offsets,
+        but a member that has not noticed yet commits into the new topic."""
+
     def settle(self, positions: dict[tuple[str, int], int]) -> None:
         """Commit these positions, of partitions that are let go."""
 
@@ -69,6 +74,7 @@ class AtLeastOnce:
 
     def __init__(self, run: Run, client: Client) -> None:
         self.run, self.client = run, client
+        self.metadata = {name: OF_TOPIC + topic_id for name, topic_id in run.topic_ids.items()}
         self.pausing = False  # True while a commit waits for what handlers sent
         self.gate = threading.Event()
         self.producer = producer(run.spec.cluster)
@@ -140,9 +146,9 @@ class AtLeastOnce:
             self.run.partitions[key].commit_requested = offset
         self.commit_sent = True
         try:
-            self.client.commit(offsets=_offsets(positions), asynchronous=True)
+            self.client.commit(offsets=self._offsets(positions), asynchronous=True)
         except KafkaException as error:
-            self.confirmed(error.args[0], _offsets(positions))
+            self.confirmed(error.args[0], self._offsets(positions))
 
     def _unconfirmed(self) -> int:
         """How much of what handlers sent is still on its way. Lanes stand still meanwhile: a busy handler's next send
@@ -195,8 +201,8 @@ class AtLeastOnce:
         while True:
             try:
                 # A commit has no time limit: a broker that is away would keep us for a minute. This question has one.
-                self.client.committed(_offsets(positions), timeout=REACH)
-                answers = self.client.commit(offsets=_offsets(positions), asynchronous=False)
+                self.client.committed(self._offsets(positions), timeout=REACH)
+                answers = self.client.commit(offsets=self._offsets(positions), asynchronous=False)
                 return not any(one.error for one in answers or ())
             except KafkaException as error:
                 if error.args[0].code() not in PASSING or time.monotonic() > until:
@@ -204,6 +210,9 @@ class AtLeastOnce:
                     return False
                 time.sleep(0.1)
 
+    def of_another_topic(self, stored: TopicPartition) -> bool:
+        metadata = stored.metadata or ""  # other tools leave it empty, or write what is theirs
+        return metadata.startswith(OF_TOPIC) and metadata != self.metadata[stored.topic]
 
-def _offsets(positions: dict[tuple[str, int], int]) -> list[TopicPartition]:
-    return [TopicPartition(topic, number, offset) for (topic, number), offset in positions.items()]
+    def _offsets(self, positions: dict[tuple[str, int], int]) -> list[TopicPartition]:
+        return [TopicPartition(*place, offset, self.metadata[place[0]]) for place, offset in positions.items()]

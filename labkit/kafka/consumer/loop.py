@@ -25,14 +25,15 @@ from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Report
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, DeliveryFailed, LabkitError, TopicMissing, place_of
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, DeliveryFailed, LabkitError, place_of
 from labkit.kafka.records import Message
-from labkit.kafka.refusal import explain, is_final
+from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
 BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 FULL = 0.1  # seconds a partition may stay full before it is paused
 FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records
+IDENTITY = 1.0  # seconds between two looks at whether its topics are still the same ones
 EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
 
 
@@ -49,12 +50,11 @@ class Loop:
             methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
         )
         self.batch = max(1, min(BATCH, spec.max_ahead // 2))
-        self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
         self.client = Client(
             spec.cluster.config(
                 {
                     "group.id": spec.group,
-                    "auto.offset.reset": spec.start,
+                    "auto.offset.reset": "earliest",  # where an offset is out of range: see `jumped`
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
                     "on_commit": self.guarded(lambda error, offsets: self.commits.confirmed(error, offsets)),
@@ -73,6 +73,7 @@ class Loop:
         self.commits: Commits = AtLeastOnce(self.shared, self.client)
         self.workers = Workers(self.shared, self.commits)
         self.assignment = Assignment(self.shared, self.commits, self.workers)
+        self.closed = threading.Event()
 
     def run(self) -> None:
         """Consume until the stop, or until an error, which is raised."""
@@ -85,6 +86,7 @@ class Loop:
                 on_lost=self.guarded(self.assignment.lost),
             )
             self.workers.start()
+            threading.Thread(target=self.watch_identity, name="identity of topics", daemon=True).start()
             while not shared.stop.is_set() and shared.fatal is None:
                 now = time.monotonic()
                 shared.clock += min(now - before, 1.0)
@@ -117,6 +119,7 @@ class Loop:
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
+        shared = self.shared
         batches: dict[tuple[str, int], list[Message]] = {}
         ends: list[Message] = []
         if special := [message for message in messages if message.error() is not None]:
@@ -139,13 +142,19 @@ class Loop:
             partition = self.partitions.get(key)
             if partition is None or partition.seeking:
                 continue  # revoked meanwhile: uncommitted, so its next owner gets these; or fetched again
-            if batch[0].offset() < partition.next_offset:
-                self.check_identity(partition.topic)
+            if batch[0].offset() != partition.next_offset:
+                partition = self.jumped(partition, batch[0].offset())
+                if shared.fatal is not None:
+                    return  # what follows what is lacking must not be handled
             for lane in partition.add(batch, self.by_key):
                 self.workers.ready.put(lane)
         for end in ends:  # only after the records before it, which would look as if they were fetched twice
             partition = self.partitions.get((end.topic(), end.partition()))
             if partition is not None and not partition.seeking:
+                if end.offset() != partition.next_offset and (end.topic(), end.partition()) not in batches:
+                    partition = self.jumped(partition, end.offset())
+                    if shared.fatal is not None:
+                        return
                 partition.reached(end.offset())
 
     def go_back(self) -> None:
@@ -166,20 +175,31 @@ class Loop:
             where = self.spec.cluster
             why = explain(error, dict(where.security))
             self.shared.end(ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}"))
+        elif code in NOT_JOINED:
+            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {NOT_JOINED[code]}"))
         elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
 
-    def check_identity(self, topic: str) -> None:
-        """Offsets that go back may be those of another topic of this name, whose records would be passed over."""
-        try:
-            same = self.spec.cluster.topic_id(topic) == self.topic_ids[topic]
-        except TopicMissing:
-            same = False
-        except ClusterUnreachable:
-            same = True  # asked again when more comes
-        if not same:
-            self.shared.end(self.assignment.gone(topic))
+    def jumped(self, partition: Partition, at: int) -> Partition:
+        """See `Assignment.jumped`. Offsets that go back may also be those of another topic of this name."""
+        if at < partition.next_offset:
+            self.check_identity()
+        return partition if self.shared.fatal else self.assignment.jumped(self.client, partition, at)
+
+    def watch_identity(self) -> None:
+        """A topic that is deleted and made anew has other records at the same offsets, and the client reads on in it.
+        Runs in a thread of its own, as a broker that is away lets us wait for its answer."""
+        while not self.closed.wait(IDENTITY):
+            self.check_identity()
+
+    def check_identity(self) -> None:
+        """End the run if a topic is another one than it was. Of one that is only deleted the client tells."""
+        with suppress(ClusterUnreachable):
+            for topic, found in self.spec.cluster.topic_ids(self.shared.topic_ids).items():
+                if found != self.shared.topic_ids[topic]:
+                    self.assignment.made_anew.add(topic)
+                    self.shared.end(self.assignment.gone(topic))
 
     def relieve(self) -> None:
         """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
@@ -248,6 +268,7 @@ class Loop:
 
     def close(self) -> None:
         """End the workers and leave the group. Takes at most 2 × REACH: a frozen broker would keep us for a minute."""
+        self.closed.set()
         self.assignment.forget(list(self.partitions.values()))
         self.workers.close()
         self.commits.close()

@@ -22,6 +22,7 @@ class Run:
         self.hooks = [hook for hook in (spec.on_step, report) if hook is not None]
         self._change_hooks = self.hooks if spec.on_change is None else [*self.hooks, spec.on_change]
         self.partitions: dict[tuple[str, int], Partition] = {}
+        self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
         self.clock = 0.0  # seconds this run has been alive: a frozen process does not age
         self.fatal: BaseException | None = None
         self.wake = threading.Event()  # a lane ran empty, or cannot go on

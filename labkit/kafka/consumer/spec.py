@@ -28,7 +28,8 @@ class Spec:
     """What is kept in order: all records of a partition, or only those of one key (more run at once)."""
     on_failure: OnFailure = field(default_factory=keep_trying)
     start: Literal["earliest", "latest"] = "earliest"
-    """Where a group without a committed offset begins."""
+    """Where a group begins that has committed nothing in a topic yet. Partitions that are added later are read from
+    their beginning. A committed offset that is out of the topic's range means the first record there is."""
     workers: int = 16
     """How many records may be handled at once."""
     max_ahead: int = 1000
@@ -46,7 +47,7 @@ class Spec:
     positions: Callable[[Sequence[tuple[str, int]]], Mapping[tuple[str, int], int]] | None = None
     """Returns the offset at which to start each (topic, partition), instead of the group's committed one: for handlers
     that store offsets with their effect. A partition it leaves out begins at `start`. It is asked again while it raises
-    Unavailable. The consumer ends if it raises anything else, or names records that the topic no longer has."""
+    Unavailable. The consumer ends if it raises anything else, or returns an offset out of the topic's range."""
     on_step: Report | None = None
     """A hook called at every step (see `Step`): where tests and baselines crash."""
     on_change: Report | None = None
