@@ -16,7 +16,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -80,7 +80,8 @@ class Policy:
     topics: tuple[float, ...] = ()
     """The delays of its retry topics, each handled once."""
     non_retriable: tuple[type[BaseException], ...] = ()
-    """Errors that another attempt would not mend: one call, then the dead-letter queue."""
+    """Errors that another attempt would not mend: one call, then the dead-letter queue. It may also be what the
+    handler's error was raised `from`, or one of its group."""
 
     def then(self, following: Policy) -> Policy:
         """This one, and when it is used up the following one. Raises LabkitError for an order that makes no sense."""
@@ -260,6 +261,24 @@ def _both(first: Report | None, second: Report) -> Report:
     return tell
 
 
+def _said(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it says are in it: which it was raised `from`, or which it groups.
+
+    Not its `__context__`: Python notes there whatever was being dealt with when this one came, wanted or not.
+    """
+    found, left = set[int](), [error]
+    while left:
+        one = left.pop()
+        if id(one) in found:  # a chain may be a ring
+            continue
+        found.add(id(one))
+        yield one
+        if one.__cause__ is not None:
+            left.append(one.__cause__)
+        if isinstance(one, BaseExceptionGroup):
+            left.extend(one.exceptions)
+
+
 # -- What it does while it runs ----------------------------------------------------------------------------------------
 
 
@@ -349,7 +368,8 @@ class _Retries:
         if isinstance(failed.command, Skip):
             return self.skip(failed, stage, trail, failed.command)
         # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
-        retriable = failed.record is not None and not isinstance(failed.error, policy.non_retriable)
+        hopeless = any(isinstance(one, policy.non_retriable) for one in _said(failed.error))
+        retriable = failed.record is not None and not hopeless
         # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
         if retriable and (stage.number == 0 or stage.number > len(policy.topics)):
             delay = policy.blocks.delay(failed.attempt)
