@@ -16,6 +16,9 @@ from labkit.kafka.errors import LabkitError, PoisonRecord, error_text, place_of
 
 T = TypeVar("T")
 
+# The headers that labkit adds. The first name is a common one: a record that has such a header keeps its own.
+CORRELATION, CAUSE, MADE_BY = "correlation-id", "labkit-cause", "labkit-pod"
+
 
 class Message(Protocol):
     """A record as the client delivers it: raw bytes, with a place that is always known."""
@@ -78,6 +81,11 @@ class Record(Generic[T]):
         """Headers as text; bytes that are not UTF-8 are shown with replacement characters. The last of a name wins."""
         found = self._message.headers() or []
         return {name: (value or b"").decode(errors="replace") for name, value in found}
+
+    @property
+    def raw_headers(self) -> list[tuple[str, bytes | None]]:
+        """Headers as they came: in order, repeated ones too, values as bytes. Whoever sends may give them like this."""
+        return list(self._message.headers() or [])
 
     @property
     def place(self) -> str:

@@ -429,7 +429,7 @@ def test_what_cannot_be_published_three_times_waits_and_is_not_lost(
             super().send(topic_name, value, *rest, **more)
 
     refused = Refused(cluster, timeout=1.0, reports=True)
-    monkeypatch.setattr(commits, "producer", lambda cluster, reports=False: refused if reports else producer(cluster))
+    monkeypatch.setattr(commits, "producer", lambda cluster, **kind: refused if kind else producer(cluster))
     handler = Handler({1: 1})
     run_to_rest(RetryingConsumer(topic, handler, group, retry=policy))
     assert len(tries) == 4
