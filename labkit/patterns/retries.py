@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -25,17 +26,19 @@ import msgspec
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMissing, error_text
+from labkit.kafka.producer import with_header
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.blocked_lanes import SHOWN, Commands, Skip, Skipped, lanes_topic, skips_topic
+from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
-from labkit.patterns.trails import HEADER, TIMES, Trail, headers_of, own_topic, parse, text_of
+from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown, trail_of
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
 WEEK = 7 * 24 * 3600
+BROKER_MAX = 1_048_588  # bytes that a broker takes at once, unless it is told otherwise
 RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+)(s|ms)$")  # how its name ends: which one, and its delay
 
 
@@ -203,14 +206,16 @@ class RetryingConsumer(Consumer):
         for main in self.mains:
             delays = (0.0, *self.policy(main).topics)
             beside[main.name] = self.own_topics(main)
+            letters = dead_letters_topic(main, self.group)
+            room = {} if all(there.get(one.name) for one in (*beside[main.name], letters)) else _room(main)
             for own, delay in zip(beside[main.name], delays, strict=True):
                 if not there.get(own.name):
                     # The broker's clock says since when a record waits: a forged timestamp could make it wait for ever.
                     keep = f"{(WEEK + delay) * 1000:.0f}"
                     own = replace(own, partitions=there.get(main.name, own.partitions))
-                    own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime"})
-            if not there.get((letters := dead_letters_topic(main, self.group)).name):
-                letters.create({"cleanup.policy": "compact"})
+                    own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime", **room})
+            if not there.get(letters.name):
+                letters.create({"cleanup.policy": "compact", **room})
             if not there.get((lanes := lanes_topic(main, self.group)).name):
                 lanes.create({"cleanup.policy": "compact"})
             if not there.get((skips := skips_topic(main, self.group)).name):
@@ -243,6 +248,14 @@ class RetryingConsumer(Consumer):
                 ready, handler=retries.handle, on_failure=retries.decide, on_change=on_change, not_before=not_before
             )
             Consumer.run(bound, stop, report)
+
+
+def _room(main: Topic[Any]) -> dict[str, str]:
+    """The setting with which a topic takes all that `main` takes, with more headers, and compressed less well."""
+    largest = BROKER_MAX
+    with suppress(TopicMissing, ClusterUnreachable):  # not made yet, or its settings may not be read
+        largest = max(largest, int(main.cluster.topic_config(main.name)["max.message.bytes"]))
+    return {"max.message.bytes": str(min(2 * largest, 2**31 - 1))}
 
 
 def _written(seconds: float) -> str:
@@ -379,11 +392,12 @@ class _Retries:
             return self.send_on(failed, stage, trail, policy.topics[stage.number])
         # To the dead letters, under the place where it came from: the same record is there once.
         letter = dead_letter_of(failed.message, trail, failed.times[-1])
-        return SetAside(dead_letters_topic(stage.main, self.group).name, letter.place, encode(letter))
+        value, place, headers = letter.kept()
+        return SetAside(dead_letters_topic(stage.main, self.group).name, place, value, headers)
 
     def trail(self, failed: FailedRecord, stage: _Stage) -> Trail:
         """Where it came from, and all that has happened to it."""
-        before = parse(headers_of(failed.message).get(HEADER)) if stage.own else None
+        before = trail_of(failed.message) if stage.own else None
         if before is None:
             timestamp = max(0, failed.message.timestamp()[1]) / 1000
             before = Trail(failed.topic, failed.partition, failed.offset, timestamp, self.group)
@@ -399,14 +413,14 @@ class _Retries:
         """To the next retry topic."""
         following = self.consumer.own_topics(stage.main)[stage.number + 1]
         trail = msgspec.structs.replace(trail, due=failed.times[-1] + delay)
-        headers = {**headers_of(failed.message), HEADER: encode(trail)}
+        headers = with_header(failed.message.headers() or [], HEADER, encode(trail))
         return SetAside(following.name, failed.message.key(), failed.message.value(), headers)
 
     def skip(self, failed: FailedRecord, stage: _Stage, trail: Trail, skip: Skip) -> SetAside:
         """Let it be, once that has left its trace."""
-        value = text_of(failed.message.value())
+        key, value = shown(failed.message.key()), shown(failed.message.value())
         trace = Skipped(
-            *(skip.by, time.time(), failed.topic, failed.partition, failed.offset, failed.key),
-            *(value and value[:SHOWN], trail.attempts, trail.error),
+            *(skip.by, time.time(), failed.topic, failed.partition, failed.offset, key),
+            *(value, trail.attempts, trail.error),
         )
-        return SetAside(skips_topic(stage.main, self.group).name, failed.key, encode(trace))
+        return SetAside(skips_topic(stage.main, self.group).name, key, encode(trace))

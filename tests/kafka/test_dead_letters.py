@@ -139,7 +139,7 @@ def test_an_interrupted_replay_loses_none(
     provider.up = True
 
     class Dying(Producer):
-        left = 2
+        left = 4 + 2  # they are marked first
 
         def send(self, *args: Any, **more: Any) -> None:
             if not self.left:
