@@ -27,7 +27,7 @@ import msgspec
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Record
+from labkit.kafka.records import CAUSE, Record
 from labkit.kafka.topics import Topic
 from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, Pod, PodState
@@ -159,12 +159,12 @@ def disorder(source: Topic[Work], records: Iterable[Record[Work]], order: Litera
         seen: set[int] = set()
         latest = -1
         for record in lane:
-            topic, _, offset = record.headers["cause"].rpartition("/")
+            topic, _, offset = record.headers[CAUSE].rpartition("/")
             assert topic == f"{source.name}/{record.partition}"
             if int(offset) not in seen:
                 seen.add(int(offset))
                 if int(offset) < latest:
-                    wrong.append(f"{record.place}, made by {record.headers['cause']} after {latest}")
+                    wrong.append(f"{record.place}, made by {record.headers[CAUSE]} after {latest}")
                 latest = max(latest, int(offset))
     return wrong
 

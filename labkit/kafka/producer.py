@@ -1,8 +1,8 @@
 """Sending records: one idempotent producer for each process and cluster, confirmed at `flush`.
 
-The header `correlation-id` goes from record to record, end to end, for tracing only. A record sent in a handler also
-says which record caused it (`cause`) and which pod made it (`pod`): that is how an audit tells a redelivery from
-a mistake.
+The header `correlation-id` goes from record to record, end to end, for tracing only; one that a record is sent with is
+kept. A record sent in a handler also says which record caused it (`labkit-cause`) and which pod made it (`labkit-pod`):
+that is how an audit tells a redelivery from a mistake. All other headers are the sender's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -25,9 +25,12 @@ from confluent_kafka import Producer as Client
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMissing
-from labkit.kafka.records import Record
+from labkit.kafka.records import CAUSE, CORRELATION, MADE_BY, Record
 
-Headers: TypeAlias = Mapping[str, str | bytes | None]
+Headers: TypeAlias = Mapping[str, str | bytes | None] | Sequence[tuple[str, str | bytes | None]]
+"""By name; or in an order of their own, in which a name may come again."""
+
+RawHeaders: TypeAlias = list[tuple[str, bytes | None]]
 
 OnDelivery: TypeAlias = Callable[[str | None, int, int], None]
 """Called once it is known what became of a record: why it was refused (None: it was not), its partition and offset."""
@@ -40,7 +43,7 @@ class Output(NamedTuple):
     value: bytes | None
     key: bytes | None
     partition: int
-    headers: dict[str, str | bytes | None]
+    headers: RawHeaders
 
 
 class HandlerContext:
@@ -69,7 +72,9 @@ class HandlerContext:
 NOBODY = HandlerContext()  # that of a thread which is in no handler
 handling: ContextVar[HandlerContext] = ContextVar("handling", default=NOBODY)
 
-MESSAGE_MAX_BYTES = 1_000_000  # what the client takes at most
+# What the client takes at most: its default, 1,000,000 bytes, and labkit's own headers. Brokers take 1,048,588.
+MESSAGE_MAX_BYTES = 1_040_000
+COPY_MAX_BYTES = 1_000_000_000  # the same for a copy, which may be compressed in its topic: as much as there can be
 OVERHEAD = 100  # bytes of a record beside its value, key and headers; the client counts some 40
 PROPAGATION = 3.0  # seconds for a new topic to be known everywhere
 UNKNOWN = 1 << 31  # partitions of a topic that no broker tells of
@@ -85,10 +90,22 @@ class Producer:
     `flush` raise DeliveryFailed.
 
     With `idempotent=False` a record may arrive twice. Only with `reports` may `send` be given `on_delivery`.
+
+    With `copies` it is for records as they were in Kafka before: it compresses them, leaves their size to the broker,
+    and makes up no correlation id.
     """
 
-    def __init__(self, cluster: Cluster, timeout: float = 30.0, idempotent: bool = True, reports: bool = False) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        timeout: float = 30.0,
+        idempotent: bool = True,
+        reports: bool = False,
+        copies: bool = False,
+    ) -> None:
         own = {
+            "message.max.bytes": COPY_MAX_BYTES if copies else MESSAGE_MAX_BYTES,  # counted before compression
+            "compression.type": "zstd" if copies else "none",
             "enable.idempotence": idempotent,
             "partitioner": "murmur2_random",  # where Java clients put the same key
             "linger.ms": 2,
@@ -103,6 +120,7 @@ class Producer:
         self._partitions: dict[str, tuple[int, float]] = {}  # by topic: how many, and until when that holds
         self.refused = 0
         """How many records were not delivered so far. `check` compares it with an earlier value."""
+        self._copies = copies
         self._raised = 0  # how many of them `flush` has raised for
         self._reasons: deque[str] = deque(maxlen=3)
         self._failing = threading.Lock()
@@ -114,7 +132,7 @@ class Producer:
         topic: str,
         value: bytes | None,
         key: str | bytes | None = None,
-        headers: Headers | Mapping[str, str] | None = None,
+        headers: Headers | None = None,
         partition: int = -1,
         on_delivery: OnDelivery | None = None,
     ) -> None:
@@ -134,16 +152,17 @@ class Producer:
                 self._connect(topic)
         context = handling.get()
         cause = context.record
-        wire: dict[str, str | bytes | None] = {
-            name: text.encode() if isinstance(text, str) else text for name, text in (headers or {}).items()
-        }
-        if "correlation-id" not in wire:
-            correlation = None if cause is None else cause.headers.get("correlation-id")
-            wire["correlation-id"] = b"%b-%d" % (self._prefix, number) if correlation is None else correlation.encode()
+        wire = _raw(headers) if headers else []
+        if CORRELATION not in dict(wire):
+            correlation = None if cause is None else dict(cause.raw_headers).get(CORRELATION)
+            if correlation is None and not self._copies:
+                correlation = b"%b-%d" % (self._prefix, number)
+            if correlation is not None:
+                wire.append((CORRELATION, correlation))
         if cause is not None:
-            wire["cause"] = cause.place.encode()
+            wire = with_header(wire, CAUSE, cause.place.encode())
         if self._pod:
-            wire["pod"] = self._pod
+            wire = with_header(wire, MADE_BY, self._pod)
         raw_key = key.encode() if isinstance(key, str) else key
         if on_delivery is not None or context is NOBODY:
             self._produce(topic, value, raw_key, partition, wire, on_delivery)
@@ -165,14 +184,14 @@ class Producer:
         value: bytes | None,
         key: bytes | None,
         partition: int,
-        headers: dict[str, str | bytes | None],
+        headers: RawHeaders,
         on_delivery: OnDelivery | None = None,
     ) -> None:
         report = self._report if on_delivery is None else partial(_tell, on_delivery)
         for wait in (0.1, 1.0, 10.0, 0.0):
             try:
                 # By position (value, key, partition, on_delivery, timestamp, headers): names cost a tenth of a send.
-                self._client.produce(topic, value, key, partition, report, None, 0, headers)
+                self._client.produce(topic, value, key, partition, report, None, 0, headers)  # type: ignore[arg-type]
                 return
             except BufferError:
                 self._client.poll(wait)
@@ -266,9 +285,19 @@ class Producer:
                 self._reasons.append(f"{message.topic()}: {error.str()}")
 
 
-def _size(value: bytes | None, key: bytes | None, headers: Mapping[str, str | bytes | None]) -> int:
+def _raw(headers: Headers) -> RawHeaders:
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    return [(name, one.encode() if isinstance(one, str) else one) for name, one in pairs]
+
+
+def with_header(headers: Iterable[tuple[str, bytes | None]], name: str, value: bytes) -> RawHeaders:
+    """These headers, and behind them the only one of this name."""
+    return [*(one for one in headers if one[0] != name), (name, value)]
+
+
+def _size(value: bytes | None, key: bytes | None, headers: RawHeaders) -> int:
     """The bytes that the client counts for a record, or a few more."""
-    rest = sum(len(name) + len(one or b"") + 10 for name, one in headers.items())
+    rest = sum(len(name) + len(one or b"") + 10 for name, one in headers)
     return len(value or b"") + len(key or b"") + rest + OVERHEAD
 
 
@@ -276,35 +305,38 @@ def _tell(on_delivery: OnDelivery, error: KafkaError | None, message: Report) ->
     on_delivery(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
 
 
-_producers: dict[tuple[Cluster, int, bool], Producer] = {}
+_producers: dict[tuple[Cluster, int, bool, bool], Producer] = {}
 _making = threading.Lock()
 
 
-def producer(cluster: Cluster, reports: bool = False) -> Producer:
+def producer(cluster: Cluster, reports: bool = False, copies: bool = False) -> Producer:
     """The process's one producer for `cluster`: what one thread sends, another one's `flush` confirms.
 
-    With `reports` another one, of which each sender hears what became of its own records.
+    With `reports` another one, of which each sender hears what became of its own records; with `copies` too, one for
+    records as they were before.
     """
-    key = (cluster, os.getpid(), reports)
+    key = (cluster, os.getpid(), reports, copies)
     found = _producers.get(key)
     if found is None:
         with _making:
-            found = _producers.setdefault(key, _producers.get(key) or Producer(cluster, reports=reports))
+            found = _producers.get(key) or Producer(cluster, reports=reports, copies=copies)
+            _producers[key] = found
     return found
 
 
 def deliver(
     cluster: Cluster,
     topic: str,
-    records: Iterable[tuple[bytes | None, str | bytes | None, Mapping[str, str] | None]],
+    records: Iterable[tuple[bytes | None, str | bytes | None, Headers | None]],
     timeout: float = 30.0,
+    copies: bool = False,
 ) -> None:
     """Send these records (value, key, headers), and wait until each of them is confirmed, whatever else is sent.
 
-    `flush` is the whole process's, and tells of a refusal only whoever calls it first. Raises DeliveryFailed when some
-    were refused, or not confirmed within `timeout` seconds: those may still arrive.
+    `flush` is the whole process's, and tells of a refusal only whoever calls it first. `copies` as of `producer`.
+    Raises DeliveryFailed when some were refused, or not confirmed within `timeout` seconds: those may still arrive.
     """
-    sender = producer(cluster, reports=True)
+    sender = producer(cluster, reports=True, copies=copies)
     known: list[str | None] = []  # why each was refused, None if it was not; filled by any thread that polls
 
     def on_delivery(refused: str | None, partition: int, offset: int) -> None:
@@ -330,5 +362,5 @@ def deliver(
 def let_go(cluster: Cluster) -> None:
     """Forget the process's producers for `cluster`, with what they have not sent."""
     with _making:
-        for reports in (False, True):
-            _producers.pop((cluster, os.getpid(), reports), None)
+        for key in [key for key in _producers if key[:2] == (cluster, os.getpid())]:
+            del _producers[key]

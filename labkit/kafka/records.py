@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import msgspec
 
 from labkit.kafka.errors import LabkitError, PoisonRecord, error_text, place_of
 
 T = TypeVar("T")
+
+# The headers that labkit adds. The first name is a common one: a record that has such a header keeps its own.
+CORRELATION, CAUSE, MADE_BY = "correlation-id", "labkit-cause", "labkit-pod"
 
 
 class Message(Protocol):
@@ -28,6 +31,17 @@ class Message(Protocol):
     def timestamp(self) -> tuple[int, int]: ...
     def headers(self) -> list[tuple[str, bytes | None]] | None: ...
     def error(self) -> Any: ...
+
+
+class WholeRecord:
+    """A value that is read from the whole record, its headers included, and not from the record's value alone."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, message: Message) -> Self:
+        """What this record holds; it is no tombstone. An error makes it poison."""
+        raise NotImplementedError
 
 
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
@@ -80,6 +94,11 @@ class Record(Generic[T]):
         return {name: (value or b"").decode(errors="replace") for name, value in found}
 
     @property
+    def raw_headers(self) -> list[tuple[str, bytes | None]]:
+        """Headers as they came: in order, repeated ones too, values as bytes. Whoever sends may give them like this."""
+        return list(self._message.headers() or [])
+
+    @property
     def place(self) -> str:
         """`topic/partition/offset`, the name under which logs and audits know the record."""
         return place_of(self.topic, self.partition, self.offset)
@@ -98,6 +117,11 @@ def parser(value: type[T]) -> Callable[[bytes], T]:
     return parse
 
 
+def whole(value: type[T]) -> Callable[[Message], T] | None:
+    """A function from a message to the value, if that is of a type that is read from the whole record."""
+    return value.of if isinstance(value, type) and issubclass(value, WholeRecord) else None
+
+
 def poison(message: Message, error: Exception) -> PoisonRecord:
     """The error of a record that did not decode, for that reason."""
     reason = str(error) if isinstance(error, UNDECODABLE) else error_text(error)
@@ -106,7 +130,7 @@ def poison(message: Message, error: Exception) -> PoisonRecord:
 
 def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
     """A function from a client's message to a `Record` (see `parser`); it raises PoisonRecord, naming the place."""
-    parse = parser(value)
+    parse, of_whole = parser(value), whole(value)
 
     def decode(message: Message) -> Record[T]:
         raw_key, raw = message.key(), message.value()
@@ -114,7 +138,7 @@ def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
             return Record(
                 message,
                 None if raw_key is None else raw_key.decode(),
-                None if raw is None else parse(raw),  # type: ignore[arg-type]
+                None if raw is None else parse(raw) if of_whole is None else of_whole(message),  # type: ignore[arg-type]
             )
         except Exception as error:  # of a value type, whose own checks may raise anything
             raise poison(message, error) from error

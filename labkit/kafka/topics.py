@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.producer import deliver, producer
+from labkit.kafka.producer import Headers, deliver, producer
 from labkit.kafka.records import T, encode
 
 
@@ -35,7 +35,7 @@ class Topic(Generic[T]):
         """Make the topic unless it is there. Raises TopicMismatch when it is there in another way."""
         self.cluster.create_topic(self.name, self.partitions, config)
 
-    def send(self, value: T | None, key: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def send(self, value: T | None, key: str | None = None, headers: Headers | None = None) -> None:
         """Queue one record through the process's producer; `flush` confirms it. A `None` value is a tombstone.
 
         In a handler the record is held until the handler has returned, and is confirmed before the commit: no flush is
@@ -48,9 +48,7 @@ class Topic(Generic[T]):
         """Wait until everything this process sent is confirmed. Raises DeliveryFailed."""
         producer(self.cluster).flush(timeout)
 
-    def deliver(
-        self, records: Iterable[tuple[T | None, str | None, Mapping[str, str] | None]], timeout: float = 30.0
-    ) -> None:
+    def deliver(self, records: Iterable[tuple[T | None, str | None, Headers | None]], timeout: float = 30.0) -> None:
         """Send these (value, key, headers), and wait until each of them is confirmed, whatever else the process sends.
 
         Raises DeliveryFailed when some were refused, or not confirmed within `timeout` seconds: those may still arrive.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from labkit.kafka.reader import Reader
+from labkit.kafka.records import CAUSE, MADE_BY
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab.audit import Effect, Sent
 from labkit.lab.load import Load
@@ -33,7 +34,7 @@ def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Eff
         if record.value is None:
             continue  # a tombstone takes something back; it is no work done
         headers = record.headers
-        cause = headers.get("cause")
+        cause = headers.get(CAUSE)
         found.append(
             Effect(
                 identify(record.value),
@@ -41,7 +42,7 @@ def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Eff
                 short_name(record.place),
                 record.timestamp,
                 cause and short_name(cause),
-                headers.get("pod"),
+                headers.get(MADE_BY),
                 topic.short,
             )
         )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REFRESH = 0.4  # seconds between two looks
 SHOWN = 200  # dead letters in the list
+CHARACTERS = 1000  # of a value that are shown
 
 
 class RetryDesk:
@@ -293,7 +294,8 @@ def _letter_line(one: DeadLetter) -> str:
 
 def _letter_html(one: DeadLetter) -> str:
     failed = ", ".join(clock(at) for at in one.failed)
-    rows = {"from": one.place, "key": one.key, "value": one.value, "failed at": failed, "last error": one.error}
+    value = one.value and one.value[:CHARACTERS]
+    rows = {"from": one.place, "key": one.key, "value": value, "failed at": failed, "last error": one.error}
     cells = (f"<tr><th>{name}</th><td><code>{html.escape(str(text))}</code></td></tr>" for name, text in rows.items())
     return f"<table>{''.join(cells)}</table>"
 

@@ -10,6 +10,7 @@ from typing import Any
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
+from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
 from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.load import Load, identifier
@@ -51,7 +52,7 @@ class Tally:
                     self._nameless = str(error)
                     continue
                 self._seen.add(name)
-                work = (record.headers.get("cause"), name)
+                work = (record.headers.get(CAUSE), name)
                 self.again += work in self._made
                 self._made.add(work)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.reader import Reader
+from labkit.kafka.records import CAUSE, CORRELATION, MADE_BY
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab.load import identifier
 from labkit.lab.metrics import Fault
@@ -93,7 +94,7 @@ def trace(
             for record in reader.rest():
                 headers = record.headers
                 get = headers.get
-                everything.append(Seen(record.place, record.timestamp, get("correlation-id"), get("cause"), get("pod")))
+                everything.append(Seen(record.place, record.timestamp, get(CORRELATION), get(CAUSE), get(MADE_BY)))
                 try:
                     if record.value is not None and identify(record.value) == wanted:
                         found.add(record.place)

@@ -27,10 +27,9 @@ from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.patterns.trails import HEADER, headers_of, own_topic, parse, text_of
+from labkit.patterns.trails import own_topic, shown, trail_of
 
 LANES, SKIPS = "lanes", "skips"  # what the two topics are called
-SHOWN = 1000  # characters of a value that are shown
 TAKEN = 10.0  # seconds for a consumer to do what it was told
 
 
@@ -238,12 +237,12 @@ class Commands:
 
     def _block(self, failed: FailedRecord) -> None:
         """Say that a lane waits."""
-        value = text_of(failed.message.value())
+        key, value = shown(failed.message.key()), shown(failed.message.value())
         own = failed.topic != self._main  # a trail that comes with the main topic is forged
-        trail = parse(headers_of(failed.message).get(HEADER)) if own else None
+        trail = trail_of(failed.message) if own else None
         attempts = failed.attempt + (trail.attempts if trail is not None else 0)
         entry = Blocked(
-            *(failed.topic, failed.partition, failed.offset, failed.key, value and value[:SHOWN], failed.since),
+            *(failed.topic, failed.partition, failed.offset, key, value, failed.since),
             *(attempts, failed.due, error_text(failed.refused or failed.error), self._me),
         )
         with self._lock:

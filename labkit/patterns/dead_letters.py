@@ -2,28 +2,41 @@
 
 One compacted topic for each topic and group, keyed by the place where a record came from: a record is in it once, and
 leaves it by a tombstone, when its replay succeeded or when it is purged. It is read into memory as a whole.
+
+A dead letter is the record as it was, value and headers byte for byte; what is told about it, and its own key, are in
+headers that come to its own.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
-from labkit.kafka.producer import deliver
-from labkit.kafka.records import Message, encode
+from labkit.kafka.producer import RawHeaders, deliver, with_header
+from labkit.kafka.records import Message, WholeRecord, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
-from labkit.patterns.trails import HEADER, Trail, headers_of, own_topic, text_of
+from labkit.patterns.trails import HEADER, Trail, own_topic, text_of, trail_of
 
+LETTER, KEY = "labkit-dead-letter", "labkit-key"  # headers of a dead letter, beside its trail
 DEAD_LETTERS, REPLAY = "dead-letters", "replay"  # what the two topics are called
 CONFIRM = 30.0  # seconds for a replay or a purge to be confirmed
 
 
-class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
+class _Told(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the header LETTER tells, as JSON."""
+
+    at: float
+    null: bool = False
+    """The record is a tombstone. In the queue its value is empty: null would take it out."""
+    replayed: float | None = None
+
+
+class DeadLetter(WholeRecord, msgspec.Struct, frozen=True, omit_defaults=True):
     """A record that could not be handled. Times are seconds since 1970."""
 
     topic: str
@@ -45,6 +58,8 @@ class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
     raw_key: bytes | None = None
     """If the key is no UTF-8, and so in `key` only for show."""
     raw_value: bytes | None = None
+    raw_headers: tuple[tuple[str, bytes | None], ...] | None = None
+    """If a name comes twice, a value is null or no UTF-8, and `headers` so not all there is."""
     replayed: float | None = None
     """When it was last put back; it is here until that succeeds."""
 
@@ -53,15 +68,51 @@ class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
         """`topic/partition/offset` where it came from first: its name in the queue."""
         return place_of(self.topic, self.partition, self.offset)
 
+    @classmethod
+    def of(cls, message: Message) -> Self:
+        own, trail = dict(message.headers() or []), trail_of(message)
+        told = msgspec.json.decode(own.get(LETTER) or b"", type=_Told)
+        if trail is None or trail.place.encode() != message.key():
+            raise ValueError(f"the header {HEADER} does not tell where it came from")
+        value = None if told.null else message.value()
+        return cls._made(trail, told, own.get(KEY), value, message.headers())
+
+    @classmethod
+    def _made(
+        cls, trail: Trail, told: _Told, key: bytes | None, value: bytes | None, headers: RawHeaders | None
+    ) -> Self:
+        raw = tuple(one for one in headers or () if one[0] not in (HEADER, LETTER, KEY))
+        text = {name: text_of(one) or "" for name, one in raw}
+        as_text = tuple((name, one.encode()) for name, one in text.items())
+        return cls(
+            *(trail.topic, trail.partition, trail.offset, trail.timestamp, trail.group, text_of(key), text_of(value)),
+            *(text, trail.attempts, trail.failed, trail.error, told.at, _unless_text(key), _unless_text(value)),
+            *(None if raw == as_text else raw, told.replayed),
+        )
+
+    def original(self, replayed: bool = False) -> tuple[bytes | None, bytes | None, RawHeaders]:
+        """The record as it was, with its trail: value, key, headers."""
+        origin = (self.topic, self.partition, self.offset, self.timestamp, self.group)
+        trail = Trail(*origin, attempts=self.attempts, failed=self.failed, error=self.error, replayed=replayed)
+        headers = self.raw_headers or [(name, one.encode()) for name, one in self.headers.items()]
+        return (
+            self.raw_value if self.raw_value is not None else None if self.value is None else self.value.encode(),
+            self.raw_key if self.raw_key is not None else None if self.key is None else self.key.encode(),
+            with_header(headers, HEADER, encode(trail)),
+        )
+
+    def kept(self) -> tuple[bytes, str, RawHeaders]:
+        """The record as it is in the queue: value, key, headers."""
+        value, key, headers = self.original()
+        if key is not None:
+            headers = with_header(headers, KEY, key)
+        told = _Told(self.at, value is None, self.replayed)
+        return value or b"", self.place, with_header(headers, LETTER, encode(told))
+
 
 def dead_letter_of(message: Message, trail: Trail, at: float) -> DeadLetter:
-    """A record as it is kept in the queue."""
-    key, value = message.key(), message.value()
-    headers = {name: text_of(raw) or "" for name, raw in headers_of(message).items() if name != HEADER}
-    return DeadLetter(
-        *(trail.topic, trail.partition, trail.offset, trail.timestamp, trail.group, text_of(key), text_of(value)),
-        *(headers, trail.attempts, trail.failed, trail.error, at, _unless_text(key), _unless_text(value)),
-    )
+    """A record that could not be handled."""
+    return DeadLetter._made(trail, _Told(at), message.key(), message.value(), message.headers())
 
 
 def _unless_text(raw: bytes | None) -> bytes | None:
@@ -99,13 +150,13 @@ class DeadLetters(GroupEntries[DeadLetter]):
         Each stays in the queue until it is handled. An interrupted replay may be repeated: none is lost, some may be
         handled twice. Raises LabkitError for one that is not here, DeliveryFailed.
         """
-        letters = self._chosen(places)
+        letters, cluster = self._chosen(places), self.topic.cluster
         now, back = time.time(), replay_topic(self.topic, self.group)
         # Marked first: the consumer may be done with a record before the mark would come.
-        marked = {letter.place: msgspec.structs.replace(letter, replayed=now) for letter in letters}
-        self.store.update(marked, CONFIRM)
+        marked = (msgspec.structs.replace(letter, replayed=now).kept() for letter in letters)
+        deliver(cluster, self.store.topic.name, marked, CONFIRM, copies=True)
         try:
-            deliver(self.topic.cluster, back.name, map(_replayed, letters), CONFIRM)
+            deliver(cluster, back.name, (one.original(replayed=True) for one in letters), CONFIRM, copies=True)
         except DeliveryFailed as error:
             raise DeliveryFailed(
                 f"not all dead letters were put back ({error}): all are still here, replay again"
@@ -124,12 +175,3 @@ class DeadLetters(GroupEntries[DeadLetter]):
         if missing := [place for place in places if place not in now]:
             raise LabkitError(f"{missing[0]} is not among the {len(now):,} dead letters of {self.group}")
         return [now[place] for place in places or now]
-
-
-def _replayed(one: DeadLetter) -> tuple[bytes | None, str | bytes | None, dict[str, str]]:
-    """The record as it was: value, key, headers."""
-    origin = (one.topic, one.partition, one.offset, one.timestamp, one.group)
-    trail = Trail(*origin, attempts=one.attempts, failed=one.failed, error=one.error, replayed=True)
-    key = one.key if one.raw_key is None else one.raw_key
-    value = one.raw_value if one.raw_value is not None else None if one.value is None else one.value.encode()
-    return value, key, {**one.headers, HEADER: encode(trail).decode()}

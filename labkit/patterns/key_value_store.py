@@ -33,7 +33,7 @@ from labkit.kafka.errors import (
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Message, encode, parser, poison
+from labkit.kafka.records import Message, encode, parser, poison, whole
 from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
@@ -258,6 +258,8 @@ class KeyValueStore(Mapping[str, V]):
         """A value as it is sent: one of another type would be unreadable for everybody, this store too."""
         if value is None:
             raise LabkitError(f"None is no value for {key!r} in store {self.topic.short}: delete the key instead")
+        if whole(self.topic.value) is not None:
+            raise LabkitError(f"store {self.topic.short} keeps whole records: send {key!r} with its headers instead")
         try:
             raw = encode(value)
             self._parse(raw)
@@ -490,11 +492,11 @@ class _Contents(Generic[V]):
         self.entries: dict[str, V] = {}
         self.unreadable: dict[str, _Unreadable] = {}
         self.ignored = 0
-        self._parse = parser(value)
+        self._parse, self._whole = parser(value), whole(value)
 
     def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
         """Take records in. What that changes is told if asked for."""
-        entries, unreadable, parse = self.entries, self.unreadable, self._parse
+        entries, unreadable, parse, of_whole = self.entries, self.unreadable, self._parse, self._whole
         changes: Changes[V] = {}
         for message in messages:
             raw_key, raw = message.key(), message.value()
@@ -503,7 +505,7 @@ class _Contents(Generic[V]):
                 continue
             try:
                 key = raw_key.decode()
-                value = None if raw is None else parse(raw)
+                value = None if raw is None else parse(raw) if of_whole is None else of_whole(message)
             except Exception as error:  # of a value type, whose own checks may raise anything
                 self._set_aside(raw_key.decode(errors="replace"), message, error)
                 continue

@@ -16,7 +16,8 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -25,17 +26,19 @@ import msgspec
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMissing, error_text
+from labkit.kafka.producer import with_header
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.blocked_lanes import SHOWN, Commands, Skip, Skipped, lanes_topic, skips_topic
+from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
-from labkit.patterns.trails import HEADER, TIMES, Trail, headers_of, own_topic, parse, text_of
+from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown, trail_of
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
 WEEK = 7 * 24 * 3600
+BROKER_MAX = 1_048_588  # bytes that a broker takes at once, unless it is told otherwise
 RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+)(s|ms)$")  # how its name ends: which one, and its delay
 
 
@@ -80,7 +83,8 @@ class Policy:
     topics: tuple[float, ...] = ()
     """The delays of its retry topics, each handled once."""
     non_retriable: tuple[type[BaseException], ...] = ()
-    """Errors that another attempt would not mend: one call, then the dead-letter queue."""
+    """Errors that another attempt would not mend: one call, then the dead-letter queue. It may also be what the
+    handler's error was raised `from`, or one of its group."""
 
     def then(self, following: Policy) -> Policy:
         """This one, and when it is used up the following one. Raises LabkitError for an order that makes no sense."""
@@ -202,14 +206,16 @@ class RetryingConsumer(Consumer):
         for main in self.mains:
             delays = (0.0, *self.policy(main).topics)
             beside[main.name] = self.own_topics(main)
+            letters = dead_letters_topic(main, self.group)
+            room = {} if all(there.get(one.name) for one in (*beside[main.name], letters)) else _room(main)
             for own, delay in zip(beside[main.name], delays, strict=True):
                 if not there.get(own.name):
                     # The broker's clock says since when a record waits: a forged timestamp could make it wait for ever.
                     keep = f"{(WEEK + delay) * 1000:.0f}"
                     own = replace(own, partitions=there.get(main.name, own.partitions))
-                    own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime"})
-            if not there.get((letters := dead_letters_topic(main, self.group)).name):
-                letters.create({"cleanup.policy": "compact"})
+                    own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime", **room})
+            if not there.get(letters.name):
+                letters.create({"cleanup.policy": "compact", **room})
             if not there.get((lanes := lanes_topic(main, self.group)).name):
                 lanes.create({"cleanup.policy": "compact"})
             if not there.get((skips := skips_topic(main, self.group)).name):
@@ -244,6 +250,14 @@ class RetryingConsumer(Consumer):
             Consumer.run(bound, stop, report)
 
 
+def _room(main: Topic[Any]) -> dict[str, str]:
+    """The setting with which a topic takes all that `main` takes, with more headers, and compressed less well."""
+    largest = BROKER_MAX
+    with suppress(TopicMissing, ClusterUnreachable):  # not made yet, or its settings may not be read
+        largest = max(largest, int(main.cluster.topic_config(main.name)["max.message.bytes"]))
+    return {"max.message.bytes": str(min(2 * largest, 2**31 - 1))}
+
+
 def _written(seconds: float) -> str:
     """A delay in a topic's name, where no dot may be: whole seconds or milliseconds."""
     return f"{seconds:.0f}s" if seconds == int(seconds) else f"{seconds * 1000:.0f}ms"
@@ -258,6 +272,24 @@ def _both(first: Report | None, second: Report) -> Report:
         second(step, subject)
 
     return tell
+
+
+def _said(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it says are in it: which it was raised `from`, or which it groups.
+
+    Not its `__context__`: Python notes there whatever was being dealt with when this one came, wanted or not.
+    """
+    found, left = set[int](), [error]
+    while left:
+        one = left.pop()
+        if id(one) in found:  # a chain may be a ring
+            continue
+        found.add(id(one))
+        yield one
+        if one.__cause__ is not None:
+            left.append(one.__cause__)
+        if isinstance(one, BaseExceptionGroup):
+            left.extend(one.exceptions)
 
 
 # -- What it does while it runs ----------------------------------------------------------------------------------------
@@ -349,7 +381,8 @@ class _Retries:
         if isinstance(failed.command, Skip):
             return self.skip(failed, stage, trail, failed.command)
         # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
-        retriable = failed.record is not None and not isinstance(failed.error, policy.non_retriable)
+        hopeless = any(isinstance(one, policy.non_retriable) for one in _said(failed.error))
+        retriable = failed.record is not None and not hopeless
         # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
         if retriable and (stage.number == 0 or stage.number > len(policy.topics)):
             delay = policy.blocks.delay(failed.attempt)
@@ -359,11 +392,12 @@ class _Retries:
             return self.send_on(failed, stage, trail, policy.topics[stage.number])
         # To the dead letters, under the place where it came from: the same record is there once.
         letter = dead_letter_of(failed.message, trail, failed.times[-1])
-        return SetAside(dead_letters_topic(stage.main, self.group).name, letter.place, encode(letter))
+        value, place, headers = letter.kept()
+        return SetAside(dead_letters_topic(stage.main, self.group).name, place, value, headers)
 
     def trail(self, failed: FailedRecord, stage: _Stage) -> Trail:
         """Where it came from, and all that has happened to it."""
-        before = parse(headers_of(failed.message).get(HEADER)) if stage.own else None
+        before = trail_of(failed.message) if stage.own else None
         if before is None:
             timestamp = max(0, failed.message.timestamp()[1]) / 1000
             before = Trail(failed.topic, failed.partition, failed.offset, timestamp, self.group)
@@ -379,14 +413,14 @@ class _Retries:
         """To the next retry topic."""
         following = self.consumer.own_topics(stage.main)[stage.number + 1]
         trail = msgspec.structs.replace(trail, due=failed.times[-1] + delay)
-        headers = {**headers_of(failed.message), HEADER: encode(trail)}
+        headers = with_header(failed.message.headers() or [], HEADER, encode(trail))
         return SetAside(following.name, failed.message.key(), failed.message.value(), headers)
 
     def skip(self, failed: FailedRecord, stage: _Stage, trail: Trail, skip: Skip) -> SetAside:
         """Let it be, once that has left its trace."""
-        value = text_of(failed.message.value())
+        key, value = shown(failed.message.key()), shown(failed.message.value())
         trace = Skipped(
-            *(skip.by, time.time(), failed.topic, failed.partition, failed.offset, failed.key),
-            *(value and value[:SHOWN], trail.attempts, trail.error),
+            *(skip.by, time.time(), failed.topic, failed.partition, failed.offset, key),
+            *(value, trail.attempts, trail.error),
         )
-        return SetAside(skips_topic(stage.main, self.group).name, failed.key, encode(trace))
+        return SetAside(skips_topic(stage.main, self.group).name, key, encode(trace))

@@ -14,7 +14,8 @@ import msgspec
 from labkit.kafka.errors import LabkitError, place_of
 from labkit.kafka.records import Message
 
-HEADER = "retry"
+HEADER = "labkit-retry"
+SHOWN = 1000  # characters of a key or a value that are shown
 LONGEST_NAME = 249  # of a topic, says Kafka
 TIMES = 50  # of failed attempts that are kept: the newest
 OWN_TOPIC = re.compile(r"(.+)_([A-Za-z0-9.-]+)_(?:replay|retry\d+-\d+m?s|dead-letters|lanes|skips)")
@@ -60,14 +61,19 @@ def parse(header: str | bytes | None) -> Trail | None:
         return None
 
 
-def headers_of(message: Message) -> dict[str, bytes | None]:
-    """Headers as bytes; the last of a name wins."""
-    return dict(message.headers() or [])
+def trail_of(message: Message) -> Trail | None:
+    """The trail that a record has in its headers."""
+    return parse(dict(message.headers() or []).get(HEADER))
 
 
 def text_of(raw: bytes | None) -> str | None:
     """Bytes for people; what is no UTF-8 is shown by replacement characters."""
     return None if raw is None else raw.decode(errors="replace")
+
+
+def shown(raw: bytes | None) -> str | None:
+    """The beginning of it: a record may be of any size, what is told of it not."""
+    return None if raw is None else raw[: 4 * SHOWN].decode(errors="replace")[:SHOWN]
 
 
 def own_topic(topic: str, group: str, what: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from consuming import Member, committed, fresh_group, fresh_topic, put
+from consuming import Member, alter, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
@@ -19,6 +19,7 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import BlockedLanes, Skip, lanes_topic
+from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking
 
 
@@ -234,13 +235,15 @@ def test_a_lane_that_cannot_set_aside_is_blocked_and_can_be_skipped(
 ) -> None:
     """correctness 17: a dead letter that the broker refuses (too large) blocks its lane alone, and says why."""
     topic, group = fresh_topic(cluster, value=str), fresh_group()
-    put(topic, '"' * 400_000, "fine")  # quotes double in JSON, and again in the JSON of a dead letter
+    put(topic, "stuck", "fine")
 
     def handle(record: Record[str]) -> None:
         if record.value != "fine":
             raise ConnectionError("no")
 
-    with Member(consumer_of(topic, handle, group, blocking(0.05))) as member, looking(topic, group) as lanes:
+    consumer = consumer_of(topic, handle, group, blocking(0.05))
+    alter(dead_letters_topic(topic, group), {"max.message.bytes": "10"})
+    with Member(consumer) as member, looking(topic, group) as lanes:
         refused = lambda: any(one.error.startswith("DeliveryFailed") for one in lanes.values())  # noqa: E731
         wait_until(refused, 20, "why it is blocked now")
         lanes.skip(f"{topic.name}/0/0")

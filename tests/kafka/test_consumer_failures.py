@@ -23,7 +23,7 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed, HandlerExit, LabkitError, PoisonRecord, TopicMissing
 from labkit.kafka.producer import Producer, producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Record, encode
+from labkit.kafka.records import CAUSE, Record, encode
 from labkit.kafka.topics import Topic
 
 
@@ -123,7 +123,7 @@ def test_what_is_set_aside_names_the_poison_as_its_cause(cluster: Cluster) -> No
         member.wait_committed({0: 5})
     assert [record.value for record in member.journal.of(Step.HANDLED)] == [1, 2, 3]
     with Reader(dead) as reader:
-        found = {record.value: record.headers["cause"] for record in reader.rest()}
+        found = {record.value: record.headers[CAUSE] for record in reader.rest()}
     assert found == {place: place for place in (f"{topic.name}/0/2", f"{topic.name}/0/4")}
 
 
@@ -384,7 +384,7 @@ def test_what_cannot_be_sent_fails_in_the_handler(cluster: Cluster) -> None:
     output = fresh_topic(cluster, value=object)
     wrong = [
         (lambda: output.send("x" * 3_000_000), "too large"),
-        (lambda: output.send("x" * 999_900), "too large"),  # with its headers
+        (lambda: output.send("x" * 1_039_900), "too large"),  # with its headers
         (lambda: (output.send(1), output.flush()), "deliver()"),
         (lambda: output.send(1, headers={"name": "\ud800"}), "surrogates"),
         (lambda: output.send({"rate": float("nan")}), "NaN"),
@@ -464,7 +464,7 @@ def test_what_a_handler_sends_names_its_cause(cluster: Cluster) -> None:
         handled = {record.value: record.place for record in member.journal.of(Step.HANDLED)}
     with Reader(output) as reader:
         records = reader.rest()
-    assert {record.value: record.headers["cause"] for record in records} == handled
+    assert {record.value: record.headers[CAUSE] for record in records} == handled
     assert all(record.headers["correlation-id"] == f"c-{record.value}" for record in records)
 
 

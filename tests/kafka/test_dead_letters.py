@@ -139,7 +139,7 @@ def test_an_interrupted_replay_loses_none(
     provider.up = True
 
     class Dying(Producer):
-        left = 2
+        left = 4 + 2  # they are marked first
 
         def send(self, *args: Any, **more: Any) -> None:
             if not self.left:
@@ -148,7 +148,7 @@ def test_an_interrupted_replay_loses_none(
             super().send(*args, **more)
 
     dying = Dying(place[0].cluster, reports=True)
-    monkeypatch.setattr("labkit.kafka.producer.producer", lambda cluster, reports: dying)
+    monkeypatch.setattr("labkit.kafka.producer.producer", lambda cluster, reports, copies: dying)
     with pytest.raises(KeyboardInterrupt):
         queue.replay()
     holds(queue, 2)

@@ -141,7 +141,7 @@ def test_threads_that_ask_at_once_get_one_producer(monkeypatch: pytest.MonkeyPat
     two = threading.Barrier(2)
 
     class Slow:
-        def __init__(self, _cluster: Cluster, reports: bool) -> None:
+        def __init__(self, _cluster: Cluster, reports: bool, copies: bool) -> None:
             made.append(self)
             with suppress(threading.BrokenBarrierError):
                 two.wait(0.5)  # for another one that is being made, and must not be
@@ -170,19 +170,58 @@ def test_headers_say_where_a_record_comes_from(cluster: Cluster, monkeypatch: py
     sender.send(topic.name, b"0")
     sender.flush()
     (first,) = read(topic)
+    second_hand = [("labkit-pod", b"shop-9"), ("labkit-cause", b"elsewhere/0/0")]
     token = handling.set(HandlerContext(record=first))
     try:
         sender.send(topic.name, b"1")
         sender.send(topic.name, b"2", headers={**first.headers, "x": "y"})
         sender.send(topic.name, b"3", headers={"correlation-id": "mine"})
+        sender.send(topic.name, b"4", headers=[("x", b"\xff"), ("cause", "mine"), ("x", None), *second_hand])
     finally:
         handling.reset(token)
     sender.flush()
-    _, second, third, fourth = read(topic)
+    _, second, third, fourth, fifth = read(topic)
     correlation = first.headers["correlation-id"]
-    assert first.headers == {"correlation-id": correlation, "pod": "shop-1"}
-    assert second.headers == {"correlation-id": correlation, "cause": first.place, "pod": "shop-1"}
+    assert first.headers == {"correlation-id": correlation, "labkit-pod": "shop-1"}
+    assert second.headers == {"correlation-id": correlation, "labkit-cause": first.place, "labkit-pod": "shop-1"}
     assert third.headers == {**second.headers, "x": "y"}
     assert fourth.headers == {**second.headers, "correlation-id": "mine"}
-    names = [name for name, _ in third._message.headers() or []]
+    names = [name for name, _ in third.raw_headers]
     assert len(names) == len(set(names))
+    own = [("correlation-id", correlation.encode()), ("labkit-cause", first.place.encode()), ("labkit-pod", b"shop-1")]
+    assert fifth.raw_headers == [("x", b"\xff"), ("cause", b"mine"), ("x", None), *own]
+
+
+def test_a_correlation_id_that_is_no_text_goes_on_as_it_is(cluster: Cluster) -> None:
+    sender, topic = Producer(cluster), fresh_topic(cluster)
+    sender.send(topic.name, b"0", headers={"correlation-id": b"\xfe"})
+    sender.flush()
+    token = handling.set(HandlerContext(record=read(topic)[0]))
+    try:
+        sender.send(topic.name, b"1")
+    finally:
+        handling.reset(token)
+    sender.flush()
+    assert dict(read(topic)[1].raw_headers)["correlation-id"] == b"\xfe"
+
+
+def test_what_a_plain_client_sends_fits_with_the_headers_that_come_to_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """correctness 34: a handler's record of some 1,000,000 bytes, the most that the client takes by default."""
+    monkeypatch.setenv(POD, "shop-1")
+    sender, topic = Producer(cluster), fresh_topic(cluster, value=str)
+    sender.send(topic.name, b'"first"')
+    sender.flush()
+    (first,) = read(topic)
+    context = HandlerContext(sender, first)
+    context.collecting = True
+    token = handling.set(context)
+    try:
+        sender.send(topic.name, large := b'"%b"' % (b"x" * 999_900))
+        for output in context.take():
+            sender.release(output)
+    finally:
+        handling.reset(token)
+    sender.flush()
+    assert read(topic)[1].value == large.decode()[1:-1]

@@ -429,7 +429,7 @@ def test_what_cannot_be_published_three_times_waits_and_is_not_lost(
             super().send(topic_name, value, *rest, **more)
 
     refused = Refused(cluster, timeout=1.0, reports=True)
-    monkeypatch.setattr(commits, "producer", lambda cluster, reports=False: refused if reports else producer(cluster))
+    monkeypatch.setattr(commits, "producer", lambda cluster, **kind: refused if kind else producer(cluster))
     handler = Handler({1: 1})
     run_to_rest(RetryingConsumer(topic, handler, group, retry=policy))
     assert len(tries) == 4
@@ -553,6 +553,55 @@ def test_partitions_added_to_the_source_are_retried_too(cluster: Cluster) -> Non
         member.journal.wait(lambda: 5 in handler.done, 20)
     run_to_rest(replace(consumer, topics=replace(topic, partitions=3)))  # upgraded: its retry topics stay as they are
     assert len(handler.calls[5]) == 2
+
+
+# -- Errors that wrap others
+
+
+def wrapped() -> Exception:
+    error = RuntimeError("while charging")
+    error.__cause__ = KeyError("customer")
+    error.__cause__.__cause__ = ValueError("no such card")
+    return error
+
+
+def ring() -> Exception:
+    error, other = RuntimeError("a"), RuntimeError("b")
+    error.__cause__, other.__cause__ = other, error
+    return error
+
+
+def beside() -> Exception:
+    error = ConnectionError("no answer")
+    error.__context__ = ValueError("dealt with before")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (wrapped, 1),
+        (lambda: ExceptionGroup("two", [ConnectionError(), ExceptionGroup("one", [ValueError()])]), 1),
+        (lambda: ExceptionGroup("one", [wrapped()]), 1),
+        (beside, 2),
+        (ring, 2),
+        (lambda: ExceptionGroup("two", [ConnectionError(), KeyError()]), 2),
+    ],
+    ids=["raised from", "grouped", "both", "context", "ring", "none"],
+)
+def test_an_error_that_another_one_wraps_is_seen(cluster: Cluster, error: Any, calls: int) -> None:
+    """correctness 14: what an error was raised from, or groups; not what was being dealt with when it came."""
+    topic, group, called = fresh_topic(cluster), fresh_group(), []
+    put(topic, 1)
+
+    def handle(record: Record[int]) -> None:
+        called.append(record.value)
+        raise error()
+
+    policy = blocking(0.01, non_retriable=(ValueError,))
+    with Member(RetryingConsumer(topic, handle, group, retry=policy)) as member:
+        member.wait_committed({0: 1})
+    assert len(called) == calls
 
 
 # -- Headers from outside

@@ -11,6 +11,7 @@ import pytest
 import soak
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
 from labkit.lab.deployment import PodState
 from labkit.runtime.server import ServerState
@@ -21,7 +22,7 @@ WORK = Topic(Cluster("127.0.0.1:1"), "work", 1, soak.Work)
 def wrong(order: Literal["partition", "key"], made: Iterable[tuple[str, int]]) -> list[str]:
     """What is said of effects in partition 0, by their key and the offset of the record that made them."""
     records = [
-        SimpleNamespace(place=f"done/0/{n}", partition=0, offset=n, key=key, headers={"cause": f"work/0/{cause}"})
+        SimpleNamespace(place=f"done/0/{n}", partition=0, offset=n, key=key, headers={CAUSE: f"work/0/{cause}"})
         for n, (key, cause) in enumerate(made)
     ]
     return soak.disorder(WORK, cast(Any, records), order)

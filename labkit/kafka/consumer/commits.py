@@ -95,7 +95,7 @@ class AtLeastOnce:
     # -- what is set aside: confirmed record by record, as the refusal of a flush names no record
 
     def set_aside(self, aside: SetAside, answered: Callable[[str | None], None]) -> None:
-        sender = producer(self.run.spec.cluster, reports=True)
+        sender = producer(self.run.spec.cluster, reports=True, copies=True)
         with self._starting:
             if self._polling is None:
                 self._polling = threading.Thread(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from labkit.kafka.errors import DeliveryFailed, place_of
@@ -32,7 +32,7 @@ class SetAside:
     topic: str
     key: str | bytes | None
     value: bytes | None
-    headers: Headers = field(default_factory=dict)
+    headers: Headers = ()
 
 
 @dataclass(frozen=True)
