@@ -1,4 +1,4 @@
-"""Groups that do not take a member (correctness 37): it ends and says what does not fit. Its client would try again for ever."""
+"""Groups that do not take a member (correctness 37): it ends and says what does not fit."""
 
 from __future__ import annotations
 
