@@ -37,7 +37,7 @@ def test_00_a_crash_by_button_is_seen_and_the_verdict_is_valid(
     notebook.wait_for_new_picture(after)
     notebook.scroll_to("lab.board(")
     notebook.screenshot("00_board", tmp_path)
-    notebook.run_below(VERDICT, timeout=180)
+    notebook.run_below(VERDICT)
     assert "lost 0" in notebook.output_text(VERDICT)
     with Image.open(io.BytesIO(notebook.picture())) as drawn:  # the last one stays on the page
         assert drawn.width > 600
@@ -54,7 +54,7 @@ def test_01_the_boards_are_drawn_and_a_writer_is_crashed_by_button(
     book.cells = [*book.cells[: last + 2], nbformat.v4.new_code_cell("print('settled:', bool(lab.settle()))")]
     nbformat.write(book, root / "01_until_the_board.ipynb")
     notebook.open(jupyter.link("01_until_the_board.ipynb"))
-    notebook.run_all(timeout=90)
+    notebook.run_all()
     load, view = notebook.picture(0), notebook.picture(1)
     for drawn in (load, view):
         with Image.open(io.BytesIO(drawn)) as image:
