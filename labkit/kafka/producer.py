@@ -152,17 +152,19 @@ class Producer:
                 self._connect(topic)
         context = handling.get()
         cause = context.record
-        wire = _raw(headers) if headers else []
-        if CORRELATION not in dict(wire):
+        given = _raw(headers) if headers else []
+        own: dict[str, bytes] = {}
+        if not given or CORRELATION not in dict(given):
             correlation = None if cause is None else dict(cause.raw_headers).get(CORRELATION)
-            if correlation is None and not self._copies:
-                correlation = b"%b-%d" % (self._prefix, number)
             if correlation is not None:
-                wire.append((CORRELATION, correlation))
+                own[CORRELATION] = correlation
+            elif not self._copies:
+                own[CORRELATION] = b"%b-%d" % (self._prefix, number)
         if cause is not None:
-            wire = with_header(wire, CAUSE, cause.place.encode())
+            own[CAUSE] = cause.place.encode()
         if self._pod:
-            wire = with_header(wire, MADE_BY, self._pod)
+            own[MADE_BY] = self._pod
+        wire: RawHeaders = [*(one for one in given if one[0] not in own), *own.items()] if given else [*own.items()]
         raw_key = key.encode() if isinstance(key, str) else key
         if on_delivery is not None or context is NOBODY:
             self._produce(topic, value, raw_key, partition, wire, on_delivery)
@@ -288,11 +290,6 @@ class Producer:
 def _raw(headers: Headers) -> RawHeaders:
     pairs = headers.items() if isinstance(headers, Mapping) else headers
     return [(name, one.encode() if isinstance(one, str) else one) for name, one in pairs]
-
-
-def with_header(headers: Iterable[tuple[str, bytes | None]], name: str, value: bytes) -> RawHeaders:
-    """These headers, and behind them the only one of this name."""
-    return [*(one for one in headers if one[0] != name), (name, value)]
 
 
 def _size(value: bytes | None, key: bytes | None, headers: RawHeaders) -> int:

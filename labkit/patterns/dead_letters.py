@@ -16,11 +16,11 @@ from typing import Any, Self
 import msgspec
 
 from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
-from labkit.kafka.producer import RawHeaders, deliver, with_header
+from labkit.kafka.producer import RawHeaders, deliver
 from labkit.kafka.records import Message, WholeRecord, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
-from labkit.patterns.trails import HEADER, Trail, own_topic, text_of, trail_of
+from labkit.patterns.trails import HEADER, Trail, own_topic, text_of, trail_of, with_header
 
 LETTER, KEY = "labkit-dead-letter", "labkit-key"  # headers of a dead letter, beside its trail
 DEAD_LETTERS, REPLAY = "dead-letters", "replay"  # what the two topics are called

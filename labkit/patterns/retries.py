@@ -27,12 +27,11 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMissing, error_text
-from labkit.kafka.producer import with_header
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
-from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown, trail_of
+from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown, trail_of, with_header
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early

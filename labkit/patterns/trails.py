@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
 
 from labkit.kafka.errors import LabkitError, place_of
+from labkit.kafka.producer import RawHeaders
 from labkit.kafka.records import Message
 
 HEADER = "labkit-retry"
@@ -64,6 +66,11 @@ def parse(header: str | bytes | None) -> Trail | None:
 def trail_of(message: Message) -> Trail | None:
     """The trail that a record has in its headers."""
     return parse(dict(message.headers() or []).get(HEADER))
+
+
+def with_header(headers: Iterable[tuple[str, bytes | None]], name: str, value: bytes) -> RawHeaders:
+    """These headers, and behind them the only one of this name."""
+    return [*(one for one in headers if one[0] != name), (name, value)]
 
 
 def text_of(raw: bytes | None) -> str | None:
