@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from confluent_kafka.admin import NewPartitions
-from consuming import Member, alter, fresh_group, fresh_topic
+from consuming import Member, alter, fresh_group, fresh_topic, put
+from lab_helpers import Order, Shipped, orders
 from processes import wait_until
 
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import TopicMismatch
 from labkit.kafka.producer import Producer
+from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
+from labkit.lab import Lab
 from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
+from labkit.runtime.connect import Connection
 
 
 def add_partitions(topic: Topic[Any], to: int) -> None:
@@ -121,3 +126,50 @@ def test_a_topic_that_keeps_a_store_has_one_partition(cluster: Cluster, which: s
         consumer.prepare()
     cluster.delete_topics([own.name])
     consumer.prepare()
+
+
+# -- Topics read without a group
+
+
+@pytest.fixture
+def lab(connection: Connection) -> Iterator[Lab]:
+    lab = Lab("partitions")
+    yield lab
+    lab._end(0)
+
+
+def test_partitions_added_to_a_topic_that_a_lab_reads_are_read(lab: Lab) -> None:
+    """What the board counts, and what audit, records and trace find."""
+    ordered = lab.topic("orders", 1, Order)
+    shipped = lab.topic("shipped", 2, Shipped)
+    lab._sampler.tally(shipped, "id")  # as a board does
+    load = lab.load(ordered, orders(60), rate=10_000)
+    load.wait()
+
+    def ship(ids: range, partition: int) -> None:
+        sender = Producer(lab.cluster)  # one that knows the topic as it is now
+        for number in ids:
+            sender.send(shipped.name, b'{"id": %d}' % number, str(number), partition=partition)
+        sender.flush()
+
+    ship(range(20), 1)
+    wait_until(lambda: lab.figure("completed", "shipped") == 20, what="what is there so far")
+    add_partitions(shipped, 4)
+    ship(range(20, 40), 2)
+    ship(range(40, 60), 3)
+    assert len(lab.records(shipped, last=100)) == 60
+    audit = lab.audit(load, shipped)
+    assert (audit.result, len(audit.lost)) == ("valid", 0), audit.explain()
+    assert set(lab.trace(59)["place"]) >= {"shipped/3/19"}
+    wait_until(lambda: lab.figure("completed", "shipped") == 60, what="what came in the new partitions")
+
+
+def test_a_reader_goes_on_in_the_others_when_partitions_are_added(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster)
+    put(topic, 0, 1)
+    with Reader(topic) as reader:
+        assert [record.value for record in reader.rest()] == [0, 1]
+        add_partitions(topic, 3)
+        send(topic, {0: 2, 2: 3})
+        assert sorted(record.value for record in reader.rest()) == [2, 3]  # the others not once more
+        assert reader.positions() == {(topic.name, 0): 3, (topic.name, 1): 0, (topic.name, 2): 1}
