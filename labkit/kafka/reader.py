@@ -1,4 +1,4 @@
-"""Reading a topic without a group: from its beginning, every partition, nothing committed.
+"""Reading a topic without a group: from its beginning, every partition, those too that are added, nothing committed.
 
 Audits, counts and stores read this way: what they see does not depend on who else reads.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Generic, cast
 
 from confluent_kafka import Consumer as Client
@@ -20,6 +21,7 @@ from labkit.kafka.topics import Topic
 
 _GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
 _BATCH = 2000  # records taken at once, if they are there
+LOOK = 0.3  # seconds to wait for how many partitions there are
 
 
 class Reader(Generic[T]):
@@ -44,7 +46,8 @@ class Reader(Generic[T]):
                 }
             )
         )
-        self._client.assign([TopicPartition(topic.name, number, 0) for number in range(topic.partitions)])
+        self._partitions = 0
+        self._read(topic.partitions)
 
     def take(self, timeout: float) -> list[Record[T]]:
         """What is there: waits at most `timeout` seconds for a first record.
@@ -68,12 +71,21 @@ class Reader(Generic[T]):
 
         It also passes commit markers, aborted and compacted records, which no one is handed.
         """
-        whole = [TopicPartition(self.topic.name, number) for number in range(self.topic.partitions)]
+        whole = [TopicPartition(self.topic.name, number) for number in range(self._partitions)]
         return {(one.topic, one.partition): max(one.offset, 0) for one in self._client.position(whole)}
 
+    def look(self) -> None:
+        """Go on in partitions too that were added to the topic. While the broker is away, nothing is known of any."""
+        with suppress(KafkaException):
+            self._read(len(self._client.list_topics(self.topic.name, LOOK).topics[self.topic.name].partitions))
+
     def rest(self, timeout: float = 30.0) -> list[Record[T]]:
-        """Everything up to the end the topic has now. Raises ClusterUnreachable when that takes too long."""
+        """Everything up to the end the topic has now, in partitions too that were added to it.
+
+        Raises ClusterUnreachable when that takes too long.
+        """
         ends = end_offsets(self.topic.cluster, [self.topic.name])
+        self._read(len(ends))
         starts = start_offsets(self.topic.cluster, [self.topic.name])
         # Where retention has deleted everything no record will ever come, and the position stays where it was.
         ends = {place: end for place, end in ends.items() if end > starts.get(place, 0)}
@@ -97,6 +109,13 @@ class Reader(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _read(self, partitions: int) -> None:
+        """Read so many partitions: those that are new, from their beginning."""
+        new = [TopicPartition(self.topic.name, number, 0) for number in range(self._partitions, partitions)]
+        if new:
+            self._client.incremental_assign(new)
+            self._partitions = partitions
 
     def _behind(self, ends: dict[tuple[str, int], int]) -> bool:
         here = self.positions()

@@ -56,6 +56,10 @@ class Tally:
                 self.again += work in self._made
                 self._made.add(work)
 
+    def look(self) -> None:
+        """From now on count in partitions too that were added."""
+        self._reader.look()
+
     @property
     def trouble(self) -> str | None:
         """What could not be counted."""
@@ -163,6 +167,8 @@ class Sampler:
             except LabkitError as error:
                 # It was waited for: to wait again for each group would stop the picture in the middle of the fault.
                 trouble, away = str(error), away or isinstance(error, ClusterUnreachable)
+        for tally in () if away else tallies:
+            tally.look()
         values += [("handled again", name, count) for name, count in self._repeats.counts.items()]
         for topic, count in self._sent().items():
             values.append(("sent", topic, count))

@@ -2,9 +2,10 @@
 
 The topic is the store: Kafka keeps the latest value of each key however old it is, whoever wants one reads all of them
 into memory, and from then on follows what is written. A read asks nobody. Several processes may have a store on one
-topic; each of them may write.
+topic; each of them may write. Where another client's partitioner has put a key into a second partition, the newer
+record counts.
 
-An entry costs some 300 to 450 bytes, its key and value as Python objects included: a million of them, with a Struct of
+An entry costs some 300 to 500 bytes, its key and value as Python objects included: a million of them, with a Struct of
 three fields, took 0.4 GB, and some seconds to load. A data set that is larger than that belongs in a table.
 """
 
@@ -14,9 +15,9 @@ import html
 import logging
 import threading
 import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from contextlib import suppress
-from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Self, TypeAlias, TypeVar, overload
 
 from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import (
@@ -33,14 +34,13 @@ from labkit.kafka.errors import (
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Message, encode, parser, poison, whole
+from labkit.kafka.records import encode, parser, whole
 from labkit.kafka.topics import Topic
+from labkit.patterns.store_contents import Changes, Contents, differences
 
 V = TypeVar("V")
 D = TypeVar("D")
 Place: TypeAlias = tuple[str, int]
-Changes: TypeAlias = dict[str, tuple[V | None, V | None]]
-"""Old and new value by key; None is no value."""
 Callback: TypeAlias = Callable[[str, V | None, V | None], object]
 
 PATIENCE = 30.0  # seconds for a store to be loaded
@@ -77,8 +77,9 @@ class KeyValueStore(Mapping[str, V]):
         """How often it was loaded: more than once if this process was away for longer than Kafka keeps tombstones."""
         # Empty until all is loaded, and again in the end: what is found needs no further look, what is missing does.
         self._entries: dict[str, V] = {}
-        self._contents: _Contents[V] = _Contents(topic.value)
+        self._contents: Contents[V] = Contents(topic.value)
         self._parse = parser(topic.value)
+        self._timed = False  # whether its contents go by timestamps: a key was found in two partitions
         self._positions: dict[Place, int] = {}
         self._id: str | None = None  # what Kafka calls the topic
         self._subscriptions: list[Subscription[V]] = []
@@ -156,6 +157,12 @@ class KeyValueStore(Mapping[str, V]):
         """The keys that cannot be read, and their newest records, which do not decode."""
         return {key: one.error for key, one in self._contents.unreadable.copy().items()}
 
+    @property
+    def scattered(self) -> dict[str, tuple[int, ...]]:
+        """The keys that were found in more than one partition, and in which: clients with different partitioners write
+        them. Of the newest record in each of these, the one with the latest timestamp counts."""
+        return {key: tuple(sorted(found)) for key, found in self._contents.scattered.copy().items()}
+
     def lag(self) -> int:
         """Records of the topic that this store has still to read. Raises ClusterUnreachable."""
         return _behind(self._positions, self._ends())
@@ -185,7 +192,7 @@ class KeyValueStore(Mapping[str, V]):
     def delete(self, key: str, timeout: float = CONFIRM) -> None:
         """Take an entry out, by a record without a value (a tombstone). One that is not there may be deleted too.
 
-        Returns and raises as `put` does.
+        One that lies in several partitions is deleted in each. Returns and raises as `put` does.
         """
         self._write([(key, None)], timeout)
 
@@ -272,14 +279,22 @@ class KeyValueStore(Mapping[str, V]):
         return raw
 
     def _write(self, records: list[tuple[str, bytes | None]], timeout: float) -> None:
+        """Write records and wait for them. A key goes where it lies, even if another client's partitioner has put it
+        there; a new one goes where ours says (-1). Only a tombstone goes wherever the key lies."""
         self._check_open()
-        write = _Write(len(records))
         with self._lock:
+            places = self._contents.places
+            sends = [
+                (key, value, partition)
+                for key, value in records
+                for partition in (places(key) or (-1,))[: None if value is None else 1]
+            ]
+            write = _Write(len(sends))
             self._producer = producer = self._producer or Producer(self.topic.cluster, reports=True)
             self._writes.append(write)
         try:
-            for key, value in records:
-                producer.send(self.topic.name, value, key, on_delivery=write.told)
+            for key, value, partition in sends:
+                producer.send(self.topic.name, value, key, partition=partition, on_delivery=write.told)
             done = write.done.wait(timeout)
         finally:
             with self._lock:
@@ -290,7 +305,7 @@ class KeyValueStore(Mapping[str, V]):
             raise DeliveryFailed(f"the write to {what} was refused: {write.refused}")
         if done:
             return
-        if len(write.confirmed) < len(records):
+        if len(write.confirmed) < write.records:
             why = "is the broker up? It may still take effect: read it before you write again"
         else:
             why = "the broker has it, but an open transaction on the topic keeps it from being read"
@@ -347,11 +362,11 @@ class KeyValueStore(Mapping[str, V]):
         Up to the end of what is not committed, too: only behind it one knows what becomes of that.
         """
         began, ends = time.time(), self._ends()
-        contents: _Contents[V] = _Contents(self.topic.value)
+        contents: Contents[V] = Contents(self.topic.value, self._timed)
         while left := _behind(reader.positions(), ends):
             self._trouble = f"{left:,} records are to be read; if that stands still, a transaction on the topic is open"
             contents.apply(reader.messages(TURN))
-            if self._failure is not None:
+            if self._failure is not None or self._goes_by_time(contents):
                 return 0.0
         if time.time() - began > keeps:
             self._trouble = f"reading it takes longer than its delete.retention.ms ({keeps:g} s): set that higher"
@@ -359,28 +374,50 @@ class KeyValueStore(Mapping[str, V]):
         with self._lock:
             if self._failure is None:
                 if self._subscriptions:
-                    self._tell(_differences(self._entries, contents.entries))
+                    self._tell(differences(self._entries, contents.entries))
                 self._entries, self._contents, self._positions = contents.entries, contents, reader.positions()
                 self.loads += 1
                 self._loaded = True
                 self._known.set()
+        if scattered := self.scattered:
+            (key, places), *more = scattered.items()
+            log.warning(
+                "store %s: key %r%s lies in partitions %s. The record with the latest timestamp counts. Another client "
+                "puts keys elsewhere than labkit and Java: give it the setting partitioner=murmur2_random. Then write "
+                "the entries to a topic of another name: once Kafka has forgotten that a key was deleted in one "
+                "partition, its value in the other one is back. store.scattered names the keys",
+                self.topic.short,
+                key,
+                f", as {len(more):,} more," if more else "",
+                " and ".join(map(str, places)),
+            )
         return began
+
+    def _goes_by_time(self, contents: Contents[V]) -> bool:
+        """Whether all is to be read again, and timestamps to be looked at: what is in memory has none to compare."""
+        self._timed |= contents.unsure
+        return contents.unsure
 
     def _follow(self, reader: Reader[V], keeps: float, fresh: float) -> None:
         """Take in what comes. `fresh` is when this store was last known to have all there was.
 
-        Returns when a tombstone may have come and gone unseen, so that all is to be read again: after a time without
-        Kafka, or one in which this process stood still.
+        Returns when all is to be read again: a tombstone may have come and gone unseen, after a time without Kafka, or
+        one in which this process stood still; or a key came from a second partition.
         """
         with _Look(self._ends, min(LOOK, keeps / 4)) as look:
             while self._failure is None and time.time() - fresh <= keeps:
                 fresh = max(fresh, look.all_was_read(self._positions))
                 self._take(reader)
+                if self._goes_by_time(self._contents):
+                    return
 
     def _take(self, reader: Reader[V]) -> None:
         if messages := reader.messages(BUSY_TURN if self._writes else TURN):
             with self._lock:
                 self._tell(self._contents.apply(messages, bool(self._subscriptions)))
+                self._contents.forget_deleted()
+            if self._contents.unsure:
+                return  # not all of these were taken in: who waits for one of them waits for the next load
         self._positions = reader.positions()
         if self._producer is not None:
             self._producer.poll()
@@ -479,58 +516,6 @@ class Subscription(Generic[V]):
                 log.exception("a subscriber of store %s failed at %r", self.store.topic.short, key)
 
 
-class _Unreadable(NamedTuple):
-    error: PoisonRecord
-    before: Any
-    """The last value that could be read, if there was one."""
-
-
-class _Contents(Generic[V]):
-    """What the records of a topic come to: the newest value of each key."""
-
-    def __init__(self, value: type[V]) -> None:
-        self.entries: dict[str, V] = {}
-        self.unreadable: dict[str, _Unreadable] = {}
-        self.ignored = 0
-        self._parse, self._whole = parser(value), whole(value)
-
-    def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
-        """Take records in. What that changes is told if asked for."""
-        entries, unreadable, parse, of_whole = self.entries, self.unreadable, self._parse, self._whole
-        changes: Changes[V] = {}
-        for message in messages:
-            raw_key, raw = message.key(), message.value()
-            if raw_key is None:
-                self.ignored += 1
-                continue
-            try:
-                key = raw_key.decode()
-                value = None if raw is None else parse(raw) if of_whole is None else of_whole(message)
-            except Exception as error:  # of a value type, whose own checks may raise anything
-                self._set_aside(raw_key.decode(errors="replace"), message, error)
-                continue
-            if tell:
-                before, _ = changes.get(key) or (entries.get(key), None)
-                if before is None and key in unreadable:
-                    before = unreadable[key].before
-                changes[key] = (before, value)
-            if value is None:
-                entries.pop(key, None)
-            else:
-                entries[key] = value
-            if unreadable:
-                unreadable.pop(key, None)
-        return changes
-
-    def _set_aside(self, key: str, message: Message, error: Exception) -> None:
-        why = poison(message, error)
-        log.error("store: key %r cannot be read until it is written again: %s", key, why)
-        known = self.unreadable.get(key)
-        before = self.entries.get(key) if known is None else known.before
-        self.unreadable[key] = _Unreadable(why, before)  # first: who reads meanwhile must not find nothing at all
-        self.entries.pop(key, None)
-
-
 class _Look:
     """Looks every so many seconds where the topic ends. In a thread: while Kafka is away an answer takes its time."""
 
@@ -594,8 +579,3 @@ class _Write:
 
 def _behind(positions: Mapping[Place, int], ends: Mapping[Place, int]) -> int:
     return sum(max(0, end - positions.get(place, 0)) for place, end in ends.items())
-
-
-def _differences(before: Mapping[str, V], after: Mapping[str, V]) -> Changes[V]:
-    keys = dict.fromkeys([*before, *after])
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

@@ -17,7 +17,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -26,18 +25,17 @@ import msgspec
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMissing, error_text
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
+from labkit.patterns.own_topics import FOR_EVER, STORED, check, check_partitions, check_read, create, room, waiting
 from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown, trail_of, with_header
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
-WEEK = 7 * 24 * 3600
-BROKER_MAX = 1_048_588  # bytes that a broker takes at once, unless it is told otherwise
 RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+)(s|ms)$")  # how its name ends: which one, and its delay
 
 
@@ -198,34 +196,36 @@ class RetryingConsumer(Consumer):
     def prepare(self) -> Self:
         """Make the topics of its own that are not there yet; it as it will run. `run` and `Lab.deploy` do it.
 
-        A topic that is there stays as it is, though partitions were added to its source meanwhile.
+        One that is there may have fewer partitions than its source, to which some were added meanwhile. Raises
+        TopicMismatch for one that is there in another way, ClusterUnreachable.
         """
         there = self.cluster.topics()
         beside = {}
         for main in self.mains:
-            delays = (0.0, *self.policy(main).topics)
-            beside[main.name] = self.own_topics(main)
-            letters = dead_letters_topic(main, self.group)
-            room = {} if all(there.get(one.name) for one in (*beside[main.name], letters)) else _room(main)
-            for own, delay in zip(beside[main.name], delays, strict=True):
-                if not there.get(own.name):
-                    # The broker's clock says since when a record waits: a forged timestamp could make it wait for ever.
-                    keep = f"{(WEEK + delay) * 1000:.0f}"
-                    own = replace(own, partitions=there.get(main.name, own.partitions))
-                    own.create({"retention.ms": keep, "message.timestamp.type": "LogAppendTime", **room})
-            if not there.get(letters.name):
-                letters.create({"cleanup.policy": "compact", **room})
-            if not there.get((lanes := lanes_topic(main, self.group)).name):
-                lanes.create({"cleanup.policy": "compact"})
-            if not there.get((skips := skips_topic(main, self.group)).name):
-                skips.create({"retention.ms": "-1"})
-            made = {topic.name for topic in (*beside[main.name], letters, lanes, skips)}
+            own = self.own_topics(main)
+            kept: list[Topic[Any]] = [dead_letters_topic(main, self.group), lanes_topic(main, self.group)]
+            needs = list(zip(own, map(waiting, (0.0, *self.policy(main).topics)), strict=True))
+            needs += [(topic, STORED) for topic in kept]
+            needs += [(skips_topic(main, self.group), FOR_EVER)]
+            made = {topic.name for topic, _ in needs}
+            # A policy may be changed while records wait in the topics of the one before.
+            left = [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
+            beside[main.name] = [*own, *left]
+            check_read(main, beside[main.name], there)
+            check_partitions(kept, 1, "nobody could read it as a whole;", there)
+            for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in left)):
+                if there.get(topic.name):
+                    check(topic, needed)
+            missing = [(topic, needed) for topic, needed in needs if not there.get(topic.name)]
+            copies = [*own, kept[0]]  # what is in them are records as they were
+            larger = room(main) if any(topic in copies for topic, _ in missing) else {}
+            for topic, needed in missing:
+                partitions = there.get(main.name, topic.partitions) if topic in own else topic.partitions
+                create(replace(topic, partitions=partitions), needed, larger if topic in copies else {})
             until = time.monotonic() + LISTED
             # One that somebody else makes at this moment may be known already, and be listed without partitions.
             while not all(map(self.cluster.topics().get, made)) and time.monotonic() < until:
                 time.sleep(0.02)  # between two questions
-            # A policy may be changed while records wait in the topics of the one before.
-            beside[main.name] += [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
         return replace(self, co_partitioned=beside)
 
     def is_left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
@@ -247,14 +247,6 @@ class RetryingConsumer(Consumer):
                 ready, handler=retries.handle, on_failure=retries.decide, on_change=on_change, not_before=not_before
             )
             Consumer.run(bound, stop, report)
-
-
-def _room(main: Topic[Any]) -> dict[str, str]:
-    """The setting with which a topic takes all that `main` takes, with more headers, and compressed less well."""
-    largest = BROKER_MAX
-    with suppress(TopicMissing, ClusterUnreachable):  # not made yet, or its settings may not be read
-        largest = max(largest, int(main.cluster.topic_config(main.name)["max.message.bytes"]))
-    return {"max.message.bytes": str(min(2 * largest, 2**31 - 1))}
 
 
 def _written(seconds: float) -> str:
@@ -361,12 +353,14 @@ class _Retries:
 
     def look_for_others(self) -> None:
         """Another member may have run with another policy, and left records in topics that were not there when this one
-        began. Raises LabkitError, which ends this run: the next one reads them too."""
+        began; or partitions were added to its own topics. Raises LabkitError, which ends this run: the next one reads
+        them too, or says why it does not."""
         try:
             there = self.consumer.cluster.topics()
         except ClusterUnreachable:
             return
         for main in self.consumer.mains:
+            check_read(main, self.consumer.co_partitioned[main.name], there)
             if others := [name for name in there if self.consumer.is_left(main, name, self.stages)]:
                 raise LabkitError(
                     f"another member of {self.group} retries in {', '.join(others)}: start again, to read that too"

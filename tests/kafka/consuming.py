@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import pytest
 from confluent_kafka import Consumer as Client
-from confluent_kafka import TopicPartition
+from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
 from processes import wait_until
 
@@ -93,6 +93,16 @@ def alter(topic: Topic[Any], config: dict[str, str]) -> None:
     for future in admin(topic.cluster).incremental_alter_configs([resource]).values():
         future.result(10)
     wait_until(lambda: config.items() <= topic.cluster.topic_config(topic.name).items(), what="the new settings")
+
+
+def members_of(cluster: Cluster, group: str) -> int | None:
+    """How many members a group has; None while it changes, or is not there yet."""
+    (future,) = admin(cluster).describe_consumer_groups([group]).values()
+    try:
+        found = future.result()
+    except KafkaException:
+        return None
+    return len(found.members) if found.state in (ConsumerGroupState.STABLE, ConsumerGroupState.EMPTY) else None
 
 
 class Journal:

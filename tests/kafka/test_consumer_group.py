@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer as Client
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
-from consuming import Journal, Member, Process, committed, fresh_group, fresh_topic, put
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from consuming import Journal, Member, Process, committed, fresh_group, fresh_topic, members_of, put
 from processes import wait_until
 
 import labkit.kafka.consumer.loop as module
-from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import FailedRecord, Retry
 from labkit.kafka.consumer.steps import Step
@@ -77,27 +77,17 @@ def test_30_partitions_keep_their_order_while_two_members_join(cluster: Cluster)
         assert [value for where, value in handled if where == partition] == list(range(250))
 
 
-def members(cluster: Cluster, group: str) -> int | None:
-    """How many members a group has; None while it changes, or is not there yet."""
-    (future,) = admin(cluster).describe_consumer_groups([group]).values()
-    try:
-        found = future.result()
-    except KafkaException:
-        return None
-    return len(found.members) if found.state in (ConsumerGroupState.STABLE, ConsumerGroupState.EMPTY) else None
-
-
 def test_a_member_without_a_partition_leaves_its_group_too(cluster: Cluster) -> None:
     """Else the next rebalance would wait for it until its session is over, and whoever stops meanwhile with it."""
     topic, group = fresh_topic(cluster), fresh_group()
     consumer = Consumer(topic, lambda record: None, group)
     with Member(consumer) as busy, Member(consumer) as idle:
         both = (busy, idle)
-        wait_until(lambda: members(cluster, group) == 2, 10, "both in the group")
+        wait_until(lambda: members_of(cluster, group) == 2, 10, "both in the group")
         wait_until(lambda: sum(len(one.journal.assigned()) for one in both) == 1, 10, "one with the partition")
         (none,) = [one for one in both if not one.journal.assigned()]
         none.stop()
-        wait_until(lambda: members(cluster, group) == 1, 5, "one to leave: a session lasts 6 s")
+        wait_until(lambda: members_of(cluster, group) == 1, 5, "one to leave: a session lasts 6 s")
 
 
 def test_a_rebalance_in_the_middle_of_a_long_back_off(cluster: Cluster) -> None:

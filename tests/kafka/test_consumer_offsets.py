@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from confluent_kafka import Consumer as Client
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]
-from consuming import Member, commit, committed, fresh_group, fresh_topic, make_anew, put, trim
+from consuming import Member, commit, committed, fresh_group, fresh_topic, make_anew, members_of, put, trim
 from stores import transaction
 
 import labkit.kafka.consumer.loop as module
@@ -209,6 +209,7 @@ def test_latest_reads_partitions_that_are_added_from_their_beginning(cluster: Cl
     with ExitStack() as stack:
         members = [stack.enter_context(Member(consumer)) for _ in range(many)]
         members[0].journal.wait(lambda: any(member.journal.assigned() for member in members))
+        members[0].journal.wait(lambda: members_of(cluster, group) == many)  # they began with the one partition
         add_a_partition(topic)
         members[0].wait_committed({0: 1, 1: 5})
         assert [value for member in members for value in handled(member)] == list(range(5))

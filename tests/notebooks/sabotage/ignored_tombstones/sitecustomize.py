@@ -1,12 +1,12 @@
 """A store that passes over tombstones: every Python process of the run imports this."""
 
-from labkit.patterns.key_value_store import _Contents
+from labkit.patterns.store_contents import Contents
 
-_apply = _Contents.apply
+_apply = Contents.apply
 
 
 def _deaf(self, messages, tell=False):  # type: ignore[no-untyped-def]
     return _apply(self, [message for message in messages if message.value() is not None], tell)
 
 
-_Contents.apply = _deaf  # type: ignore[method-assign]
+Contents.apply = _deaf  # type: ignore[method-assign]

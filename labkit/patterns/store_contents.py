@@ -1,0 +1,163 @@
+"""What a store has in memory: the newest value of each key of its topic, whichever partition it comes from."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from labkit.kafka.errors import PoisonRecord
+from labkit.kafka.records import Message, parser, poison, whole
+
+V = TypeVar("V")
+Changes: TypeAlias = dict[str, tuple[V | None, V | None]]
+"""Old and new value by key; None is no value."""
+
+SPARE = 10_000  # deleted keys that are remembered however few entries there are
+
+log = logging.getLogger(__name__)
+
+
+class Unreadable(NamedTuple):
+    """A key whose newest record does not decode."""
+
+    error: PoisonRecord
+    before: Any
+    """The last value that could be read, if there was one."""
+
+
+class Newest(NamedTuple):
+    """The newest record of a key in one partition. Compared by its first two fields, no two of which are the same."""
+
+    timestamp: int
+    partition: int
+    value: Any
+    error: PoisonRecord | None
+
+
+class Contents(Generic[V]):
+    """What the records of a topic come to: the newest value of each key.
+
+    Within a partition the later record is the newer one. A key that comes from a second partition makes contents
+    `unsure`, and from there on they take nothing in: only those that are `timed` from the first record on can compare.
+    """
+
+    def __init__(self, value: type[V], timed: bool = False) -> None:
+        self.entries: dict[str, V] = {}
+        self.unreadable: dict[str, Unreadable] = {}
+        self.ignored = 0
+        self.unsure = False
+        # In which partition each key lies; deleted ones too, or an older record from elsewhere would bring them back.
+        # That takes time and memory: while no key has come twice, a list has them, in the order of the entries.
+        self._partitions: dict[str, int] | None = {} if timed else None
+        self._in_order = array("i")
+        self.scattered: dict[str, dict[int, Newest]] = {}  # by partition
+        self._timestamps: dict[str, int] | None = {} if timed else None  # of keys that are not scattered
+        self._parse, self._whole = parser(value), whole(value)
+        self._kept = 0  # keys that the last time could not be forgotten
+
+    def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
+        """Take records in. What that changes is told if asked for."""
+        entries, unreadable, parse, of_whole = self.entries, self.unreadable, self._parse, self._whole
+        partitions, timed = self._partitions, self._timestamps is not None
+        changes: Changes[V] = {}
+        for message in messages:
+            raw_key, raw, partition = message.key(), message.value(), message.partition()
+            if raw_key is None:
+                self.ignored += 1
+                continue
+            value, error = None, None
+            try:
+                key = raw_key.decode()
+                if raw is not None:
+                    value = parse(raw) if of_whole is None else of_whole(message)
+            except Exception as failure:  # of a value type, whose own checks may raise anything
+                key, error = raw_key.decode(errors="replace"), poison(message, failure)
+                if key.encode() != raw_key:  # other keys may look the same
+                    self._set_aside(key, error)
+                    continue
+            if timed:
+                if (newest := self._compare(key, Newest(message.timestamp()[1], partition, value, error))) is None:
+                    continue
+                value, error = newest.value, newest.error
+            elif partitions is None and value is not None and key not in entries:
+                self._in_order.append(partition)
+            else:
+                if partitions is None:
+                    partitions = self._by_key()
+                if partitions.setdefault(key, partition) != partition:
+                    self.unsure = True
+                    break
+            if error is not None:
+                self._set_aside(key, error)
+                continue
+            if tell:
+                before, _ = changes.get(key) or (entries.get(key), None)
+                if before is None and key in unreadable:
+                    before = unreadable[key].before
+                changes[key] = (before, value)
+            if value is None:
+                entries.pop(key, None)
+            else:
+                entries[key] = value
+            if unreadable:
+                unreadable.pop(key, None)
+        return changes
+
+    def _compare(self, key: str, record: Newest) -> Newest | None:
+        """What counts of a key, once a record of it has come; None if that is what counted before."""
+        assert self._timestamps is not None  # noqa: S101
+        partitions, found = self._by_key(), self.scattered.get(key)
+        if found is None:
+            if (first := partitions.setdefault(key, record.partition)) == record.partition:
+                self._timestamps[key] = record.timestamp
+                return record
+            unreadable = self.unreadable.get(key)
+            error = None if unreadable is None else unreadable.error
+            there = Newest(self._timestamps.pop(key), first, self.entries.get(key), error)
+            found = self.scattered[key] = {first: there}
+        before = max(found.values())
+        found[record.partition] = record
+        newest = max(found.values())
+        partitions[key] = newest.partition
+        return None if newest is before else newest
+
+    def places(self, key: str) -> tuple[int, ...]:
+        """The partitions in which a key lies, the one that counts first; none if it was never there."""
+        first = self._by_key().get(key)
+        others = self.scattered.get(key, ())
+        return () if first is None else (first, *(one for one in others if one != first))
+
+    def _by_key(self) -> dict[str, int]:
+        if self._partitions is None:
+            self._partitions = dict(zip(self.entries, self._in_order, strict=True))
+            self._in_order = array("i")
+        return self._partitions
+
+    def forget_deleted(self) -> None:
+        """Bound what is remembered of keys that are deleted: to as many as there are entries, and some more."""
+        partitions = self._partitions
+        if partitions is None or len(partitions) <= max(2 * len(self.entries), 2 * self._kept) + SPARE:
+            return
+        gone = [key for key, found in self.scattered.items() if all(one[2:] == (None, None) for one in found.values())]
+        for key in gone:
+            del self.scattered[key]
+        kept = self.entries.keys() | self.unreadable.keys() | self.scattered.keys()
+        self._partitions = {key: partitions[key] for key in kept}
+        if self._timestamps is not None:
+            self._timestamps = {key: at for key, at in self._timestamps.items() if key in kept}
+        self._kept = len(kept)
+
+    def _set_aside(self, key: str, error: PoisonRecord) -> None:
+        log.error("store: key %r cannot be read until it is written again: %s", key, error)
+        known = self.unreadable.get(key)
+        before = self.entries.get(key) if known is None else known.before
+        self.unreadable[key] = Unreadable(error, before)  # first: who reads meanwhile must not find nothing at all
+        self.entries.pop(key, None)
+
+
+def differences(before: Mapping[str, V], after: Mapping[str, V]) -> Changes[V]:
+    """What turns the entries of before into those of now."""
+    keys = dict.fromkeys([*before, *after])
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
