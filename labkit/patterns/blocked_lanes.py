@@ -23,11 +23,11 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError, error_text, place_of
 from labkit.kafka.producer import POD, producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import encode
+from labkit.kafka.records import encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.patterns.trails import HEADER, headers_of, own_topic, parse, text_of
+from labkit.patterns.trails import HEADER, own_topic, parse, text_of
 
 LANES, SKIPS = "lanes", "skips"  # what the two topics are called
 SHOWN = 1000  # characters of a value that are shown

@@ -14,10 +14,10 @@ import msgspec
 
 from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
 from labkit.kafka.producer import deliver
-from labkit.kafka.records import Message, encode
+from labkit.kafka.records import Message, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
-from labkit.patterns.trails import HEADER, Trail, headers_of, own_topic, text_of
+from labkit.patterns.trails import HEADER, Trail, own_topic, text_of
 
 DEAD_LETTERS, REPLAY = "dead-letters", "replay"  # what the two topics are called
 CONFIRM = 30.0  # seconds for a replay or a purge to be confirmed

@@ -26,11 +26,11 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
-from labkit.kafka.records import Record, encode
+from labkit.kafka.records import Record, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import SHOWN, Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
-from labkit.patterns.trails import HEADER, TIMES, Trail, headers_of, own_topic, parse, text_of
+from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, text_of
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
@@ -154,6 +154,11 @@ class RetryingConsumer(Consumer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batch is not None:
+            raise LabkitError(
+                "a RetryingConsumer takes records one by one, as each may have to wait for its time: leave out batch, "
+                "or take a Consumer, which tries the records of a batch that fails one by one"
+            )
         for topic in self.mains:
             self.policy(topic)
             if self.group:
