@@ -313,6 +313,19 @@ def _admin(cluster: Cluster, _process: int) -> AdminClient:
     return _client(cluster, {})
 
 
+inherited: list[object] = []
+"""In a forked process the clients made before the fork: they have no threads here, and to end one would crash."""
+
+
+def _keep_inherited() -> None:
+    global _admin
+    inherited.append(_admin)
+    _admin = lru_cache(maxsize=8)(_admin.__wrapped__)
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
+
+
 def admin(cluster: Cluster) -> AdminClient:
     """The process's admin client for `cluster`. Raises ClientRefused."""
     return _admin(cluster, os.getpid())

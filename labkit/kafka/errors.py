@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 
 def place_of(topic: str, partition: int, offset: int) -> str:
     """`topic/partition/offset`, the name under which errors, logs and audits know a record."""
@@ -13,11 +16,16 @@ def error_text(error: BaseException, most: int = 500) -> str:
 
     An error of somebody else's may raise when its text is asked for; its type alone is told then.
     """
+    return f"{type(error).__name__}: {safe_text(error, most)}"[:most]
+
+
+def safe_text(value: object, most: int = 500, of: Callable[[Any], str] = str) -> str:
+    """The text of what is somebody else's, or with `of=repr` what it is shown as; the same holds."""
     try:
-        text = str(error)
+        text = of(value)
     except Exception as broken:
         text = f"(its text cannot be had: {type(broken).__name__})"
-    return f"{type(error).__name__}: {text}"[:most].encode(errors="replace").decode()
+    return text[:most].encode(errors="replace").decode()
 
 
 class LabkitError(Exception):

@@ -12,7 +12,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
-from labkit.kafka.cluster import ANSWER, Cluster
+from labkit.kafka.cluster import ANSWER, Cluster, inherited
 
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
@@ -74,6 +74,15 @@ def _asker(cluster: Cluster, group: str, _process: int) -> Client:
     """A client that joins no group and only asks for offsets. The admin client's own question must not be used: it
     ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040)."""
     return Client(cluster.config({"group.id": group, "enable.auto.commit": False}))
+
+
+def _keep_inherited() -> None:
+    global _asker
+    inherited.append(_asker)
+    _asker = lru_cache(maxsize=16)(_asker.__wrapped__)
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def end_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int], int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import msgspec
@@ -30,6 +31,7 @@ class Message(Protocol):
     def value(self) -> bytes | None: ...
     def timestamp(self) -> tuple[int, int]: ...
     def headers(self) -> list[tuple[str, bytes | None]] | None: ...
+    def set_headers(self, value: list[tuple[str, bytes | None]]) -> None: ...
     def error(self) -> Any: ...
 
 
@@ -44,6 +46,18 @@ class WholeRecord:
         raise NotImplementedError
 
 
+def headers_of(message: Message) -> list[tuple[str, bytes | None]]:
+    """Headers as they were sent, in their order. None of them can be had when the name of one is no UTF-8."""
+    try:
+        return list(_headers(message) or [])
+    except SystemError:  # of the client; asked again it would hand out a null pointer, which ends the process
+        message.set_headers([])
+        return []
+
+
+# The client sets an error and returns a value beside it. A call from C looks for that. One from Python does not, once
+# it comes often: then the error is raised somewhere else, or the process ends.
+_headers: Callable[[Message], list[tuple[str, bytes | None]] | None] = methodcaller("headers")
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what keys and values that are none raise
 
@@ -90,13 +104,12 @@ class Record(Generic[T]):
     @property
     def headers(self) -> dict[str, str]:
         """Headers as text; bytes that are not UTF-8 are shown with replacement characters. The last of a name wins."""
-        found = self._message.headers() or []
-        return {name: (value or b"").decode(errors="replace") for name, value in found}
+        return {name: (value or b"").decode(errors="replace") for name, value in headers_of(self._message)}
 
     @property
     def raw_headers(self) -> list[tuple[str, bytes | None]]:
         """Headers as they came: in order, repeated ones too, values as bytes. Whoever sends may give them like this."""
-        return list(self._message.headers() or [])
+        return headers_of(self._message)
 
     @property
     def place(self) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import ipywidgets
 from IPython import display
 
+from labkit.kafka.errors import safe_text
 from labkit.lab import picture
 from labkit.lab.deployment import PodState
 from labkit.lab.metrics import History, clock
@@ -461,7 +462,7 @@ def _about(pod: PodLike) -> str:
 
 
 def _of(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(safe_text(error).split())
     return text or type(error).__name__
 
 

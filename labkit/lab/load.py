@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Generic
 
-from labkit.kafka.errors import DeliveryFailed, LabkitError, error_text
+from labkit.kafka.errors import DeliveryFailed, LabkitError, error_text, safe_text
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import T, encode
 from labkit.kafka.topics import Topic
@@ -127,16 +127,18 @@ class Load(Generic[T]):
 def identifier(by: str | Callable[[Any], Any]) -> Callable[[Any], str]:
     """A function from a value to its business id: a field's name (Struct, dataclass or dict), or a function.
 
-    It raises LabkitError for a value without that field.
+    It raises LabkitError for a value whose id cannot be had, whatever the value or the function raises.
     """
-    if callable(by):
-        return lambda value: str(by(value))
-    field = by
 
     def identify(value: Any) -> str:
         try:
-            return str(value[field] if isinstance(value, dict) else getattr(value, field))
-        except (KeyError, AttributeError):
-            raise LabkitError(f"{value!r} has no field {field!r}: name its id by by='…' or by=a function") from None
+            if callable(by):
+                return str(by(value))
+            return str(value[by] if isinstance(value, dict) else getattr(value, by))
+        except Exception as error:
+            shown, how = safe_text(value, of=repr), "name its id by by='…' or by=a function"
+            if not callable(by) and isinstance(error, KeyError | AttributeError):
+                raise LabkitError(f"{shown} has no field {by!r}: {how}") from None
+            raise LabkitError(f"{shown} does not tell its id ({error_text(error)}): {how}") from error
 
     return identify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,7 +178,8 @@ class Sampler:
             values.append(("redelivered", tally.topic.short, tally.again))
         for (metric, label), read in watched:
             try:
-                values.append((metric, label, read()))
+                if math.isfinite(value := read()):  # what is not known now is left out
+                    values.append((metric, label, value))
             except Exception as error:  # the learner's own function, or a server that is down: the others count on
                 trouble = f"{metric} of {label}: {error_text(error)}"
         now = time.time()

@@ -5,6 +5,7 @@ Everything else a board shows is read from Kafka itself, so the picture cannot d
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -153,9 +154,15 @@ class Telemetry:
                 for (topic, number), offset in subject.items():
                     self._events.append(Committed(f"{topic}/{number}", offset, now))
         elif step is Step.MEASURED:
+            counts = {name: int(count) for name, count in subject.counts.items()}
+            gauges = {name: float(value) for name, value in subject.gauges.items()}
+            known = {name: value for name, value in gauges.items() if math.isfinite(value)}
+            encode((counts, known))  # whoever measured hears of what cannot be written, not the thread that sends it
             with self._lock:
-                self._counts.update(subject.counts)
-                self._gauges.update(subject.gauges)
+                self._counts.update(counts)
+                for name in gauges.keys() - known:  # JSON has no NaN: what is not known now is left out
+                    self._gauges.pop(name, None)
+                self._gauges.update(known)
         elif step is Step.ASSIGNED:
             with self._lock:
                 self._assigned |= {f"{topic}/{number}" for topic, number, _ in subject}

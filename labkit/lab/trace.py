@@ -98,7 +98,7 @@ def trace(
                 try:
                     if record.value is not None and identify(record.value) == wanted:
                         found.add(record.place)
-                except (LabkitError, LookupError, AttributeError, TypeError):
+                except LabkitError:
                     pass  # it has no such id; what led to it may
             trouble += f"; {undecodable(reader)}" if reader.poison else ""
     if not found:

@@ -117,11 +117,10 @@ def exercise(task: str, check: Callable[..., object] | None = None, **answers: o
     if not missing and check is not None:
         try:
             result = check(**answers)
-        except Exception as error:
-            wrong = error_text(error)
-        else:
             if result is not None and result is not True:
                 wrong = str(result) if result else "this is not what was asked for."
+        except Exception as error:
+            wrong = error_text(error)
     return Exercise(task, missing, wrong)
 
 

@@ -27,6 +27,9 @@ VERSION = "version"  # the field of a value, or the header of a tombstone, that 
 def version_of(record: Record[Any]) -> int | None:
     """The value's field `version`; of a tombstone the header of that name.
 
+    Of two records of one version the first one counts, and the other is left out without a word, as it would be one
+    that comes again: whoever changes an object counts its version up.
+
     A tombstone without it is the newest whenever it comes: replayed after later versions, it takes the view back. Give
     tombstones versions where records may come again.
     """
@@ -49,7 +52,8 @@ class Projection(Generic[T]):
     rows: Callable[[Record[T]], Iterable[Row] | None]
     view: View
     version: Callable[[Record[T]], int | None] = version_of
-    """How new a record's object is. `lambda record: None` takes them in the order of the topic."""
+    """How new a record's object is: one that is not newer than what is there changes nothing, as in `version_of`.
+    `lambda record: None` takes them in the order of the topic."""
 
     def consumer(self, group: str = "", batch: int = 500) -> Consumer:
         """What writes the view, in one process or many: a member of `group`, up to `batch` records a transaction.

@@ -17,7 +17,7 @@ import msgspec
 
 from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
 from labkit.kafka.producer import RawHeaders, deliver
-from labkit.kafka.records import Message, WholeRecord, encode
+from labkit.kafka.records import Message, WholeRecord, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.trails import HEADER, Trail, own_topic, text_of, trail_of, with_header
@@ -70,12 +70,12 @@ class DeadLetter(WholeRecord, msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def of(cls, message: Message) -> Self:
-        own, trail = dict(message.headers() or []), trail_of(message)
+        own, trail = dict(headers_of(message)), trail_of(message)
         told = msgspec.json.decode(own.get(LETTER) or b"", type=_Told)
         if trail is None or trail.place.encode() != message.key():
             raise ValueError(f"the header {HEADER} does not tell where it came from")
         value = None if told.null else message.value()
-        return cls._made(trail, told, own.get(KEY), value, message.headers())
+        return cls._made(trail, told, own.get(KEY), value, headers_of(message))
 
     @classmethod
     def _made(
@@ -112,7 +112,7 @@ class DeadLetter(WholeRecord, msgspec.Struct, frozen=True, omit_defaults=True):
 
 def dead_letter_of(message: Message, trail: Trail, at: float) -> DeadLetter:
     """A record that could not be handled."""
-    return DeadLetter._made(trail, _Told(at), message.key(), message.value(), message.headers())
+    return DeadLetter._made(trail, _Told(at), message.key(), message.value(), headers_of(message))
 
 
 def _unless_text(raw: bytes | None) -> bytes | None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import html
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from contextlib import suppress
 from typing import Any, Generic, Self, TypeAlias, TypeVar, overload
+from weakref import WeakSet
 
 from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import (
@@ -57,7 +59,7 @@ class StoreNotReady(Unavailable):
 
 
 class StoreClosed(LabkitError):
-    """A store was used after `close`."""
+    """A store was used after `close`, or in a process that was forked from the one that made it."""
 
 
 class KeyValueStore(Mapping[str, V]):
@@ -90,6 +92,7 @@ class KeyValueStore(Mapping[str, V]):
         self._known = threading.Event()  # it was loaded, or never will be
         self._trouble = "it has only just begun"
         self._failure: LabkitError | None = None
+        _stores.add(self)
         self._thread = threading.Thread(target=self._run, name=f"store {topic.short}", daemon=True)
         self._thread.start()
 
@@ -322,6 +325,22 @@ class KeyValueStore(Mapping[str, V]):
             for subscription in self._subscriptions:
                 subscription.close()
 
+    def _end_in_fork(self) -> None:
+        """A forked process has no thread that follows the topic: what it reads would stay as it was.
+
+        The locks are made anew: threads that are not there may hold those of before.
+        """
+        self._lock, self._known, self._writes = threading.Lock(), threading.Event(), []
+        for subscription in self._subscriptions:
+            subscription._wake = threading.Condition()
+        short = self.topic.short
+        self._end(
+            StoreClosed(
+                f"store {short} belongs to the process that this one was forked from, and would not follow its topic "
+                "here: make another one, KeyValueStore(store.topic), after the fork"
+            )
+        )
+
     # -- the store's thread: it alone reads the topic and changes entries ------------------------------------------
 
     def _run(self) -> None:
@@ -458,6 +477,17 @@ class KeyValueStore(Mapping[str, V]):
                 subscription._note(changes)
 
 
+_stores: WeakSet[KeyValueStore[Any]] = WeakSet()
+
+
+def _end_all_in_fork() -> None:
+    for store in list(_stores):
+        store._end_in_fork()
+
+
+os.register_at_fork(after_in_child=_end_all_in_fork)
+
+
 class Subscription(Generic[V]):
     """One who follows a store. Ends with the store, or by `close`."""
 
@@ -513,7 +543,8 @@ class Subscription(Generic[V]):
                 self.callback(key, old, new)
             except Exception:
                 self.failures += 1
-                log.exception("a subscriber of store %s failed at %r", self.store.topic.short, key)
+                with suppress(Exception):  # of an error whose traceback cannot be had
+                    log.exception("a subscriber of store %s failed at %r", self.store.topic.short, key)
 
 
 class _Look:

@@ -26,7 +26,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
-from labkit.kafka.records import Record, encode
+from labkit.kafka.records import Record, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
@@ -155,6 +155,11 @@ class RetryingConsumer(Consumer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batch is not None:
+            raise LabkitError(
+                "a RetryingConsumer takes records one by one, as each may have to wait for its time: leave out batch, "
+                "or take a Consumer, which tries the records of a batch that fails one by one"
+            )
         for topic in self.mains:
             self.policy(topic)
             if self.group:
@@ -406,7 +411,7 @@ class _Retries:
         """To the next retry topic."""
         following = self.consumer.own_topics(stage.main)[stage.number + 1]
         trail = msgspec.structs.replace(trail, due=failed.times[-1] + delay)
-        headers = with_header(failed.message.headers() or [], HEADER, encode(trail))
+        headers = with_header(headers_of(failed.message), HEADER, encode(trail))
         return SetAside(following.name, failed.message.key(), failed.message.value(), headers)
 
     def skip(self, failed: FailedRecord, stage: _Stage, trail: Trail, skip: Skip) -> SetAside:

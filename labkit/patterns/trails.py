@@ -14,7 +14,7 @@ import msgspec
 
 from labkit.kafka.errors import LabkitError, place_of
 from labkit.kafka.producer import RawHeaders
-from labkit.kafka.records import Message
+from labkit.kafka.records import Message, headers_of
 
 HEADER = "labkit-retry"
 SHOWN = 1000  # characters of a key or a value that are shown
@@ -65,7 +65,7 @@ def parse(header: str | bytes | None) -> Trail | None:
 
 def trail_of(message: Message) -> Trail | None:
     """The trail that a record has in its headers."""
-    return parse(dict(message.headers() or []).get(HEADER))
+    return parse(dict(headers_of(message)).get(HEADER))
 
 
 def with_header(headers: Iterable[tuple[str, bytes | None]], name: str, value: bytes) -> RawHeaders:
@@ -86,10 +86,13 @@ def shown(raw: bytes | None) -> str | None:
 def own_topic(topic: str, group: str, what: str) -> str:
     """The name of a topic that a group has beside `topic`; two groups, or two topics, never get the same.
 
-    It begins with the topic's name, so that who clears away by prefix finds it. Raises LabkitError when it would be
-    longer than Kafka allows.
+    Nor do they get two that Kafka would not keep beside each other: it takes "." and "_" for the same. It begins with
+    the topic's name, so that who clears away by prefix finds it. Raises LabkitError when it would be longer than Kafka
+    allows.
     """
-    told = group if re.fullmatch(r"[A-Za-z0-9.-]+", group) else digest(group)
+    told = digest(group)
+    if re.fullmatch(r"[A-Za-z0-9.-]+", group):
+        told = group if _reads_one_way(topic, group) else digest(group, len(group))
     name = f"{topic}_{told}_{what}"
     if len(name) > LONGEST_NAME:
         name = f"{topic}_{digest(group)}_{what}"
@@ -107,10 +110,24 @@ def taken_apart(name: str) -> tuple[str, str]:
     The group may be there by its digest only. Two empty texts for any other topic.
     """
     found = OWN_TOPIC.fullmatch(name)
-    return (found[1], found[2]) if found else ("", "")
+    if found is None:
+        return "", ""
+    whole = found[2].rpartition("-")[0]
+    return found[1], whole if digest(whole, len(whole)) == found[2] else found[2]
 
 
-def digest(group: str) -> str:
+def digest(group: str, readable: int = 24) -> str:
     """A group whose name cannot be part of a topic's; no underscore, which separates the parts."""
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", group)[:24]
-    return f"{readable}-{hashlib.sha256(group.encode()).hexdigest()[:12]}"
+    shown = re.sub(r"[^A-Za-z0-9.-]+", "-", group)[:readable]
+    return f"{shown}-{hashlib.sha256(group.encode()).hexdigest()[:12]}"
+
+
+def _reads_one_way(topic: str, group: str) -> bool:
+    """Whether `topic_group`, with "." for "_" and the other way round, is read as this topic and this group.
+
+    A group begins where a part is the same as the topic's first one (`shop.orders_shop.billing`, all names of a lab),
+    the last of such; if there is none, it is the last part.
+    """
+    first, *parts = re.split("[._]", f"{topic}_{group}")
+    begins = max((number for number, part in enumerate(parts) if part == first), default=len(parts) - 1)
+    return begins == len(re.findall("[._]", topic))

@@ -3,7 +3,8 @@
 - The offset a view was built up to is read, and stored, in the transaction of the rows: of what a writer that was
   frozen has in hand, nothing is written that another one has written meanwhile.
 - Beside it stands the topic's UUID: a topic made anew under its name is not taken for the old one.
-- Of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back.
+- Of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back. Nor does a
+  second change of the same version, which cannot be told from the first one that comes again.
 """
 
 from __future__ import annotations

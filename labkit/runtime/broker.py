@@ -24,7 +24,7 @@ from pathlib import Path
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.runtime.child import Child
-from labkit.runtime.home import cache_dir, locked
+from labkit.runtime.home import CACHE, cache_dir, locked
 from labkit.runtime.jars import KAFKA, jar_files
 from labkit.runtime.java import Java, find_java
 
@@ -44,7 +44,8 @@ listeners=PLAINTEXT://{HOST}:{{port}},CONTROLLER://{HOST}:{{controller_port}}
 advertised.listeners=PLAINTEXT://{HOST}:{{port}}
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
-log.dirs={{data}}
+# Relative, as are all paths of a broker: Java reads this file as Latin-1 with escapes, Kafka splits values at commas.
+log.dirs=data
 # A topic is made on purpose, or not at all.
 auto.create.topics.enable=false
 num.partitions=4
@@ -144,24 +145,25 @@ class Kafka:
             return True
 
     def command(self, folder: Path, extra: list[str] | None = None) -> list[str]:
-        """The command of the broker in `folder`. `extra` are JVM flags that take the AOT cache's place."""
+        """The command of the broker in `folder`, which is to be its working folder; by its name there its process is
+        known. `extra` are JVM flags that take the AOT cache's place."""
         if extra is None:
             extra = [f"-XX:AOTCache={self.aot_cache}"] if self.aot_cache.exists() else []
-        return self._java(folder / "server.properties", [*extra, f"-XX:ErrorFile={folder}/hs_err.log"], "kafka.Kafka")
+        return self._java([*extra, "-XX:ErrorFile=hs_err.log", f"-Dlabkit.folder={folder}"], "kafka.Kafka")
 
     def format_template(self) -> None:
         """Run Kafka's own formatting tool, once for each version of Kafka."""
         with tempfile.TemporaryDirectory(prefix="making-", dir=self.home) as made:
-            config, log = Path(made) / "server.properties", Path(made) / "log"
-            config.write_text(PROPERTIES.format(port=9092, controller_port=9093, data=f"{made}/data"))
-            config.with_name("log4j2.properties").write_text(LOGGING)
-            command = self._java(config, [], "kafka.tools.StorageTool", "format", "-t", new_uuid(), "-c")
-            with Child(command, output=log) as tool:
+            folder, log = Path(made), Path(made) / "log"
+            (folder / "server.properties").write_text(PROPERTIES.format(port=9092, controller_port=9093))
+            (folder / "log4j2.properties").write_text(LOGGING)
+            command = self._java([], "kafka.tools.StorageTool", "format", "-t", new_uuid(), "-c")
+            with Child(command, cwd=folder, output=log) as tool:
                 code = tool.wait(START_SECONDS)
             if code:
                 raise LabkitError(f"Kafka could not format a data folder:\n{log_tail(log)}")
-            (Path(made) / "data" / "meta.properties").unlink()
-            os.rename(Path(made) / "data", self.template)
+            (folder / "data" / "meta.properties").unlink()
+            os.rename(folder / "data", self.template)
 
     def build_aot_cache(self) -> None:
         """Run a broker that records which classes it uses, do a little work with it, and let Java write the cache.
@@ -181,10 +183,12 @@ class Kafka:
                 raise NoAotCache(f"Java made no AOT cache:\n{log_tail(broker.log)}")
             os.rename(cache, self.aot_cache)
 
-    def _java(self, config: Path, extra: list[str], main: str, *arguments: str) -> list[str]:
-        logging = f"-Dlog4j2.configurationFile={config.with_name('log4j2.properties')}"
-        jvm = [str(self.java.path), *self.flags, *extra, logging, "-cp", ":".join(map(str, self.jars))]
-        return [*jvm, main, *arguments, str(config)]
+    def _java(self, extra: list[str], main: str, *arguments: str) -> list[str]:
+        logging = "-Dlog4j2.configurationFile=log4j2.properties"
+        # In the locale C, Java finds no file with an umlaut in its path; in others, errors are not in English.
+        java = ["/usr/bin/env", "LC_ALL=C.UTF-8", str(self.java.path)]
+        jvm = [*java, *self.flags, *extra, logging, "-cp", ":".join(map(str, self.jars))]
+        return [*jvm, main, *arguments, "server.properties"]
 
 
 def prepare() -> Kafka:
@@ -193,6 +197,10 @@ def prepare() -> Kafka:
     Raises LabkitError when there is no suitable Java, or the jars can be neither found nor fetched.
     """
     home = cache_dir() / "kafka"
+    if ":" in str(home):
+        raise LabkitError(
+            f"Java cannot use labkit's folder {cache_dir()}: a ':' ends a path. Set {CACHE} to one without."
+        )
     home.mkdir(exist_ok=True)
     kafka = Kafka(find_java(), tuple(jar_files()), home)
     if kafka.template.exists() and not kafka.lacks_aot_cache():
@@ -256,7 +264,7 @@ class Broker:
         return broker
 
     def write_settings(self) -> None:
-        text = PROPERTIES.format(port=self.port, controller_port=self.controller_port, data=self.folder / "data")
+        text = PROPERTIES.format(port=self.port, controller_port=self.controller_port)
         (self.folder / "server.properties").write_text(text + self.extra)
 
     def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:

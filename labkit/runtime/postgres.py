@@ -56,11 +56,16 @@ class Postgres(Server):
         return super()._home() if self._user is None else Path(tempfile.gettempdir())
 
     def _make(self) -> None:
+        if self._user and not _may_be_entered(self._home()):
+            raise LabkitError(
+                f"PostgreSQL refuses to run as root, and as nobody it may not enter {self._home()}: set TMPDIR to a "
+                "folder that everybody may enter, such as /tmp"
+            )
         self.folder.mkdir(mode=0o700)
         self.port, _ = free_ports()
         if self._user:
             os.chown(self.folder, *self._user)
-            if not all(folder.stat().st_mode & 0o001 for folder in self._programs.parents):
+            if not _may_be_entered(self._programs.parent):
                 copy = self.folder / "installed"  # 41 MB: nobody else can enter where they are
                 shutil.copytree(self._programs.parent, copy, symlinks=True)
                 self._programs = copy / self._programs.name
@@ -113,6 +118,11 @@ def _somebody_else() -> tuple[int, int] | None:
         return None
     nobody = pwd.getpwnam("nobody")
     return nobody.pw_uid, nobody.pw_gid
+
+
+def _may_be_entered(folder: Path) -> bool:
+    """Whether everybody may enter it, and so all above it."""
+    return all(one.stat().st_mode & 0o001 for one in (folder, *folder.parents))
 
 
 def _installed() -> Path:

@@ -283,7 +283,7 @@ def _start(kafka: Kafka, folder: Path) -> Lease:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            cwd=folder,
+            cwd=broker.folder,
             start_new_session=True,
         )
     with launched:  # ends at once: it forks, so that nobody has to wait for a supervisor that outlives its starter

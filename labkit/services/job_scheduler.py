@@ -19,6 +19,7 @@ import msgspec
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
+from labkit.services.clients import direct
 from labkit.services.http import HttpService
 
 MONTHS = {"monthly": 1, "yearly": 12}
@@ -54,7 +55,7 @@ def schedule(scheduler: str, wanted: Schedule) -> None:
     """
     request = urllib.request.Request(f"{scheduler}/schedules", msgspec.json.encode(wanted))  # noqa: S310
     try:
-        urllib.request.urlopen(request, timeout=5).close()  # noqa: S310 - our own service
+        direct(request, timeout=5).close()
     except OSError as error:
         raise LabkitError(f"the job scheduler at {scheduler} does not take a schedule: {error}") from error
 
@@ -66,7 +67,7 @@ def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progres
     """
     until = time.monotonic() + timeout
     while True:
-        with urllib.request.urlopen(f"{scheduler}/schedules", timeout=5) as answer:  # noqa: S310 - our own service
+        with direct(f"{scheduler}/schedules", timeout=5) as answer:
             there = msgspec.json.decode(answer.read(), type=list[Progress])
         now = next((one for one in there if one.schedule == wanted), None)
         if now is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from aiohttp import web
 
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
+from labkit.services.clients import direct
 from labkit.services.http import HttpService
 from labkit.services.payments import CardDeclined, ProviderFailed, Renewal, receipt_of
 
@@ -144,7 +144,7 @@ def costs(polling: str, lock: str, timeout: float = 30.0) -> Costs:
     """
     until = time.monotonic() + timeout
     while True:
-        with urllib.request.urlopen(f"{polling}/due?lock={lock}", timeout=5) as answer:  # noqa: S310 - our own service
+        with direct(f"{polling}/due?lock={lock}", timeout=5) as answer:
             found = msgspec.json.decode(answer.read(), type=Costs)
         if not found.under_way:
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 import pytest
 from confluent_kafka import Consumer as Client
-from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition, cimpl
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
 from processes import wait_until
 
@@ -44,6 +45,39 @@ def fresh_topic(cluster: Cluster, partitions: int = 1, value: Any = int) -> Topi
 def fresh_group() -> str:
     """A group nobody has used."""
     return f"test-{uuid.uuid4().hex[:12]}"
+
+
+class Untellable(Exception):
+    """An error of which only the type can be told."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Untraceable(Untellable):
+    """One whose traceback cannot be had either."""
+
+    @property
+    def __notes__(self) -> list[str]:
+        raise RuntimeError("no notes")
+
+
+def put_with_header(topic: Topic[Any], name: bytes) -> None:
+    """A record with the value 0 and a header whose name only a client in another language could write."""
+    client = ctypes.CDLL(cimpl.__file__)  # librdkafka, as Python's client has it
+    for make in (client.rd_kafka_conf_new, client.rd_kafka_new, client.rd_kafka_headers_new):
+        make.restype = ctypes.c_void_p
+    client.rd_kafka_producev.argtypes = [ctypes.c_void_p]
+    told = ctypes.create_string_buffer(500)
+    settings, headers = ctypes.c_void_p(client.rd_kafka_conf_new()), ctypes.c_void_p(client.rd_kafka_headers_new(1))
+    client.rd_kafka_conf_set(settings, b"bootstrap.servers", topic.cluster.bootstrap.encode(), told, 500)
+    producer = ctypes.c_void_p(client.rd_kafka_new(0, settings, told, 500))
+    client.rd_kafka_header_add(headers, name, ctypes.c_ssize_t(len(name)), b"", ctypes.c_ssize_t(0))
+    to = (1, topic.name.encode())  # pairs of a number that says what follows, and that
+    value = (4, b"0", ctypes.c_size_t(1))
+    assert client.rd_kafka_producev(producer, *to, *value, 7, 2, 10, headers, 0) == 0, told.value
+    assert client.rd_kafka_flush(producer, 20_000) == 0
+    client.rd_kafka_destroy(producer)
 
 
 def put(topic: Topic[Any], *values: Any, partition: int = -1, key: str | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from consuming import Journal, Member, alter, committed, fresh_group, fresh_topic, put
+from consuming import Journal, Member, Untellable, Untraceable, alter, committed, fresh_group, fresh_topic, put
 
 import labkit.kafka.consumer.loop as module
 import labkit.kafka.consumer.workers as workers
@@ -54,13 +54,11 @@ def test_a_failing_record_is_tried_until_it_succeeds_and_keeps_its_order(cluster
     assert len(recovered.times) == 3
 
 
-class Untellable(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError("no text")
-
-
+@pytest.mark.parametrize("error", [Untellable, Untraceable])
 @pytest.mark.parametrize("batch", [None, 10])
-def test_an_error_without_a_text_is_an_error_like_any_other(cluster: Cluster, batch: int | None) -> None:
+def test_an_error_without_a_text_is_an_error_like_any_other(
+    cluster: Cluster, batch: int | None, error: type[Exception]
+) -> None:
     """correctness 36: the whole consumer ended of it, again after each restart."""
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, *range(5))
@@ -68,10 +66,12 @@ def test_an_error_without_a_text_is_an_error_like_any_other(cluster: Cluster, ba
 
     def handle(_: Any) -> None:
         if len(failures) < 2:
-            raise Untellable
+            raise error
 
     def policy(failed: FailedRecord) -> Decision:
         failures.append(failed)
+        if len(failures) == 1:
+            raise error
         return Retry(0.05)
 
     with Member(Consumer(topic, handle, group, batch=batch, on_failure=policy)) as member:
@@ -238,6 +238,25 @@ def test_a_handler_that_exits_is_not_committed(cluster: Cluster, order: Any) -> 
     assert isinstance(error, HandlerExit)
     assert f"{topic.name}/0/1" in str(error)
     assert committed(topic, group) == {0: 1}
+
+
+class UntellableExit(SystemExit):
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_exit_without_a_text_is_told_with_its_place(cluster: Cluster) -> None:
+    """correctness 36"""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0)
+
+    def handle(record: Record[int]) -> None:
+        raise UntellableExit
+
+    with Member(Consumer(topic, handle, group)) as member:
+        error = member.ends()
+    assert isinstance(error, HandlerExit)
+    assert f"{topic.name}/0/0" in str(error)
 
 
 def test_an_exit_in_a_policy_ends_the_consumer(cluster: Cluster) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 from confluent_kafka.admin import NewPartitions
-from consuming import alter
+from consuming import Untellable, Untraceable, alter
 from processes import wait_until
 from stores import COMPACTED, EAGER, StoreProcess, compact, on_disk, raw, size, store_topic, transaction
 
@@ -70,6 +73,59 @@ def test_it_is_a_mapping_of_what_was_written(cluster: Cluster) -> None:
         assert repr(store).endswith("1 entries)")
         assert f">{store!r}</span>" in store._repr_html_()
         assert store.lag() == 0
+
+
+FORKED = """
+import json, os, sys
+from labkit.kafka.clients import forget
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.topics import Topic
+from labkit.patterns.key_value_store import KeyValueStore
+
+def refused(use):
+    try:
+        use()
+    except LabkitError as error:
+        return f"{type(error).__name__} {error}"
+
+topic = Topic(Cluster(sys.argv[1]), sys.argv[2], 2, int)
+with KeyValueStore(topic) as store:
+    store.put("a", 1)
+    subscription = store.subscribe(lambda *change: None)
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        uses = [lambda: store["a"], lambda: store.get("b"), lambda: len(store), lambda: store.put("a", 2),
+                lambda: store.subscribe(print), store.wait_ready]
+        told = [store.ready, *map(refused, uses)]
+        subscription.close()
+        store.close()
+        forget(topic.cluster)
+        with KeyValueStore(topic) as own:
+            own.put("a", 2)
+            told.append(own.snapshot())
+        forget(topic.cluster)
+        os.write(writer, json.dumps(told).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        print(answer.read() or "it died")
+    print(store.put("b", 3) or json.dumps(store.snapshot()))
+"""
+
+
+def test_in_a_forked_process_it_is_closed_and_another_one_can_be_made(cluster: Cluster) -> None:
+    """No thread is there to follow the topic: it was read as it had been, and told that it was ready."""
+    topic = store_topic(cluster, value=int)
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, cluster.bootstrap, topic.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    first, second = map(json.loads, done.stdout.splitlines() or [f'"{done.stderr}"', ""])
+    ready, *refusals, own = first
+    assert ready is False
+    assert len(refusals) == 6
+    assert all("StoreClosed" in said and "after the fork" in said for said in refusals)
+    assert own == {"a": 2}
+    assert second == {"a": 2, "b": 3}
 
 
 def test_put_delete_restart_absent(cluster: Cluster) -> None:
@@ -510,6 +566,25 @@ def test_a_subscriber_that_raises_is_told_the_next_change(
     store.put("a", "good")
     wait_until(lambda: seen == [("a", "bad", "good")], what="the next change")
     assert "what a subscriber may do" in caplog.text
+
+
+@pytest.mark.parametrize("error", [Untellable, Untraceable])
+def test_a_subscriber_whose_error_cannot_be_told_is_told_the_next_change(
+    store: KeyValueStore[Any], error: type[Exception]
+) -> None:
+    """correctness 36: its thread ended, without a word."""
+    seen: list[Any] = []
+
+    def callback(key: str, old: Any, new: Any) -> None:
+        if new == "bad":
+            raise error
+        seen.append(new)
+
+    subscription = store.subscribe(callback)
+    store.put("a", "bad")
+    wait_until(lambda: subscription.failures == 1, what="the failure")
+    store.put("a", "good")
+    wait_until(lambda: seen == ["good"], what="the next change")
 
 
 def test_a_subscriber_that_blocks_holds_up_nobody_and_is_told_the_newest(store: KeyValueStore[Any]) -> None:

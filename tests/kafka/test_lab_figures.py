@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
+import msgspec
 import pytest
 from lab_helpers import Order, orders
 from processes import wait_until
@@ -68,6 +71,33 @@ def test_values_without_the_id_are_told_and_hide_nothing_else(lab: Lab) -> None:
     wait_until(lambda: "no field" not in lab._status([]), 20, "nothing to complain of")
 
 
+class Silent(msgspec.Struct):
+    """A value that cannot be shown, and an id that only some of them have."""
+
+    id: int
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("by", ["order", "id", lambda value: 6 // value.id])
+def test_an_id_that_cannot_be_had_hides_nothing_else(lab: Lab, by: Any) -> None:
+    """correctness 36: the values that were read together with it were not counted."""
+    topic = lab.topic(f"silent-{uuid.uuid4().hex[:8]}", 1, Silent)
+    for number in (0, 1, 2):
+        topic.send(Silent(number))
+    topic.flush()
+    tally = sampler.Tally(topic, by)
+    counts = {"order": 0, "id": 3}.get(by, 2)
+
+    def is_counted() -> bool:
+        tally.read()
+        return tally.completed == counts and bool(tally.trouble) == (by != "id")
+
+    wait_until(is_counted, what="those that have an id, and a word about the others")
+    tally.close()
+
+
 @pytest.mark.long
 def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the picture would stand still for ten seconds for each group, in the middle of what it should show."""
@@ -85,3 +115,12 @@ def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypat
     wait_until(lambda: seen.count("asked") > 5, 10, "several samples")
     monkeypatch.undo()
     assert ("asked", "asked") not in itertools.pairwise(seen)
+
+
+def test_a_figure_that_is_no_number_hides_nothing_else(lab: Lab) -> None:
+    seen = itertools.count()
+    for label, nothing in (("none", None), ("nan", math.nan), ("text", "soon")):
+        lab.watch("odd", label, lambda nothing=nothing: nothing)  # type: ignore[misc]
+    lab.watch("even", "count", lambda: next(seen))
+    wait_until(lambda: lab.figure("even", "count") > 1, 20, "two samples")
+    assert not [sample for sample in lab._history.samples if sample.metric == "odd"]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -22,14 +23,38 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.reader import Reader
+from labkit.runtime.postgres import Postgres
 from labkit.runtime.private import PrivateBroker
-from labkit.runtime.server import ServerState
+from labkit.runtime.server import Server, ServerState
+from labkit.runtime.valkey import Valkey
 
 
 @pytest.fixture
 def broker() -> Iterator[PrivateBroker]:
     with PrivateBroker() as broker:
         yield broker
+
+
+@pytest.mark.parametrize("server", [PrivateBroker, Postgres, Valkey])
+def test_a_server_works_in_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch, server: type[Server]) -> None:
+    with tempfile.TemporaryDirectory() as above:
+        os.chmod(above, 0o755)  # PostgreSQL may be somebody else, in the folder for temporary ones
+        folder = Path(above) / "ä, %41\\n o:x"
+        folder.mkdir(mode=0o755)
+        monkeypatch.setenv("LABKIT_STATE", str(folder))
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with server() as made:
+            assert made.state is ServerState.RUNNING
+            assert made.folder.parent == folder
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root needs somebody else for PostgreSQL")
+def test_a_folder_that_postgres_may_not_enter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(LabkitError, match=f"may not enter {tmp_path}: set TMPDIR"):
+        Postgres()
 
 
 def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker: PrivateBroker) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from confluent_kafka.admin import NewPartitions
-from consuming import Member, committed, fresh_group, fresh_topic, put
+from consuming import Member, Untellable, committed, fresh_group, fresh_topic, put, put_with_header
 from processes import wait_until
 
 import labkit.kafka.consumer.commits as commits
@@ -137,11 +137,6 @@ def test_an_error_that_quotes_half_a_character_is_set_aside_too(cluster: Cluster
     assert letter.error == "ValueError: cannot read ?"
 
 
-class Untellable(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError("no text")
-
-
 def test_an_error_without_a_text_is_set_aside_too(cluster: Cluster) -> None:
     """correctness 36"""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -151,6 +146,39 @@ def test_an_error_without_a_text_is_set_aside_too(cluster: Cluster) -> None:
     (letter,) = letters(topic, group)
     assert (letter.attempts, letter.error) == (3, "Untellable: (its text cannot be had: RuntimeError)")
     assert handler.done == [2]
+
+
+def test_a_header_whose_name_is_no_text_harms_nobody(cluster: Cluster) -> None:
+    """correctness 16: the client hands it out as a null pointer, by which the process died, again and again."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    many = range(1, 100)  # Python calls in another way what it calls often
+    put(topic, *many)
+    put_with_header(topic, b"\xff\xfe")
+    put(topic, 100)
+    handler = Handler({0: ALWAYS})
+
+    def handle(record: Record[Any]) -> None:
+        assert bool(record.headers) == (record.topic != topic.name or record.value != 0)
+        handler(record)
+
+    run_to_rest(RetryingConsumer(topic, handle, group, retry=blocking(0.01).then(retry_topics(0.01))))
+    (letter,) = letters(topic, group)
+    assert (letter.offset, letter.attempts, len(handler.calls[0])) == (99, 3, 3)
+    assert handler.done == [*many, 100]
+
+
+def test_names_that_differ_by_where_a_dot_is_do_not_collide(cluster: Cluster) -> None:
+    """correctness 12: Kafka takes "." and "_" for the same, and would not make the second consumer's topics."""
+    topic = fresh_topic(cluster)
+    other = replace(topic, name=f"{topic.name}.eu")
+    other.create()
+    group = fresh_group().replace(".", "-")
+    for source, name in ((topic, f"eu.{group}"), (other, group)):
+        put(source, 1, 2)
+        handler = Handler({1: 1, 2: ALWAYS})
+        run_to_rest(RetryingConsumer(source, handler, name, retry=retry_topics(0.01)))
+        assert handler.done == [1]
+        assert [letter.value for letter in letters(source, name)] == ["2"]
 
 
 def test_what_is_in_its_own_topics_is_read_from_the_beginning(cluster: Cluster) -> None:

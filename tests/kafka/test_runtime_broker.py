@@ -96,6 +96,27 @@ def assert_all_gone(folder: Path, before: shared.Status, seconds: float) -> None
     assert {path.name for path in folder.iterdir()} == {"broker.lock"}
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_state_folder_of_any_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
+    """Java reads settings as Latin-1 with escapes, Kafka splits folders at commas, and a class path ends at a colon."""
+    folder = tmp_path / "ä, %41\\n o:x"
+    monkeypatch.setenv("LABKIT_STATE", str(folder))
+    monkeypatch.setenv("LC_ALL", locale)
+    with shared.shared_broker() as lease:
+        assert count(fill(lease.cluster, 10)) == 10
+        now = status()
+        assert now.folder.parent == folder
+        assert (now.folder / "data" / "filled-0").is_dir()
+        lease.stop()
+    assert_all_gone(folder, now, 10)
+
+
+def test_a_cache_folder_that_java_cannot_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "a:b"))
+    with pytest.raises(LabkitError, match=r"Java cannot use .*/a:b: .*Set LABKIT_CACHE"):
+        prepare()
+
+
 # --- One broker -------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +154,7 @@ def test_data_of_two_brokers_is_told_apart(tmp_path: Path) -> None:
 def run_with(kafka: Kafka, folder: Path, flags: list[str]) -> None:
     """Start a broker with these JVM flags and wait until it answers."""
     made = Broker.create(folder, kafka)
-    with Child(kafka.command(made.folder, flags), output=made.log) as child:
+    with Child(kafka.command(made.folder, flags), cwd=made.folder, output=made.log) as child:
         made.wait_until_ready(lambda: child.poll() is None)
 
 
@@ -208,7 +229,7 @@ def test_taken_port_is_noticed(tmp_path: Path) -> None:
     kafka = prepare()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         made = Broker.create(tmp_path / "b", kafka, (taken.getsockname()[1], free_ports()[0]))
-        with Child(kafka.command(made.folder), output=made.log) as child, pytest.raises(PortTaken):
+        with Child(kafka.command(made.folder), cwd=made.folder, output=made.log) as child, pytest.raises(PortTaken):
             made.wait_until_ready(lambda: child.poll() is None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ipywidgets
 import pytest
@@ -354,6 +355,26 @@ def test_what_goes_wrong_in_a_frame_is_in_the_status_line(make: Make) -> None:
     other.redraw()
     assert "status: " in status(other)
     assert other.frames == 1
+
+
+class Untellable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_error_without_a_text_ends_neither_the_frames_nor_a_click(make: Make) -> None:
+    """correctness 36"""
+
+    def broken() -> Any:
+        raise Untellable
+
+    board = make(log=broken, actions=[Action("Break", "It cannot.", broken)])
+    board.redraw()
+    assert "log: (its text cannot be had: RuntimeError)" in status(board)
+    button = buttons(board)["Break"]
+    button.click()
+    wait_until(lambda: "Break: (its text cannot be had" in status(board), what="the message is shown")
+    assert not button.disabled
 
 
 def test_figures_that_stop_coming_are_told(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -102,12 +103,44 @@ def test_no_two_groups_or_topics_share_a_name() -> None:
         RetryingConsumer(Topic(TOPIC.cluster, "t" * 240, 1, int), print, "billing")
 
 
+def test_no_two_names_of_own_topics_are_the_same_to_kafka() -> None:
+    """correctness 12: it takes "." and "_" for the same, and refuses the second of two topics that differ by that."""
+    parts = [part for length in (1, 2, 3) for part in itertools.product(("shop", "eu", "bills"), repeat=length)]
+    groups = [".".join(part) for part in parts] + ["eu-bills", "eu bills"]
+    whose: dict[str, tuple[str, str]] = {}
+    for part in parts:
+        for topic in {".".join(part), "_".join(part)}:  # beside each other these two cannot be
+            for group in groups:
+                name = own_topic(topic, group, "replay")
+                assert whose.setdefault(name.replace(".", "_"), ("_".join(part), group)) == ("_".join(part), group)
+                assert taken_apart(name) == (topic, group if " " not in group else name.split("_")[-2])
+
+
+@pytest.mark.parametrize(
+    ("topic", "group"),
+    [
+        *(("orders", "billing"), ("shop.orders", "billing"), ("shop_orders", "billing"), ("orders", "orders")),
+        *(("shop.orders", "shop.billing"), ("labkit.ada.a.1.orders", "labkit.ada.a.1.billing")),
+    ],
+)
+def test_usual_names_are_put_together_as_they_are(topic: str, group: str) -> None:
+    assert own_topic(topic, group, "replay") == f"{topic}_{group}_replay"
+
+
 def test_a_topic_of_a_group_tells_whose_it_is() -> None:
-    _, *own = RetryingConsumer(TOPIC, print, "labkit.ada.bills", retry=retry_topics(0.1, 10)).sources
-    own += [make(TOPIC, "labkit.ada.bills") for make in (dead_letters_topic, lanes_topic, skips_topic)]
-    assert [taken_apart(topic.name) for topic in own] == [("shop.orders", "labkit.ada.bills")] * 6
+    for group in ("labkit.ada.bills", "shop.bills"):
+        _, *own = RetryingConsumer(TOPIC, print, group, retry=retry_topics(0.1, 10)).sources
+        own += [make(TOPIC, group) for make in (dead_letters_topic, lanes_topic, skips_topic)]
+        assert [taken_apart(topic.name) for topic in own] == [("shop.orders", group)] * 6
     for other in ("shop.orders", "labkit.ada.bills_lanes", "a_labkit.ada.bills", "a_labkit.ada.bills_lanes_v2"):
         assert taken_apart(other) == ("", "")
+
+
+def test_batches_are_refused_when_it_is_made() -> None:
+    """Not by each pod that should run it, again and again."""
+    for retry in (blocking(1), retry_topics(1), dead_letter()):
+        with pytest.raises(LabkitError, match=r"one by one.*leave out batch"):
+            RetryingConsumer(TOPIC, print, "g", retry=retry, batch=10)
 
 
 def test_each_topic_may_have_a_policy_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ from processes import wait_until
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.failures import FailedRecord, Retry, SetAside
-from labkit.kafka.consumer.steps import Step
+from labkit.kafka.consumer.steps import Measured, Step
 from labkit.kafka.records import Message, Record
 from labkit.kafka.topics import Topic
 from labkit.lab import telemetry
@@ -256,6 +257,26 @@ def a_record(offset: int) -> Record[Any]:
     record = cast(Record[Any], Record.__new__(Record))
     record.topic, record.partition, record.offset = "orders", 2, offset
     return record
+
+
+def test_a_gauge_without_a_value_is_left_out_and_everything_else_is_told(spoken: Telemetry, line: Line) -> None:
+    """JSON has no NaN: a report with one was never sent, nor any after it."""
+
+    def gauges() -> dict[str, float]:
+        return line.reports[-1].gauges if line.reports else {}
+
+    spoken(Step.MEASURED, Measured({"requests": 1}, {"p50 ms": 1.0, "p99 ms": 2.0}))
+    wait_until(lambda: gauges() == {"p50 ms": 1.0, "p99 ms": 2.0}, 5, "both figures")
+    spoken(Step.MEASURED, Measured({"requests": 2}, {"p50 ms": math.nan, "p99 ms": 3.0, "rest": math.inf}))
+    wait_until(lambda: gauges() == {"p99 ms": 3.0}, 5, "the one that is known")
+    assert line.reports[-1].counts == {"requests": 2}
+    spoken(Step.MEASURED, Measured({}, {"p50 ms": 4.0}))
+    wait_until(lambda: gauges() == {"p50 ms": 4.0, "p99 ms": 3.0}, 5, "both again")
+    for nonsense in (Measured({}, {"p50 ms": "soon"}), Measured({}, {"\ud800": 1.0})):  # type: ignore[dict-item]
+        with pytest.raises(ValueError):  # noqa: PT011 - in the thread that measured it
+            spoken(Step.MEASURED, nonsense)
+    spoken(Step.MEASURED, Measured({"requests": 3}))
+    wait_until(lambda: line.reports[-1].counts == {"requests": 3}, 5, "a report after that")
 
 
 def test_a_pod_tells_once_what_it_did_in_the_order_in_which_it_did_it(spoken: Telemetry, line: Line) -> None:

@@ -76,6 +76,25 @@ def test_a_check_judges_and_its_own_failure_is_shown() -> None:
     assert unjudged.wrong is None
 
 
+class Untold:
+    """As an array of numbers, which is neither true nor false."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("some of it")
+
+
+class Unshown:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("judged", [Untold(), Unshown()])
+def test_a_check_may_return_anything(judged: object) -> None:
+    state = exercise("Choose.", lambda delay: judged, delay=1)
+    assert not state
+    assert "Not yet: " in repr(state)
+
+
 def test_a_hint_is_folded_and_plain() -> None:
     folded = hint("Try `blocking(0.1)` & <wait>.")
     assert folded._repr_html_().startswith("<details><summary>Hint")

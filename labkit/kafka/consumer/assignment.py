@@ -13,7 +13,7 @@ from labkit.kafka.consumer.lanes import Lane, Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable, error_text
 from labkit.kafka.lag import committed_offsets
 
 AWAY = 30.0  # seconds to ask again and again where partitions begin
@@ -138,7 +138,7 @@ class Assignment:
             except (Unavailable, ClusterUnreachable) as error:  # of who tells positions
                 if isinstance(error, ClientRefused) or time.monotonic() > until:
                     raise
-                log(f"{spec.group}: start positions are not available yet: {error}")
+                log(f"{spec.group}: start positions are not available yet: {error_text(error)}")
             self.run.stop.wait(0.1)
         return [], {}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
 from confluent_kafka import TopicPartition
@@ -12,6 +14,7 @@ from confluent_kafka import TopicPartition
 from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Report, Step
+from labkit.kafka.errors import error_text
 
 
 class Run:
@@ -46,3 +49,11 @@ class Run:
 def log(text: str) -> None:
     """A pod's log is its stderr."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def log_traceback(error: BaseException, trace: TracebackType | None) -> None:
+    """Log the traceback of somebody else's error, if it can be had."""
+    try:
+        traceback.print_exception(type(error), error, trace)
+    except Exception as broken:
+        log(f"(its traceback cannot be had: {error_text(broken)})")

@@ -8,7 +8,6 @@ import itertools
 import math
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from queue import SimpleQueue
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 from labkit.kafka.consumer.commits import Commits
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside, Stop, keep_trying
 from labkit.kafka.consumer.lanes import Lane, LaneState, Partition
-from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.run import Run, log, log_traceback
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import DeliveryFailed, HandlerExit, PoisonRecord, error_text, place_of
+from labkit.kafka.errors import DeliveryFailed, HandlerExit, PoisonRecord, error_text, place_of, safe_text
 from labkit.kafka.producer import HandlerContext, handling
 from labkit.kafka.records import Message, Record, decoder
 
@@ -314,7 +313,7 @@ class Workers:
             if isinstance(decision, Retry) and not 0 <= decision.after < math.inf:  # NaN is not either
                 raise ValueError(f"on_failure returned {decision!r}, which says no time to wait")
         except Exception as broken:
-            traceback.print_exception(broken)
+            log_traceback(broken, broken.__traceback__)
             return keep_trying(0.5)(failed)
         return decision
 
@@ -416,7 +415,9 @@ class Workers:
         """Let the consumer stop with an error; the lane's current record stays uncommitted."""
         if not isinstance(error, Exception):
             place = "a record" if message is None else _place(message)
-            error = HandlerExit(f"the handler ended the process ({error!r}) on {place}, which is not committed")
+            error = HandlerExit(
+                f"the handler ended the process ({safe_text(error, of=repr)}) on {place}, which is not committed"
+            )
         lane.began = None
         self.run.end(error)
         return False
@@ -431,7 +432,7 @@ class Workers:
             below = error.__traceback__
             while below is not None and below.tb_frame.f_globals.get("__name__", "").startswith(OURS):
                 below = below.tb_next
-            traceback.print_exception(type(error), error, below)
+            log_traceback(error, below)
 
 
 def _place(message: Message) -> str:

@@ -1,0 +1,76 @@
+"""Services of this machine are asked without a proxy, whatever the environment names."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from labkit.lab import Lab
+from labkit.lab.metrics import History
+from labkit.lab.provider_faults import ProviderFaults
+from labkit.services.clients import ask
+from labkit.services.job_scheduler import Progress, Schedule, finished, schedule
+from labkit.services.payments import Renewal, charge
+from labkit.services.subscriptions import Costs, costs
+
+WANTED = Schedule("http://127.0.0.1:1/due", "monthly")
+ANSWERS: dict[str, Any] = {
+    "/schedules": [Progress(WANTED, done=1)],
+    "/due?lock=optimistic": Costs(),
+    "/charges": {"charge": "1"},
+    "/faults": {},
+}
+
+
+class Service(BaseHTTPRequestHandler):
+    """Answers in the place of every service."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(msgspec.json.encode(ANSWERS[self.path]))
+
+    do_POST = do_PUT = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: refused at once
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def break_provider(url: str) -> None:
+    lab = cast(Lab, SimpleNamespace(_history=History(), seconds=lambda told: told))
+    ProviderFaults(lab, url).fail()
+
+
+CALLS: dict[str, Callable[[str], object]] = {
+    "schedule": lambda url: schedule(url, WANTED),
+    "finished": lambda url: finished(url, WANTED, 5),
+    "costs": lambda url: costs(url, "optimistic", 5),
+    "a fault of the provider": break_provider,
+    "charge": lambda url: charge(url, Renewal("1", "customer 1", 1, 2900)),
+    "ask": lambda url: json.loads(ask(f"{url}/faults", patience=0)[1]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_no_call_goes_to_a_proxy(url: str, call: Callable[[str], object]) -> None:
+    call(url)
