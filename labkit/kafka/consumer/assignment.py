@@ -48,10 +48,11 @@ class Assignment:
 
     def gone(self, topic: str | None) -> TopicMissing:
         """The error of a topic that was deleted."""
-        return TopicMissing(
-            f"topic {topic or ', '.join(self.run.topic_ids)} was deleted while group {self.run.spec.group} was reading "
-            "it. If there is a new one of that name, start the consumer again to read it from its beginning"
-        )
+        names = topic or ", ".join(self.run.topic_ids)
+        told = f"topic {names} was deleted while group {self.run.spec.group} was reading it"
+        if topic in self.made_anew:
+            return TopicMissing(f"{told}, and made anew: start the consumer again to read that one from its beginning")
+        return TopicMissing(f"{told}: create a topic of another name and deploy again")
 
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has given partitions."""
