@@ -433,8 +433,7 @@ class KeyValueStore(Mapping[str, V]):
     def _take(self, reader: Reader[V]) -> None:
         if messages := reader.messages(BUSY_TURN if self._writes else TURN):
             with self._lock:
-                self._tell(self._contents.apply(messages, bool(self._subscriptions)))
-                self._contents.forget_deleted()
+                self._tell(self._contents.follow(messages, bool(self._subscriptions)))
             if self._contents.unsure:
                 return  # not all of these were taken in: who waits for one of them waits for the next load
         self._positions = reader.positions()

@@ -57,32 +57,44 @@ class Contents(Generic[V]):
         self._parse, self._whole = parser(value), whole(value)
         self._kept = 0  # keys that the last time could not be forgotten
 
+    def follow(self, messages: Iterable[Message], tell: bool) -> Changes[V]:
+        """The same as `apply`, while somebody reads: no entry is replaced by one that may be older."""
+        self._by_key()
+        changes = self.apply(messages, tell)
+        self._forget_deleted()
+        return changes
+
     def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
         """Take records in. What that changes is told if asked for."""
         entries, unreadable, parse, of_whole = self.entries, self.unreadable, self._parse, self._whole
         partitions, timed = self._partitions, self._timestamps is not None
+        in_order, size = self._in_order.append, len(entries)
         changes: Changes[V] = {}
         for message in messages:
             raw_key, raw, partition = message.key(), message.value(), message.partition()
             if raw_key is None:
                 self.ignored += 1
                 continue
-            value, error = None, None
+            error = None
             try:
                 key = raw_key.decode()
-                if raw is not None:
-                    value = parse(raw) if of_whole is None else of_whole(message)
+                value = None if raw is None else parse(raw) if of_whole is None else of_whole(message)
             except Exception as failure:  # of a value type, whose own checks may raise anything
-                key, error = raw_key.decode(errors="replace"), poison(message, failure)
-                if key.encode() != raw_key:  # other keys may look the same
+                key, value, error = raw_key.decode(errors="replace"), None, poison(message, failure)
+                if key.encode() != raw_key:  # other keys may look the same, and be hidden by it
+                    partitions = self._by_key()
                     self._set_aside(key, error)
+                    continue
+            if partitions is None and value is not None:
+                entries[key] = value
+                if len(entries) > size:  # it is a new key
+                    size += 1
+                    in_order(partition)
                     continue
             if timed:
                 if (newest := self._compare(key, Newest(message.timestamp()[1], partition, value, error))) is None:
                     continue
                 value, error = newest.value, newest.error
-            elif partitions is None and value is not None and key not in entries:
-                self._in_order.append(partition)
             else:
                 if partitions is None:
                     partitions = self._by_key()
@@ -135,7 +147,7 @@ class Contents(Generic[V]):
             self._in_order = array("i")
         return self._partitions
 
-    def forget_deleted(self) -> None:
+    def _forget_deleted(self) -> None:
         """Bound what is remembered of keys that are deleted: to as many as there are entries, and some more."""
         partitions = self._partitions
         if partitions is None or len(partitions) <= max(2 * len(self.entries), 2 * self._kept) + SPARE:
