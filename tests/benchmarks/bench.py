@@ -22,8 +22,8 @@ from labkit.runtime.child import Child
 from labkit.runtime.home import STATE
 
 
-class Median(NamedTuple):
-    """Of several runs."""
+class Figures(NamedTuple):
+    """Of one run."""
 
     rate: float
     """Records a second."""
@@ -74,20 +74,24 @@ class Bench:
         """A group nobody has used."""
         return f"bench-{next(self._numbers)}"
 
-    def alternate(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, Median]:
-        """Each run's median. They take turns (A B A B …), so that what disturbs one disturbs the other.
+    def alternate(self, runs: Mapping[str, Callable[[], float]]) -> dict[str, Figures]:
+        """The figures of the median round, by the ratio of the first run to the second. They take turns (A B A B …):
+        what disturbs one disturbs its neighbour, so a ratio within a round says more than one of two medians.
 
         Before, the first runs once and counts for nothing: meanwhile Java compiles what this needs of it.
         """
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        found: dict[str, list[Figures]] = {name: [] for name in runs}
         next(iter(runs.values()))()
         for turn in range(1, self.rounds + 1):
             for name, run in runs.items():
                 cpu = time.process_time()
                 rate = run()
-                found[name].append((rate, time.process_time() - cpu))
-                say(f"  round {turn} of {self.rounds}: {name} {rate:,.0f}/s, {found[name][-1][1]:.2f} s of CPU")
-        return {name: Median(*map(statistics.median, zip(*turns, strict=True))) for name, turns in found.items()}
+                found[name].append(Figures(rate, time.process_time() - cpu))
+                say(f"  round {turn} of {self.rounds}: {name} {rate:,.0f}/s, {found[name][-1].cpu:.2f} s of CPU")
+        first, second, *_ = found.values()
+        ratios = [ours.rate / peer.rate for ours, peer in zip(first, second, strict=True)]
+        median = ratios.index(statistics.median_low(ratios))
+        return {name: rounds[median] for name, rounds in found.items()}
 
 
 def say(text: str) -> None:
