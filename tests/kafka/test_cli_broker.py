@@ -72,6 +72,7 @@ def test_doctor_finds_this_machine_healthy(cluster: Cluster) -> None:
     assert not [check for check in found.values() if check["state"] == "problem"]  # no Chromium is only a note
 
 
+@pytest.mark.long
 def test_up_status_down(own_state: Path) -> None:
     assert "`labkit down` ends it" in said("up")
     assert "`labkit down` ends it" in said("up"), "twice is no error"

