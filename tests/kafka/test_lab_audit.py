@@ -54,6 +54,7 @@ class Shop:
             wait_ready(self.pods)
 
 
+@pytest.mark.long
 def test_all_is_well(lab: Lab) -> None:
     shop = Shop(lab, 2)
     load = lab.load(shop.orders, orders(300), rate=300)

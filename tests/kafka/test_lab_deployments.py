@@ -186,6 +186,7 @@ def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> N
     wait_until(lambda: all(fault.end is not None for fault in lab.faults), 15, "the last pod to leave")
 
 
+@pytest.mark.long
 def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     source, target = lab.topic("orders", 2, Order), lab.topic("shipped", 2, dict)
     version = "old"

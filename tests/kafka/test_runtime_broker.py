@@ -279,6 +279,7 @@ def test_everything_goes_with_the_last_user(own_state: Path) -> None:
     assert_all_gone(own_state, before, 20)
 
 
+@pytest.mark.long
 def test_everything_goes_with_a_killed_user(own_state: Path, user: Callable[[], subprocess.Popen[str]]) -> None:
     process = user()
     assert process.stdout is not None

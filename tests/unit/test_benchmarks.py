@@ -81,6 +81,7 @@ def test_runs_take_turns_and_the_median_round_counts(tmp_path: Path) -> None:
     assert {name: one.rate for name, one in found.items()} == {"a": 9.0, "b": 10.0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["consume", "cosnume"], ["--rounds", "0"]])
 def test_what_is_unknown_is_refused(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, str(FOLDER), *arguments], capture_output=True, text=True, check=False)
