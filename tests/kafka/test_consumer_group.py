@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from labkit.kafka.consumer.failures import FailedRecord, Retry
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
+from labkit.kafka.topics import Topic
 
 
 def share(member: Member, count: int) -> None:
@@ -132,20 +134,29 @@ def test_a_stop_interrupts_a_back_off_at_once(cluster: Cluster) -> None:
     assert member.journal.assigned() == set()
 
 
-def test_a_late_result_is_never_committed(cluster: Cluster) -> None:
-    """correctness 3, 5: the drain's bound has passed, the next owner has the record; then the handler returns."""
-    topic, group = fresh_topic(cluster), fresh_group()
-    put(topic, 0, 1, 2)
+def stopped_at_its_second(
+    topic: Topic[int], group: str, handle: Callable[[Record[int]], object] = lambda record: None
+) -> tuple[Member, threading.Event, threading.Event]:
+    """A member that was stopped while its handler has record 1. It goes on at one event, and then sets the other."""
     going_on, late = threading.Event(), threading.Event()
 
     def slow(record: Record[int]) -> None:
+        handle(record)
         if record.value == 1:
             going_on.wait(20)
             late.set()
 
-    with Member(Consumer(topic, slow, group, drain=0.2)) as first:
-        first.journal.wait_for(Step.HANDLING, 2)
-        first.stop()
+    with Member(Consumer(topic, slow, group, drain=0.2)) as member:
+        member.journal.wait_for(Step.HANDLING, 2)
+        member.stop()
+    return member, going_on, late
+
+
+def test_a_late_result_is_never_committed(cluster: Cluster) -> None:
+    """correctness 3, 5: the drain's bound has passed, the next owner has the record; then the handler returns."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    put(topic, 0, 1, 2)
+    first, going_on, late = stopped_at_its_second(topic, group)
     assert committed(topic, group) == {0: 1}
     blocked = threading.Event()
     with Member(Consumer(topic, lambda record: blocked.wait(10), group)) as second:
@@ -163,17 +174,7 @@ def test_what_a_late_result_sent_is_not_sent(cluster: Cluster) -> None:
     """correctness 3, 34: it goes out with the next owner's handling of the record."""
     topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
     put(topic, 0, 1)
-    going_on, late = threading.Event(), threading.Event()
-
-    def slow(record: Record[int]) -> None:
-        output.send(record.value)
-        if record.value == 1:
-            going_on.wait(20)
-            late.set()
-
-    with Member(Consumer(topic, slow, group, drain=0.2)) as first:
-        first.journal.wait_for(Step.HANDLING, 2)
-        first.stop()
+    _, going_on, late = stopped_at_its_second(topic, group, lambda record: output.send(record.value))
     going_on.set()
     assert late.wait(5)
     with Member(Consumer(topic, lambda record: output.send(10 + record.value), group)) as second:
