@@ -79,6 +79,7 @@ OVERHEAD = 100  # bytes of a record beside its value, key and headers; the clien
 PROPAGATION = 3.0  # seconds for a new topic to be known everywhere
 UNKNOWN = 1 << 31  # partitions of a topic that no broker tells of
 ASK_AGAIN, FOREVER = 30.0, 1e9  # seconds for which an answer holds
+OUTAGE = 600.0  # seconds for which what a process has sent waits for a broker that is away
 POLL = 500  # records from one look at what was refused to the next
 POD = "LABKIT_POD"  # environment variable: the pod's name, put into what it sends
 
@@ -316,7 +317,10 @@ def producer(cluster: Cluster, reports: bool = False, copies: bool = False) -> P
     found = _producers.get(key)
     if found is None:
         with _making:
-            found = _producers.get(key) or Producer(cluster, reports=reports, copies=copies)
+            # Who hears of each of its records can send it again; of the others a time-out would end the consumer.
+            found = _producers.get(key) or Producer(
+                cluster, 30.0 if reports else OUTAGE, reports=reports, copies=copies
+            )
             _producers[key] = found
     return found
 

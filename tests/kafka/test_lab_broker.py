@@ -71,6 +71,12 @@ def frozen(lab: Lab) -> None:
     lab.broker.thaw()
 
 
+def away_for_long(lab: Lab) -> None:
+    lab.broker.kill()
+    time.sleep(35)  # the outage itself: longer than a record that somebody waits for
+    lab.broker.restart()
+
+
 def restarted(lab: Lab) -> None:
     lab.broker.restart()
 
@@ -78,8 +84,8 @@ def restarted(lab: Lab) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "kinds"),
-    [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"])],
-    ids=("killed", "frozen", "restarted"),
+    [(killed, ["kill"]), (frozen, ["freeze"]), (restarted, ["restart"]), (away_for_long, ["kill"])],
+    ids=("killed", "frozen", "restarted", "away for long"),
 )
 def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kinds: list[str]) -> None:
     shop = Shop(lab)
@@ -90,7 +96,8 @@ def test_a_deployment_lives_through(lab: Lab, fault: Callable[[Lab], None], kind
     windows = of_kafka(lab)
     assert [one.kind for one in windows] == kinds
     assert all(one.end is not None and one.end > one.start for one in windows)
-    assert shop.pods.restarts == 0
+    said = "\n".join(f"{line.pod}: {line.text}" for line in shop.pods.log)
+    assert shop.pods.restarts == 0, said
 
 
 @pytest.mark.long
