@@ -1,6 +1,27 @@
 """Learn event-driven architecture by breaking it.
 
-`labkit.lab` is what a notebook holds, `labkit.patterns` what a service can lift, `labkit.kafka` what both stand on.
+`labkit` gives what a notebook holds, `labkit.patterns` what a service can lift, `labkit.kafka` what both stand on.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from labkit.lazy import lazy_names
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from labkit.lab.lab import Lab as Lab
+    from labkit.lab.widgets import exercise as exercise
+    from labkit.lab.widgets import hint as hint
+    from labkit.lab.widgets import predict as predict
+    from labkit.lab.widgets import solution as solution
+else:
+    __all__, __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "lab.lab": "Lab",
+            "lab.widgets": "exercise hint predict solution",
+        },
+    )

@@ -24,12 +24,12 @@ from typing import Literal
 
 import msgspec
 
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE, Record
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, Pod, PodState
 from labkit.runtime.server import ServerState
 

@@ -1,0 +1,40 @@
+"""The patterns, fit for production: retries, projections into views, key-value stores. No Jupyter anywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from labkit.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from labkit.patterns.blocked_lanes import BlockedLanes as BlockedLanes
+    from labkit.patterns.consume_and_project import Projection as Projection
+    from labkit.patterns.consume_and_project import Staleness as Staleness
+    from labkit.patterns.dead_letters import DeadLetters as DeadLetters
+    from labkit.patterns.key_value_store import KeyValueStore as KeyValueStore
+    from labkit.patterns.key_value_store import StoreClosed as StoreClosed
+    from labkit.patterns.key_value_store import StoreNotReady as StoreNotReady
+    from labkit.patterns.retries import Policy as Policy
+    from labkit.patterns.retries import RetryingConsumer as RetryingConsumer
+    from labkit.patterns.retries import blocking as blocking
+    from labkit.patterns.retries import dead_letter as dead_letter
+    from labkit.patterns.retries import exponential as exponential
+    from labkit.patterns.retries import fixed as fixed
+    from labkit.patterns.retries import retry_topics as retry_topics
+    from labkit.patterns.views import PostgresView as PostgresView
+    from labkit.patterns.views import SqliteView as SqliteView
+    from labkit.patterns.views import ViewOutdated as ViewOutdated
+    from labkit.patterns.views import ViewTakenBack as ViewTakenBack
+    from labkit.patterns.views import ViewUnavailable as ViewUnavailable
+else:
+    __all__, __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "blocked_lanes": "BlockedLanes",
+            "consume_and_project": "Projection Staleness",
+            "dead_letters": "DeadLetters",
+            "key_value_store": "KeyValueStore StoreClosed StoreNotReady",
+            "retries": "Policy RetryingConsumer blocking dead_letter exponential fixed retry_topics",
+            "views": "PostgresView SqliteView ViewOutdated ViewTakenBack ViewUnavailable",
+        },
+    )

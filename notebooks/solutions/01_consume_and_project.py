@@ -6,7 +6,7 @@ def crowded(record):
 def judge(crowded):
     class Of(Struct):
         value: Context
-    few, many = ([App(f"app-{n}", "1.0") for n in range(size)] for size in (9, 10))
+    few, many = ([sites.App(f"app-{n}", "1.0") for n in range(size)] for size in (9, 10))
     if list(crowded(Of(Context(1, "ada", many)))) != [(10,)]:
         return "A site with ten apps should give one row, (10,): a list with one tuple in it."
     nine = list(crowded(Of(Context(1, "ada", few))))

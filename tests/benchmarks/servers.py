@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.lab.deployment import PodState
 from labkit.runtime import shared
 from labkit.runtime.broker import Broker, prepare

@@ -17,16 +17,16 @@ import msgspec
 
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
+from labkit import Lab
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.patterns.consume_and_project import Projection
 from labkit.patterns.views import Batch, Change, SqliteView
 from labkit.runtime import shared
-from labkit.services.metasite import MetaSite, fill
-from labkit.services.sites import App, Site, site_id, sites, updates
-from labkit.services.view_reader import ViewReader
+from labkit.services.sites.content import App, Site, site_id, sites, updates
+from labkit.services.sites.metasite import MetaSite, fill
+from labkit.services.sites.view_reader import ViewReader
 
 RECORDS, PARTITIONS, BATCH = 60_000, 4, 500
 SITES = 10_000  # that the reader is asked for

@@ -102,5 +102,5 @@ def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
     notebook.click("Replay all")
     notebook.wait_for_text("4 put back; each leaves once it is handled.")
     notebook.wait_for_text("Dead letters of subscriptions: 4", timeout=60)  # a card that is declined is declined again
-    notebook.scroll_to("payments.decline(")
+    notebook.scroll_to("unreliable.decline(")
     notebook.screenshot("04_board", tmp_path)

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.metrics import Fault
 

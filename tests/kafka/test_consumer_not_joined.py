@@ -13,11 +13,11 @@ from consuming import Member, fresh_group, fresh_topic
 from lab_helpers import wait_said
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.connect import Connection

@@ -12,13 +12,13 @@ from consuming import fresh_group
 from lab_helpers import Order, orders, values
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.runtime.broker import Broker, prepare

@@ -13,13 +13,13 @@ import pytest
 from lab_helpers import Order, Shipped, orders, wait_ready
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.lab.audit import AuditFailed, Effect
 from labkit.lab.evidence import effects
 from labkit.runtime.connect import Connection

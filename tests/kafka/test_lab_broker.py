@@ -14,10 +14,10 @@ from lab_helpers import Order, Shipped, ordered, orders, wait_ready
 from processes import wait_until
 
 import labkit.lab.load as load_module
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.records import Record
-from labkit.lab import Lab
 from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
 from labkit.lab.metrics import Fault

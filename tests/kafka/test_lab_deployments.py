@@ -14,12 +14,12 @@ import pytest
 from lab_helpers import Order, Shipped, ordered, orders, said, values, wait_ready, wait_running, wait_said
 from processes import is_alive, wait_until
 
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
-from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.retry_desk import RetryDesk
 from labkit.lab.travel import CannotTravel

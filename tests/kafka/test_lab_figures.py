@@ -14,8 +14,10 @@ import pytest
 from lab_helpers import Order, orders
 from processes import wait_until
 
+from labkit import Lab
+from labkit.kafka import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
-from labkit.lab import Consumer, Lab, sampler
+from labkit.lab import sampler
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from lab_helpers import Order, orders
 
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
 from labkit.runtime.connect import Connection

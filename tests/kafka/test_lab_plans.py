@@ -11,7 +11,7 @@ import pytest
 from lab_helpers import Order, orders
 from processes import wait_until
 
-from labkit.lab import Lab
+from labkit import Lab
 from labkit.lab.planned import Planned
 from labkit.lab.settling import QUIET
 from labkit.runtime.connect import Connection

@@ -16,11 +16,12 @@ from consuming import put
 from lab_helpers import Order, orders, values, wait_ready
 from processes import is_alive, wait_until
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab, runs
+from labkit.lab import runs
 from labkit.lab.deployment import Deployment
 from labkit.lab.lab import _close_all
 from labkit.patterns.dead_letters import dead_letters_topic
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("connection")
 
 NOTEBOOK = """
 import sys
-from labkit.lab import Consumer, Lab
+from labkit import Lab
+from labkit.kafka import Consumer
 
 lab = Lab("killed")
 topic = lab.topic("orders", 2, dict)

@@ -23,10 +23,11 @@ from lab_helpers import wait_ready, wait_running
 from processes import is_alive, wait_until
 
 import labkit.lab.lab as module
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
-from labkit.lab import Lab, picture
+from labkit.lab import picture
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from processes import is_alive, wait_until
 
+from labkit import Lab
 from labkit.kafka.errors import LabkitError
-from labkit.lab import Lab
 from labkit.runtime import valkey as served
 from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState

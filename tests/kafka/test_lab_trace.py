@@ -11,11 +11,11 @@ import pytest
 from lab_helpers import Order, Shipped, orders, said, wait_ready
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import FailedRecord, Retry
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
-from labkit.lab import Lab
 from labkit.lab.deployment import Deployment, pane
 from labkit.patterns.trails import own_topic
 from labkit.runtime.connect import Connection

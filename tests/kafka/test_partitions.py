@@ -17,13 +17,13 @@ from lab_helpers import Order, Shipped, orders
 from processes import wait_until
 from stores import store_topic
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import PoisonRecord, TopicMismatch
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.key_value_store import KeyValueStore

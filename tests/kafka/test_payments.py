@@ -18,18 +18,18 @@ from aiohttp import web
 from consuming import alter, fresh_topic
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
-from labkit.lab import Lab
 from labkit.lab.provider_faults import ProviderFaults
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
-from labkit.services.job_scheduler import JobScheduler, Schedule, finished, schedule
-from labkit.services.payments import (
+from labkit.services.payments.job_scheduler import JobScheduler, Schedule, finished, schedule
+from labkit.services.payments.ledger import (
     CardDeclined,
     ProviderFailed,
     Renewal,
@@ -39,8 +39,8 @@ from labkit.services.payments import (
     charge,
     charges,
 )
-from labkit.services.payments_provider import PaymentsProvider
-from labkit.services.subscriptions import LOCKS, Costs, Due, Polling, Requesting, costs, subscribe
+from labkit.services.payments.provider import PaymentsProvider
+from labkit.services.payments.subscriptions import LOCKS, Costs, Due, Polling, Requesting, costs, subscribe
 
 RENEWAL = Renewal("7-1", "customer 7", 1, 2900)
 

@@ -9,8 +9,8 @@ import pytest
 from lab_helpers import Order, Shipped, orders, values, wait_ready
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.records import Record
-from labkit.lab import Lab
 from labkit.lab.retry_desk import RetryDesk
 from labkit.patterns.blocked_lanes import Skip
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter

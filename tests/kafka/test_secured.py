@@ -18,12 +18,12 @@ from processes import wait_until
 from secured import PASSWORD, STORE, USER, Secured, secured_broker
 
 import labkit.runtime.connect as connect_module
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.runtime.connect import connect
 
 SOON = 30.0  # seconds, for a machine that stands still

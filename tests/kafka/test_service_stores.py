@@ -17,18 +17,18 @@ from processes import wait_until
 from stores import raw, store_topic
 from typer.testing import CliRunner
 
+from labkit import Lab
 from labkit.cli.main import app
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.lab import Lab
 from labkit.lab.services import store_lag
 from labkit.patterns.key_value_store import KeyValueStore, StoreNotReady
 from labkit.runtime.connect import Connection
-from labkit.services.bookings import Bookings
-from labkit.services.business_manager import BusinessManager
-from labkit.services.countries import Country, Zone, countries, zone_at, zones_by_country
-from labkit.services.events import Events
 from labkit.services.faults import NONE, TOPIC, Misbehaviour, ServiceFaults
+from labkit.services.time_zones.bookings import Bookings
+from labkit.services.time_zones.business_manager import BusinessManager
+from labkit.services.time_zones.countries import Country, Zone, iso_countries, zone_at, zones_by_country
+from labkit.services.time_zones.events import Events
 
 WINTER, SUMMER = datetime(2026, 3, 29, 0, 59, tzinfo=UTC), datetime(2026, 3, 29, 1, 0, tzinfo=UTC)
 
@@ -44,7 +44,7 @@ class Platform:
         self.faults = ServiceFaults(lab.topic(TOPIC, 1, Misbehaviour, compacted=True))
         self.faults.wait_ready()
         with KeyValueStore(self.countries) as store:
-            store.update({code: country for code, country in countries().items() if code != "SS"})
+            store.update({code: country for code, country in iso_countries().items() if code != "SS"})
         self.manager = lab.deploy("manager", BusinessManager(lab.port("manager"), self.countries))
         self.bookings = lab.deploy("bookings", Bookings(self.countries, self.clock.topic, self.zones))
         self.events = lab.deploy("events", Events(lab.port("events"), self.zones, self.faults))
@@ -91,10 +91,10 @@ def platform() -> Iterator[Platform]:
 
 
 def test_iso_and_iana() -> None:
-    assert len(countries()) == 249
-    assert countries()["SS"] == Country("South Sudan")
+    assert len(iso_countries()) == 249
+    assert iso_countries()["SS"] == Country("South Sudan")
     zones = zones_by_country()
-    assert set(countries()) - set(zones) == {"BV", "HM"}
+    assert set(iso_countries()) - set(zones) == {"BV", "HM"}
     assert zones["SS"] == ("Africa/Juba",)
     assert zones["DE"][0] == "Europe/Berlin"
     assert zone_at("Europe/Berlin", "DE", WINTER) == Zone("DE", 60, "CET")

@@ -40,9 +40,9 @@ from labkit.runtime.postgres import Postgres
 from labkit.services import clients
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
-from labkit.services.metasite import CONFIRM, TABLE, MetaSite, backfill, fill, stored, table_writer
-from labkit.services.sites import Site, site, site_id, sites
-from labkit.services.view_reader import ViewReader
+from labkit.services.sites.content import Site, site, site_id, sites
+from labkit.services.sites.metasite import CONFIRM, TABLE, MetaSite, backfill, fill, stored, table_writer
+from labkit.services.sites.view_reader import ViewReader
 
 
 @contextmanager
@@ -421,8 +421,8 @@ def test_a_dual_write_that_ends_in_between_loses_the_event(cluster: Cluster, dsn
         "import os, signal, sys, threading\n"
         "from labkit.kafka.cluster import Cluster\n"
         "from labkit.kafka.topics import Topic\n"
-        "from labkit.services.metasite import MetaSite\n"
-        "from labkit.services.sites import Site\n"
+        "from labkit.services.sites.metasite import MetaSite\n"
+        "from labkit.services.sites.content import Site\n"
         "def between(site):\n"
         "    if site.id == 'site-000005': os.kill(os.getpid(), signal.SIGKILL)\n"
         "topic = Topic(Cluster(sys.argv[1]), sys.argv[2], 1, Site)\n"

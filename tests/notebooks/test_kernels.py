@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 SETUP = """
 import json, os, time, psutil
 from msgspec import Struct
-from labkit.lab import Consumer, Lab
+from labkit import Lab
+from labkit.kafka import Consumer
 from labkit.runtime.shared import status
 
 class Order(Struct):
@@ -190,7 +191,7 @@ def test_an_interrupt_inside_of_what_a_cell_calls(call: str, tmp_path: Path) -> 
 def test_two_notebooks_that_start_at_once_share_one_broker(tmp_path: Path) -> None:
     """correctness 31"""
     with kernel(tmp_path) as (_, one), kernel(tmp_path) as (_, two):
-        code = "from labkit.lab import Lab; lab = Lab('twin'); print(lab.cluster.bootstrap, lab.run.id)"
+        code = "from labkit import Lab; lab = Lab('twin'); print(lab.cluster.bootstrap, lab.run.id)"
         for client in (one, two):
             client.execute(code)
         told = []

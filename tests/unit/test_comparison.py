@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from labkit.lab import compare
 from labkit.lab.audit import AuditFailed
+from labkit.lab.comparison import compare
 
 
 def test_the_same_is_valid_whatever_the_order() -> None:

@@ -12,13 +12,13 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from labkit.lab import Lab
+from labkit import Lab
 from labkit.lab.metrics import History
 from labkit.lab.provider_faults import ProviderFaults
 from labkit.services.clients import ask
-from labkit.services.job_scheduler import Progress, Schedule, finished, schedule
-from labkit.services.payments import Renewal, charge
-from labkit.services.subscriptions import Costs, costs
+from labkit.services.payments.job_scheduler import Progress, Schedule, finished, schedule
+from labkit.services.payments.ledger import Renewal, charge
+from labkit.services.payments.subscriptions import Costs, costs
 
 WANTED = Schedule("http://127.0.0.1:1/due", "monthly")
 ANSWERS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from labkit.kafka.records import encode
-from labkit.services.sites import Site, changes, site, site_id, sites, updates
+from labkit.services.sites.content import Site, changes, site, site_id, sites, updates
 
 FILE = Path(__file__).parents[2] / "data" / "sites.jsonl"
 

@@ -17,7 +17,7 @@ import psycopg
 from aiohttp import web
 
 from labkit.services.http import HttpService
-from labkit.services.payments import ProviderBehaviour, Renewal
+from labkit.services.payments.ledger import ProviderBehaviour, Renewal
 
 TABLES = """
 create table if not exists charges (

@@ -26,8 +26,8 @@ from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
 from labkit.services.http import HttpService
-from labkit.services.sites import Site
-from labkit.services.view_reader import NAME
+from labkit.services.sites.content import Site
+from labkit.services.sites.view_reader import NAME
 
 TABLE = "create table if not exists sites (id text primary key, version bigint not null, object jsonb)"
 # A deleted site keeps its row and its version, without an object.

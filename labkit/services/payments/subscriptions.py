@@ -17,7 +17,7 @@ from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.services.clients import direct
 from labkit.services.http import HttpService
-from labkit.services.payments import CardDeclined, ProviderFailed, Renewal, receipt_of
+from labkit.services.payments.ledger import CardDeclined, ProviderFailed, Renewal, receipt_of
 
 TABLES = """
 create table if not exists subscriptions (

@@ -13,8 +13,8 @@ from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.services.countries import Country, countries
 from labkit.services.http import HttpService
+from labkit.services.time_zones.countries import Country, iso_countries
 
 CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 
@@ -57,9 +57,9 @@ class BusinessManager(HttpService):
 
     async def _put(self, request: web.Request) -> web.Response:
         code = request.match_info["code"]
-        if code not in countries():
+        if code not in iso_countries():
             raise web.HTTPBadRequest(text=f"{code!r} is no country of ISO 3166")
-        return await self._written(partial(request.app[COUNTRIES].put, code, countries()[code], CONFIRM))
+        return await self._written(partial(request.app[COUNTRIES].put, code, iso_countries()[code], CONFIRM))
 
     async def _delete(self, request: web.Request) -> web.Response:
         return await self._written(partial(request.app[COUNTRIES].delete, request.match_info["code"], CONFIRM))

@@ -12,9 +12,9 @@ from aiohttp import web
 from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.services.countries import Zone
 from labkit.services.faults import ServiceFaults
 from labkit.services.http import Handler, HttpService
+from labkit.services.time_zones.countries import Zone
 
 ZONES: web.AppKey[KeyValueStore[Zone]] = web.AppKey("zones", KeyValueStore)
 

@@ -32,7 +32,7 @@ class Zone(msgspec.Struct, frozen=True):
 
 
 @lru_cache(1)
-def countries() -> dict[str, Country]:
+def iso_countries() -> dict[str, Country]:
     """All 249 of them, by code."""
     return {code: Country(name) for code, name in _table("iso3166.tab")}
 

@@ -12,7 +12,7 @@ from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import DeliveryFailed, PoisonRecord
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.services.countries import Country, Zone, zone_at, zones_by_country
+from labkit.services.time_zones.countries import Country, Zone, zone_at, zones_by_country
 
 TICK = 0.5  # seconds between two looks at the clock
 
