@@ -11,7 +11,9 @@ from typing import Any
 
 from outputs import PICTURE, PICTURE_BYTES, VERDICT, WIDGETS
 
-CODE_LINES = 18  # "at most ~15": blank lines and comments do not count, a closing bracket does
+CODE_LINES = 15  # blank lines and lines that are only a comment do not count; a closing bracket does
+SETUP = "setup"
+SETUP_NAMES = 12
 WIDEST = 100  # characters of a line of code: more is behind a scroll bar of JupyterLab on a laptop
 CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # `!` and `%` lines pass under nbval whatever they do, and mean nothing outside IPython.
@@ -123,6 +125,17 @@ def short_cells(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[st
                 yield f"cell {cell['id']} has a line of {len(line)} characters; {WIDEST} are allowed: {line[:30]}…"
 
 
+def few_names(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
+    """A reader who begins holds a dozen names in mind; other imports stand in the cell that uses them."""
+    cell = next((cell for cell in code_cells(notebook) if cell.get("id") == SETUP), None)
+    if cell is None:
+        yield f"it has no code cell {SETUP}"
+        return
+    names = {name for node in _nodes(cell) for name in _made(node)}
+    if len(names) > SETUP_NAMES:
+        yield f"cell {SETUP} makes {len(names)} names; {SETUP_NAMES} are allowed: {', '.join(sorted(names))}"
+
+
 def plain_python(notebook: Notebook, solutions: Mapping[str, str]) -> Iterator[str]:
     """`!exit 3` passes under nbval."""
     for cell in code_cells(notebook):
@@ -202,6 +215,7 @@ LINTS: tuple[Lint, ...] = (
     bare_outputs,
     one_picture,
     short_cells,
+    few_names,
     plain_python,
     plain_outputs,
     no_machine_paths,

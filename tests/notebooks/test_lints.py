@@ -54,9 +54,17 @@ GOOD: dict[str, Any] = {
         },
         {
             "cell_type": "code",
+            "id": "setup",
+            "metadata": {},
+            "execution_count": 1,
+            "source": "# This much is allowed.\n\n" + "a = b = c = d = e = f = g = h = i = j = k = l = 1\n" * 15,
+            "outputs": [],
+        },
+        {
+            "cell_type": "code",
             "id": "verdict",
             "metadata": {"tags": ["verdict"]},
-            "execution_count": 1,
+            "execution_count": 2,
             "source": "# NBVAL_CHECK_OUTPUT\nprint(verdict.check())  # why? 10 % 3 != 2",
             "outputs": [{"output_type": "stream", "name": "stdout", "text": "lost 0\n"}],
         },
@@ -64,7 +72,7 @@ GOOD: dict[str, Any] = {
             "cell_type": "code",
             "id": "snapshot",
             "metadata": {},
-            "execution_count": 2,
+            "execution_count": 3,
             "source": "board.snapshot()",
             "outputs": [picture(PICTURE_BYTES)],
         },
@@ -72,14 +80,15 @@ GOOD: dict[str, Any] = {
             "cell_type": "code",
             "id": "most",
             "metadata": {},
-            "execution_count": 3,
+            "execution_count": 4,
             "source": "most = ...\nexercise(most=most)",
             "outputs": [],
         },
     ],
 }
 SOLUTIONS = {"most": "most = 4"}
-VERDICT, SNAPSHOT, MOST = 1, 2, 3
+SETUP, VERDICT, SNAPSHOT, MOST = 1, 2, 3, 4
+THIRTEEN = "import a, b, c.d\nfrom e import f as g, h\ni, *j = k = 1, 2\nwith open(x) as m: n = o = p = q = 1\n"
 
 
 def change(number: int, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -111,7 +120,9 @@ BAD: list[tuple[lints.Lint, str, Callable[[dict[str, Any]], Any]]] = [
     (lints.one_picture, "2 pictures", change(MOST, outputs=[picture(10)])),
     (lints.one_picture, "40,001 bytes", change(SNAPSHOT, outputs=[picture(PICTURE_BYTES + 1)])),
     (lints.short_cells, "a line of 121 characters", source("x = '" + 115 * "a" + "'")),
-    (lints.short_cells, "19 lines", source("x = 1\n" * (lints.CODE_LINES + 1))),
+    (lints.short_cells, "16 lines", source("# why\n\n" + "x = 1\n" * 16)),
+    (lints.few_names, "no code cell setup", change(SETUP, id="beginning")),
+    (lints.few_names, "13 names", change(SETUP, source=THIRTEEN)),
     (lints.plain_python, "!exit 3", source("!exit 3")),
     (lints.plain_python, "%timeit", source("x = 1\n%timeit x")),
     (lints.plain_python, "%%bash", source("%%bash\nls")),
