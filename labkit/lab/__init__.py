@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from labkit.kafka.consumer import Consumer as Consumer
-    from labkit.lab.comparison import compare as compare
     from labkit.lab.lab import Lab as Lab
     from labkit.lab.widgets import exercise as exercise
     from labkit.lab.widgets import hint as hint
@@ -18,13 +17,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Consumer": "labkit.kafka.consumer",
     "Lab": "labkit.lab.lab",
-    "compare": "labkit.lab.comparison",
     "exercise": "labkit.lab.widgets",
     "hint": "labkit.lab.widgets",
     "predict": "labkit.lab.widgets",
     "solution": "labkit.lab.widgets",
 }
-__all__ = ["Consumer", "Lab", "compare", "exercise", "hint", "predict", "solution"]
+__all__ = ["Consumer", "Lab", "exercise", "hint", "predict", "solution"]
 
 
 def __getattr__(name: str) -> Any:
