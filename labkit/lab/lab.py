@@ -375,13 +375,13 @@ class Lab:
     def verdict(
         self,
         sent: Load[Any] | Iterable[Load[Any]] | Iterable[Sent] | Mapping[Any, Any],
-        done: Topic[Any] | evidence.Content | Callable[[], evidence.Content],
+        done: Topic[Any] | evidence.Content | Callable[[], Topic[Any] | evidence.Content],
         by: str | Callable[[Any], str] = "id",
         name: str = "",
         exactly_once: bool = False,
         ordered: bool = True,
-        early: evidence.Ids | None = None,
-        rejected: evidence.Ids | None = None,
+        early: Iterable[str] | Callable[[], Iterable[str]] | None = None,
+        rejected: Iterable[str] | Callable[[], Iterable[str]] | None = None,
         timeout: float = 60.0,
     ) -> Verdict:
         """Wait until the lab has settled, then compare what was sent with what took effect, by business id.
@@ -396,17 +396,18 @@ class Lab:
         the pods' last lines are printed. Raises LabkitError for a value without the id, and for what cannot be
         compared.
         """
-        given = evidence.listed(sent)
+        given = sent if isinstance(sent, Mapping) else [sent] if isinstance(sent, Load) else list(sent)
         self._check_open(*given, done)
         stale = None
-        if any(map(evidence.is_copy, (done, early, rejected))) and (reason := self.unsettled()):
+        was_read = any(isinstance(one, dict | list | tuple | set) for one in (done, early, rejected))
+        if was_read and (reason := self.unsettled()):
             stale = f"what took effect was read before the lab had settled ({reason}): give a function that reads it"
         self.settle(timeout)
         # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
         # record that is handled between two looks may have made one upstream of what was looked at first.
         unknown = self.unsettled() or self.unsettled() or stale
         sends, others = evidence.sends(given, self.loads)
-        effects, poison = evidence.took_effect(done, identifier(by))
+        effects, poison = evidence.took_effect(done() if callable(done) else done, identifier(by))
         found = judge(
             sends,
             effects,
@@ -414,8 +415,8 @@ class Lab:
             name=name,
             exactly_once=exactly_once,
             ordered=ordered,
-            early=evidence.ids(early),
-            rejected=evidence.ids(rejected),
+            early=early() if callable(early) else early,
+            rejected=rejected() if callable(rejected) else rejected,
             others=others,
             unknown=unknown or poison,
         )

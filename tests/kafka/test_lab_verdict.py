@@ -257,7 +257,7 @@ def test_a_ledger_is_as_good_as_a_topic(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("sent", "done", "told"),
     [
-        (["a"], [], "what was sent is a load, .*, not 'a'"),
+        (["a"], [], "what was sent is loads, .*, not 'a'"),
         ([Sent("a", None, 0)], ["a"], "what took effect is a topic, .*, not 'a'"),
         ({"a": 1}, [], "give `done` as a mapping"),
     ],
