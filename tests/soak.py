@@ -1,4 +1,4 @@
-"""`make soak`: minutes of random faults against one deployment; the audit then has to explain every record.
+"""`make soak`: minutes of random faults against one deployment; the verdict then has to explain every record.
 
 Pods are scaled, crashed, frozen, slowed and drained, the broker is killed, frozen and restarted, all drawn from a seed
 that is printed: `make soak ARGS="--seed 7"` draws the same faults again (when they strike depends on the machine).
@@ -189,25 +189,23 @@ def soak(seed: int, records: int, rate: float) -> bool:
         chaos = Chaos(lab, pods, chance)
         try:
             while not load.done:
-                with suppress(TimeoutError, DeliveryFailed):  # what went wrong, the audit below says
+                with suppress(TimeoutError, DeliveryFailed):  # what went wrong, the verdict below says
                     load.wait(10)
                 print(f"{time.monotonic() - begun:7.1f} s  {load.count:,} sent  {pods!r}", flush=True)
         finally:
             chaos.peace()
         settled = lab.settle(180)
-        audit = lab.audit(load, done)
+        verdict = lab.verdict(load, done, timeout=0)
         print(f"{time.monotonic() - begun:7.1f} s  {settled!r}")
         print("faults:", ", ".join(f"{name} {count}" for name, count in chaos.done.most_common()))
-        print(audit.verdict())
-        print(audit.explain())
+        print(verdict)
+        print(verdict.explain())
         with Reader(done) as reader:
             wrong = disorder(source, reader.rest(), order)
         print(f"first deliveries out of order within a lane: {len(wrong)}", *wrong[:5], sep="\n  ")
         if too_little := chaos.too_little(records / rate):
             print("too little chaos:", too_little)
-        if audit.result != "valid":
-            lab.logs("soak", 40)
-        return audit.result == "valid" and audit.sent == records and not wrong and not too_little
+        return verdict.result == "valid" and verdict.sent == records and not wrong and not too_little
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def place_of(topic: str, partition: int, offset: int) -> str:
-    """`topic/partition/offset`, the name under which errors, logs and audits know a record."""
+    """`topic/partition/offset`, the name under which errors, logs and verdicts know a record."""
     return f"{topic}/{partition}/{offset}"
 
 

@@ -2,7 +2,7 @@
 
 The header `correlation-id` goes from record to record, end to end, for tracing only; one that a record is sent with is
 kept. A record sent in a handler also says which record caused it (`labkit-cause`) and which pod made it (`labkit-pod`):
-that is how an audit tells a redelivery from a mistake. All other headers are the sender's own.
+that is how a verdict tells a redelivery from a mistake. All other headers are the sender's own.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Record(Generic[T]):
 
     @property
     def place(self) -> str:
-        """`topic/partition/offset`, the name under which logs and audits know the record."""
+        """`topic/partition/offset`, the name under which logs and verdicts know the record."""
         return place_of(self.topic, self.partition, self.offset)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""How an audit judges: every deviation of what took effect from what was sent, told apart by evidence.
+"""How a verdict judges: every deviation of what took effect from what was sent, told apart by evidence.
 
 - In a partition the offset says what came first, whatever the clocks say. Between two partitions only clocks
   can tell: the logs themselves show how far those disagree, and nothing nearer than that is claimed.
@@ -8,17 +8,20 @@
 
 from __future__ import annotations
 
+import reprlib
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from labkit.kafka.effects import Effect, Sent
 
 if TYPE_CHECKING:
     from labkit.lab.metrics import Fault
 
-WRONG = ("lost", "duplicated", "out of order", "unexpected")
+WRONG = ("lost", "duplicated", "out of order", "early", "wrong", "unexpected")  # in the order of a verdict's line
 # Seconds after its end in which a fault still moves partitions: the group's session has to end (6 s), then
 # the pod is restarted with back-off and joins again, each with a rebalance.
 AFTERMATH = 30.0
@@ -29,36 +32,11 @@ NOTED = 0.2  # seconds from the moment at which a fault is noted until it acts
 STRIKE = ("crash", "death", "freeze", "eviction", "drain")  # and not "slow", which takes nothing away
 
 
-class Sent(NamedTuple):
-    """One send; an id sent twice is listed twice. `order` counts the sends; `key=None` expects no order."""
-
-    id: str
-    key: str | None
-    order: int
-    confirmed: bool = True  # False: the broker never answered, so it may have arrived or not
-
-
-class Effect(NamedTuple):
-    """One thing that took effect: a record or a database row.
-
-    `place`: "done/0/17" (topic/partition/offset), or a row ("charges/17": its number tells no order). `time`:
-    unix seconds. `cause`: the source record handled ("orders/2/118"). `where`: the place in words.
-    """
-
-    id: str
-    key: str | None
-    place: str
-    time: float
-    cause: str | None
-    pod: str | None
-    where: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Anomaly:
     """One deviation. `place`, `pod`, `time`: of the effect in question; `first_…`: of that compared with."""
 
-    kind: str  # one of WRONG (as "maybe lost" … in an unknown audit), or "redelivered", "resent"
+    kind: str  # one of WRONG (as "maybe lost" … in an unknown verdict), or "rejected", "redelivered", "resent"
     id: str
     key: str | None
     explanation: str
@@ -126,15 +104,36 @@ def find(
     confirmed: set[str],
     line: Timeline,
     faults: Iterable[Fault],
+    ordered: bool,
 ) -> list[Anomaly]:
     """All anomalies. `wanted`: the first send of each id, in order; `repeats`: how often more."""
-    missing = (send for send in wanted.values() if send.id in confirmed and send.id not in line.first)
-    found = [Anomaly("lost", send.id, send.key, "confirmed, never took effect") for send in missing]
+    found = _lost(wanted, confirmed, line.first)
     found += _extras(line, wanted, repeats, sorted(faults, key=lambda fault: fault.start))
-    found += _disorder(line, wanted)
+    found += _disorder(line, wanted) if ordered else []
     strange = sorted(moment for name in line.first.keys() - wanted.keys() for moment in line.of(name))
     never = "an id that was never sent"
     return found + [_anomaly("unexpected", line.effects[moment.effect], never) for moment in strange]
+
+
+def differences(
+    wanted: Mapping[str, Sent],
+    confirmed: set[str],
+    content: Mapping[str, Any],
+    values: Mapping[str, Any] | None,
+) -> list[Anomaly]:
+    """The anomalies of a content, by id. `values`: what it is to be, if that is known."""
+    found = _lost(wanted, confirmed, content)
+    for name, value in (values or {}).items():
+        if name in content and content[name] != value:
+            why = f"{reprlib.repr(content[name])} instead of {reprlib.repr(value)}"
+            found.append(Anomaly("wrong", name, None, why))
+    never = "an id that was never sent, or was deleted"
+    return found + [Anomaly("unexpected", name, None, never) for name in content if name not in wanted]
+
+
+def _lost(wanted: Mapping[str, Sent], confirmed: set[str], there: Container[str]) -> list[Anomaly]:
+    missing = (send for send in wanted.values() if send.id in confirmed and send.id not in there)
+    return [Anomaly("lost", send.id, send.key, "confirmed, never took effect") for send in missing]
 
 
 def _extras(

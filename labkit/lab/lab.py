@@ -1,4 +1,4 @@
-"""The lab: what a notebook holds. It connects, names a run, and makes topics, deployments, load, board and audit."""
+"""The lab: what a notebook holds. It connects, names a run, and makes topics, deployments, load, board and verdict."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import psutil
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import picture, runs
-from labkit.lab.audit import Audit, Effect, audit
+from labkit.lab import evidence, picture, runs
 from labkit.lab.board import Action, Board
 from labkit.lab.deployment import Deployment, PodState, pane
-from labkit.lab.evidence import effects, ledger
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, clock
 from labkit.lab.planned import Planned, Plans
@@ -36,6 +35,7 @@ from labkit.lab.services import ServiceControls, Switches, store_lag, store_pane
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
+from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
 from labkit.runtime.postgres import Postgres
@@ -179,7 +179,7 @@ class Lab:
     ) -> Load[T]:
         """Send `values` to `topic`, `rate` a second (times the lab's pace), from a thread. Returns at once.
 
-        `by` is the business id the audit goes by, `key` the record's key: names of fields, or functions. Without a key
+        `by` is the business id a verdict goes by, `key` the record's key: names of fields, or functions. Without a key
         the id is the key.
         """
         self._check_open(topic)
@@ -372,46 +372,57 @@ class Lab:
         """Why this lab is not at rest now; None when it is."""
         return self._settling.unsettled()
 
-    def audit(
-        self,
-        sent: Load[Any] | Iterable[Load[Any]],
-        done: Topic[Any] | Iterable[Effect],
-        by: str | Callable[[Any], str] = "id",
-    ) -> Audit:
-        """Compare what was sent with what took effect, by business id.
-
-        `done` is the topic in which work takes effect, or effects read from elsewhere (a database). The answer is
-        `unknown`, with its reason, while the lab has not settled. Raises LabkitError for a value without the id.
-        """
-        loads = [sent] if isinstance(sent, Load) else list(sent)
-        self._check_open(*loads, done)
-        # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
-        # record that is handled between two looks may have made one upstream of what was looked at first.
-        unknown = self.unsettled() or self.unsettled()
-        sends, others = ledger(loads, self.loads)
-        if isinstance(done, Topic):
-            found, poison = effects(done, identifier(by))
-            unknown = unknown or poison
-        else:
-            found = list(done)
-        asked = [effect for effect in found if effect.id not in others]
-        return replace(audit(sends, asked, self._history.faults, unknown=unknown), others=len(others))
-
     def verdict(
         self,
-        sent: Load[Any] | Iterable[Load[Any]],
-        done: Topic[Any] | Iterable[Effect],
+        sent: Load[Any] | Iterable[Load[Any]] | Iterable[Sent] | Mapping[Any, Any],
+        done: Topic[Any] | evidence.Content | Callable[[], Topic[Any] | evidence.Content],
         by: str | Callable[[Any], str] = "id",
+        name: str = "",
+        exactly_once: bool = False,
+        ordered: bool = True,
+        early: Iterable[str] | Callable[[], Iterable[str]] | None = None,
+        rejected: Iterable[str] | Callable[[], Iterable[str]] | None = None,
         timeout: float = 60.0,
-    ) -> Audit:
-        """Wait until the lab has settled, then audit. If that is not `valid`, the pods' last lines are printed."""
-        loads = [sent] if isinstance(sent, Load) else list(sent)
-        self._check_open(*loads, done)
+    ) -> Verdict:
+        """Wait until the lab has settled, then compare what was sent with what took effect, by business id.
+
+        `sent`: loads, `Sent` tuples, or a mapping from an id to the value it is to have in the end. `done`: the topic
+        in which work takes effect, `Effect`s (of a ledger), or a mapping from an id to the value it has (in a view).
+        `early`, `rejected`: ids of what was done before its time, and of what was set aside (None: not asked). These
+        three may be functions, which are called once the lab has settled.
+
+        `exactly_once` admits no extra; `ordered`: each key is to take effect in the order of sending; `name` says what
+        was looked at. The answer is `unknown`, with its reason, while the lab has not settled. If it is not `valid`,
+        the pods' last lines are printed. Raises LabkitError for a value without the id, and for what cannot be
+        compared.
+        """
+        given = sent if isinstance(sent, Mapping) else [sent] if isinstance(sent, Load) else list(sent)
+        self._check_open(*given, done)
+        stale = None
+        was_read = any(isinstance(one, dict | list | tuple | set) for one in (done, early, rejected))
+        if was_read and (reason := self.unsettled()):
+            stale = f"what took effect was read before the lab had settled ({reason}): give a function that reads it"
         self.settle(timeout)
-        found = self.audit(loads, done, by)
+        # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
+        # record that is handled between two looks may have made one upstream of what was looked at first.
+        unknown = self.unsettled() or self.unsettled() or stale
+        sends, others = evidence.sends(given, self.loads)
+        effects, poison = evidence.took_effect(done() if callable(done) else done, identifier(by))
+        found = judge(
+            sends,
+            effects,
+            self._history.faults,
+            name=name,
+            exactly_once=exactly_once,
+            ordered=ordered,
+            early=early() if callable(early) else early,
+            rejected=rejected() if callable(rejected) else rejected,
+            others=others,
+            unknown=unknown or poison,
+        )
         if found.result != "valid":
-            for name in self.deployments:
-                self.logs(name)
+            for deployment in self.deployments:
+                self.logs(deployment)
         return found
 
     def records(self, topic: Topic[Any], last: int = 10) -> pd.DataFrame:

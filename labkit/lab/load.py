@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Generic
 
+from labkit.kafka.effects import Sent
 from labkit.kafka.errors import DeliveryFailed, LabkitError, error_text, safe_text
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import T, encode
 from labkit.kafka.topics import Topic
-from labkit.lab.anomalies import Sent
 
 PATIENCE = 600.0  # seconds without Kafka: who kills it may take a while to read what that does
 
@@ -112,7 +112,7 @@ class Load(Generic[T]):
                 if order == len(batch):  # the first took the client up to a second, not to be made up for in a burst
                     begun = time.monotonic() - order / self._rate
                 self._stop.wait(0.02)
-        except Exception as error:  # shown by repr, wait and the audit; a thread has nobody to raise to
+        except Exception as error:  # shown by repr, wait and the verdict; a thread has nobody to raise to
             self.error = error_text(error)
 
     def _confirm(self, producer: Producer) -> None:

@@ -112,7 +112,7 @@ def test_poison_names_its_place_and_blocks_only_its_lane(cluster: Cluster) -> No
 
 
 def test_what_is_set_aside_names_the_poison_as_its_cause(cluster: Cluster) -> None:
-    """And not the record before it: an audit and a dead-letter queue go by it."""
+    """And not the record before it: a verdict and a dead-letter queue go by it."""
     topic, dead = fresh_topic(cluster), fresh_topic(cluster, value=str)
     put(topic, 1, 2, b"{poison", 3, b"{poison")
 

@@ -178,11 +178,11 @@ def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> N
         assert len(shop.pods) == replicas
     shop.pods[0].drain()
     load.wait()
-    audit = lab.verdict(load, target)
-    assert audit.check().startswith("1,500 sent · 1,500 done · lost 0")
+    verdict = lab.verdict(load, target)
+    assert verdict.check().startswith("1,500 sent · 1,500 took effect · lost 0")
     # In the middle of a rebalance a drain may not get its last commit through; whatever comes again has its reason.
-    assert {extra.fault.kind for extra in audit.redelivered if extra.fault} <= {"scale", "drain"}
-    assert len(audit.found) == len(audit.redelivered)
+    assert {extra.fault.kind for extra in verdict.redelivered if extra.fault} <= {"scale", "drain"}
+    assert len(verdict.found) == len(verdict.redelivered)
     wait_until(lambda: all(fault.end is not None for fault in lab.faults), 15, "the last pod to leave")
 
 
@@ -205,9 +205,9 @@ def test_deploying_a_name_again_drains_and_replaces(lab: Lab) -> None:
     load.wait()
     late = lab.load(source, orders(10, 600), rate=1000)  # if the old one was through with all before it left
     late.wait()
-    audit = lab.verdict([load, late], target)
-    assert audit.check().startswith("610 sent · 610 done · lost 0")
-    assert audit.found == []
+    verdict = lab.verdict([load, late], target)
+    assert verdict.check().startswith("610 sent · 610 took effect · lost 0")
+    assert verdict.found == []
     assert {value["by"] for value in values(target)} == {"old", "new"}
     assert old.pods == []
     assert [(fault.kind, fault.end is None) for fault in ordered(lab)] == [("redeploy", False)]
@@ -233,7 +233,7 @@ def test_deploying_with_another_policy_leaves_nothing_waiting(lab: Lab) -> None:
     assert list(RetryDesk(lab, shop)._retry_topics.values()) == ["in 0.5 s", "in 8s, before"]
     assert lab.settle(30), lab.settle(0)
     assert sorted(value.id for value in values(target)) == list(range(20))
-    assert lab.audit(load, target).check().startswith("20 sent · 20 done · lost 0")
+    assert lab.verdict(load, target, timeout=0).check().startswith("20 sent · 20 took effect · lost 0")
 
 
 def test_when_a_deployment_is_replaced_the_one_before_has_left(lab: Lab) -> None:
@@ -311,9 +311,9 @@ def test_a_handler_that_raises_is_shown_with_its_traceback(lab: Lab) -> None:
     assert said(shop, "in fail", "shop-0")  # a line of the traceback
     history = lab.history()
     assert history.query("metric == 'lag'")["value"].iloc[-1] == 3
-    audit = lab.verdict([], topic, timeout=0.5)
-    assert audit.result == "unknown"
-    assert "orders/0/0" in (audit.reason or "")
+    verdict = lab.verdict([], topic, timeout=0.5)
+    assert verdict.result == "unknown"
+    assert "orders/0/0" in (verdict.reason or "")
     assert shop.restarts == 0
 
 
@@ -331,7 +331,7 @@ def test_an_edited_handler_takes_effect_and_the_record_is_done(lab: Lab) -> None
     shop = lab.deploy("shop", Consumer(source, broken))
     wait_until(lambda: shop.waiting, 20, "a record in a back-off")
     lab.deploy("shop", Consumer(source, mended))
-    assert lab.verdict(load, target).check().startswith("3 sent · 3 done · lost 0")
+    assert lab.verdict(load, target).check().startswith("3 sent · 3 took effect · lost 0")
 
 
 def test_a_handler_past_its_deadline_is_in_the_log_with_its_stack(lab: Lab) -> None:
@@ -543,6 +543,6 @@ def test_what_a_drain_cuts_off_has_sent_nothing(lab: Lab, tmp_path: Path) -> Non
     wait_until(begun.exists, 20, "the handler at work")
     shop.pods[0].drain()
     draining.touch()
-    audit = lab.verdict(load, target)
-    audit.check()
-    assert not audit.redelivered
+    verdict = lab.verdict(load, target)
+    verdict.check()
+    assert not verdict.redelivered

@@ -145,7 +145,7 @@ def lab(connection: Connection) -> Iterator[Lab]:
 
 
 def test_partitions_added_to_a_topic_that_a_lab_reads_are_read(lab: Lab) -> None:
-    """What the board counts, and what audit, records and trace find."""
+    """What the board counts, and what verdict, records and trace find."""
     ordered = lab.topic("orders", 1, Order)
     shipped = lab.topic("shipped", 2, Shipped)
     lab._sampler.tally(shipped, "id")  # as a board does
@@ -164,8 +164,8 @@ def test_partitions_added_to_a_topic_that_a_lab_reads_are_read(lab: Lab) -> None
     ship(range(20, 40), 2)
     ship(range(40, 60), 3)
     assert len(lab.records(shipped, last=100)) == 60
-    audit = lab.audit(load, shipped)
-    assert (audit.result, len(audit.lost)) == ("valid", 0), audit.explain()
+    verdict = lab.verdict(load, shipped, timeout=0)
+    assert (verdict.result, len(verdict.lost)) == ("valid", 0), verdict.explain()
     assert set(lab.trace(59)["place"]) >= {"shipped/3/19"}
     wait_until(lambda: lab.figure("completed", "shipped") == 60, what="what came in the new partitions")
 

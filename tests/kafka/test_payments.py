@@ -23,6 +23,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
 from labkit.lab.provider_faults import ProviderFaults
+from labkit.lab.verdict import judge
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
@@ -33,11 +34,12 @@ from labkit.services.payments.ledger import (
     CardDeclined,
     ProviderFailed,
     Renewal,
-    Unaccounted,
-    account,
     calls,
     charge,
+    charged,
     charges,
+    due,
+    early,
 )
 from labkit.services.payments.provider import PaymentsProvider
 from labkit.services.payments.subscriptions import LOCKS, Costs, Due, Polling, Requesting, costs, subscribe
@@ -135,31 +137,41 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
             assert outcome("a") == "refused"
         assert [one.kind for one in lab._history.standing()] == ["fail"]
         faults.recover()
-        with pytest.raises(Unaccounted, match="charged twice: 7-1"):
-            account(ledger, ["7-1"], [0.0]).check()
+        twice = judge(due([7], [1]), charged(ledger, due([7], [1])), exactly_once=True)
+        assert [(one.id, one.key) for one in twice.duplicated] == [("7-1", "customer 7")]
     with pytest.raises(LabkitError, match="is its pod running"):
         faults.fail()
 
 
-def test_an_account_names_what_is_wrong(lab: Lab, ledger: str) -> None:
+def test_a_verdict_on_the_ledger_names_what_is_wrong(lab: Lab, ledger: str) -> None:
     provider = PaymentsProvider(lab.port("provider"), dsn=ledger)
+    [first, second, third], [other] = due([9], [1, 2, 3]), due([10], [1])
     with serving(provider):
         faults = ProviderFaults(lab, provider.url)
-        second, first = Renewal("9-2", "customer 9", 2, 100), Renewal("9-1", "customer 9", 1, 100)
-        charge(provider.url, second, "9-2")
+        charge(provider.url, Renewal(second.id, "customer 9", 2, 100), second.id)
         faults.fail()
         with pytest.raises(ProviderFailed):
-            charge(provider.url, first, "9-1")
+            charge(provider.url, Renewal(first.id, "customer 9", 1, 100), first.id)
         faults.recover()
-        charge(provider.url, first, "9-1")
-        charge(provider.url, first, "9-1")
-    found = account(ledger, ["9-1", "9-2", "9-3"], [60.0])
-    assert (found.not_charged, found.answered_twice, found.early) == (["9-3"], ["9-1"], ["9-1"])
-    assert (found.charged_twice, found.out_of_order) == ([], ["9-1"])
-    fine = account(ledger, ["9-1", "9-2"], [0.0], ordered=False, redelivered=True)
-    assert fine.out_of_order is None
-    assert fine.check() == (
-        "2 due · 2 charged · not charged 0 · charged twice 0 · answered twice 0 · out of order not asked · early 0"
+        faults.decline("customer 10")
+        with pytest.raises(CardDeclined):
+            charge(provider.url, Renewal(other.id, "customer 10", 1, 100), other.id)
+        faults.recover()
+        for _ in range(2):  # of the second call nothing comes: it has the same key
+            charge(provider.url, Renewal(first.id, "customer 9", 1, 100), first.id)
+        charge(provider.url, Renewal(other.id, "customer 10", 1, 100), other.id)
+    months = [first, second, third]
+    made = charged(ledger, months)
+    found = judge(months, made, exactly_once=True, early=early(ledger, [*months, other], [60.0]))
+    assert str(found).splitlines() == [
+        "invalid: 3 sent · 2 took effect · lost 1 · duplicated 0 · out of order 1 · early 1 · unexpected 0",
+        "  lost: 9-3",
+        f"  out of order: 9-1 ({made[1].place}, first {made[0].place})",
+        "  early: 9-1",
+    ]
+    fine = judge(months, made, exactly_once=True, ordered=False, early=early(ledger, months, [0.0]), rejected=["9-3"])
+    assert fine.check().splitlines()[0] == (
+        "3 sent · 2 took effect · lost 0 · duplicated 0 · early 0 · unexpected 0 · rejected 1"
     )
 
 

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from labkit.services.payments.ledger import ProviderBehaviour as ProviderBehaviour
     from labkit.services.payments.ledger import ProviderFailed as ProviderFailed
     from labkit.services.payments.ledger import Renewal as Renewal
-    from labkit.services.payments.ledger import account as account
     from labkit.services.payments.ledger import charge as charge
+    from labkit.services.payments.ledger import charged as charged
     from labkit.services.payments.ledger import charges as charges
+    from labkit.services.payments.ledger import due as due
+    from labkit.services.payments.ledger import early as early
     from labkit.services.payments.provider import PaymentsProvider as PaymentsProvider
     from labkit.services.payments.subscriptions import Polling as Polling
     from labkit.services.payments.subscriptions import Requesting as Requesting
@@ -28,7 +30,7 @@ else:
         __name__,
         {
             "job_scheduler": "JobScheduler Schedule finished schedule",
-            "ledger": "CardDeclined ProviderBehaviour ProviderFailed Renewal account charge charges",
+            "ledger": "CardDeclined ProviderBehaviour ProviderFailed Renewal charge charged charges due early",
             "provider": "PaymentsProvider",
             "subscriptions": "Polling Requesting costs subscribe",
         },

@@ -1,17 +1,18 @@
-"""What one needs of the payment provider: to ask it to charge, and to read its ledger, the witness of every audit."""
+"""What one needs of the payment provider: to ask it to charge, and to read its ledger, the witness of every verdict."""
 
 from __future__ import annotations
 
 import http.client
 import json
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
+from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
 
 PATIENCE = 5.0  # seconds a client waits for an answer
@@ -90,7 +91,7 @@ def receipt_of(status: int, body: bytes) -> dict[str, Any]:
     return dict(receipt)
 
 
-# -- Its ledger, read by an audit --------------------------------------------------------------------------------------
+# -- Its ledger, read by a verdict -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -131,74 +132,32 @@ def calls(dsn: str) -> list[Call]:
         return [Call(*row) for row in rows]
 
 
-ANSWERED = ("charged", "repeated")
+def due(numbers: Iterable[int], periods: Iterable[int]) -> list[Sent]:
+    """The renewals of these subscriptions for these periods: each customer's are to be charged in order."""
+    pairs = product(periods, numbers)
+    return [Sent(f"{number}-{period}", f"customer {number}", order) for order, (period, number) in enumerate(pairs)]
 
 
-@dataclass(frozen=True)
-class Account:
-    """What the provider's ledger says of renewals that were due: ids by what is wrong with them."""
-
-    due: int
-    charged: int
-    not_charged: list[str]
-    charged_twice: list[str]
-    answered_twice: list[str]
-    out_of_order: list[str] | None
-    """None: no order was asked for."""
-    early: list[str]
-
-    def __str__(self) -> str:
-        wrong: dict[str, list[str] | None] = {
-            name.replace("_", " "): ids for name, ids in vars(self).items() if name not in ("due", "charged")
-        }
-        counts = [f"{name} not asked" if ids is None else f"{name} {len(ids):,}" for name, ids in wrong.items()]
-        named = [f"  {name}: {', '.join(ids[:10])}" for name, ids in wrong.items() if ids]
-        return "\n".join([" · ".join([f"{self.due:,} due", f"{self.charged:,} charged", *counts]), *named])
-
-    def check(self) -> str:
-        """The account, if nothing is wrong. Raises Unaccounted with it."""
-        if any(isinstance(ids, list) and ids for ids in vars(self).values()):
-            raise Unaccounted(f"invalid: {self}")
-        return str(self)
+def charged(dsn: str, renewals: Iterable[Sent]) -> list[Effect]:
+    """What the ledger says of these renewals: an effect for each charge, by the provider's own clock."""
+    wanted = {one.id for one in renewals}
+    made = (one for one in charges(dsn) if one.renewal in wanted)
+    return [Effect(one.renewal, one.customer, f"charges/{one.id}", one.at, where="the ledger") for one in made]
 
 
-class Unaccounted(LabkitError, AssertionError):
-    """Something is wrong with an account; the message names the renewals."""
+def early(dsn: str, renewals: Iterable[Sent], delays: Sequence[float]) -> list[str]:
+    """Those of these renewals that the provider was asked for before a delay was over, by its own clock.
 
-
-def account(
-    dsn: str, due: Collection[str], delays: Sequence[float], ordered: bool = True, redelivered: bool = False
-) -> Account:
-    """Compare the renewals that were due with the ledger. Each is to be charged once, by one answer.
-
-    `delays`: seconds that lie at least between a failed call and the next, by the provider's own clock; the last one
-    stands for all further ones. `ordered`: each customer's periods were to be charged in order. `redelivered`: a pod
-    died or lost its partitions, so a renewal may have been answered again (not charged again).
+    `delays`: seconds that lie at least between a failed call and the next; the last one stands for all further ones.
+    No delay follows a declined card: that call is not repeated, unless somebody asks for it.
     """
-    wanted = set(due)
-    log = [call for call in calls(dsn) if call.renewal in wanted]
-    made = Counter(charge.renewal for charge in charges(dsn) if charge.renewal in wanted)
-    answered = Counter(call.renewal for call in log if call.outcome in ANSWERED)
-    failed: dict[str, list[Call]] = {}
-    latest: dict[str, int] = {}
-    early, disordered = [], []
-    for call in log:
-        before = failed.setdefault(call.renewal, [])
-        if before and call.began < before[-1].ended + delays[min(len(before), len(delays)) - 1]:
-            early.append(call.renewal)
-        if call.outcome not in ANSWERED:
-            before.append(call)
+    failed: dict[str, list[Call]] = {one.id: [] for one in renewals}
+    found = []
+    for call in calls(dsn):
+        if (before := failed.get(call.renewal)) is None:
             continue
-        period = int(call.renewal.rpartition("-")[2])
-        if period < latest.get(call.customer, 0):
-            disordered.append(call.renewal)
-        latest[call.customer] = max(period, latest.get(call.customer, 0))
-    return Account(
-        due=len(wanted),
-        charged=len(made),
-        not_charged=sorted(wanted - made.keys()),
-        charged_twice=sorted(name for name, count in made.items() if count > 1),
-        answered_twice=[] if redelivered else sorted(name for name, count in answered.items() if count > 1),
-        out_of_order=sorted(set(disordered)) if ordered else None,
-        early=sorted(set(early)),
-    )
+        if before and call.began < before[-1].ended + delays[min(len(before), len(delays)) - 1]:
+            found.append(call.renewal)
+        if call.outcome not in ("charged", "repeated", "declined"):
+            before.append(call)
+    return found

@@ -1,6 +1,6 @@
 """The payment provider: a real HTTP service that misbehaves when told to, and keeps a ledger of its own.
 
-The ledger (PostgreSQL) is the witness of every audit: what was charged, and each call with its time and outcome.
+The ledger (PostgreSQL) is the witness of every verdict: what was charged, and each call with its time and outcome.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load, settle, audit and history of a lab: what they say is what is so."""
+"""Load, settle, verdict and history of a lab: what they say is what is so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,13 +16,16 @@ from processes import wait_until
 
 from labkit import Lab
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.producer import Producer
+from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.audit import AuditFailed, Effect
 from labkit.lab.evidence import effects
+from labkit.lab.settling import Settled
+from labkit.lab.verdict import NotValid
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -29,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("connection")
 
 @pytest.fixture
 def lab(connection: Connection) -> Iterator[Lab]:
-    lab = Lab("audit")
+    lab = Lab("verdict")
     yield lab
     lab._end(0)
 
@@ -58,9 +62,9 @@ class Shop:
 def test_all_is_well(lab: Lab) -> None:
     shop = Shop(lab, 2)
     load = lab.load(shop.orders, orders(300), rate=300)
-    audit = lab.verdict(load, shop.shipped)
-    assert audit.check() == (
-        "300 sent · 300 done · lost 0 · duplicated 0 · out of order 0"
+    verdict = lab.verdict(load, shop.shipped)
+    assert verdict.check() == (
+        "300 sent · 300 took effect · lost 0 · duplicated 0 · out of order 0 · unexpected 0"
         " · any extra is a redelivery after a fault, or was sent again"
     )
     assert repr(lab.settle()) == "settled: no lag, nothing waits"
@@ -73,11 +77,11 @@ def test_a_load_cell_that_runs_again_sends_the_same_orders_again(lab: Lab) -> No
     lab.load(shop.orders, orders(200), rate=400).wait()
     lab.settle()
     again = lab.load(shop.orders, orders(200), rate=400)
-    audit = lab.verdict(again, shop.shipped)
-    assert audit.check().startswith("200 sent · 200 done · lost 0")
-    assert len(audit.resent) == 200
-    assert "200 sent again" in audit.explain()
-    assert "producer's retry" not in audit.explain()
+    verdict = lab.verdict(again, shop.shipped)
+    assert verdict.check().startswith("200 sent · 200 took effect · lost 0")
+    assert len(verdict.resent) == 200
+    assert "200 sent again" in verdict.explain()
+    assert "producer's retry" not in verdict.explain()
     # The board counts orders, not records.
     wait_until(lambda: [row.now for row in board.table().itertuples() if row.metric == "completed"] == [200])
     assert [row.now for row in board.table().itertuples() if row.metric == "sent"] == [200]
@@ -88,9 +92,9 @@ def test_orders_of_another_load_are_no_surprise(lab: Lab) -> None:
     shop = Shop(lab)
     lab.load(shop.orders, orders(100), rate=400).wait()
     fewer = lab.load(shop.orders, orders(40, first=80), rate=400)
-    audit = lab.verdict(fewer, shop.shipped)
-    assert audit.check().startswith("40 sent · 40 done · 80 of other loads not looked at · lost 0")
-    assert len(audit.resent) == 20
+    verdict = lab.verdict(fewer, shop.shipped)
+    assert verdict.check().startswith("40 sent · 40 took effect · 80 of other loads not looked at · lost 0")
+    assert len(verdict.resent) == 20
 
 
 @pytest.mark.long
@@ -98,9 +102,9 @@ def test_a_crash_loses_nothing_and_every_extra_has_its_fault(lab: Lab) -> None:
     shop = Shop(lab, 2, takes=0.01)
     load = lab.load(shop.orders, orders(400), rate=150)
     lab.when(lambda: shop.pods.pods[0].handled > 20, shop.pods.pods[0].crash)
-    audit = lab.verdict(load, shop.shipped)
-    audit.check()
-    assert {extra.fault.kind for extra in audit.redelivered if extra.fault} <= {"crash"}
+    verdict = lab.verdict(load, shop.shipped)
+    verdict.check()
+    assert {extra.fault.kind for extra in verdict.redelivered if extra.fault} <= {"crash"}
     assert shop.pods.restarts == 1
 
 
@@ -134,9 +138,9 @@ def test_records_that_do_not_decode_are_not_called_lost(lab: Lab, capsys: pytest
     sender = Producer(lab.cluster)
     sender.send(shop.shipped.name, b"not json", partition=0)
     sender.flush()
-    audit = lab.audit(load, shop.shipped)
-    assert audit.result == "unknown"
-    assert (audit.reason or "").startswith("1 record of shipped does not decode: shipped/0/")
+    verdict = lab.verdict(load, shop.shipped, timeout=0)
+    assert verdict.result == "unknown"
+    assert (verdict.reason or "").startswith("1 record of shipped does not decode: shipped/0/")
     capsys.readouterr()
     assert len(lab.records(shop.shipped)) == 3
     assert "Not shown: 1 record of shipped does not decode: shipped/0/" in capsys.readouterr().out
@@ -161,13 +165,13 @@ def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
     load = lab.load(shop.orders, orders(5), rate=1000)
     settled = lab.settle(600)  # longer than a test may take
     assert repr(settled) == "unknown: shop-0 is frozen: thaw it first"
-    audit = lab.audit(load, shop.shipped)
-    assert audit.result == "unknown"
-    assert audit.lost == []  # nothing is claimed
-    with pytest.raises(AuditFailed, match="unknown: shop-0 is frozen"):
-        audit.check()
+    verdict = lab.verdict(load, shop.shipped, timeout=0)
+    assert verdict.result == "unknown"
+    assert verdict.lost == []  # nothing is claimed
+    with pytest.raises(NotValid, match="unknown: shop-0 is frozen"):
+        verdict.check()
     shop.pods.pods[0].thaw()
-    assert lab.verdict(load, shop.shipped).check().startswith("5 sent · 5 done")
+    assert lab.verdict(load, shop.shipped).check().startswith("5 sent · 5 took effect")
 
 
 @pytest.mark.long
@@ -175,8 +179,8 @@ def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.Captur
     shop = Shop(lab, takes=60)
     load = lab.load(shop.orders, orders(4), rate=1000)
     load.wait()
-    audit = lab.verdict(load, shop.shipped, timeout=0.3)
-    assert audit.verdict().startswith("unknown: shop is 4 records behind · 4 sent · 0 done so far")
+    verdict = lab.verdict(load, shop.shipped, timeout=0.3)
+    assert str(verdict).startswith("unknown: shop is 4 records behind · 4 sent · 0 took effect so far")
     assert repr(lab.settle(0.3)) == "unknown: after 0.3 s: shop is 4 records behind"
     load = lab.load(shop.orders, orders(1000, 100), rate=5)
     assert lab.settle(0.3).reason == "after 0.3 s: the load on orders still sends"
@@ -191,7 +195,7 @@ def test_work_in_hand_is_unknown_with_its_reason(lab: Lab, capsys: pytest.Captur
 
 
 @pytest.mark.long
-def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(
+def test_what_comes_to_rest_while_the_verdict_reads_is_not_lost(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     has_read = tmp_path / "has read"
@@ -206,11 +210,61 @@ def test_what_comes_to_rest_while_the_audit_reads_is_not_lost(
         return seen
 
     with monkeypatch.context() as patch:
-        patch.setattr("labkit.lab.lab.effects", read_and_dawdle)
-        audit = lab.audit(load, shop.shipped)
-    assert audit.result == "unknown"
-    assert "shop is" in (audit.reason or "")
-    assert lab.audit(load, shop.shipped).check().startswith("10 sent · 10 done · lost 0")
+        patch.setattr("labkit.lab.evidence.effects", read_and_dawdle)
+        verdict = lab.verdict(load, shop.shipped, timeout=0)
+    assert verdict.result == "unknown"
+    assert "shop is" in (verdict.reason or "")
+    assert lab.verdict(load, shop.shipped, timeout=0).check().startswith("10 sent · 10 took effect · lost 0")
+
+
+def test_a_content_is_read_once_the_lab_has_settled(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    may_ship, settle = tmp_path / "may ship", lab.settle
+    shop = Shop(lab, until=may_ship)
+    lab.load(shop.orders, orders(5), rate=1000).wait()
+    truth = {str(number): number for number in range(5)}
+
+    def content() -> dict[str, int]:
+        with Reader(shop.shipped) as reader:
+            return {str(record.value.id): record.value.id for record in reader.rest()}
+
+    found = lab.verdict(truth, content, name="shipped", timeout=0.3)
+    assert str(found).startswith("unknown: shipped: shop is 5 records behind · 5 sent · 0 took effect so far")
+
+    def ship_and_settle(timeout: float) -> Settled:
+        may_ship.touch()
+        return settle(timeout)
+
+    monkeypatch.setattr(lab, "settle", ship_and_settle)
+    found = lab.verdict(truth, content())  # read before anything was shipped: nothing is lost for that
+    assert found.result == "unknown"
+    assert "(shop is 5 records behind): give a function that reads it" in (found.reason or "")
+    assert lab.verdict(truth, content, name="shipped").check() == (
+        "shipped: 5 sent · 5 took effect · lost 0 · wrong 0 · unexpected 0"
+    )
+    assert lab.verdict(truth | {"4": 5}, content()).wrong[0].explanation == "4 instead of 5"
+
+
+def test_a_ledger_is_as_good_as_a_topic(lab: Lab) -> None:
+    told = [Sent("a", None, 0), Sent("b", None, 1), Sent("c", None, 2)]
+    made = [Effect(name, None, f"ledger/{number}", 1e9 + number) for number, name in enumerate("aac")]
+    assert lab.verdict(told, made, exactly_once=True, rejected=["b"]).duplicated[0].place == "ledger/1"
+    found = lab.verdict(told, lambda: made[1:], early=list, rejected=lambda: ["b"])
+    first, below = found.check().splitlines()
+    assert first.startswith("3 sent · 2 took effect · lost 0 · duplicated 0 · early 0 · unexpected 0 · rejected 1 · ")
+    assert below == "  rejected: b"
+
+
+@pytest.mark.parametrize(
+    ("sent", "done", "told"),
+    [
+        (["a"], [], "what was sent is loads, .*, not 'a'"),
+        ([Sent("a", None, 0)], ["a"], "what took effect is a topic, .*, not 'a'"),
+        ({"a": 1}, [], "give `done` as a mapping"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(lab: Lab, sent: Any, done: Any, told: str) -> None:
+    with pytest.raises(LabkitError, match=told):
+        lab.verdict(sent, done)
 
 
 def test_what_is_planned_has_to_happen_first(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +323,10 @@ def test_a_lossy_producer_is_found_out(lab: Lab, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Producer, "send", lossy)
     shop = Shop(lab)
-    audit = lab.verdict(lab.load(shop.orders, orders(100), rate=1000), shop.shipped)
+    verdict = lab.verdict(lab.load(shop.orders, orders(100), rate=1000), shop.shipped)
     assert dropped == ["7", "42"]
-    with pytest.raises(AuditFailed, match=r"invalid: 100 sent · 98 done · lost 2 [^\n]*\n  lost: 7, 42"):
-        audit.check()
+    with pytest.raises(NotValid, match=r"invalid: 100 sent · 98 took effect · lost 2 [^\n]*\n  lost: 7, 42"):
+        verdict.check()
 
 
 def test_a_broker_that_refuses_is_an_error_of_the_load(lab: Lab) -> None:
@@ -304,8 +358,8 @@ def test_a_load_that_failed_is_made_good_by_running_its_cell_again(lab: Lab) -> 
     lab.load(shop.orders, broken(), rate=1000)
     wait_until(lambda: "no more orders" in (lab.unsettled() or ""), 5)
     again = lab.load(shop.orders, orders(5), rate=1000)
-    audit = lab.verdict(again, shop.shipped, timeout=20)
-    assert audit.check().startswith("5 sent · 5 done · lost 0")
+    verdict = lab.verdict(again, shop.shipped, timeout=20)
+    assert verdict.check().startswith("5 sent · 5 took effect · lost 0")
 
 
 @pytest.mark.long
@@ -314,9 +368,9 @@ def test_a_load_cell_that_runs_again_is_valid_and_says_resent(lab: Lab) -> None:
     for _ in range(2):
         load = lab.load(shop.orders, orders(50), rate=1000)
         load.wait()
-    audit = lab.verdict(load, shop.shipped)
-    assert audit.check().startswith("50 sent · 50 done · lost 0")
-    assert len(audit.resent) == 50
+    verdict = lab.verdict(load, shop.shipped)
+    assert verdict.check().startswith("50 sent · 50 took effect · lost 0")
+    assert len(verdict.resent) == 50
 
 
 def test_values_without_the_id_are_named(lab: Lab) -> None:
@@ -328,7 +382,7 @@ def test_values_without_the_id_are_named(lab: Lab) -> None:
     load.wait()
     lab.settle()
     with pytest.raises(LabkitError, match=r"Shipped\(id=0\) has no field 'customer'"):
-        lab.audit(load, shop.shipped, by="customer")
+        lab.verdict(load, shop.shipped, by="customer", timeout=0)
 
 
 @pytest.mark.long
@@ -339,7 +393,7 @@ def test_a_tombstone_is_no_effect(lab: Lab) -> None:
     load.wait()
     shop.shipped.send(None, key="1")
     shop.shipped.flush()
-    assert lab.verdict(load, shop.shipped).check().startswith("3 sent · 3 done")
+    assert lab.verdict(load, shop.shipped).check().startswith("3 sent · 3 took effect")
     completed = "metric == 'completed' and label == 'shipped' and value == 3"
     wait_until(lambda: len(lab.history().query(completed)), 20, "the count of three")
 
@@ -395,9 +449,11 @@ def test_a_verdict_says_what_of_other_loads_it_does_not_look_at(lab: Lab) -> Non
     first = lab.load(shop.orders, orders(20), rate=1000)
     second = lab.load(shop.orders, orders(30, 20), rate=1000)
     assert (
-        lab.verdict(second, shop.shipped).check().startswith("30 sent · 30 done · 20 of other loads not looked at · ")
+        lab.verdict(second, shop.shipped)
+        .check()
+        .startswith("30 sent · 30 took effect · 20 of other loads not looked at · ")
     )
-    assert lab.verdict([first, second], shop.shipped).check().startswith("50 sent · 50 done · lost 0")
+    assert lab.verdict([first, second], shop.shipped).check().startswith("50 sent · 50 took effect · lost 0")
 
 
 @pytest.mark.long
@@ -412,7 +468,7 @@ def test_what_earlier_loads_sent_is_known_though_a_cell_made_its_type_anew(lab: 
     again = lab.topic("orders", shop.orders.partitions, Anew)
     second = lab.load(again, (Anew(number) for number in range(20, 50)), rate=1000)
     found = lab.verdict(second, shop.shipped)
-    assert found.check().startswith("30 sent · 30 done · 20 of other loads not looked at · lost 0")
+    assert found.check().startswith("30 sent · 30 took effect · 20 of other loads not looked at · lost 0")
 
 
 @pytest.mark.long
