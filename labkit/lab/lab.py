@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import psutil
 
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
@@ -248,16 +248,11 @@ class Lab:
         self._sampler.watch(metric, label, read)
 
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
-        """Wait until every pod of these runs and consumers share all partitions of their topics.
-
-        Raises LabkitError, with the last lines of one that does not.
-        """
-        until = time.monotonic() + timeout
-        while late := [one for one in deployments if not one.ready(self._beside(one))]:
-            if time.monotonic() > until:
-                said = "\n".join(line.text for line in late[0].log[-10:])
-                raise LabkitError(f"{late[0]!r} is not ready after {timeout:g} s. It says:\n{said}")
-            time.sleep(0.02)  # between two looks
+        """Wait until every pod of these runs and consumers share all partitions of their topics; see `wait_until`."""
+        names = ", ".join(one.name for one in deployments)
+        self.wait_until(
+            lambda: all(one.ready(self._beside(one)) for one in deployments), f"{names} to be ready", timeout
+        )
 
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this lab is closed, before Kafka is let go."""
@@ -338,11 +333,21 @@ class Lab:
         return self._history.now(metric, label)
 
     def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-        """Wait until a condition holds. Raises LabkitError, naming `what` was waited for, after `timeout` seconds."""
+        """Wait until a condition holds, which is looked at every 20 ms. While a service that it asks does not answer
+        (OSError) it does not hold.
+
+        Raises LabkitError after `timeout` seconds: it names `what` was waited for, and has the pods' last lines.
+        """
         until = time.monotonic() + timeout
-        while not condition():
+        while True:
+            try:
+                if answer := condition():
+                    return
+                why = "" if answer is False else f" ({answer!r})"
+            except OSError as error:
+                why = f" ({error_text(error)})"
             if time.monotonic() > until:
-                raise LabkitError(f"not within {timeout:g} s: {what}")
+                raise LabkitError(f"not within {timeout:g} s: {what}{why}{self._said()}")
             time.sleep(0.02)
 
     def settle(self, timeout: float = 60.0) -> Settled:
@@ -354,19 +359,6 @@ class Lab:
         what was planned by `when`, has failed.
         """
         return self._settling.settle(timeout)
-
-    def wait(self, condition: Callable[[], object], timeout: float = 30.0) -> bool:
-        """Wait until `condition` holds, which is looked at every 20 ms. If it does not within `timeout` seconds, the
-        pods' last lines are printed. What it raises counts as not yet."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            with suppress(Exception):
-                if condition():
-                    return True
-            time.sleep(0.02)
-        for name in self.deployments:
-            self.logs(name)
-        return False
 
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
@@ -562,6 +554,13 @@ class Lab:
             deaths = self.connection.deaths()
         if not self._closing:
             self.broker.look(deaths)
+
+    def _said(self) -> str:
+        """How deployments stand, and the last lines of their pods."""
+        return "".join(
+            "\n  ".join([f"\n{one!r}", *(f"{clock(line.time)} {line.pod}: {line.text}" for line in one.log[-10:])])
+            for one in self.deployments.values()
+        )
 
     def _beside(self, deployment: Deployment) -> list[Deployment]:
         """Others in its group."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from lab_helpers import Order, orders
+from lab_helpers import Order, orders, wait_said
 from processes import wait_until
 
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
@@ -52,10 +52,35 @@ def test_a_figure_that_nobody_has_measured_is_no_number(lab: Lab) -> None:
 
 def test_waiting_ends_with_the_condition_or_says_what_for(lab: Lab) -> None:
     looks: list[int] = []
-    lab.wait_until(lambda: looks.append(1) or len(looks) > 3, "four looks")
+
+    def fourth() -> bool:
+        looks.append(1)
+        if len(looks) == 2:
+            raise ConnectionRefusedError("a service that only starts")
+        return len(looks) == 4
+
+    lab.wait_until(fourth, "four looks")
     assert len(looks) == 4
-    with pytest.raises(LabkitError, match=r"not within 0\.1 s: the end of time"):
-        lab.wait_until(lambda: False, "the end of time", 0.1)
+    with pytest.raises(ZeroDivisionError):  # a mistake, which no waiting mends
+        lab.wait_until(lambda: 1 / 0, "nonsense")
+    with pytest.raises(LabkitError, match=r"not within 0 s: five of them \(\[\]\)"):
+        lab.wait_until(list, "five of them", 0)
+
+    def away() -> bool:
+        raise ConnectionRefusedError("nobody listens")
+
+    talks = lab.deploy(
+        "talks", Consumer(lab.topic("talk", 1, Order), lambda record: print("heard of", record.value.id))
+    )
+    lab.load(talks.topics[0], orders(1)).wait()
+    wait_said(talks, "heard of 0")
+    with pytest.raises(LabkitError) as late:
+        lab.wait_until(away, "the end of time", 0.1)
+    said = str(late.value).splitlines()
+    assert said[0] == "not within 0.1 s: the end of time (ConnectionRefusedError: nobody listens)"
+    assert repr(talks) in said
+    assert any("talks-0: heard of 0" in line for line in said)
+    talks.close()
 
 
 def test_values_without_the_id_are_told_and_hide_nothing_else(lab: Lab) -> None:
