@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from labkit.kafka.consumer import Consumer as Consumer
     from labkit.lab.comparison import compare as compare
     from labkit.lab.lab import Lab as Lab
+    from labkit.lab.panels import panel as panel
     from labkit.lab.widgets import exercise as exercise
     from labkit.lab.widgets import hint as hint
     from labkit.lab.widgets import predict as predict
@@ -21,10 +22,11 @@ _HOME = {
     "compare": "labkit.lab.comparison",
     "exercise": "labkit.lab.widgets",
     "hint": "labkit.lab.widgets",
+    "panel": "labkit.lab.panels",
     "predict": "labkit.lab.widgets",
     "solution": "labkit.lab.widgets",
 }
-__all__ = ["Consumer", "Lab", "compare", "exercise", "hint", "predict", "solution"]
+__all__ = ["Consumer", "Lab", "compare", "exercise", "hint", "panel", "predict", "solution"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from labkit.kafka.errors import safe_text
 from labkit.lab import picture
 from labkit.lab.deployment import PodState
 from labkit.lab.metrics import History, clock
+from labkit.lab.panels import Panel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +87,7 @@ class Board:
     def __init__(
         self,
         history: History,
-        panels: Sequence[picture.Panel],
+        panels: Sequence[Panel],
         status: Callable[[], str],
         deployments: Callable[[], Sequence[DeploymentLike]] | None = None,
         log: Callable[[], Sequence[str]] = list,

@@ -21,18 +21,19 @@ from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import picture, runs
+from labkit.lab import runs
 from labkit.lab.audit import Audit, Effect, audit
 from labkit.lab.board import Action, Board
 from labkit.lab.deployment import Deployment, PodState, pane
 from labkit.lab.evidence import effects, ledger
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, clock
+from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
 from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.servers import Cache, Database, ServerFaults
-from labkit.lab.services import ServiceControls, Switches, store_lag, store_panels
+from labkit.lab.services import ServiceControls, Switches
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
@@ -216,13 +217,10 @@ class Lab:
         self._services.append(made)
         return made
 
-    def stores(self, *stores: tuple[Deployment, Topic[Any]]) -> list[picture.Panel]:
+    def stores(self, *stores: tuple[Deployment, Topic[Any]]) -> list[Panel]:
         """Panels for a board: lag, loads and entries of the stores on these topics that run in these deployments."""
         self._check_open(*(deployment for deployment, _ in stores))
-        for deployment, topic in stores:
-            name = deployment.name  # one that replaces it is followed
-            self.watch("behind", name, lambda name=name, topic=topic: store_lag(self.deployments[name], topic))  # type: ignore[misc]
-        return store_panels(stores)
+        return store_panels(stores, self.deployments)
 
     def port(self, name: str) -> int:
         """A port on 127.0.0.1 for the service of this name, the same at each call. Nobody else gets it while this lab
@@ -238,14 +236,6 @@ class Lab:
         """A folder for files of this run: the databases of views, say. It goes when the lab is closed."""
         self._check_open()
         return self.run.folder
-
-    def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
-        """Sample what `read` returns three times a second into the history, where a panel of a board finds it.
-
-        It is called in the sampler's thread and must answer soon. What it raises is shown in the board's status line.
-        """
-        self._check_open()
-        self._sampler.watch(metric, label, read)
 
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
         """Wait until every pod of these runs and consumers share all partitions of their topics; see `wait_until`."""
@@ -266,32 +256,32 @@ class Lab:
         completed: Topic[Any] | None = None,
         by: str | Callable[[Any], str] = "id",
         pods: Sequence[Deployment] = (),
-        panels: Sequence[picture.Panel] = (),
+        panels: Sequence[Panel] = (),
         actions: Sequence[Action] = (),
     ) -> Board:
         """A live picture of deployments: their lag, what they try again, what took effect, with buttons for faults.
 
         `pods` are the deployments that the buttons break; by default those of `lag` and `retries`. `completed` is the
-        topic in which work takes effect; `by` its business id. `panels` and `actions` come after these: a panel shows
-        what the history holds, `lab.watch` included. A cell that runs again replaces its board.
+        topic in which work takes effect; `by` its business id. `panels` (see `panel`) and `actions` come after these. A
+        cell that runs again replaces its board.
         """
         behind = [lag] if isinstance(lag, Deployment) else list(lag)
         self._check_open(*behind, retries, completed, *pods)
         retries = behind[0] if retries is None and behind else retries
         seen = [*behind, *([] if retries is None else [retries])]
         topics = [topic.short for one in behind for topic in one.topics]
-        shown: list[picture.Panel] = [picture.lag_panel(topics)] if behind else []
+        shown = [lag_panel(topics)] if behind else []
         if retries is not None:
-            shown.append(picture.retries_panel([retries.name], [] if completed is None else [completed.short]))
+            shown.append(retries_panel([retries.name], [] if completed is None else [completed.short]))
         if completed is not None:
             self._sampler.tally(completed, by)
-            shown.append(picture.completed_panel(completed.short, topics))
+            shown.append(completed_panel(completed.short, topics))
         shown += panels
+        if not shown:
+            raise LabkitError("a board needs something to show: lab.board(lag=…), completed= or panels=")
+        for one in shown:
+            self._sampler.watch(one.readers)
         names = list(dict.fromkeys(one.name for one in pods or seen))
-        if not names or not shown:
-            raise LabkitError(
-                "a board needs a deployment and something to show: lab.board(lag=…), or pods= and panels="
-            )
 
         def deployments() -> list[Deployment]:
             return [self.deployments[name] for name in names]
@@ -300,7 +290,7 @@ class Lab:
             self._history,
             shown,
             lambda: self._status(deployments()),
-            deployments,
+            deployments if names else None,
             lambda: pane(deployments()),
             [*actions, *self.broker.actions()],
             slow_seconds=0.1,
@@ -328,9 +318,10 @@ class Lab:
         """A length of time at this lab's pace."""
         return told / self.pace
 
-    def figure(self, metric: str, label: str) -> float:
-        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`."""
-        return self._history.now(metric, label)
+    def figure(self, metric: str, label: str | None = None) -> float:
+        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`. A
+        panel of one line is a metric without labels: `lab.figure("charged")`."""
+        return self._history.now(metric, metric if label is None else label)
 
     def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
         """Wait until a condition holds, which is looked at every 20 ms. While a service that it asks does not answer

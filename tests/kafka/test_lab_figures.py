@@ -16,6 +16,7 @@ from processes import wait_until
 
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.lab import Consumer, Lab, sampler
+from labkit.lab.panels import panel
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -142,10 +143,21 @@ def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypat
     assert ("asked", "asked") not in itertools.pairwise(seen)
 
 
-def test_a_figure_that_is_no_number_hides_nothing_else(lab: Lab) -> None:
+def test_what_a_panel_reads_is_a_figure_and_what_is_no_number_hides_nothing_else(lab: Lab) -> None:
     seen = itertools.count()
-    for label, nothing in (("none", None), ("nan", math.nan), ("text", "soon")):
-        lab.watch("odd", label, lambda nothing=nothing: nothing)  # type: ignore[misc]
-    lab.watch("even", "count", lambda: next(seen))
-    wait_until(lambda: lab.figure("even", "count") > 1, 20, "two samples")
-    assert not [sample for sample in lab._history.samples if sample.metric == "odd"]
+    odd = panel("Odd", {"none": lambda: None, "nan": lambda: math.nan, "text": lambda: "soon"})  # type: ignore[dict-item, return-value]
+    lab.board(panels=[odd, panel("Broken", lambda: 1 / 0), panel("Even Count", lambda: next(seen))])
+    wait_until(lambda: lab.figure("even count") > 1, 20, "two samples")
+    assert not [sample for sample in lab._history.samples if sample.metric in ("odd", "broken")]
+    wait_until(lambda: "broken: ZeroDivisionError" in lab._status([]), 10, "the status line")
+    lab.board(panels=[panel("Broken", lambda: 7)])
+    wait_until(lambda: lab.figure("broken") == 7, 20, "the function of the newer board")
+
+
+def test_a_board_needs_something_to_show_and_no_pods(lab: Lab) -> None:
+    board = lab.board(panels=[panel("Sevens", lambda: 7)])
+    board.start()
+    assert board._pods is None
+    board.close()
+    with pytest.raises(LabkitError, match="a board needs something to show"):
+        lab.board()
