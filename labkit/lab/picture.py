@@ -196,7 +196,7 @@ def _draw_panel(
     layers = [layer for plot in panel.plots for layer in _layers(plot, plot.among(series), frame.start)]
 
     # The names at the line ends decide how much of the cell is left for the lines.
-    names = [curve.name for curve in curves] + [layer.name for layer in layers]
+    names = [curve.name for curve in curves] + [layer.name for layer in layers] + _unnamed(curves)
     widest = max((text_width(name, _LABEL_SIZE, True) for name in names), default=0.0)
     # In steps, so that the plot keeps its place while names come and go.
     margin = min(max(32.0, 8.0 * math.ceil((widest + 12) / 8.0)), 0.34 * (frame.cell_right - frame.left))
@@ -396,8 +396,10 @@ def _place(frame: _Frame, fault: Fault, placed: list[_FaultLabel]) -> bool:
     False where there is no such row, and where the same text stands already: the fault's line stays bare.
     """
     x = frame.one_x(fault.start)
-    text = shorten(fault.text, _LABEL_SIZE, frame.right - frame.left - 60)
-    before = x + 5 + text_width(text + " …", _LABEL_SIZE, False) > frame.right
+    to_the_left, to_the_right = x - 5 - frame.left, frame.right - x - 5
+    before = to_the_left > to_the_right < text_width(fault.text + " …", _LABEL_SIZE, False)
+    room = to_the_left if before else to_the_right
+    text = shorten(fault.text, _LABEL_SIZE, room - text_width(" …", _LABEL_SIZE, False))
     label = _FaultLabel(text, x, fault.instant, fault.end is None, before)
     for other in placed:
         same = (other.text, other.instant, other.standing) == (text, label.instant, label.standing)
@@ -444,11 +446,16 @@ def _label_ends(frame: _Frame, curves: Sequence[_Curve], layers: Sequence[_Layer
         text = shorten(end.text, _LABEL_SIZE, room, bold=True)
         ink = _LETTERS.get(end.colour, end.colour)
         frame.add(Text(frame.right + 8, y, text, _LABEL_SIZE, ink, "label", bold=True))
-    if quiet := sum(not curve.name for curve in curves):
+    for more in _unnamed(curves):
         # Above the names, or below when they reach the top.
         above = (where[-1] if where else frame.bottom) + _LABEL_PITCH
         y = above if above <= frame.top else max(where[0] - _LABEL_PITCH, frame.bottom)
-        frame.add(Text(frame.right + 8, y, f"{quiet} more", _LABEL_SIZE, GREY, "label"))
+        frame.add(Text(frame.right + 8, y, more, _LABEL_SIZE, GREY, "label"))
+
+
+def _unnamed(curves: Sequence[_Curve]) -> list[str]:
+    """How many lines have no name, in words, if any."""
+    return [f"{many} more"] if (many := sum(not curve.name for curve in curves)) else []
 
 
 def _room_inside(frame: _Frame, layer: _Layer) -> tuple[float, float] | None:

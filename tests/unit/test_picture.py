@@ -59,6 +59,7 @@ RUNS = {
     "faults only": ([], MANY),
     "one partition": (run(1), [crash(30)]),
     "two partitions": (run(2), [window(42, 22, "provider down 20 s"), crash(30)]),
+    "a long text": (run(2), [window(30, 22, "the provider of payments is down 20 s")]),
     "sixteen partitions": (run(16), MANY),
     "all zero": (run(4, high=0), [window(20, None, "freeze pod 1")]),
     "large": (run(6, high=250_000), MANY),
@@ -74,9 +75,10 @@ def test_every_run_makes_a_png_of_the_same_size(name: str) -> None:
     assert (image.format, image.size) == ("PNG", (picture.WIDTH, picture.HEIGHT))
 
 
+@pytest.mark.parametrize("abreast", [3, 4])
 @pytest.mark.parametrize("name", RUNS)
-def test_no_text_lies_on_another_or_outside(name: str) -> None:
-    scene = picture.compose(PANELS, *RUNS[name], T)
+def test_no_text_lies_on_another_or_outside(name: str, abreast: int) -> None:
+    scene = picture.compose([*PANELS, PANELS[0]][:abreast], *RUNS[name], T)
     for text in scene.texts():
         left, bottom, right, top = text.box
         assert left >= 0, text
