@@ -37,6 +37,7 @@ from labkit.lab.services import ServiceControls, Switches
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
+from labkit.lab.travel import pack
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
 from labkit.runtime.postgres import Postgres
@@ -130,11 +131,13 @@ class Lab:
         """A topic of this run, made if it is not there. `value` is the type its values decode to; `config` are Kafka's
         own settings of a topic.
 
-        Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions.
+        Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions,
+        CannotTravel for a type that pods cannot have.
         """
         self._check_open()
         if not isinstance(partitions, int) or not 1 <= partitions <= 1000:
             raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
+        pack(value)
         try:
             decoder(value)
         except (TypeError, NameError) as error:

@@ -17,6 +17,7 @@ from processes import wait_until
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.lab import Consumer, Lab, sampler
 from labkit.lab.panels import panel
+from labkit.lab.travel import CannotTravel
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -161,3 +162,14 @@ def test_a_board_needs_something_to_show_and_no_pods(lab: Lab) -> None:
     board.close()
     with pytest.raises(LabkitError, match="a board needs something to show"):
         lab.board()
+
+
+def test_a_struct_of_the_notebook_is_no_value_of_a_topic(lab: Lab) -> None:
+    class Parcel(msgspec.Struct):
+        id: int
+
+    for value in (Parcel, list[Parcel], Parcel | None):
+        with pytest.raises(CannotTravel, match=r"Parcel is a msgspec Struct of this notebook.*`@dataclass` above"):
+            lab.topic("parcels", value=value)  # type: ignore[arg-type]
+    assert "parcels" not in lab.topics
+    assert lab.topic("parcels", value=Order | None)  # type: ignore[arg-type]
