@@ -75,15 +75,12 @@ class Panel:
         """The figures of now in words, the longest wording first. `now` has the newest values, by metric and label."""
         known: dict[str, str] = {}
         for plot in self.plots:
-            if values := plot.among(now):
-                names = {label: plot.name(label) for label in values}
-                lines = {
-                    label: f"{name}{':' * (' ' in name)} {_amount(values[label])}" for label, name in names.items()
-                }
-                known[plot.metric] = _amount(sum(values.values()))
-                known[f"each {plot.metric}"] = " · ".join(lines.values())
-                known[f"highest {plot.metric}"] = lines[max(values, key=values.__getitem__)]
-                known[f"which {plot.metric}"] = ", ".join(names[one] for one in names if values[one]) or "nothing"
+            if figures := {plot.name(label): value for label, value in plot.among(now).items()}:
+                each = {name: f"{name}{':' * (' ' in name)} {_amount(value)}" for name, value in figures.items()}
+                known[plot.metric] = _amount(sum(figures.values()))
+                known[f"each {plot.metric}"] = " · ".join(each.values())
+                known[f"highest {plot.metric}"] = each[max(figures, key=figures.__getitem__)]
+                known[f"which {plot.metric}"] = ", ".join(name for name in figures if figures[name]) or "nothing"
         wordings = self.words or [" · ".join(f"<each {plot.metric}>" for plot in self.plots)]
         told = [words for words in wordings if all(figure in known for figure in _FIGURE.findall(words))]
         told = [_FIGURE.sub(lambda found: known[found[1]], words) for words in told] or ["nothing yet"]

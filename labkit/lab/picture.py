@@ -23,8 +23,6 @@ from labkit.lab.canvas import (
     Scene,
     Style,
     Text,
-    render,
-    render_small,
     shorten,
     text_width,
 )
@@ -48,37 +46,10 @@ _TOP, _BOTTOM, _LEFT, _CELL_GAP, _EDGE = 66, 34, 42, 22, 6
 _TICK_SIZE, _LABEL_SIZE, _TITLE_SIZE, _WORDS_SIZE = 12.0, 12.0, 16.0, 14.0
 _LABEL_PITCH, _FAULT_PITCH, _FAULT_ROWS, _CAPTION_PITCH = 15.0, 16.0, 4, 20
 
-_SMALL = 30_000
-"""Bytes of a picture that is kept: 40 kB as base64."""
 _SILENT = 4.0
 """Seconds without a sample after which a line is broken, and the figures of now are called old."""
 _HIGHEST = 3
 """Lines that are named where there are too many to name them all."""
-
-# -- Public: draw and snapshot ---------------------------------------------------------------------------------------
-
-
-def draw(
-    panels: Sequence[Panel],
-    samples: Sequence[Sample],
-    faults: Sequence[Fault],
-    now: float,
-    window: float = 60.0,
-) -> bytes:
-    """A PNG of the last `window` seconds before `now` (Unix seconds). Samples are in the order of time."""
-    return render(compose(panels, samples, faults, now, window))
-
-
-def static(
-    panels: Sequence[Panel],
-    samples: Sequence[Sample],
-    faults: Sequence[Fault],
-    now: float,
-    window: float = 60.0,
-    caption: str = "",
-) -> bytes:
-    """A PNG to be kept in a notebook: sharper than a frame, and of at most 40 kB. `caption` is written below."""
-    return render_small(compose(panels, samples, faults, now, window, caption), _SMALL)
 
 
 def compose(
@@ -89,7 +60,10 @@ def compose(
     window: float = 60.0,
     caption: str = "",
 ) -> Scene:
-    """Lay the panels out in rows of up to `ABREAST`. Texts of faults are on the first only."""
+    """The last `window` seconds before `now` (Unix seconds): panels in rows of up to `ABREAST`, and a caption below.
+
+    Samples are in the order of time. Texts of faults are on the first panel only.
+    """
     if not panels:
         raise ValueError("a picture needs at least one panel")
     if window <= 0:

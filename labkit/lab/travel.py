@@ -69,7 +69,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 f"`class {obj.__name__}:`. (A Struct that is imported from a module may stay one.)"
             )
         if isinstance(obj, msgspec.Meta):
-            return _make_meta, ({name: getattr(obj, name) for name in _META if getattr(obj, name) is not None},)
+            limits = {name: getattr(obj, name) for name in dir(obj) if not name.startswith("_")}
+            return functools.partial(msgspec.Meta, **limits), ()
         if obj is dataclasses.MISSING:
             return "MISSING"  # by its name: msgspec asks whether a default *is* this object
         reduced = super().reducer_override(obj)
@@ -77,16 +78,6 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             reduced[2][0].pop("__msgspec_cache__", None)  # of an enum or a dataclass that was decoded here before
             reduced[2][0].update(_resolved(obj))
         return reduced
-
-
-_META = (
-    "gt", "ge", "lt", "le", "multiple_of", "pattern", "min_length", "max_length", "title", "description", "examples",
-    "extra_json_schema", "extra",
-)  # fmt: skip
-
-
-def _make_meta(limits: dict[str, Any]) -> msgspec.Meta:
-    return msgspec.Meta(**limits)
 
 
 def _resolved(cls: type) -> dict[str, Any]:

@@ -22,6 +22,10 @@ PANELS = [
 ]
 
 
+def draw(panels: list[Panel], samples: list[Sample], faults: list[Fault], now: float, window: float = 60) -> bytes:
+    return canvas.render(picture.compose(panels, samples, faults, now, window))
+
+
 def run(partitions: int = 2, seconds: float = 60, high: float = 400, until: float = 0) -> list[Sample]:
     """A run in which lag rises and falls; `until` seconds before T it ends."""
     samples = []
@@ -71,7 +75,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_makes_a_png_of_the_same_size(name: str) -> None:
-    image = Image.open(io.BytesIO(picture.draw(PANELS, *RUNS[name], T)))
+    image = Image.open(io.BytesIO(draw(PANELS, *RUNS[name], T)))
     assert (image.format, image.size) == ("PNG", (picture.WIDTH, picture.HEIGHT))
 
 
@@ -244,36 +248,37 @@ def test_partitions_of_several_topics_are_told_apart() -> None:
 
 def test_texts_are_drawn_as_they_are() -> None:
     fault = window(30, 20, r"charge $5 \alpha^2 <b> {x}")
-    assert picture.draw(PANELS, run(), [fault], T)
+    assert draw(PANELS, run(), [fault], T)
     assert picture.compose(PANELS[:1], run(), [fault], T).texts("fault")[0].text == fault.text
 
 
 def test_a_style_of_the_learner_changes_nothing() -> None:
     import matplotlib
 
-    before = picture.draw(PANELS, run(), MANY, T)
+    before = draw(PANELS, run(), MANY, T)
     canvas._typeset.cache_clear()
     style = {"text.color": "red", "font.family": "serif", "lines.marker": "o", "figure.facecolor": "black"}
     with matplotlib.rc_context({**style, "lines.linestyle": ":", "figure.constrained_layout.use": True}):
-        assert picture.draw(PANELS, run(), MANY, T) == before
+        assert draw(PANELS, run(), MANY, T) == before
 
 
 def test_drawing_is_pure() -> None:
-    assert picture.draw(PANELS, *RUNS["large"], T) == picture.draw(PANELS, *RUNS["large"], T)
+    assert draw(PANELS, *RUNS["large"], T) == draw(PANELS, *RUNS["large"], T)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_static_picture_is_small(name: str) -> None:
-    png = picture.static(PANELS, *RUNS[name], T, caption="shop: 2 of 2 pods running · Kafka up")
+    caption = "shop: 2 of 2 pods running · Kafka up"
+    png = canvas.render_small(picture.compose(PANELS, *RUNS[name], T, caption=caption))
     assert len(png) <= 30_000
     assert Image.open(io.BytesIO(png)).format == "PNG"
 
 
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one panel"):
-        picture.draw([], [], [], T)
+        draw([], [], [], T)
     with pytest.raises(ValueError, match="above 0"):
-        picture.draw(PANELS, [], [], T, window=0)
+        draw(PANELS, [], [], T, window=0)
 
 
 def test_more_panels_than_fit_abreast_are_in_rows() -> None:
