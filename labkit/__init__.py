@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from labkit.lab.lab import Lab as Lab
+    from labkit.lab.panels import panel as panel
     from labkit.lab.widgets import exercise as exercise
     from labkit.lab.widgets import hint as hint
     from labkit.lab.widgets import predict as predict
@@ -22,6 +23,7 @@ else:
         __name__,
         {
             "lab.lab": "Lab",
+            "lab.panels": "panel",
             "lab.widgets": "exercise hint predict solution",
         },
     )

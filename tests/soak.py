@@ -20,9 +20,8 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
-
-import msgspec
 
 from labkit import Lab
 from labkit.kafka.consumer import Consumer
@@ -40,7 +39,8 @@ LONG = 100.0  # seconds of load in which each of these must have struck
 MAIN = ("crash", "freeze", "scale", "kill_broker")
 
 
-class Work(msgspec.Struct):
+@dataclass
+class Work:
     id: int
 
 

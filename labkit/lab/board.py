@@ -15,8 +15,10 @@ from IPython import display
 
 from labkit.kafka.errors import safe_text
 from labkit.lab import picture
+from labkit.lab.canvas import render, render_small
 from labkit.lab.deployment import PodState
 from labkit.lab.metrics import History, clock
+from labkit.lab.panels import Panel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +88,7 @@ class Board:
     def __init__(
         self,
         history: History,
-        panels: Sequence[picture.Panel],
+        panels: Sequence[Panel],
         status: Callable[[], str],
         deployments: Callable[[], Sequence[DeploymentLike]] | None = None,
         log: Callable[[], Sequence[str]] = list,
@@ -144,7 +146,7 @@ class Board:
             first = seen.samples[0].time if seen.samples else now
             window = min(max(now - first, 10.0), _LONGEST_SNAPSHOT)
         caption = self._status()
-        png = picture.static(self._panels, seen.samples, seen.faults, now, window, caption)
+        png = render_small(picture.compose(self._panels, seen.samples, seen.faults, now, window, caption))
         titles = ", ".join(panel.title for panel in self._panels)
         # Shown at the size of the live one; `alt` is for those who do not see it.
         image: display.Image = display.Image(  # type: ignore[no-untyped-call]
@@ -236,7 +238,7 @@ class Board:
         at_rest = seen.changed < now - window - 1 and not visible
         if seen.version == self._drawn_version or (at_rest and self._drawn_at_rest):
             return
-        png = picture.draw(self._panels, seen.samples, seen.faults, now, window)
+        png = render(picture.compose(self._panels, seen.samples, seen.faults, now, window))
         self._drawn_version, self._drawn_at_rest = seen.version, at_rest
         self.frames += 1
         if png != self._picture.value:

@@ -100,8 +100,9 @@ def render(scene: Scene) -> bytes:
     return out.getvalue()
 
 
-def render_small(scene: Scene, most: int) -> bytes:
-    """The scene as PNG bytes, as sharp as `most` bytes allow."""
+def render_small(scene: Scene, most: int = 30_000) -> bytes:
+    """The scene as PNG bytes, as sharp as `most` bytes allow; by default those of a picture that is kept in a notebook,
+    40 kB as base64."""
     png = b""
     for scale, colours in ((1.5, 64), (1.0, 64), (1.0, 24), (SMALLEST, 16)):
         out = io.BytesIO()

@@ -18,23 +18,25 @@ import psutil
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.effects import Sent
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import evidence, picture, runs
+from labkit.lab import evidence, runs
 from labkit.lab.board import Action, Board
 from labkit.lab.deployment import Deployment, PodState, pane
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, clock
+from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
 from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.servers import Cache, Database, ServerFaults
-from labkit.lab.services import ServiceControls, Switches, store_lag, store_panels
+from labkit.lab.services import ServiceControls, Switches
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
+from labkit.lab.travel import pack
 from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
@@ -129,11 +131,13 @@ class Lab:
         """A topic of this run, made if it is not there. `value` is the type its values decode to; `config` are Kafka's
         own settings of a topic.
 
-        Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions.
+        Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions,
+        CannotTravel for a type that pods cannot have.
         """
         self._check_open()
         if not isinstance(partitions, int) or not 1 <= partitions <= 1000:
             raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
+        pack(value)
         try:
             decoder(value)
         except (TypeError, NameError) as error:
@@ -216,13 +220,10 @@ class Lab:
         self._services.append(made)
         return made
 
-    def stores(self, *stores: tuple[Deployment, Topic[Any]]) -> list[picture.Panel]:
+    def stores(self, *stores: tuple[Deployment, Topic[Any]]) -> list[Panel]:
         """Panels for a board: lag, loads and entries of the stores on these topics that run in these deployments."""
         self._check_open(*(deployment for deployment, _ in stores))
-        for deployment, topic in stores:
-            name = deployment.name  # one that replaces it is followed
-            self.watch("behind", name, lambda name=name, topic=topic: store_lag(self.deployments[name], topic))  # type: ignore[misc]
-        return store_panels(stores)
+        return store_panels(stores, self.deployments)
 
     def port(self, name: str) -> int:
         """A port on 127.0.0.1 for the service of this name, the same at each call. Nobody else gets it while this lab
@@ -239,25 +240,12 @@ class Lab:
         self._check_open()
         return self.run.folder
 
-    def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
-        """Sample what `read` returns three times a second into the history, where a panel of a board finds it.
-
-        It is called in the sampler's thread and must answer soon. What it raises is shown in the board's status line.
-        """
-        self._check_open()
-        self._sampler.watch(metric, label, read)
-
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
-        """Wait until every pod of these runs and consumers share all partitions of their topics.
-
-        Raises LabkitError, with the last lines of one that does not.
-        """
-        until = time.monotonic() + timeout
-        while late := [one for one in deployments if not one.ready(self._beside(one))]:
-            if time.monotonic() > until:
-                said = "\n".join(line.text for line in late[0].log[-10:])
-                raise LabkitError(f"{late[0]!r} is not ready after {timeout:g} s. It says:\n{said}")
-            time.sleep(0.02)  # between two looks
+        """Wait until every pod of these runs and consumers share all partitions of their topics; see `wait_until`."""
+        names = ", ".join(one.name for one in deployments)
+        self.wait_until(
+            lambda: all(one.ready(self._beside(one)) for one in deployments), f"{names} to be ready", timeout
+        )
 
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this lab is closed, before Kafka is let go."""
@@ -271,32 +259,32 @@ class Lab:
         completed: Topic[Any] | None = None,
         by: str | Callable[[Any], str] = "id",
         pods: Sequence[Deployment] = (),
-        panels: Sequence[picture.Panel] = (),
+        panels: Sequence[Panel] = (),
         actions: Sequence[Action] = (),
     ) -> Board:
         """A live picture of deployments: their lag, what they try again, what took effect, with buttons for faults.
 
         `pods` are the deployments that the buttons break; by default those of `lag` and `retries`. `completed` is the
-        topic in which work takes effect; `by` its business id. `panels` and `actions` come after these: a panel shows
-        what the history holds, `lab.watch` included. A cell that runs again replaces its board.
+        topic in which work takes effect; `by` its business id. `panels` (see `panel`) and `actions` come after these. A
+        cell that runs again replaces its board.
         """
         behind = [lag] if isinstance(lag, Deployment) else list(lag)
         self._check_open(*behind, retries, completed, *pods)
         retries = behind[0] if retries is None and behind else retries
         seen = [*behind, *([] if retries is None else [retries])]
         topics = [topic.short for one in behind for topic in one.topics]
-        shown: list[picture.Panel] = [picture.lag_panel(topics)] if behind else []
+        shown = [lag_panel(topics)] if behind else []
         if retries is not None:
-            shown.append(picture.retries_panel([retries.name], [] if completed is None else [completed.short]))
+            shown.append(retries_panel([retries.name], [] if completed is None else [completed.short]))
         if completed is not None:
             self._sampler.tally(completed, by)
-            shown.append(picture.completed_panel(completed.short, topics))
+            shown.append(completed_panel(completed.short, topics))
         shown += panels
+        if not shown:
+            raise LabkitError("a board needs something to show: lab.board(lag=…), completed= or panels=")
+        for one in shown:
+            self._sampler.watch(one.readers)
         names = list(dict.fromkeys(one.name for one in pods or seen))
-        if not names or not shown:
-            raise LabkitError(
-                "a board needs a deployment and something to show: lab.board(lag=…), or pods= and panels="
-            )
 
         def deployments() -> list[Deployment]:
             return [self.deployments[name] for name in names]
@@ -305,7 +293,7 @@ class Lab:
             self._history,
             shown,
             lambda: self._status(deployments()),
-            deployments,
+            deployments if names else None,
             lambda: pane(deployments()),
             [*actions, *self.broker.actions()],
             slow_seconds=0.1,
@@ -333,16 +321,27 @@ class Lab:
         """A length of time at this lab's pace."""
         return told / self.pace
 
-    def figure(self, metric: str, label: str) -> float:
-        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`."""
-        return self._history.now(metric, label)
+    def figure(self, metric: str, label: str | None = None) -> float:
+        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`. A
+        panel of one line is a metric without labels: `lab.figure("charged")`."""
+        return self._history.now(metric, metric if label is None else label)
 
     def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-        """Wait until a condition holds. Raises LabkitError, naming `what` was waited for, after `timeout` seconds."""
+        """Wait until a condition holds, which is looked at every 20 ms. While a service that it asks does not answer
+        (OSError) it does not hold.
+
+        Raises LabkitError after `timeout` seconds: it names `what` was waited for, and has the pods' last lines.
+        """
         until = time.monotonic() + timeout
-        while not condition():
+        while True:
+            try:
+                if answer := condition():
+                    return
+                why = "" if answer is False else f" ({answer!r})"
+            except OSError as error:
+                why = f" ({error_text(error)})"
             if time.monotonic() > until:
-                raise LabkitError(f"not within {timeout:g} s: {what}")
+                raise LabkitError(f"not within {timeout:g} s: {what}{why}{self._said()}")
             time.sleep(0.02)
 
     def settle(self, timeout: float = 60.0) -> Settled:
@@ -354,19 +353,6 @@ class Lab:
         what was planned by `when`, has failed.
         """
         return self._settling.settle(timeout)
-
-    def wait(self, condition: Callable[[], object], timeout: float = 30.0) -> bool:
-        """Wait until `condition` holds, which is looked at every 20 ms. If it does not within `timeout` seconds, the
-        pods' last lines are printed. What it raises counts as not yet."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            with suppress(Exception):
-                if condition():
-                    return True
-            time.sleep(0.02)
-        for name in self.deployments:
-            self.logs(name)
-        return False
 
     def unsettled(self) -> str | None:
         """Why this lab is not at rest now; None when it is."""
@@ -573,6 +559,13 @@ class Lab:
             deaths = self.connection.deaths()
         if not self._closing:
             self.broker.look(deaths)
+
+    def _said(self) -> str:
+        """How deployments stand, and the last lines of their pods."""
+        return "".join(
+            "\n  ".join([f"\n{one!r}", *(f"{clock(line.time)} {line.pod}: {line.text}" for line in one.log[-10:])])
+            for one in self.deployments.values()
+        )
 
     def _beside(self, deployment: Deployment) -> list[Deployment]:
         """Others in its group."""

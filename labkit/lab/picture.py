@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,25 +23,20 @@ from labkit.lab.canvas import (
     Scene,
     Style,
     Text,
-    render,
-    render_small,
     shorten,
     text_width,
 )
 from labkit.lab.metrics import Fault, Sample
+from labkit.lab.panels import GREEN, GREY, NAMED, ORANGE, PURPLE, SKY, Panel, Plot
 
 Points: TypeAlias = tuple[Floats, Floats]
 """Times and values."""
 Series: TypeAlias = Mapping[tuple[str, str], Points]
 """By metric and label."""
-Now: TypeAlias = Mapping[str, Mapping[str, float]]
-"""Metric → label → newest value: what the words of a panel are made of."""
 
-# Okabe–Ito: told apart by colour-blind eyes. Vermillion and the light orange are kept for faults.
-BLUE, SKY, GREEN, PURPLE, ORANGE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000"
 # The pale ones are too pale for letters on white.
 _LETTERS = {SKY: "#2A86BD", ORANGE: "#A87000", PURPLE: "#A9527F", GREEN: "#00835F"}
-_INK, _GREY, _TICK, _GRID, _FLOOR, _QUIET = "#1F2328", "#8B8F98", "#5E6470", "#E7E8EC", "#C3C6CD", "#B5BAC4"
+_INK, _TICK, _GRID, _FLOOR, _QUIET = "#1F2328", "#5E6470", "#E7E8EC", "#C3C6CD", "#B5BAC4"
 _SHADE, _SHADE_LETTERS, _INSTANT, _INSTANT_LETTERS = "#FAF0DA", "#8A5A00", "#D55E00", "#B84F00"
 
 # In pixels of the picture.
@@ -52,141 +46,10 @@ _TOP, _BOTTOM, _LEFT, _CELL_GAP, _EDGE = 66, 34, 42, 22, 6
 _TICK_SIZE, _LABEL_SIZE, _TITLE_SIZE, _WORDS_SIZE = 12.0, 12.0, 16.0, 14.0
 _LABEL_PITCH, _FAULT_PITCH, _FAULT_ROWS, _CAPTION_PITCH = 15.0, 16.0, 4, 20
 
-_SMALL = 30_000
-"""Bytes of a picture that is kept: 40 kB as base64."""
 _SILENT = 4.0
 """Seconds without a sample after which a line is broken, and the figures of now are called old."""
-_HIGHLIGHTED = 6
-"""Lines a panel shows by name; of more, only the highest `_HIGHEST` are named and the rest are grey."""
 _HIGHEST = 3
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One metric of a panel.
-
-    How it is drawn: "line" and "area" for each label, areas on each other; "gain", a line of what came on top since the
-    left edge of the picture (a counter's old total would flatten the news); "goal", one dotted line of the sum; "word",
-    not at all. `owners` are the topics or deployments whose labels it takes ("orders", "orders/0").
-    """
-
-    metric: str
-    how: Literal["line", "area", "gain", "goal", "word"]
-    owners: Sequence[str]
-    colours: tuple[str, ...] = (BLACK,)
-
-    def among(self, series: Series) -> dict[str, Points]:
-        """Its labels, in natural order, and their points."""
-        mine = (label for metric, label in series if metric == self.metric and label.partition("/")[0] in self.owners)
-        return {label: series[self.metric, label] for label in sorted(mine, key=_natural)}
-
-    def name(self, label: str) -> str:
-        """What stands at the end of its line: no more than tells it from the others."""
-        owner, _, partition = label.partition("/")
-        words = [owner] if len(self.owners) > 1 else []
-        return " ".join([*words, f"p{partition}"] if partition else words) or self.metric
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel, as data. `words` says the figures of now, the longest wording first: the first that fits is shown."""
-
-    title: str
-    unit: str
-    plots: Sequence[Plot]
-    words: Callable[[Now], Sequence[str]]
-
-
-# -- The panels of every lab -----------------------------------------------------------------------------------------
-
-
-def lag_panel(topics: Sequence[str]) -> Panel:
-    """Records behind, a line for each partition, and which partitions are blocked."""
-    plot = Plot("lag", "line", topics, (BLUE, SKY, GREEN, PURPLE, ORANGE, BLACK))
-
-    def words(now: Now) -> Sequence[str]:
-        lags, blocked = now["lag"], now["blocked"]
-        if not lags:
-            return ["no partition yet"]
-        stuck = [plot.name(label) for label, value in blocked.items() if value]
-        state = f" · {', '.join(stuck)} blocked" if stuck else " · nothing blocked" if blocked else ""
-        worst = max(lags, key=lambda label: lags[label])
-        behind = f"{sum(lags.values()):,.0f} in all"
-        each = " · ".join(f"{plot.name(label)} {value:,.0f}" for label, value in lags.items())
-        total = f"{behind} · highest {plot.name(worst)} {lags[worst]:,.0f}"
-        few = [each + state, each] if len(lags) <= _HIGHLIGHTED else []
-        return [*few, total + state, total, behind]
-
-    return Panel("Lag", "records behind", (plot, Plot("blocked", "word", topics)), words)
-
-
-def retries_panel(deployments: Sequence[str], topics: Sequence[str]) -> Panel:
-    """Records waiting in a back-off as areas; failed attempts, and records that took effect again in `topics`, or,
-    without a topic, were handled again."""
-    plots = (
-        Plot("waiting", "area", deployments, (GREEN, ORANGE, PURPLE, SKY)),
-        Plot("redelivered", "gain", topics, (BLUE,)) if topics else Plot("handled again", "gain", deployments, (BLUE,)),
-        Plot("failed", "gain", deployments, (BLACK,)),
-    )
-
-    def words(now: Now) -> Sequence[str]:
-        waiting, again, failed = (f"{sum(now[plot.metric].values()):,.0f} {plot.metric}" for plot in plots)
-        counted = f"{again} · {failed}"
-        return [f"{waiting} · {counted} in all", f"{waiting} · {counted}", f"{waiting} · {failed}", waiting]
-
-    return Panel("Retries", "records", plots, words)
-
-
-def completed_panel(completed: str, topics: Sequence[str]) -> Panel:
-    """Distinct ids that took effect in the topic `completed`, towards the dotted line of what was sent to `topics`."""
-
-    def words(now: Now) -> Sequence[str]:
-        done = f"{sum(now['completed'].values()):,.0f}"
-        return [f"{done} of {sum(now['sent'].values()):,.0f}"] if now["sent"] else [done]
-
-    plots = (Plot("sent", "goal", topics, (_GREY,)), Plot("completed", "line", (completed,), (GREEN,)))
-    return Panel("Completed", "records", plots, words)
-
-
-def figures_panel(title: str, unit: str, metric: str, owners: Sequence[str]) -> Panel:
-    """One metric, a line for each of its owners (deployments, or labels of `lab.watch`)."""
-    plot = Plot(metric, "line", owners, (BLUE, PURPLE, GREEN, SKY, ORANGE, BLACK))
-
-    def words(now: Now) -> Sequence[str]:
-        each = [f"{plot.name(label)} {_amount(value)}" for label, value in now[metric].items()]
-        return [" · ".join(each[:number]) for number in range(len(each), 0, -1)] or ["nothing yet"]
-
-    return Panel(title, unit, (plot,), words)
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
-
-
-# -- Public: draw and snapshot ---------------------------------------------------------------------------------------
-
-
-def draw(
-    panels: Sequence[Panel],
-    samples: Sequence[Sample],
-    faults: Sequence[Fault],
-    now: float,
-    window: float = 60.0,
-) -> bytes:
-    """A PNG of the last `window` seconds before `now` (Unix seconds). Samples are in the order of time."""
-    return render(compose(panels, samples, faults, now, window))
-
-
-def static(
-    panels: Sequence[Panel],
-    samples: Sequence[Sample],
-    faults: Sequence[Fault],
-    now: float,
-    window: float = 60.0,
-    caption: str = "",
-) -> bytes:
-    """A PNG to be kept in a notebook: sharper than a frame, and of at most 40 kB. `caption` is written below."""
-    return render_small(compose(panels, samples, faults, now, window, caption), _SMALL)
+"""Lines that are named where there are too many to name them all."""
 
 
 def compose(
@@ -197,7 +60,10 @@ def compose(
     window: float = 60.0,
     caption: str = "",
 ) -> Scene:
-    """Lay the panels out in rows of up to `ABREAST`. Texts of faults are on the first only."""
+    """The last `window` seconds before `now` (Unix seconds): panels in rows of up to `ABREAST`, and a caption below.
+
+    Samples are in the order of time. Texts of faults are on the first panel only.
+    """
     if not panels:
         raise ValueError("a picture needs at least one panel")
     if window <= 0:
@@ -304,7 +170,7 @@ def _draw_panel(
     layers = [layer for plot in panel.plots for layer in _layers(plot, plot.among(series), frame.start)]
 
     # The names at the line ends decide how much of the cell is left for the lines.
-    names = [curve.name for curve in curves] + [layer.name for layer in layers]
+    names = [curve.name for curve in curves] + [layer.name for layer in layers] + _unnamed(curves)
     widest = max((text_width(name, _LABEL_SIZE, True) for name in names), default=0.0)
     # In steps, so that the plot keeps its place while names come and go.
     margin = min(max(32.0, 8.0 * math.ceil((widest + 12) / 8.0)), 0.34 * (frame.cell_right - frame.left))
@@ -316,8 +182,8 @@ def _draw_panel(
     frame.highest = max(highest * 1.04, 5.0)
 
     _furniture(frame, panel, _ticks(highest))
-    now = {plot.metric: {label: float(v[-1]) for label, (_, v) in plot.among(series).items()} for plot in panel.plots}
-    _words(frame, panel.words(now), newest)
+    now = {one: float(values[-1]) for one, (_, values) in series.items()}
+    _words(frame, panel.wordings(now), newest)
     for layer in layers:
         for part in _unbroken(layer.times):
             xs, low, high = frame.x(layer.times[part]), frame.y(layer.low[part]), frame.y(layer.high[part])
@@ -337,7 +203,7 @@ def _curves(plot: Plot, mine: Mapping[str, Points], start: float) -> list[_Curve
         curves.append(_Curve(plot.metric, *_broken(times, total, start), plot.colours[0], 1.6, "dotted"))
     if plot.how == "line":
         by_height = sorted(mine, key=lambda label: -float(np.max(mine[label][1])))
-        named = by_height if len(mine) <= _HIGHLIGHTED else by_height[:_HIGHEST]
+        named = by_height if len(mine) <= NAMED else by_height[:_HIGHEST]
         for i, (label, points) in enumerate(mine.items()):
             line = _broken(*points, start)
             if label in named:
@@ -371,9 +237,9 @@ def _layers(plot: Plot, mine: Mapping[str, Points], start: float) -> list[_Layer
 def _words(frame: _Frame, wordings: Sequence[str], newest: float | None) -> None:
     room, colour = frame.cell_right - frame.left, _INK
     if newest is None:
-        wordings, colour = ["no figures yet"], _GREY
+        wordings, colour = ["no figures yet"], GREY
     elif frame.now - newest > _SILENT:
-        wordings, colour = [f"{frame.now - newest:.0f} s old: {wording}" for wording in wordings], _GREY
+        wordings, colour = [f"{frame.now - newest:.0f} s old: {wording}" for wording in wordings], GREY
     fitting = [wording for wording in wordings if text_width(wording, _WORDS_SIZE, False) <= room]
     text = fitting[0] if fitting else shorten(wordings[-1], _WORDS_SIZE, room)
     frame.add(Text(frame.left, frame.ceiling - 42, text, _WORDS_SIZE, colour, "words"))
@@ -382,7 +248,7 @@ def _words(frame: _Frame, wordings: Sequence[str], newest: float | None) -> None
 def _furniture(frame: _Frame, panel: Panel, ticks: Sequence[float]) -> None:
     """What stays from frame to frame: title, unit, grid and scales."""
     frame.add(Text(frame.left, frame.ceiling - 20, panel.title, _TITLE_SIZE, _INK, "title", bold=True))
-    frame.add(Text(frame.cell_right, frame.ceiling - 20, panel.unit, _TICK_SIZE, _GREY, "unit", align="right"))
+    frame.add(Text(frame.cell_right, frame.ceiling - 20, panel.unit, _TICK_SIZE, GREY, "unit", align="right"))
     for value in ticks:
         y = round(frame.one_y(value)) + 0.5
         if y > frame.top + 1:
@@ -504,8 +370,10 @@ def _place(frame: _Frame, fault: Fault, placed: list[_FaultLabel]) -> bool:
     False where there is no such row, and where the same text stands already: the fault's line stays bare.
     """
     x = frame.one_x(fault.start)
-    text = shorten(fault.text, _LABEL_SIZE, frame.right - frame.left - 60)
-    before = x + 5 + text_width(text + " …", _LABEL_SIZE, False) > frame.right
+    to_the_left, to_the_right = x - 5 - frame.left, frame.right - x - 5
+    before = to_the_left > to_the_right < text_width(fault.text + " …", _LABEL_SIZE, False)
+    room = to_the_left if before else to_the_right
+    text = shorten(fault.text, _LABEL_SIZE, room - text_width(" …", _LABEL_SIZE, False))
     label = _FaultLabel(text, x, fault.instant, fault.end is None, before)
     for other in placed:
         same = (other.text, other.instant, other.standing) == (text, label.instant, label.standing)
@@ -552,11 +420,16 @@ def _label_ends(frame: _Frame, curves: Sequence[_Curve], layers: Sequence[_Layer
         text = shorten(end.text, _LABEL_SIZE, room, bold=True)
         ink = _LETTERS.get(end.colour, end.colour)
         frame.add(Text(frame.right + 8, y, text, _LABEL_SIZE, ink, "label", bold=True))
-    if quiet := sum(not curve.name for curve in curves):
+    for more in _unnamed(curves):
         # Above the names, or below when they reach the top.
         above = (where[-1] if where else frame.bottom) + _LABEL_PITCH
         y = above if above <= frame.top else max(where[0] - _LABEL_PITCH, frame.bottom)
-        frame.add(Text(frame.right + 8, y, f"{quiet} more", _LABEL_SIZE, _GREY, "label"))
+        frame.add(Text(frame.right + 8, y, more, _LABEL_SIZE, GREY, "label"))
+
+
+def _unnamed(curves: Sequence[_Curve]) -> list[str]:
+    """How many lines have no name, in words, if any."""
+    return [f"{many} more"] if (many := sum(not curve.name for curve in curves)) else []
 
 
 def _room_inside(frame: _Frame, layer: _Layer) -> tuple[float, float] | None:
@@ -609,12 +482,6 @@ def _series(samples: Sequence[Sample], start: float) -> Series:
         times.append(sample.time)
         values.append(sample.value)
     return {s: (np.array(times, float), np.array(values, float)) for s, (times, values) in points.items()}
-
-
-def _natural(label: str) -> tuple[object, ...]:
-    """Sort key that puts "orders/10" after "orders/9"."""
-    # Split by digits, every second part is a number: like is only ever compared with like.
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", label)))
 
 
 def _times(several: Mapping[str, Points]) -> Floats:

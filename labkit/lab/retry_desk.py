@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -15,7 +16,7 @@ from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
 from labkit.lab.deployment import Deployment
 from labkit.lab.metrics import clock
-from labkit.lab.picture import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, Now, Panel, Plot
+from labkit.lab.panels import Panel, blocked_panel, lag_panel, set_aside_panel
 from labkit.patterns.blocked_lanes import Blocked, BlockedLanes
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters
 from labkit.patterns.retries import RetryingConsumer
@@ -54,10 +55,6 @@ class RetryDesk:
             self._retry_topics[topic.name] = f"in {topic.name.rpartition('-')[2]}, before"
         self._depths: dict[str, int] = {}
         self._looked = 0.0
-        lab.watch("stuck", self.name, self.blocked_for)
-        lab.watch("dead", self.name, lambda: len(self.letters))
-        for name, label in self._retry_topics.items():
-            lab.watch("to be retried", label, lambda name=name: self._depth(name))  # type: ignore[misc]
         self._closed = threading.Event()
         lab.at_end(self.close)
         self.unblock = _Unblock(self)
@@ -81,23 +78,12 @@ class RetryDesk:
 
     @property
     def panels(self) -> list[Panel]:
-        """For a board: how long lanes have been blocked; what waits in each retry topic, and the dead letters."""
-        blocked = Plot("stuck", "area", [self.name], (ORANGE,))
-        letters = Plot("dead", "line", [self.name], (BLACK,))
-        topics = Plot("to be retried", "area", list(self._retry_topics.values()), (SKY, BLUE, PURPLE, GREEN))
-
-        def blocked_words(now: Now) -> Sequence[str]:
-            seconds = sum(now["stuck"].values())
-            return [f"{len(self.lanes)} blocked · longest {seconds:,.0f} s" if seconds else "nothing blocked"]
-
-        def topic_words(now: Now) -> Sequence[str]:
-            each = [f"{value:,.0f} {label}" for label, value in now["to be retried"].items()]
-            dead = f"{sum(now['dead'].values()):,.0f} dead"
-            return [" · ".join([*each, dead]), f"{sum(now['to be retried'].values()):,.0f} wait · {dead}"]
-
+        """For a board: lag; how long lanes have been blocked; what waits in each retry topic, and the dead letters."""
+        retries = {label: partial(self._depth, name) for name, label in self._retry_topics.items()}
         return [
-            Panel("Blocked", "seconds", (blocked,), blocked_words),
-            Panel("Set aside", "records", (topics, letters), topic_words),
+            lag_panel([self.topic.short]),
+            blocked_panel(self.name, lambda: len(self.lanes), self.blocked_for),
+            set_aside_panel(self.name, retries, lambda: len(self.letters)),
         ]
 
     def table(self) -> pd.DataFrame:

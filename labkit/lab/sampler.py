@@ -16,6 +16,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.panels import Read
 from labkit.lab.telemetry import PodReport, Repeats
 
 TICK = 0.33  # seconds between two samples
@@ -96,7 +97,7 @@ class Sampler:
         self._replaced: list[Tally] = []
         self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
         self._recent: dict[tuple[str, str], list[tuple[float, int]]] = {}
-        self._watched: dict[tuple[str, str], Callable[[], float]] = {}
+        self._watched: dict[tuple[str, str], Read] = {}
         self._ids: dict[str, set[str]] = {}  # sent, by topic
         self._counted: dict[int, int] = {}  # how much of each load is in there
         self._lock = threading.Lock()
@@ -112,10 +113,10 @@ class Sampler:
                 self._tallies[topic.short] = Tally(topic, by)
                 self._replaced += [] if before is None else [before]
 
-    def watch(self, metric: str, label: str, read: Callable[[], float]) -> None:
-        """Sample what `read` returns, from now on. It must answer soon; what it raises is shown in the status line."""
+    def watch(self, readers: Mapping[tuple[str, str], Read]) -> None:
+        """Sample what these functions return, by metric and label, from now on: see `panel`."""
         with self._lock:
-            self._watched[metric, label] = read
+            self._watched |= readers
 
     def close(self) -> None:
         """End the thread and its clients."""
@@ -170,7 +171,6 @@ class Sampler:
                 trouble, away = str(error), away or isinstance(error, ClusterUnreachable)
         for tally in () if away else tallies:
             tally.look()
-        values += [("handled again", name, count) for name, count in self._repeats.counts.items()]
         for topic, count in self._sent().items():
             values.append(("sent", topic, count))
         for tally in tallies:
@@ -178,10 +178,10 @@ class Sampler:
             values.append(("redelivered", tally.topic.short, tally.again))
         for (metric, label), read in watched:
             try:
-                if math.isfinite(value := read()):  # what is not known now is left out
+                if (value := read()) is not None and math.isfinite(value):  # what is not known now is left out
                     values.append((metric, label, value))
             except Exception as error:  # the learner's own function, or a server that is down: the others count on
-                trouble = f"{metric} of {label}: {error_text(error)}"
+                trouble = f"{metric}{f' of {label}' * (label != metric)}: {error_text(error)}"
         now = time.time()
         highest: dict[tuple[str, str], float] = {}  # of the groups that read one topic, the one that is most behind
         for metric, label, value in values:
@@ -214,6 +214,7 @@ class Sampler:
             ("restarts", name, deployment.restarts),
             ("waiting", name, len(deployment.waiting)),
             ("failed", name, sum(report.failed for report in reports)),
+            ("handled again", name, self._repeats.counts.get(name, 0)),
             ("rate", name, self.rate[name]),
         ]
         values += [(metric, name, totals[metric]) for metric in rates]

@@ -123,7 +123,7 @@ class Database(ServerFaults):
         self._committed: tuple[float, int] | None = None
 
     def transactions(self) -> float:
-        """Transactions a second since it was asked last, for `lab.watch`; 0 while it is down."""
+        """Transactions a second since it was asked last, for a panel; 0 while it is down."""
         import psycopg
 
         before, self._committed = self._committed, None

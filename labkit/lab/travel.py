@@ -1,8 +1,7 @@
 """How what a notebook defines travels to a pod: one pickler, by value.
 
-Two traps are handled here. A msgspec Struct defined in a notebook would arrive without its fields and encode as `{}`,
-silently: it is rebuilt with `msgspec.defstruct`. And what cannot live in another process (a Lab, a board, a client, an
-open file) is refused by the name of the variable that the handler uses.
+Refused by its name is what cannot live in another process (a Lab, a board, a client, an open file), and a msgspec
+Struct of a notebook: it would arrive without its fields and encode as `{}`, silently. A dataclass arrives whole.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import cloudpickle
 import msgspec
@@ -64,15 +63,31 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, io.TextIOWrapper) and obj not in (sys.stdout, sys.stderr):
             raise _Refused(obj, MAKE_IT_THERE)  # cloudpickle would send a copy of what the file holds now
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
-            return _reduce_struct(obj)
+            raise CannotTravel(
+                f"{obj.__name__} is a msgspec Struct of this notebook, whose fields do not reach a pod. "
+                f"Make it a dataclass: `from dataclasses import dataclass`, then `@dataclass` above "
+                f"`class {obj.__name__}:`. (A Struct that is imported from a module may stay one.)"
+            )
         if isinstance(obj, msgspec.Meta):
-            return _make_meta, ({name: getattr(obj, name) for name in _META if getattr(obj, name) is not None},)
+            limits = {name: getattr(obj, name) for name in dir(obj) if not name.startswith("_")}
+            return functools.partial(msgspec.Meta, **limits), ()
         if obj is dataclasses.MISSING:
             return "MISSING"  # by its name: msgspec asks whether a default *is* this object
         reduced = super().reducer_override(obj)
-        if isinstance(obj, type) and "__msgspec_cache__" in vars(obj) and isinstance(reduced, tuple):
+        if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) > 2:  # a class, by value
             reduced[2][0].pop("__msgspec_cache__", None)  # of an enum or a dataclass that was decoded here before
+            reduced[2][0].update(_resolved(obj))
         return reduced
+
+
+def _resolved(cls: type) -> dict[str, Any]:
+    """The annotations of a class, where some are texts: a pod that decodes it does not find what they name."""
+    try:
+        own, meant = inspect.get_annotations(cls), get_type_hints(cls, include_extras=True)
+    except Exception:  # what they name is nowhere: whoever decodes that class is told so
+        return {}
+    resolved = {name: meant[name] for name in own}
+    return {} if resolved == own else {"__annotations__": resolved}
 
 
 def _pickled(thing: Any) -> bytes:
@@ -98,111 +113,6 @@ def _importable(thing: Any) -> bool:
 def _lasting(module: str) -> bool:
     """Whether a pod has this module too; not so what is defined in a notebook, or travels by value on demand."""
     return module != "__main__" and module not in cloudpickle.list_registry_pickle_by_value()
-
-
-# -- Structs -------------------------------------------------------------------------------------------------------
-
-
-def _reduce_struct(cls: type[msgspec.Struct]) -> tuple[Any, ...]:
-    """How to make `cls` anew: a skeleton of fields and options first, then the rest, which may name the class."""
-    own = inspect.get_annotations(cls)
-    try:
-        described = msgspec.structs.fields(cls)
-    except NameError as error:
-        raise CannotTravel(f"the fields of {cls.__name__} cannot be told: {error}. Define that class first") from None
-    fields: list[tuple[Any, ...]] = []
-    factories: dict[str, Any] = {}
-    renamed: dict[str, str] = {}
-    for field in described:
-        if field.name not in own:
-            continue  # its base brings it
-        if _reaches(field.type, cls, set()):
-            raise CannotTravel(
-                f"{cls.__name__}.{field.name} is of its own type {cls.__name__}, which cannot be rebuilt in a pod: "
-                "put the class into a module beside the notebook and import it, or make it a dataclass"
-            )
-        default = () if field.default is msgspec.NODEFAULT else (field.default,)
-        fields.append((field.name, field.type, *default))
-        if field.default_factory is not msgspec.NODEFAULT:
-            factories[field.name] = field.default_factory
-        if field.encode_name != field.name:
-            renamed[field.name] = field.encode_name
-    config = cls.__struct_config__
-    options: dict[str, Any] = {name: getattr(config, name) for name in _OPTIONS}
-    kinds = inspect.signature(cls).parameters
-    options["kw_only"] = all(kinds[field[0]].kind is inspect.Parameter.KEYWORD_ONLY for field in fields)
-    namespace = {name: cls.__dict__[name] for name in ("__doc__", "__module__", "__orig_bases__") if name in vars(cls)}
-    rest = {
-        name: member
-        for name, member in vars(cls).items()
-        if name not in _MADE and not isinstance(member, types.MemberDescriptorType | types.GetSetDescriptorType)
-    }
-    skeleton = (cls.__name__, fields, factories, cls.__bases__, namespace, renamed, options, "__post_init__" in rest)
-    return _make_struct, skeleton, rest, None, None, _complete_struct
-
-
-_META = (
-    "gt", "ge", "lt", "le", "multiple_of", "pattern", "min_length", "max_length", "title", "description", "examples",
-    "extra_json_schema", "extra",
-)  # fmt: skip
-_OPTIONS = (
-    "tag_field", "tag", "omit_defaults", "forbid_unknown_fields", "frozen", "eq", "order", "array_like",
-    "repr_omit_defaults", "gc", "weakref", "dict", "cache_hash",
-)  # fmt: skip
-# What Python and msgspec put into a class by themselves.
-_MADE = frozenset(vars(msgspec.defstruct("_Empty", []))) | {
-    "__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__classdictcell__",
-    "__conditional_annotations__", "__dict__", "__firstlineno__", "__match_args__", "__msgspec_cache__",
-    "__orig_bases__", "__parameters__", "__static_attributes__", "__weakref__",
-}  # fmt: skip
-
-
-def _make_meta(limits: dict[str, Any]) -> msgspec.Meta:
-    return msgspec.Meta(**limits)
-
-
-def _make_struct(
-    name: str,
-    fields: list[tuple[Any, ...]],
-    factories: dict[str, Any],
-    bases: tuple[type, ...],
-    namespace: dict[str, Any],
-    renamed: dict[str, str],
-    options: dict[str, Any],
-    checks: bool,
-) -> type[msgspec.Struct]:
-    if checks:  # msgspec looks for it only while the class is made
-
-        def __post_init__(self: Any) -> None:  # noqa: N807
-            __post_init__.real(self)  # type: ignore[attr-defined]
-
-        namespace = {**namespace, "__post_init__": __post_init__}
-    made = [
-        field if field[0] not in factories else (*field, msgspec.field(default_factory=factories[field[0]]))
-        for field in fields
-    ]
-    return msgspec.defstruct(name, made, bases=bases, namespace=namespace, rename=renamed or None, **options)
-
-
-def _complete_struct(cls: type, rest: dict[str, Any]) -> None:
-    for name, member in rest.items():
-        if name == "__post_init__":
-            cls.__dict__[name].real = member
-        else:
-            setattr(cls, name, member)
-
-
-def _reaches(annotation: Any, cls: type, seen: set[int]) -> bool:
-    """Whether a type leads to `cls`, through other Structs of the notebook too."""
-    if annotation is cls:
-        return True
-    if id(annotation) in seen:
-        return False
-    seen.add(id(annotation))
-    parts = list(getattr(annotation, "__args__", ()))
-    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct) and not _importable(annotation):
-        parts += [field.type for field in msgspec.structs.fields(annotation)]
-    return any(_reaches(part, cls, seen) for part in parts)
 
 
 # -- naming what cannot travel -------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ def crowded(record):
     return [(len(apps),)] if len(apps) >= 10 else []
 
 def judge(crowded):
-    class Of(Struct):
+    @dataclass
+    class Of:
         value: Context
     few, many = ([sites.App(f"app-{n}", "1.0") for n in range(size)] for size in (9, 10))
     if list(crowded(Of(Context(1, "ada", many)))) != [(10,)]:

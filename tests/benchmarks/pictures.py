@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
-from labkit.lab import picture
 from labkit.lab.board import Board
 from labkit.lab.deployment import PodState
 from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 from labkit.lab.sampler import TICK
 
 SECONDS = 15.0
@@ -30,9 +30,9 @@ def board(bench: Bench) -> Iterator[Row]:
     for tick in range(int((WINDOW + 5) / TICK), 0, -1):
         lab.tick(now - tick * TICK)
     panels = [
-        picture.lag_panel(["orders"]),
-        picture.retries_panel(["shop"], ["charged"]),
-        picture.completed_panel("charged", ["orders"]),
+        lag_panel(["orders"]),
+        retries_panel(["shop"], ["charged"]),
+        completed_panel("charged", ["orders"]),
     ]
     deployment = Pods([Pod(index) for index in range(4)])
     shown = Board(

@@ -11,13 +11,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from lab_helpers import Order, orders
+from lab_helpers import Order, orders, wait_said
 from processes import wait_until
 
 from labkit import Lab
 from labkit.kafka import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.lab import sampler
+from labkit.lab.panels import panel
+from labkit.lab.travel import CannotTravel
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -54,10 +56,35 @@ def test_a_figure_that_nobody_has_measured_is_no_number(lab: Lab) -> None:
 
 def test_waiting_ends_with_the_condition_or_says_what_for(lab: Lab) -> None:
     looks: list[int] = []
-    lab.wait_until(lambda: looks.append(1) or len(looks) > 3, "four looks")
+
+    def fourth() -> bool:
+        looks.append(1)
+        if len(looks) == 2:
+            raise ConnectionRefusedError("a service that only starts")
+        return len(looks) == 4
+
+    lab.wait_until(fourth, "four looks")
     assert len(looks) == 4
-    with pytest.raises(LabkitError, match=r"not within 0\.1 s: the end of time"):
-        lab.wait_until(lambda: False, "the end of time", 0.1)
+    with pytest.raises(ZeroDivisionError):  # a mistake, which no waiting mends
+        lab.wait_until(lambda: 1 / 0, "nonsense")
+    with pytest.raises(LabkitError, match=r"not within 0 s: five of them \(\[\]\)"):
+        lab.wait_until(list, "five of them", 0)
+
+    def away() -> bool:
+        raise ConnectionRefusedError("nobody listens")
+
+    talks = lab.deploy(
+        "talks", Consumer(lab.topic("talk", 1, Order), lambda record: print("heard of", record.value.id))
+    )
+    lab.load(talks.topics[0], orders(1)).wait()
+    wait_said(talks, "heard of 0")
+    with pytest.raises(LabkitError) as late:
+        lab.wait_until(away, "the end of time", 0.1)
+    said = str(late.value).splitlines()
+    assert said[0] == "not within 0.1 s: the end of time (ConnectionRefusedError: nobody listens)"
+    assert repr(talks) in said
+    assert any("talks-0: heard of 0" in line for line in said)
+    talks.close()
 
 
 def test_values_without_the_id_are_told_and_hide_nothing_else(lab: Lab) -> None:
@@ -119,10 +146,32 @@ def test_a_kafka_that_is_away_is_waited_for_once_in_a_sample(lab: Lab, monkeypat
     assert ("asked", "asked") not in itertools.pairwise(seen)
 
 
-def test_a_figure_that_is_no_number_hides_nothing_else(lab: Lab) -> None:
+def test_what_a_panel_reads_is_a_figure_and_what_is_no_number_hides_nothing_else(lab: Lab) -> None:
     seen = itertools.count()
-    for label, nothing in (("none", None), ("nan", math.nan), ("text", "soon")):
-        lab.watch("odd", label, lambda nothing=nothing: nothing)  # type: ignore[misc]
-    lab.watch("even", "count", lambda: next(seen))
-    wait_until(lambda: lab.figure("even", "count") > 1, 20, "two samples")
-    assert not [sample for sample in lab._history.samples if sample.metric == "odd"]
+    odd = panel("Odd", {"none": lambda: None, "nan": lambda: math.nan, "text": lambda: "soon"})  # type: ignore[dict-item, return-value]
+    lab.board(panels=[odd, panel("Broken", lambda: 1 / 0), panel("Even Count", lambda: next(seen))])
+    wait_until(lambda: lab.figure("even count") > 1, 20, "two samples")
+    assert not [sample for sample in lab._history.samples if sample.metric in ("odd", "broken")]
+    wait_until(lambda: "broken: ZeroDivisionError" in lab._status([]), 10, "the status line")
+    lab.board(panels=[panel("Broken", lambda: 7)])
+    wait_until(lambda: lab.figure("broken") == 7, 20, "the function of the newer board")
+
+
+def test_a_board_needs_something_to_show_and_no_pods(lab: Lab) -> None:
+    board = lab.board(panels=[panel("Sevens", lambda: 7)])
+    board.start()
+    assert board._pods is None
+    board.close()
+    with pytest.raises(LabkitError, match="a board needs something to show"):
+        lab.board()
+
+
+def test_a_struct_of_the_notebook_is_no_value_of_a_topic(lab: Lab) -> None:
+    class Parcel(msgspec.Struct):
+        id: int
+
+    for value in (Parcel, list[Parcel], Parcel | None):
+        with pytest.raises(CannotTravel, match=r"Parcel is a msgspec Struct of this notebook.*`@dataclass` above"):
+            lab.topic("parcels", value=value)  # type: ignore[arg-type]
+    assert "parcels" not in lab.topics
+    assert lab.topic("parcels", value=Order | None)  # type: ignore[arg-type]

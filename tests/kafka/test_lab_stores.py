@@ -1,4 +1,4 @@
-"""What a lab brings for stores: a Valkey to compare with, the size of a topic on disk, waiting for a condition."""
+"""What a lab brings for stores: a Valkey to compare with, the size of a topic on disk."""
 
 from __future__ import annotations
 
@@ -80,16 +80,3 @@ def test_the_size_on_disk_is_known_of_ones_own_kafka_only(lab: Lab) -> None:
         topic.send("x" * 10_000, key="a")
         topic.flush()
         assert 10_000 < own.size_on_disk(topic) < 11_000
-
-
-def test_waiting_for_a_condition_ends_in_time_and_survives_what_it_raises(lab: Lab) -> None:
-    turns: list[int] = []
-
-    def third() -> bool:
-        turns.append(1)
-        if len(turns) == 2:
-            raise ConnectionError("not yet")
-        return len(turns) == 3
-
-    assert lab.wait(third)
-    assert not lab.wait(lambda: False, timeout=0.1)

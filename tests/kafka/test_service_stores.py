@@ -21,7 +21,7 @@ from labkit import Lab
 from labkit.cli.main import app
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.lab.services import store_lag
+from labkit.lab.panels import store_lag
 from labkit.patterns.key_value_store import KeyValueStore, StoreNotReady
 from labkit.runtime.connect import Connection
 from labkit.services.faults import NONE, TOPIC, Misbehaviour, ServiceFaults
@@ -223,18 +223,20 @@ def test_all_go_on_reading_while_kafka_is_down_and_writing_once_it_is_back(platf
 @pytest.mark.long
 def test_the_lag_of_a_frozen_pods_store_grows(platform: Platform) -> None:
     pod = platform.events.pods[0]
-    wait_until(lambda: store_lag(platform.events, platform.zones) == 0, 20, "no lag")
+    behind = lambda: store_lag(platform.lab.deployments, "events", platform.zones)  # noqa: E731
+    wait_until(lambda: behind() == 0, 20, "no lag")
     pod.freeze()
     try:
         with KeyValueStore(platform.zones) as zones:
             for _ in range(3):
                 zones.put("Mars/Olympus", Zone("DE", 0, "MST"))  # which Bookings takes away
-        wait_until(lambda: store_lag(platform.events, platform.zones) >= 3, 10, "lag")
+        wait_until(lambda: behind() >= 3, 10, "lag")
     finally:
         pod.thaw()
-    wait_until(lambda: store_lag(platform.events, platform.zones) == 0, 20, "no lag")
+    wait_until(lambda: behind() == 0, 20, "no lag")
     panels = platform.lab.stores((platform.events, platform.zones), (platform.bookings, platform.countries))
     assert [panel.title for panel in panels] == ["Lag", "Reloads", "Entries"]
+    platform.lab.board(panels=panels)
 
     def seen(metric: str, label: str) -> float:
         samples = platform.lab._history.snapshot().samples

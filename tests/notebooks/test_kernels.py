@@ -24,12 +24,13 @@ ROOT = Path(__file__).parents[2]
 
 SETUP = """
 import json, os, time, psutil
-from msgspec import Struct
+from dataclasses import dataclass
 from labkit import Lab
 from labkit.kafka import Consumer
 from labkit.runtime.shared import status
 
-class Order(Struct):
+@dataclass
+class Order:
     id: int
 
 lab = Lab("kernels", pace=1)

@@ -11,15 +11,15 @@ import ipywidgets
 import pytest
 from processes import wait_until
 
-from labkit.lab import picture
 from labkit.lab.board import Action, Board, _log_html
 from labkit.lab.deployment import PodState
 from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 
 PANELS = [
-    picture.lag_panel(["orders"]),
-    picture.retries_panel(["shop"], ["charged"]),
-    picture.completed_panel("charged", ["orders"]),
+    lag_panel(["orders"]),
+    retries_panel(["shop"], ["charged"]),
+    completed_panel("charged", ["orders"]),
 ]
 
 
