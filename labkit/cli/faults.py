@@ -64,8 +64,11 @@ def _runs() -> list[tuple[Name, Path, list[TargetState]]]:
     found = []
     for name in sorted(own, key=lambda name: name.run):
         folder = runs.folder_of(name.run)
-        if answer := ask(folder, Order()):
-            found.append((name, folder, answer.targets))
+        try:
+            if answer := ask(folder, Order()):
+                found.append((name, folder, answer.targets))
+        except LabkitError as error:  # the others may be broken all the same
+            typer.echo(f"notebook {name.notebook}, run {name.run}: {error}", err=True)
     if not found:
         raise LabkitError(f"no lab of {runs.learner()} is running: run a notebook's cells from its first")
     return found

@@ -50,8 +50,12 @@ class Button:
         with self._lock:
             if self._closed or self._busy:
                 return
-            action = self._action()
-            why_not = action.available()
+            try:
+                action = self._action()
+                why_not = action.available()
+            except Exception as error:
+                self._say(one_line(error), True)
+                return
             self._busy = why_not is None
             self.refresh()
         self._say(why_not or "", why_not is not None)

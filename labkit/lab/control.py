@@ -21,7 +21,8 @@ import msgspec
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.lab.faults import Target
 
-WAIT = 60.0  # seconds for an answer: a broker that stops in good order and starts again takes some of them
+WAIT = 60.0  # seconds until something is done: a broker that stops in good order and starts again takes some of them
+LOOK = 5.0  # seconds until all targets are told
 LARGEST = 65536  # bytes of a question
 
 
@@ -30,7 +31,7 @@ class Order(msgspec.Struct, frozen=True):
 
     target: str = ""
     verb: str = ""
-    options: dict[str, float] = {}
+    options: dict[str, int | float] = {}
 
 
 class TargetState(msgspec.Struct, frozen=True):
@@ -88,14 +89,15 @@ class Control:
 
 def ask(folder: Path, order: Order) -> Answer | None:
     """Have a run whose folder this is do something; None if it has ended. Raises LabkitError if it does not answer."""
+    wait = WAIT if order.target else LOOK
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(WAIT)
+        client.settimeout(wait)
         try:
             client.connect(os.path.realpath(_door(folder)))
             client.sendall(msgspec.json.encode(order) + b"\n")
             answer = b"".join(iter(lambda: client.recv(LARGEST), b""))
         except TimeoutError:
-            raise LabkitError(f"the notebook's kernel did not answer within {WAIT:g} s: is it frozen?") from None
+            raise LabkitError(f"the notebook's kernel does not answer within {wait:g} s: is it frozen?") from None
         except OSError:
             return None
     return msgspec.json.decode(answer, type=Answer) if answer else None

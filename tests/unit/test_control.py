@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from labkit.kafka.errors import LabkitError
 from labkit.lab.control import Answer, Control, Order, ask
 from labkit.lab.faults import Service, Target
 from labkit.lab.metrics import History
@@ -18,7 +20,7 @@ from labkit.lab.metrics import History
 class Noted:
     """A service that notes what it is told."""
 
-    understands = ("errors", "status", "delay")
+    understands = ("errors", "status", "delay", "cut")
     told: Mapping[str, object] = {}
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
@@ -42,8 +44,10 @@ def test_an_order_is_done_and_answered_until_the_lab_ends(tmp_path: Path, length
     told = ask(folder, Order())
     assert told
     assert [(one.name, one.verbs, one.standing) for one in told.targets] == [
-        ("till", ["fail", "slow", "recover"], ["slow till by 2 s"])
+        ("till", ["fail", "slow", "cut", "recover"], ["slow till by 2 s"])
     ]
+    ask(folder, Order("till", "cut", {"count": 3}))
+    assert till.history.faults[-1].text == "cut 3 connections of till"
     refused = ask(folder, Order("bank", "slow"))
     assert refused
     assert refused.refused == "there is no bank here; there are: till"
@@ -67,3 +71,12 @@ def test_nonsense_is_refused(tmp_path: Path, question: bytes) -> None:
         assert ask(tmp_path, Order()) == Answer()
     finally:
         control.close()
+
+
+def test_a_lab_whose_kernel_is_frozen_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.lab.control.LOOK", 0.1)
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as door:
+        door.bind(os.path.join(folder, "control"))
+        door.listen()  # it connects, and nobody answers
+        with pytest.raises(LabkitError, match="is it frozen"):
+            ask(Path(folder), Order())
