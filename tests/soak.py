@@ -1,6 +1,6 @@
 """`make soak`: minutes of random faults against one deployment; the verdict then has to explain every record.
 
-Pods are scaled, crashed, frozen, slowed and drained, the broker is killed, frozen and restarted, all drawn from a seed
+Pods are scaled, killed, frozen, slowed and restarted, the broker is killed, frozen and restarted, all drawn from a seed
 that is printed: `make soak ARGS="--seed 7"` draws the same faults again (when they strike depends on the machine).
 
 It fails if a record was lost, if an extra is not explained by a fault, if first deliveries were out of order within a
@@ -30,13 +30,12 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE, Record
 from labkit.kafka.topics import Topic
 from labkit.lab.deployment import Deployment, Pod, PodState
-from labkit.runtime.server import ServerState
 
 PARTITIONS, KEYS = 8, 64
 MOST_PODS = 4
 CALM = (0.3, 3.0)  # seconds between two faults
 LONG = 100.0  # seconds of load in which each of these must have struck
-MAIN = ("crash", "freeze", "scale", "kill_broker")
+MAIN = ("kill", "freeze", "scale", "kill_broker")
 
 
 @dataclass
@@ -66,10 +65,10 @@ class Chaos:
 
     def strike(self) -> None:
         faults: list[tuple[Callable[[], None], int]] = [
-            (self.crash, 5),
+            (self.kill, 5),
             (self.freeze, 3),
             (self.scale, 4),
-            (self.drain, 2),
+            (self.restart, 2),
             (self.slow, 1),
             (self.kill_broker, 2),
             (self.freeze_broker, 1),
@@ -100,50 +99,45 @@ class Chaos:
         self.stop.set()
         self.thread.join()
         for pod in self.pods.pods:
-            if pod.state is PodState.FROZEN:
-                pod.thaw()
-            elif pod.state is PodState.SLOW:
-                pod.slow(0)
-        if self.lab.broker.state is not ServerState.RUNNING:
-            self.lab.broker.restart()
+            pod.recover()
+        self.lab.broker.recover()
         if not self.pods.pods:
             self.pods.scale(2)
 
     def victim(self, *states: PodState) -> Pod:
         return self.chance.choice([pod for pod in self.pods.pods if pod.state in states])
 
-    def crash(self) -> None:
-        self.victim(PodState.RUNNING, PodState.SLOW, PodState.STARTING, PodState.FROZEN).crash()
+    def kill(self) -> None:
+        self.victim(PodState.RUNNING, PodState.SLOW, PodState.STARTING, PodState.FROZEN).kill()
 
     def freeze(self) -> None:
         pod = self.victim(PodState.RUNNING)
         pod.freeze()
         # Shorter than a session, and long enough for its partitions to be given away.
         self.stop.wait(self.chance.choice([0.5, 3.0, 9.0]))
-        if pod.state is PodState.FROZEN:
-            pod.thaw()
+        pod.recover()
 
     def scale(self) -> None:
         self.pods.scale(self.chance.randint(1, MOST_PODS))
 
-    def drain(self) -> None:
-        self.victim(PodState.RUNNING).drain()
+    def restart(self) -> None:
+        self.victim(PodState.RUNNING).restart()
 
     def slow(self) -> None:
         pod = self.victim(PodState.RUNNING)
         pod.slow(0.02)
         self.stop.wait(2)
-        pod.slow(0)
+        pod.recover()
 
     def kill_broker(self) -> None:
         self.lab.broker.kill()
         self.stop.wait(self.chance.uniform(0, 3))
-        self.lab.broker.restart()
+        self.lab.broker.recover()
 
     def freeze_broker(self) -> None:
         self.lab.broker.freeze()
         self.stop.wait(self.chance.uniform(0.5, 4))
-        self.lab.broker.thaw()
+        self.lab.broker.recover()
 
     def restart_broker(self) -> None:
         self.lab.broker.restart()

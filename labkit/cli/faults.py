@@ -1,66 +1,93 @@
-"""`labkit fault`: what a notebook's buttons do to a service, for a terminal."""
+"""`labkit fault`: what the buttons of a notebook do, for a terminal."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from labkit.cli.names import Learner, Name, resolve
+from labkit.cli.names import Name
 from labkit.cli.output import Json, say_json, say_table
-from labkit.cli.topics import kafka
 
 if TYPE_CHECKING:
-    from labkit.services.faults import Misbehaviour
+    from labkit.lab.control import TargetState
 
 
 def fault(
-    service: Annotated[str, typer.Argument(help="The service. None: says which misbehave, and how.")] = "",
-    errors: Annotated[float, typer.Option(help="The share of requests that it refuses, 0 to 1.")] = 0.0,
-    status: Annotated[int, typer.Option(help="With which HTTP status.")] = 503,
-    delay: Annotated[float, typer.Option(help="Seconds that each request waits before.")] = 0.0,
-    seconds: Annotated[float | None, typer.Option(help="How long. By default until it is cleared.")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Have it behave again.")] = False,
-    topic: Annotated[str, typer.Option(help="The topic with the faults, of several runs' the newest.")] = "",
-    learner: Learner = "",
+    target: Annotated[
+        str, typer.Argument(help="A pod, a server or a service, or notebook/target. None: says which there are.")
+    ] = "",
+    verb: Annotated[str, typer.Argument(help="kill, freeze, slow, fail, cut, restart; recover mends.")] = "",
+    seconds: Annotated[float | None, typer.Option(help="How long. By default until it recovers.")] = None,
+    share: Annotated[float | None, typer.Option(help="fail: the share of requests it refuses, 0 to 1.")] = None,
+    by: Annotated[float | None, typer.Option(help="slow: the seconds it waits each time.")] = None,
+    count: Annotated[int | None, typer.Option(help="cut: so many connections.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Have a service of a running notebook misbehave, or behave again."""
+    """Break something that runs in a notebook, or mend it; without arguments, say what there is."""
     from labkit.kafka.errors import LabkitError
-    from labkit.kafka.topics import Topic
-    from labkit.services.faults import TOPIC, Misbehaviour, ServiceFaults
+    from labkit.lab.control import Order, ask
 
-    if clear and not service:
-        raise LabkitError("say which service is to behave again: labkit fault payments-provider --clear")
-    if service and not (clear or errors or delay):
-        raise LabkitError(f"say what {service} is to do: --errors 1, --delay 2, or --clear")
-    with kafka() as connection:
-        there = connection.cluster.topics()
-        name = resolve("topic", topic or TOPIC, there, learner)
-        faults = ServiceFaults(Topic(connection.cluster, name.full, there[name.full], Misbehaviour))
-        faults.wait_ready()
-        if clear:
-            faults.clear(service)
-        elif service:
-            faults.set(service, errors, status, delay, seconds)
-        told = {one: faults.of(one) for one in faults.store}
-        faults.close()
-    _say(name, {service: one for service, one in sorted(told.items()) if one != Misbehaviour()}, as_json)
-
-
-def _say(name: Name, told: dict[str, Misbehaviour], as_json: bool) -> None:
-    if as_json:
-        rows = [
-            {"service": service, "errors": one.errors, "status": one.status, "delay": one.delay, "until": one.until}
-            for service, one in told.items()
-        ]
-        say_json([{**row, **name.whose} for row in rows])
+    runs = _runs()
+    if not target:
+        _list(runs, as_json)
         return
-    typer.echo(name.told)
-    if not told:
-        typer.echo("All services behave.")
-    else:
-        say_table(
-            ("service", "errors", "status", "delay"),
-            ((service, f"{one.errors:.0%}", one.status, f"{one.delay:g} s") for service, one in told.items()),
+    notebook, _, wanted = target.rpartition("/")
+    found = [
+        (name, folder)
+        for name, folder, there in runs
+        if (not notebook or name.notebook == notebook) and any(one.name == wanted for one in there)
+    ]
+    if not found:
+        known = ", ".join(sorted({f"{name.notebook}/{one.name}" for name, _, there in runs for one in there}))
+        raise LabkitError(f"no running notebook of yours has {target!r}; there are: {known}")
+    name, folder = found[-1]  # the newest
+    given = {"seconds": seconds, "share": share, "by": by, "count": count}
+    answer = ask(folder, Order(wanted, verb, {option: value for option, value in given.items() if value is not None}))
+    if answer is None:
+        raise LabkitError(f"notebook {name.notebook} has just ended")
+    if answer.refused:
+        raise LabkitError(answer.refused)
+    say_json({"target": wanted, "said": answer.said, **name.whose}) if as_json else typer.echo(
+        f"notebook {name.notebook}, run {name.run}: {answer.said}"
+    )
+
+
+def _runs() -> list[tuple[Name, Path, list[TargetState]]]:
+    """The learner's labs that run on this machine, the newest last. Raises LabkitError when there is none."""
+    from labkit.kafka.errors import LabkitError
+    from labkit.lab import runs
+    from labkit.lab.control import Order, ask
+
+    own = [name for prefix, _ in runs.living() if (name := Name.parse(prefix)).learner == runs.learner()]
+    found = []
+    for name in sorted(own, key=lambda name: name.run):
+        folder = runs.folder_of(name.run)
+        try:
+            if answer := ask(folder, Order()):
+                found.append((name, folder, answer.targets))
+        except LabkitError as error:  # the others may be broken all the same
+            typer.echo(f"notebook {name.notebook}, run {name.run}: {error}", err=True)
+    if not found:
+        raise LabkitError(f"no lab of {runs.learner()} is running: run a notebook's cells from its first")
+    return found
+
+
+def _list(runs: list[tuple[Name, Path, list[TargetState]]], as_json: bool) -> None:
+    rows = [(name, one) for name, _, there in runs for one in there]
+    if as_json:
+        say_json(
+            [
+                {"target": one.name, "is": one.condition, "can": one.verbs, "stands": one.standing, **name.whose}
+                for name, one in rows
+            ]
         )
+        return
+    say_table(
+        ("notebook", "target", "is", "stands", "what can be done"),
+        (
+            (name.notebook, one.name, one.condition, ", ".join(one.standing) or "–", ", ".join(one.verbs) or "–")
+            for name, one in rows
+        ),
+    )

@@ -1,4 +1,4 @@
-"""`labkit blocked`, `skip`, `resume` and `dlq`: what a notebook's desk does, for a terminal and for production."""
+"""`labkit blocked`, `skip`, `resume` and `dlq`: a notebook's retry console, for a terminal and for production."""
 
 from __future__ import annotations
 

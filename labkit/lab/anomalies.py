@@ -29,7 +29,7 @@ AFTERMATH = 30.0
 # handling sent twice. So the fault has to lie between the two; a second more: it is noted first, then acts.
 SAME_POD = 1.0
 NOTED = 0.2  # seconds from the moment at which a fault is noted until it acts
-STRIKE = ("crash", "death", "freeze", "eviction", "drain")  # and not "slow", which takes nothing away
+STRIKE = ("kill", "death", "freeze", "eviction", "restart")  # and not "slow", which takes nothing away
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,18 @@ import html
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import ipywidgets
 from IPython import display
 
-from labkit.kafka.errors import safe_text
 from labkit.lab import picture
+from labkit.lab.buttons import Button, Say, one_line, set_trait
 from labkit.lab.canvas import render, render_small
-from labkit.lab.deployment import PodState
+from labkit.lab.deployment import Pod, PodState
+from labkit.lab.faults import Action, sentence
 from labkit.lab.metrics import History, clock
 from labkit.lab.panels import Panel
 
@@ -46,11 +47,8 @@ class PodLike(Protocol):
     def state(self) -> PodState: ...
     @property
     def restarts(self) -> int: ...
-    def crash(self) -> None: ...
-    def freeze(self) -> None: ...
-    def thaw(self) -> None: ...
-    def slow(self, seconds: float) -> None: ...
-    def drain(self) -> None: ...
+    def why_not(self, verb: str) -> str | None: ...
+    def do(self, verb: str, options: Mapping[str, float], /) -> str: ...
 
 
 class DeploymentLike(Protocol):
@@ -63,26 +61,13 @@ class DeploymentLike(Protocol):
     def scale(self, replicas: int, /) -> None: ...
 
 
-@dataclass(frozen=True)
-class Action:
-    """A button of the board: verb and object ("Stop the provider"), what it does in a tooltip, and when it may.
-
-    `available` answers None when the action makes sense, else the reason why not, which becomes the tooltip.
-    """
-
-    label: str
-    tooltip: str
-    run: Callable[[], object]
-    available: Callable[[], str | None] = lambda: None
-
-
 class Board:
     """Shows itself at the end of a cell, and redraws in a thread of its own until `close()`.
 
     `status` says in one line what runs. `log` gives the newest lines of the pods, time and pod in front.
     `deployments` brings the buttons for their pods; it is asked at every frame and click, so that a deployment that
-    replaces another is followed. `actions` are further buttons. `slow_seconds` is what "Slow down" adds to each record.
-    `window` is the width of the picture in seconds, once the run is that old.
+    replaces another is followed. `actions` are further buttons. `window` is the width of the picture in seconds, once
+    the run is that old.
     """
 
     def __init__(
@@ -95,7 +80,6 @@ class Board:
         actions: Sequence[Action] = (),
         *,
         window: float = 60.0,
-        slow_seconds: float = 0.5,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not panels:
@@ -118,8 +102,8 @@ class Board:
         self._picture.layout = ipywidgets.Layout(width="100%", max_width=f"{picture.WIDTH}px")
         self._says = ipywidgets.HTML()
         self._lines = ipywidgets.HTML()
-        self._pods = None if deployments is None else _PodButtons(deployments, slow_seconds, self._start, self._lock)
-        self._buttons = [_Button(lambda a=action: a, self._start) for action in actions]  # type: ignore[misc]
+        self._pods = None if deployments is None else _PodButtons(deployments, self._answered, self._lock)
+        self._buttons = [Button(lambda a=action: a, self._answered) for action in actions]  # type: ignore[misc]
         rows: list[Any] = [self._picture, self._says]
         if self._pods is not None:
             rows.append(self._pods.widget)
@@ -165,7 +149,7 @@ class Board:
             thread.join(timeout=5)
         with self._lock:
             for button in self._all_buttons():
-                button.refresh("This board is closed.")
+                button.close("This board is closed.")
             self._say("This board is closed: run the notebook again from its first cell for a live one.")
 
     @property
@@ -217,11 +201,11 @@ class Board:
                 try:
                     part()
                 except Exception as error:
-                    trouble.append(f"{name}: {_of(error)}")
+                    trouble.append(f"{name}: {one_line(error)}")
             try:
                 status = self._status()
             except Exception as error:
-                status = f"status: {_of(error)}"
+                status = f"status: {one_line(error)}"
             if self._newest is not None and self._clock() - self._newest > _SILENT:
                 since = clock(self._newest)
                 trouble.append(f"no new figures since {since}")
@@ -245,57 +229,23 @@ class Board:
             self._picture.value = png
 
     def _redraw_log(self) -> None:
-        _set(self._lines, "value", _log_html(list(self._log())[-_LOG_LINES:]))
+        set_trait(self._lines, "value", _log_html(list(self._log())[-_LOG_LINES:]))
 
     def _say(self, status: str, trouble: Sequence[str] = ()) -> None:
         bad = "".join(f' <span style="color:{_BAD}">· {html.escape(each)}</span>' for each in trouble)
         text = f'<div role="status" style="{_STATUS_STYLE}">{html.escape(status)}{bad}</div>'
-        _set(self._says, "value", text)
+        set_trait(self._says, "value", text)
 
     # -- clicks
 
-    def _all_buttons(self) -> list[_Button]:
-        return [*self._buttons, *(self._pods.buttons if self._pods is not None else [])]
-
-    def _start(self, button: _Button, action: Action) -> None:
-        """Run an action in a thread of its own: a click must not hold up the messages behind it."""
+    def _answered(self, text: str, failed: bool = False) -> None:
+        """Tell what failed; what was done is in the picture."""
         with self._lock:
-            if self.closed or button.busy:
-                return
-            button.busy = True
-            button.refresh()
-            self._failed_action = ""
+            self._failed_action = text if failed else ""
+        self.redraw()
 
-        def run() -> None:
-            failed = ""
-            try:
-                action.run()
-            except Exception as error:
-                failed = f"{action.label}: {_of(error)}"
-            finally:
-                with self._lock:
-                    button.busy = False
-                    self._failed_action = failed
-                self.redraw()
-
-        threading.Thread(target=run, name=f"labkit-board: {action.label}", daemon=True).start()
-
-
-class _Button:
-    """A button whose action may change with what is chosen beside it."""
-
-    def __init__(self, action: Callable[[], Action], start: Callable[[_Button, Action], None]) -> None:
-        self._action = action
-        self.busy = False
-        self.widget = ipywidgets.Button(layout=ipywidgets.Layout(width="auto"))
-        self.widget.on_click(lambda _: start(self, self._action()))
-
-    def refresh(self, closed: str | None = None) -> None:
-        action = self._action()
-        why_not = closed or ("Under way …" if self.busy else action.available())
-        _set(self.widget, "description", action.label)
-        _set(self.widget, "tooltip", why_not or action.tooltip)
-        _set(self.widget, "disabled", why_not is not None)
+    def _all_buttons(self) -> list[Button]:
+        return [*self._buttons, *(self._pods.buttons if self._pods is not None else [])]
 
 
 class _PodButtons:
@@ -304,11 +254,10 @@ class _PodButtons:
     def __init__(
         self,
         deployments: Callable[[], Sequence[DeploymentLike]],
-        slow_seconds: float,
-        start: Callable[[_Button, Action], None],
+        say: Say,
         lock: threading.RLock,
     ) -> None:
-        self._deployments, self._slow_seconds, self._lock = deployments, slow_seconds, lock
+        self._deployments, self._lock = deployments, lock
         self._pods: dict[_Place, PodLike] = {}
         self._chosen: _Place = ("", 0)
         self._several = False
@@ -316,8 +265,8 @@ class _PodButtons:
             options=[], style={"button_width": "auto"}, tooltips=[], layout=ipywidgets.Layout(width="auto")
         )
         self._choice.observe(self._choose, "value")
-        on_pod = [_Button(make, start) for make in (self._crash, self._freeze, self._thaw, self._slow, self._drain)]
-        on_all = [_Button(make, start) for make in (self._add, self._remove)]
+        on_pod = [Button(partial(self._on_pod, verb, about), say) for verb, about in Pod.verbs.items()]
+        on_all = [Button(make, say) for make in (self._add, self._remove)]
         self.buttons = [*on_pod, *on_all]
         self.widget = ipywidgets.VBox(
             [
@@ -353,44 +302,19 @@ class _PodButtons:
     def _called(self, place: _Place) -> str:
         return f"{place[0]}-{place[1]}" if self._several else f"pod {place[1]}"
 
-    def _state(self) -> PodState:
-        pod = self._pods.get(self._chosen)
-        return PodState.STOPPED if pod is None else pod.state
+    def _on_pod(self, verb: str, about: str) -> Action:
+        """Do something to the chosen pod, if it makes sense now."""
+        (name, index), called = self._chosen, self._called(self._chosen)
 
-    def _on_pod(self, verb: str, about: str, fault: Callable[[PodLike], None], *states: PodState) -> Action:
-        """Do something to the chosen pod, while it is in one of these states."""
-        (name, index), called, state = self._chosen, self._called(self._chosen), self._state()
-
-        def run() -> None:
+        def run() -> str:
             for pod in (pod for one in self._deployments() if one.name == name for pod in one.pods):
                 if pod.index == index:
-                    return fault(pod)
+                    return pod.do(verb, {})
             raise LookupError(f"there is no {called} any more")
 
-        why_not = None if state in states else f"{called[0].upper()}{called[1:]} is {state.value}."
-        return Action(f"{verb} {called}", about, run, lambda: why_not)
-
-    def _crash(self) -> Action:
-        about = "Kill it at once (SIGKILL), in the middle of what it does; it is started again."
-        return self._on_pod("Crash", about, lambda pod: pod.crash(), *_UP, *_HELPLESS)
-
-    def _freeze(self) -> Action:
-        about = "Stop it in its tracks (SIGSTOP), as a long pause of its machine would, until it is thawed."
-        return self._on_pod("Freeze", about, lambda pod: pod.freeze(), *_UP)
-
-    def _thaw(self) -> Action:
-        return self._on_pod("Thaw", "Let it go on (SIGCONT).", lambda pod: pod.thaw(), PodState.FROZEN)
-
-    def _slow(self) -> Action:
-        seconds = self._slow_seconds
-        if self._state() is PodState.SLOW:
-            return self._on_pod("Speed up", "Take its delay away again.", lambda pod: pod.slow(0.0), *_UP)
-        about = f"Make it wait {seconds:g} s at each record."
-        return self._on_pod("Slow down", about, lambda pod: pod.slow(seconds), *_UP)
-
-    def _drain(self) -> Action:
-        about = "Ask it to stop in good order (SIGTERM): it finishes, commits and leaves; it is started again."
-        return self._on_pod("Drain", about, lambda pod: pod.drain(), *_UP)
+        pod = self._pods.get(self._chosen)
+        why_not = f"There is no {called} now." if pod is None else sentence(pod.why_not(verb))
+        return Action(f"{verb.capitalize()} {called}", about, run, lambda: why_not)
 
     def _add(self) -> Action:
         return self._scale("Add", 1, None)
@@ -417,8 +341,6 @@ class _PodButtons:
 
 _Place: TypeAlias = tuple[str, int]
 """A pod by the name of its deployment and its index."""
-_UP = (PodState.RUNNING, PodState.SLOW)
-_HELPLESS = (PodState.STARTING, PodState.FROZEN, PodState.DRAINING)
 
 # -- Text ------------------------------------------------------------------------------------------------------------
 
@@ -463,17 +385,6 @@ def _about(pod: PodLike) -> str:
     return f"{pod.name}: {pod.state.value}, {times}"
 
 
-def _of(error: Exception) -> str:
-    text = " ".join(safe_text(error).split())
-    return text or type(error).__name__
-
-
 def _row(widgets: Sequence[Any]) -> Any:
     layout = ipywidgets.Layout(margin="0 0 0 40px", flex_flow="row wrap", align_items="center")
     return ipywidgets.HBox(list(widgets), layout=layout)
-
-
-def _set(widget: Any, name: str, value: object) -> None:
-    """Set a trait when it differs: each assignment may be a message to the browser."""
-    if getattr(widget, name) != value:
-        setattr(widget, name, value)

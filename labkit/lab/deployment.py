@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +20,7 @@ from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab import runs
+from labkit.lab.faults import Target, positive
 from labkit.lab.metrics import Fault, History, clock
 from labkit.lab.pod import Runnable, message
 from labkit.lab.telemetry import PodReport, Waiting
@@ -51,14 +52,38 @@ class LogLine:
     text: str
 
 
-class Pod:
+_UP = (PodState.RUNNING, PodState.SLOW)
+_WHEN = {
+    "kill": (*_UP, PodState.STARTING, PodState.FROZEN, PodState.DRAINING),
+    "freeze": _UP,
+    "slow": _UP,
+    "restart": _UP,
+    "recover": (PodState.FROZEN, PodState.SLOW, PodState.RESTARTING),
+}
+_FIX = {
+    PodState.STARTING: "wait until it runs",
+    PodState.RUNNING: "there is nothing to mend",
+    PodState.FROZEN: "recover it first",
+    PodState.DRAINING: "wait until it has started again",
+    PodState.RESTARTING: "recover it, or wait until it runs",
+    PodState.STOPPED: "deploy it again",
+}
+
+
+class Pod(Target):
     """One pod of a deployment. Its name stays when its process is replaced."""
 
-    _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
+    verbs: Mapping[str, str] = {
+        "kill": "kill -9 it, in the middle of what it does; it is started again.",
+        "freeze": "Stop it in its tracks (SIGSTOP), as a long pause of its machine would, until it recovers.",
+        "slow": "Make it wait 0.1 s at each record, until it recovers.",
+        "restart": "Ask it to stop in good order (SIGTERM): it finishes, commits and leaves; it is started again.",
+        "recover": "Let it go on (SIGCONT) if it is frozen, at full speed if it is slow; start it now if it is down.",
+    }
 
     def __init__(self, deployment: Deployment, index: int) -> None:
+        super().__init__(f"{deployment.name}-{index}", deployment.history)
         self.deployment, self.index = deployment, index
-        self.name = f"{deployment.name}-{index}"
         self.restarts = 0
         self.child: Child | None = None
         self.report: PodReport | None = None
@@ -68,7 +93,7 @@ class Pod:
         self._draining = False
         self._kill_at: float | None = None  # monotonic; when draining takes too long
         self._frozen = False
-        self._crashed = False
+        self._killed = False
         self._slow = 0.0
         self._born = 0.0  # monotonic
         self._deaths = 0  # in a row
@@ -80,7 +105,7 @@ class Pod:
         child = self.child
         if child is None and self._wanted and not self.restarts:
             return PodState.STARTING  # for the first time: nothing has happened to it
-        if child is None or self._crashed:
+        if child is None or self._killed:
             return PodState.RESTARTING if self._wanted else PodState.STOPPED
         if self._frozen:
             return PodState.FROZEN
@@ -100,66 +125,73 @@ class Pod:
         """How many records its process has handled since it started."""
         return self.report.handled if self.report is not None and self.child is not None else 0
 
-    def crash(self) -> None:
+    @property
+    def condition(self) -> str:
+        return self.state.value
+
+    def why_not(self, verb: str) -> str | None:
+        state = self.state
+        return None if state in _WHEN[verb] else f"it is {state.value}: {_FIX[state]}"
+
+    def kill(self) -> None:
         """kill -9: nothing is drained, nothing committed. The deployment starts it again. A dead pod is left alone."""
         with self._lock:
-            if self.child is None or self.child.poll() is not None:
+            if self.child is None or self._killed or self.child.poll() is not None:
                 return
             self.child.kill()
-            self._crashed = True
-            self._fault("crash")
+            self._killed = True
+            self._instant("kill", f"kill pod {self.index}")
             if self._frozen:
                 self._frozen = False
-                self._over("freeze")
+                self._ended("freeze")
 
     def freeze(self) -> None:
-        """SIGSTOP: it keeps its connections and its partitions, but does nothing, until `thaw` or `crash`.
+        """SIGSTOP: it keeps its connections and its partitions, but does nothing, until `recover` or `kill`."""
+        with self._lock:
+            if self._frozen:
+                return
+            self._running("freeze").signal(signal.SIGSTOP)
+            self._frozen = True
+            self._began("freeze", f"freeze pod {self.index}")
 
-        Raises LabkitError when it does not run.
+    def slow(self, by: float = 0.1) -> None:
+        """Hold up every record by so many seconds, until `recover`. A pod that is started again is not slow."""
+        positive(by, "by")
+        with self._lock:
+            self._tell(self._running("slow"), f"slow {by}")
+            self._slow = by
+            self._ended("slow")
+            self._began("slow", f"slow pod {self.index}")
+
+    def restart(self) -> None:
+        """SIGTERM: it finishes what it has in hand, commits and leaves; the deployment starts it again."""
+        with self._lock:
+            self._drain(self._running("restart"))
+            self._began("restart", f"restart pod {self.index}")  # until it has left
+
+    def recover(self) -> str:
+        """SIGCONT if it is frozen: it goes on as if no time had passed. Its partitions may be somebody else's by now.
+
+        One that is slow is so no more, and one that is to be started again is started now.
         """
         with self._lock:
-            self._alive("freeze").signal(signal.SIGSTOP)
-            if not self._frozen:
-                self._frozen = True
-                self._fault("freeze", stands=True)
-
-    def thaw(self) -> None:
-        """SIGCONT: it goes on as if no time had passed. Its partitions may be somebody else's by now.
-
-        Raises LabkitError when it is not frozen.
-        """
-        with self._lock:
-            if not self._frozen:
-                raise LabkitError(f"{self.name} is not frozen: there is nothing to thaw")
-            self._alive("thaw").signal(signal.SIGCONT)
-            self._frozen = False
-            self._over("freeze")
-
-    def slow(self, seconds: float = 0.1) -> None:
-        """Hold up every record by `seconds`; 0 ends it. A pod that is started again is not slow.
-
-        Raises LabkitError when it does not run.
-        """
-        if not seconds >= 0:
-            raise LabkitError(f"a record cannot be held up by {seconds!r} s: give 0 or more")
-        with self._lock:
-            self._tell(self._alive("slow down"), f"slow {seconds}")
-            before, self._slow = self._slow, seconds
-            if before:
-                self._over("slow")
-            if seconds:
-                self._fault("slow", f"slow pod {self.index}", stands=True)
-
-    def drain(self) -> None:
-        """SIGTERM: it finishes what it has in hand, commits and leaves; the deployment starts it again.
-
-        Raises LabkitError when it does not run.
-        """
-        with self._lock:
-            child = self._alive("drain")
-            if not self._draining:
-                self._drain(child)
-                self._fault("drain", stands=True)  # until it has left
+            mended = []
+            if self.state is PodState.RESTARTING:
+                self._again_at = 0.0
+                return f"{self.name} is started again"
+            if (child := self.child) is None:
+                return self._nothing()
+            if self._frozen:
+                child.signal(signal.SIGCONT)
+                self._frozen = False
+                self._ended("freeze")
+                mended.append(f"{self.name} goes on")
+            if self._slow:
+                self._tell(child, "slow 0")
+                self._slow = 0.0
+                self._ended("slow")
+                mended.append(f"{self.name} is slow no more")
+            return ", ".join(mended) or self._nothing()
 
     def __repr__(self) -> str:
         again = f", restarted {self.restarts}×" if self.restarts else ""
@@ -199,7 +231,7 @@ class Pod:
                 thawed, self._frozen = self._frozen, False
                 if thawed:
                     self.child.signal(signal.SIGCONT)  # only now: it wakes up to the SIGTERM
-                    self._over("freeze")
+                    self._ended("freeze")
 
     def end(self) -> None:
         """End it now."""
@@ -233,10 +265,10 @@ class Pod:
         self._recovered()
         # SIGTERM ends a pod that was not up yet; what it had in hand then is nothing.
         drained = self._draining and code in (0, -signal.SIGTERM)
-        crashed, self._crashed = self._crashed, False
+        killed, self._killed = self._killed, False
         self._frozen, self._slow, self._draining, self._kill_at = False, 0.0, False, None
-        if not crashed and not drained:
-            self._fault("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
+        if not killed and not drained:
+            self._instant("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
         self._again("drained" if drained else _ended(code), now)
 
     def _again(self, why: str, now: float) -> None:
@@ -273,9 +305,10 @@ class Pod:
         except ValueError:
             pass  # closed under us: the pod is gone
 
-    def _alive(self, verb: str) -> Child:
+    def _running(self, verb: str) -> Child:
+        self._check(verb)
         if self.child is None or self.child.poll() is not None:
-            raise LabkitError(f"cannot {verb} {self.name}: it is {self.state.value}")
+            raise LabkitError(f"cannot {verb} {self.name}: it has just ended: wait until it runs")
         return self.child
 
     @staticmethod
@@ -286,18 +319,13 @@ class Pod:
         except BrokenPipeError:
             pass  # it has just died; so did what it should have done
 
-    def _fault(self, kind: str, text: str = "", stands: bool = False) -> None:
+    def _instant(self, kind: str, text: str) -> None:
         now = time.time()
-        fault = Fault(now, None if stands else now, kind, self.name, text or f"{kind} pod {self.index}")
-        self.deployment.history.begin(fault)
-
-    def _over(self, kind: str) -> None:
-        self.deployment.history.end(kind, self.name, time.time())
+        self.history.begin(Fault(now, now, kind, self.name, text))
 
     def _recovered(self) -> None:
         """With its process, all that was done to it is over."""
-        for kind in ("freeze", "slow", "drain"):
-            self._over(kind)
+        self._ended("freeze", "slow", "restart")
 
 
 class Deployment:

@@ -23,16 +23,18 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import evidence, runs
-from labkit.lab.board import Action, Board
+from labkit.lab.board import Board
+from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, PodState, pane
+from labkit.lab.faults import Action, Service, Switch, Target
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, clock
 from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
+from labkit.lab.retry_console import RetryConsole
 from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.servers import Cache, Database, ServerFaults
-from labkit.lab.services import ServiceControls, Switches
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import life, table, trace
@@ -102,7 +104,7 @@ class Lab:
         self.broker = ServerFaults("Kafka", self.connection.broker, self._history, others)
         """Faults of the broker."""
         self._databases: list[Database | Cache] = []
-        self._services: list[ServiceControls] = []
+        self._services: list[Service] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
         telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
@@ -116,6 +118,7 @@ class Lab:
         self._settling = Settling(self.cluster, self.broker, self.deployments, self.loads, self._plans, self._history)
         self._deploying = threading.Lock()
         self._closing = self._closed = False
+        self._control = Control(self.run.folder, lambda: self.targets)
         _open[self.notebook] = self
 
     # -- making things ---------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ class Lab:
         Raises LabkitError when it cannot be started.
         """
         self._check_open()
-        made = Database(Postgres(), self._history)
+        made = Database(self._unique(Postgres.name), Postgres(), self._history)
         self._databases.append(made)
         return made
 
@@ -209,14 +212,14 @@ class Lab:
         Raises LabkitError where no wheel brings it, or when it cannot be started.
         """
         self._check_open()
-        made = Cache(Valkey(), self._history)
+        made = Cache(self._unique(Valkey.name), Valkey(), self._history)
         self._databases.append(made)
         return made
 
-    def service(self, name: str, faults: Switches) -> ServiceControls:
-        """What can be done to the service of this name, which asks `faults` how it is to misbehave."""
+    def service(self, name: str, switch: Switch) -> Service:
+        """What can be done to the service of this name: `switch` tells it how it is to misbehave."""
         self._check_open()
-        made = ServiceControls(name, faults, self._history)
+        made = Service(name, switch, self._history)
         self._services.append(made)
         return made
 
@@ -296,7 +299,6 @@ class Lab:
             deployments if names else None,
             lambda: pane(deployments()),
             [*actions, *self.broker.actions()],
-            slow_seconds=0.1,
         )
         place = (*names, *(panel.title for panel in shown), completed.short if completed else "")
         if (before := self._boards.get(place)) is not None:
@@ -314,6 +316,20 @@ class Lab:
         """
         self._check_open()
         return self._plans.add(condition, action)
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """All that can be broken in this lab, by name."""
+        pods = [pod for deployment in list(self.deployments.values()) for pod in deployment.pods]
+        return {one.name: one for one in (*pods, self.broker, *self._databases, *self._services)}
+
+    def retry_console(self, deployment: Deployment) -> RetryConsole:
+        """What this deployment cannot get past, and its dead letters, with buttons; it ends with the lab.
+
+        Raises LabkitError for a deployment without retries.
+        """
+        self._check_open(deployment)
+        return RetryConsole(self, deployment)
 
     # -- looking at what happened ----------------------------------------------------------------------------------
 
@@ -476,7 +492,7 @@ class Lab:
             return
         self._closing = True
         if self.broker.state is ServerState.FROZEN:
-            self.broker.thaw()  # what waits for its answer would wait for long
+            self.broker.recover()  # what waits for its answer would wait for long
         with ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
             for held in self._ports.values():
                 steps.callback(held.close)
@@ -501,6 +517,7 @@ class Lab:
                 steps.callback(planned.cancel)
             for close in self._at_end:
                 steps.callback(close)
+            steps.callback(self._control.close)
         self._closed = True
         if _open.get(self.notebook) is self:
             del _open[self.notebook]
@@ -532,6 +549,11 @@ class Lab:
         )
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _unique(self, name: str) -> str:
+        """The name of a server, numbered from the second of its kind on."""
+        count = 1 + sum(one.name.partition("-")[0] == name for one in self._databases)
+        return name if count == 1 else f"{name}-{count}"
 
     def _others(self) -> list[tuple[str, int]]:
         return [(prefix, process) for prefix, process in runs.living() if prefix != self.run.prefix]

@@ -37,8 +37,9 @@ class Sample:
 class Fault:
     """A fault that was injected: a window of time, or an instant.
 
-    `end` is None while the fault still stands, and equals `start` for an instant (a crash). `text` is what the
-    picture writes beside it ("crash pod 1"). `lasts` are the seconds after which it ends by itself.
+    `end` is None while the fault still stands, and equals `start` for an instant. `kind` is the verb that did it.
+    `text` is what the picture writes beside it ("kill pod 1"). `needs_mending`: work that meets it cannot be done until
+    somebody ends it.
     """
 
     start: float
@@ -46,7 +47,7 @@ class Fault:
     kind: str
     target: str
     text: str
-    lasts: float | None = None
+    needs_mending: bool = False
 
     @property
     def instant(self) -> bool:

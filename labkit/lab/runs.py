@@ -158,6 +158,11 @@ def living() -> list[tuple[str, int]]:
     return found
 
 
+def folder_of(run_id: str) -> Path:
+    """The folder of a run's files, whoever has it."""
+    return _folder() / run_id
+
+
 def plain(text: str, what: str) -> str:
     """`text` as a part of a Kafka name: lower-case letters, digits and dashes, capped."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")

@@ -80,20 +80,18 @@ class Settling:
     def hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""
         if self.broker.state in (ServerState.DOWN, ServerState.FROZEN):
-            return f"Kafka is {self.broker.state.value}: " + (
-                "lab.broker.restart() starts it" if self.broker.state is ServerState.DOWN else "thaw it first"
-            )
+            return f"Kafka is {self.broker.state.value}: lab.broker.recover() mends it"
         for deployment in self.deployments.values():
             for pod in deployment.pods:
                 if pod.state is PodState.FROZEN:
-                    return f"{pod.name} is frozen: thaw it first"
+                    return f"{pod.name} is frozen: recover it first"
         if failed := self.plans.failed():
             return failed
         newest = {load.topic.name: load for load in self.loads}  # a cell that is run again makes good for its failure
         for load in newest.values():
             if load.error:
                 return f"the load on {load.topic.short} failed: {load.error}"
-        standing = [one for one in self.history.standing() if one.kind in ("kill", "fail") and one.lasts is None]
+        standing = [one for one in self.history.standing() if one.needs_mending]
         if standing and (waiting := [one for one in self.deployments.values() if one.waiting]):
             return f"{self._unfinished(waiting[0])}; {standing[0].text} stands: end that first"
         return None

@@ -1,16 +1,17 @@
-"""Faults of services, switched while they run: a store of its own, from which every process of a service reads.
+"""Faults of services, switched while they run: through a store of its own, or by HTTP.
 
-A service asks at each request and pays for a look into its memory. Whoever can reach Kafka may switch: a notebook, a
-button of its board, the command line.
+Every process of a service that reads the store pays for a look into its memory at each request. A service that stands
+for another company's knows no Kafka: it takes its faults by HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import time
+import urllib.request
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -19,7 +20,9 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 
-TOPIC = "service-faults"  # the name under which the command line looks for it
+ANSWER = 5.0  # seconds for a service to take a fault by HTTP
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never by a proxy of the environment
 
 
 class Misbehaviour(msgspec.Struct, frozen=True):
@@ -31,10 +34,13 @@ class Misbehaviour(msgspec.Struct, frozen=True):
     """With which HTTP status."""
     delay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Seconds that each waits before."""
-    until: float | None = None
-    """When it ends by itself, in seconds since 1970."""
+
+    def refuses(self) -> bool:
+        """Whether a request is refused now."""
+        return random.random() < self.errors  # noqa: S311
 
 
+M = TypeVar("M", bound=Misbehaviour)
 NONE = Misbehaviour()
 
 
@@ -43,6 +49,8 @@ class ServiceFaults:
 
     Raises StoreNotReady until it is loaded (see `wait_ready`).
     """
+
+    understands = Misbehaviour.__struct_fields__
 
     def __init__(self, topic: Topic[Misbehaviour]) -> None:
         self.store: KeyValueStore[Misbehaviour] = KeyValueStore(topic)
@@ -53,8 +61,7 @@ class ServiceFaults:
 
     def of(self, service: str) -> Misbehaviour:
         """What this service is to do now. Asks nobody, so it may be called at every request."""
-        told = self.store.get(service)
-        return NONE if told is None or (told.until is not None and told.until < time.time()) else told
+        return self.store.get(service) or NONE
 
     async def meet(self, service: str) -> None:
         """What a request meets: it waits, and may be refused by an error that aiohttp makes an answer of."""
@@ -62,33 +69,46 @@ class ServiceFaults:
         if told is NONE:
             return
         await asyncio.sleep(told.delay)
-        if random.random() < told.errors:  # noqa: S311
+        if told.refuses():
             raise _refusal(told.status)(text=f"{service} is told to refuse this\n")
 
-    def set(
-        self, service: str, errors: float = 0.0, status: int = 503, delay: float = 0.0, seconds: float | None = None
-    ) -> None:
-        """Have it misbehave, for so many seconds or until `clear`.
-
-        Raises LabkitError for figures that make no sense, DeliveryFailed.
-        """
-        until = None if seconds is None else time.time() + seconds
-        try:
-            told = msgspec.convert(msgspec.structs.asdict(Misbehaviour(errors, status, delay, until)), Misbehaviour)
-        except msgspec.ValidationError as error:
-            raise LabkitError(f"{service} cannot be told to do that: {error}") from error
-        self.store.put(service, told)
-
-    def clear(self, service: str) -> None:
-        """Have it behave again. Raises DeliveryFailed."""
-        self.store.delete(service)
+    def tell(self, service: str, told: Mapping[str, object]) -> None:
+        """Have it do this and nothing else. Raises LabkitError for values that make no sense, DeliveryFailed."""
+        if told:
+            self.store.put(service, _misbehaviour(service, told, Misbehaviour))
+        else:
+            self.store.delete(service)
 
     def close(self) -> None:
-        """Let the store go; what was set stays set."""
+        """Let the store go; what was told stays told."""
         self.store.close()
 
     def __reduce__(self) -> tuple[type[ServiceFaults], tuple[Topic[Misbehaviour]]]:
         return type(self), (self.store.topic,)
+
+
+class HttpFaults(Generic[M]):
+    """How the service at `url` is told: `PUT /faults` with a value of this kind."""
+
+    def __init__(self, url: str, kind: type[M]) -> None:
+        self.url, self.kind = url, kind
+        self.understands = kind.__struct_fields__
+
+    def tell(self, service: str, told: Mapping[str, object]) -> None:
+        """Have it do this and nothing else. Raises LabkitError for values that make no sense, or when it is away."""
+        body = msgspec.json.encode(_misbehaviour(service, told, self.kind))
+        request = urllib.request.Request(f"{self.url}/faults", body, method="PUT")  # noqa: S310
+        try:
+            _direct(request, timeout=ANSWER).close()
+        except OSError as error:
+            raise LabkitError(f"{service} at {self.url} takes no orders: is its pod running? {error}") from error
+
+
+def _misbehaviour(service: str, told: Mapping[str, object], kind: type[M]) -> M:
+    try:
+        return msgspec.convert({**told}, kind)
+    except msgspec.ValidationError as error:
+        raise LabkitError(f"{service} cannot be told to do that: {error}") from error
 
 
 @lru_cache(None)

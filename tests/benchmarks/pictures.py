@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench, say
@@ -77,11 +77,9 @@ class Pod:
     def name(self) -> str:
         return f"shop-{self.index}"
 
-    def crash(self) -> None: ...
-    def freeze(self) -> None: ...
-    def thaw(self) -> None: ...
-    def slow(self, seconds: float) -> None: ...
-    def drain(self) -> None: ...
+    def why_not(self, verb: str) -> None: ...
+    def do(self, verb: str, options: Mapping[str, float]) -> str:
+        return ""
 
 
 @dataclass
@@ -126,7 +124,7 @@ class BusyLab:
         ]
         self.history.record(samples)
         if self._ticks % 60 == 30:
-            self.history.begin(Fault(at, at, "crash", "shop-1", "crash pod 1"))
+            self.history.begin(Fault(at, at, "kill", "shop-1", "kill pod 1"))
         elif self._ticks % 60 == 45:
             self.history.begin(Fault(at - 3, at, "freeze", "shop-2", "freeze pod 2"))
         self.log.append(f"shop-{self._ticks % 4} | charge {self._ticks} failed, attempt 1: TimeoutError: no answer")

@@ -31,7 +31,7 @@ def test_00_a_crash_by_button_is_seen_and_the_verdict_is_valid(
     with Image.open(io.BytesIO(before)) as drawn:
         assert drawn.width > 600
     notebook.wait_for_new_picture(before)
-    notebook.click("Crash pod 0")
+    notebook.click("Kill pod 0")
     notebook.wait_for_text("killed by SIGKILL")
     after = notebook.wait_for_new_picture(before)
     notebook.wait_for_new_picture(after)
@@ -60,7 +60,7 @@ def test_01_the_boards_are_drawn_and_a_writer_is_crashed_by_button(
         with Image.open(io.BytesIO(drawn)) as image:
             assert image.width > 600
     notebook.scroll_to(board)
-    notebook.click("Crash writer-0")
+    notebook.click("Kill writer-0")
     notebook.wait_for_text("killed by SIGKILL")
     after = notebook.wait_for_new_picture(view, 1)
     notebook.wait_for_new_picture(after, 1)
@@ -73,7 +73,7 @@ def test_01_the_boards_are_drawn_and_a_writer_is_crashed_by_button(
 def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
     notebook: NotebookPage, jupyter: Jupyter, root: Path, tmp_path: Path
 ) -> None:
-    skip, left = "if blocked.place in desk.lanes:", "every = due(MONTHLY"
+    skip, left = "if blocked.place in console.lanes:", "every = due(MONTHLY"
     book = nbformat.read(root / "04_schedule_and_forget.ipynb", as_version=4)
     last = next(number for number, cell in enumerate(book.cells) if left in cell.source)
     book.cells = book.cells[: last + 1]  # what follows closes the lab
@@ -84,7 +84,7 @@ def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
     notebook.wait_for_text("cannot get past: 1 blocked")
     choice = notebook.page.locator(".jp-OutputArea-output select").last
     assert "customer\xa0107" in (choice.text_content() or "")  # ipywidgets writes options with such spaces
-    notebook.scroll_to("desk.unblock")
+    notebook.scroll_to("console.unblock")
     notebook.screenshot("04_unblock", tmp_path)
     choice.select_option(index=0)
     notebook.click("Skip this record")
@@ -96,11 +96,11 @@ def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
     assert "300 took effect · lost 0 · duplicated 0" in notebook.output_text("calls_since = finished(")
     assert "rejected: 107-6" in notebook.output_text("a skip is for one record, once")
     assert "240 sent · 236 took effect · lost 0" in notebook.output_text(left)
-    notebook.scroll_to("dead = desk.table()")
+    notebook.scroll_to("dead = console.table()")
     notebook.screenshot("04_review", tmp_path)
 
     notebook.click("Replay all")
     notebook.wait_for_text("4 put back; each leaves once it is handled.")
     notebook.wait_for_text("Dead letters of subscriptions: 4", timeout=60)  # a card that is declined is declined again
-    notebook.scroll_to("unreliable.decline(")
+    notebook.scroll_to("declined=")
     notebook.screenshot("04_board", tmp_path)

@@ -19,7 +19,6 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter
-from labkit.services.faults import NONE, TOPIC, Misbehaviour, ServiceFaults
 
 pytestmark = pytest.mark.usefixtures("connection")
 
@@ -149,30 +148,6 @@ def test_topics_and_lag(both: Both) -> None:
     assert both.group in told("lag")
     assert both.group not in told("lag", "--learner", "nobody")
     assert set(groups.values()) <= set(told("lag", "--all"))
-
-
-def test_service_faults(both: Both) -> None:
-    faults = {}
-    for learner in both.runs:
-        topic = Topic(both.cluster, both.name(learner, TOPIC), 1, Misbehaviour)
-        topic.create({"cleanup.policy": "compact"})
-        faults[learner] = ServiceFaults(topic)
-        faults[learner].wait_ready()
-    try:
-        (row,) = told("fault", "payments", "--errors", "0.5")
-        assert (row["service"], row["errors"]) == ("payments", 0.5)
-        assert both.whose("ada").items() <= row.items()
-        wait_until(lambda: faults["ada"].of("payments").errors == 0.5, 10, "the fault")
-        assert labkit("fault", "--learner", "bob") == f"{both.said('bob', TOPIC)}\nAll services behave.\n"
-        labkit("fault", "payments", "--delay", "2", "--topic", both.name("bob", TOPIC))
-        wait_until(lambda: faults["bob"].of("payments") == Misbehaviour(delay=2.0), 10, "bob's fault")
-        labkit("fault", "payments", "--clear", "--topic", TOPIC, "--learner", "bob")
-        wait_until(lambda: faults["bob"].of("payments") is NONE, 10, "its end")
-        assert faults["ada"].of("payments").errors == 0.5
-    finally:
-        for one in faults.values():
-            one.close()
-        both.cluster.delete_topics([both.name(learner, TOPIC) for learner in both.runs])
 
 
 def test_who_has_none_is_told_who_has(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,17 +58,17 @@ def of_kafka(lab: Lab) -> list[Fault]:
 
 def killed(lab: Lab) -> None:
     lab.broker.kill()
-    assert repr(lab.settle()) == "unknown: Kafka is down: lab.broker.restart() starts it"
+    assert repr(lab.settle()) == "unknown: Kafka is down: lab.broker.recover() mends it"
     assert "Kafka down" in lab._status([lab.deployments["shop"]])
-    lab.broker.restart()
+    lab.broker.recover()
 
 
 def frozen(lab: Lab) -> None:
     lab.broker.freeze()
-    assert repr(lab.settle()) == "unknown: Kafka is frozen: thaw it first"
+    assert repr(lab.settle()) == "unknown: Kafka is frozen: lab.broker.recover() mends it"
     with pytest.raises(ClusterUnreachable, match="no Kafka answers"):  # long enough: others are held up as well
         lab.connection.cluster.describe(3.0)
-    lab.broker.thaw()
+    lab.broker.recover()
 
 
 def away_for_long(lab: Lab) -> None:
@@ -113,7 +113,7 @@ def test_a_load_outlasts_a_kafka_that_is_away_but_not_for_ever(lab: Lab, monkeyp
     wait_until(lambda: impatient.done, 20, "the end of the one that gives up")
     assert "DeliveryFailed" in (impatient.error or "")
     assert not patient.done
-    lab.broker.restart()
+    lab.broker.recover()
     patient.wait()
     assert patient.count == 600
 
@@ -123,7 +123,7 @@ def test_killed_while_frozen(lab: Lab) -> None:
     lab.broker.freeze()
     lab.broker.kill()
     assert [(one.kind, one.end is None) for one in ordered(lab)] == [("freeze", False), ("kill", True)]
-    lab.broker.restart()
+    lab.broker.recover()
     assert not any(one.end is None for one in lab.faults)
 
 
@@ -133,7 +133,7 @@ def test_a_death_that_nobody_ordered_is_a_fault(lab: Lab) -> None:
     os.kill(lab.connection.broker.pid, signal.SIGKILL)  # type: ignore[union-attr]
     # The questions that the sampler has just begun are waited for: up to 30 s.
     wait_until(lambda: [one.text for one in of_kafka(lab)] == ["Kafka died"], 60, "the fault")
-    lab.broker.restart()
+    lab.broker.recover()
     assert of_kafka(lab)[0].end is not None
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
@@ -174,22 +174,25 @@ def test_the_buttons_do_the_same(lab: Lab) -> None:
     board = lab.board(lag=shop.pods, completed=shop.shipped)
     board.start()
     buttons = {button.widget.description: button.widget for button in board._buttons}
-    assert list(buttons) == ["Kill Kafka", "Freeze Kafka", "Thaw Kafka", "Restart Kafka"]
-    assert [one.disabled for one in buttons.values()] == [False, False, True, False]
+    assert list(buttons) == ["Kill Kafka", "Freeze Kafka", "Restart Kafka", "Recover Kafka"]
+    assert [one.disabled for one in buttons.values()] == [False, False, False, True]
     buttons["Kill Kafka"].click()
     wait_until(lambda: lab.broker.state is ServerState.DOWN)
-    wait_until(lambda: buttons["Kill Kafka"].tooltip == "Kafka is down.", what="a dead broker cannot be killed")
+    wait_until(
+        lambda: buttons["Kill Kafka"].tooltip == "It is down: recover it first.", what="a dead broker cannot be killed"
+    )
     assert buttons["Kill Kafka"].disabled
-    assert not buttons["Restart Kafka"].disabled
-    buttons["Restart Kafka"].click()
+    assert buttons["Restart Kafka"].disabled
+    assert not buttons["Recover Kafka"].disabled
+    buttons["Recover Kafka"].click()
     wait_until(lambda: lab.broker.state is ServerState.RUNNING, 60, "its restart")
     wait_until(lambda: not buttons["Freeze Kafka"].disabled, 20, "a running broker can be frozen")
     buttons["Freeze Kafka"].click()
     wait_until(lambda: lab.broker.state is ServerState.FROZEN, 20, "its freeze")
-    wait_until(lambda: not buttons["Thaw Kafka"].disabled, 20, "a frozen broker can be thawed")
+    wait_until(lambda: not buttons["Recover Kafka"].disabled, 20, "a frozen broker can be mended")
     assert buttons["Freeze Kafka"].disabled
-    buttons["Thaw Kafka"].click()
-    wait_until(lambda: lab.broker.state is ServerState.RUNNING, 20, "its thaw")
+    buttons["Recover Kafka"].click()
+    wait_until(lambda: lab.broker.state is ServerState.RUNNING, 20, "its end")
     assert [one.kind for one in of_kafka(lab)] == ["kill", "freeze"]
     assert lab.verdict(shop.load, shop.shipped).result == "valid"
 
@@ -207,7 +210,7 @@ def test_a_lab_whose_kafka_is_away_closes_and_leaves_nothing(fault: str) -> None
 
 def test_a_kafka_of_others_is_not_broken(connection: Connection) -> None:
     with Lab("polite") as lab:
-        for fault in (lab.broker.kill, lab.broker.freeze, lab.broker.thaw, lab.broker.restart):
+        for fault in (lab.broker.kill, lab.broker.freeze, lab.broker.restart, lab.broker.recover):
             with pytest.raises(LabkitError, match=r"this Kafka is shared.*Lab\('polite', cluster='private'\)"):
                 fault()
         assert ordered(lab) == []

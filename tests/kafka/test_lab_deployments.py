@@ -21,7 +21,6 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.lab.deployment import Deployment, PodState
-from labkit.lab.retry_desk import RetryDesk
 from labkit.lab.travel import CannotTravel
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.runtime.connect import Connection
@@ -55,7 +54,7 @@ def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     left, right = (lab.deploy(name, Consumer(topic, print, "one-group")) for name in ("left", "right"))
     lab.wait_ready(left, right)
     assert [len(one.pods[0].report.assigned) for one in (left, right) if one.pods[0].report] == [2, 2]
-    shop.pods[0].crash()
+    shop.pods[0].kill()
     crashed = time.monotonic()
     wait_running(shop)
     was_ready = shop.ready()
@@ -70,7 +69,7 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     shop = lab.deploy("shop", Consumer(topic, lambda record: None), replicas=2)
     wait_ready(shop)
     before = [pod.child.pid for pod in shop.pods if pod.child]
-    shop.pods[0].crash()
+    shop.pods[0].kill()
     wait_until(lambda: not is_alive(before[0]), 2, "the end of the pod")
     wait_running(shop)
     assert [pod.name for pod in shop.pods] == ["shop-0", "shop-1"]
@@ -81,7 +80,7 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     assert shop.pods[1].child
     assert shop.pods[1].child.pid == before[1]
     assert said(shop, "killed by SIGKILL; starts again in 0.1 s", "shop-0")
-    assert [fault.kind for fault in ordered(lab)] == ["crash"]
+    assert [fault.kind for fault in ordered(lab)] == ["kill"]
 
 
 @pytest.mark.long
@@ -112,38 +111,68 @@ def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None
     assert ordered(lab)[0].kind == "death"
 
 
-@pytest.mark.long
-def test_freeze_thaw_slow_and_drain(lab: Lab) -> None:
+def test_each_fault_of_a_pod_and_its_end(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None))
     pod = shop.pods[0]
-    assert pod.state is PodState.STARTING or pod.state is PodState.RESTARTING
+    assert pod.state is PodState.STARTING
+    with pytest.raises(LabkitError, match="cannot freeze shop-0: it is starting: wait until it runs"):
+        pod.freeze()
     wait_ready(shop)
-    with pytest.raises(LabkitError, match="shop-0 is not frozen"):
-        pod.thaw()
+    assert pod.recover() == "nothing to mend: shop-0 is running"
     pod.freeze()
     pod.freeze()
     assert pod.state is PodState.FROZEN
+    with pytest.raises(LabkitError, match="cannot restart shop-0: it is frozen: recover it first"):
+        pod.restart()
     lab.load(topic, orders(10), rate=1000).wait()
     assert pod.handled == 0
-    pod.thaw()
-    wait_until(lambda: pod.handled == 10, 15, "what it does after the thaw")
-    with pytest.raises(LabkitError, match="-1 s: give 0 or more"):
-        pod.slow(-1)
+    assert pod.recover() == "shop-0 goes on"
+    wait_until(lambda: pod.handled == 10, 15, "what it does after the freeze")
+    for wrong in (-1, 0, float("nan"), float("inf"), "1", True):
+        with pytest.raises(LabkitError, match="by must be a positive number, not"):
+            pod.slow(wrong)  # type: ignore[arg-type]
     pod.slow(0.05)
+    pod.slow(0.02)
     assert pod.state is PodState.SLOW
-    begun = time.monotonic()
-    lab.load(topic, orders(20, 100), rate=1000).wait()
-    assert lab.settle(30)
-    assert time.monotonic() - begun > 20 * 0.05
-    pod.slow(0)
+    assert pod.recover() == "shop-0 is slow no more"
     assert pod.state is PodState.RUNNING
-    pod.drain()
-    pod.drain()
+    pod.restart()
+    with pytest.raises(LabkitError, match="cannot restart shop-0: it is draining: wait"):
+        pod.restart()
     wait_said(shop, "drained; starts again", "shop-0")
     wait_ready(shop)
+    pod.kill()
+    pod.kill()  # or a cell could not run twice
+    wait_until(lambda: pod.child is None, 20, "its end")
+    assert pod.recover() in ("shop-0 is started again", "nothing to mend: shop-0 is starting")
+    wait_running(shop)
     kinds = [(fault.kind, fault.end is None) for fault in ordered(lab)]
-    assert kinds == [("freeze", False), ("slow", False), ("drain", False)]
+    assert kinds == [(kind, False) for kind in ("freeze", "slow", "slow", "restart", "kill")]
+
+
+@pytest.mark.long
+def test_a_pod_that_keeps_dying_is_started_at_once_when_it_recovers(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.lab.deployment.FIRST_RESTART", 300.0)
+    monkeypatch.setattr("labkit.lab.deployment.LONGEST_RESTART", 300.0)
+    shop = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), print))
+    wait_ready(shop)
+    shop.pods[0].kill()
+    wait_said(shop, "starts again in 300 s", "shop-0")
+    assert shop.pods[0].recover() == "shop-0 is started again"
+    wait_running(shop)
+
+
+@pytest.mark.long
+def test_a_slow_pod_holds_up_each_record(lab: Lab) -> None:
+    topic = lab.topic("orders", 1, Order)
+    shop = lab.deploy("shop", Consumer(topic, lambda record: None))
+    wait_ready(shop)
+    shop.pods[0].slow(0.05)
+    begun = time.monotonic()
+    lab.load(topic, orders(20), rate=1000).wait()
+    assert lab.settle(30)
+    assert time.monotonic() - begun > 20 * 0.05
 
 
 @pytest.mark.long
@@ -155,7 +184,7 @@ def test_a_slow_pod_with_a_batch_in_hand_drains_at_once(lab: Lab) -> None:
     shop.pods[0].slow(0.9)
     lab.load(topic, orders(100), rate=1000).wait()
     wait_until(lambda: shop.pods[0].handled > 0, 60, "its first batch")
-    shop.pods[0].drain()
+    shop.pods[0].restart()
     wait_said(shop, "drained; starts again", "shop-0")
     assert lab.settle(30)
 
@@ -176,7 +205,7 @@ def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> N
         shop.scale(replicas)
         wait_ready(shop)
         assert len(shop.pods) == replicas
-    shop.pods[0].drain()
+    shop.pods[0].restart()
     load.wait()
     verdict = lab.verdict(load, target)
     assert verdict.check().startswith("1,500 sent · 1,500 took effect · lost 0")
@@ -230,7 +259,7 @@ def test_deploying_with_another_policy_leaves_nothing_waiting(lab: Lab) -> None:
     retries = [topic.name for topic in shop.topics if "_retry1-8s" in topic.name]
     wait_until(lambda: sum(end_offsets(lab.cluster, retries).values()) == 20, 20, "all refused once")
     shop = lab.deploy("shop", RetryingConsumer(source, ship, retry=retry_topics(0.5)))
-    assert list(RetryDesk(lab, shop)._retry_topics.values()) == ["in 0.5 s", "in 8s, before"]
+    assert list(lab.retry_console(shop)._retry_topics.values()) == ["in 0.5 s", "in 8s, before"]
     assert lab.settle(30), lab.settle(0)
     assert sorted(value.id for value in values(target)) == list(range(20))
     assert lab.verdict(load, target, timeout=0).check().startswith("20 sent · 20 took effect · lost 0")
@@ -445,7 +474,7 @@ def test_a_drain_that_ends_in_a_kill_is_over(lab: Lab, monkeypatch: pytest.Monke
     wait_ready(shop)
     wait_until(lambda: shop.pods[0].report and shop.pods[0].report.assigned, 10, "its partition")
     os.kill(shop.pods[0].child.pid, signal.SIGSTOP)  # type: ignore[union-attr]  # it will not hear
-    shop.pods[0].drain()
+    shop.pods[0].restart()
     wait_said(shop, "has not drained within 0.5 s and is killed", "shop-0")
     wait_until(lambda: shop.restarts == 1, 5, "the restart")
     assert lab._history.standing() == []
@@ -485,8 +514,8 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert "<td>shop-0</td><td>running</td><td>0</td>" in shop.pods[0]._repr_html_()
     assert repr(topic) == "Topic(orders, 1 partition of Order)"
     assert topic._repr_html_() == f"<span title='{topic.name}'>Topic(orders, 1 partition of Order)</span>"
-    assert lab.broker._repr_html_().startswith("<span>Kafka is running; ")
-    assert "planned (crash) waits for its condition" in lab.when(lambda: False, shop.pods[0].crash)._repr_html_()
+    assert lab.broker._repr_html_() == "<span>Kafka is running</span>"
+    assert "planned (kill) waits for its condition" in lab.when(lambda: False, shop.pods[0].kill)._repr_html_()
     load = lab.load(topic, orders(1))
     load.wait()
     assert load._repr_html_() == "<span>Load: 1 sent to orders, done</span>"
@@ -541,7 +570,7 @@ def test_what_a_drain_cuts_off_has_sent_nothing(lab: Lab, tmp_path: Path) -> Non
     load = lab.load(source, orders(1))
     shop = lab.deploy("shop", Consumer(source, ship, drain=3))
     wait_until(begun.exists, 20, "the handler at work")
-    shop.pods[0].drain()
+    shop.pods[0].restart()
     draining.touch()
     verdict = lab.verdict(load, target)
     verdict.check()

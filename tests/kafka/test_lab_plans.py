@@ -89,10 +89,10 @@ def function(who="by default", *, times=1000):
     done[who] += times // 1000
 
 planned = [lab.when(begun.is_set, action), lab.when(lambda: begun.is_set(), function)]
-planned += [lab.when(begun.is_set, pod.crash) for pod in pods]
+planned += [lab.when(begun.is_set, pod.kill) for pod in pods]
 planned += [lab.when(begun.is_set, lambda each=each: done.update([each])) for each in ("one", "two")]
 planned += [lab.when(begun.is_set, lambda *, each=each: done.update([each])) for each in ("three", "four")]
-planned += [lab.when(lambda count=count: begun.is_set(), pods[0].crash) for count in (100, 200)]
+planned += [lab.when(lambda count=count: begun.is_set(), pods[0].kill) for count in (100, 200)]
 """
 
 
@@ -101,7 +101,7 @@ def test_what_is_planned_again_is_done_once(lab: Lab) -> None:
     begun, done = threading.Event(), Counter[str]()
 
     class Pod:
-        def crash(self) -> None:
+        def kill(self) -> None:
             done["method"] += 1
 
     names: dict[str, Any] = {"lab": lab, "begun": begun, "done": done, "pods": [Pod(), Pod()]}

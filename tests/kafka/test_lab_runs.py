@@ -71,7 +71,7 @@ def test_close_leaves_nothing(lab: Lab, cluster: Cluster, state_dir: Path) -> No
     board = lab.board(lag=shop)
     wait_ready(shop)
     shop.pods[0].freeze()
-    shop.pods[1].crash()
+    shop.pods[1].kill()
     pids = [pod.child.pid for pod in shop.pods if pod.child]
     assert len(left(cluster, lab.run.prefix)) == 3  # two topics and a group
     (folder := lab.folder).joinpath("view.db").write_text("rows")

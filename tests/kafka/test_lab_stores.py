@@ -35,7 +35,7 @@ def test_valkey_killed_keeps_what_it_confirmed(lab: Lab) -> None:
         assert connected.config_get("appendfsync") == {"appendfsync": "everysec"}
     cache.kill()
     assert cache.state is ServerState.DOWN
-    cache.restart()
+    cache.recover()
     with client.Valkey(port=cache.port) as connected:
         assert connected.dbsize() == 1000
     assert [fault.text for fault in lab.faults if fault.target == "Valkey"] == ["kill Valkey"]

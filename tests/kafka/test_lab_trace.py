@@ -79,21 +79,21 @@ def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
         ("took effect", "shipped/0/0", first),
     ]
     assert table["detail"][1] == "shown by what it sent: it did not tell that the handler returned"
-    shop.stuck.crash()
+    shop.stuck.kill()
     table = told(lab, 17, "committed")
     by = table[table["event"] == "redelivered"]["pod"].iloc[0]  # the other one, or the first one's next process
     assert events(table) == [
         ("produced", "orders/0/0", ""),
         ("handled", "orders/0/0", first),
         ("took effect", "shipped/0/0", first),
-        ("crash", "orders/0/0", first),
+        ("kill", "orders/0/0", first),
         ("redelivered", "orders/0/0", by),
         ("took effect", "shipped/0/1", by),
         ("committed", "orders/0/0", by),
     ]
     details = dict(zip(table["event"], table["detail"], strict=True))
     assert details["produced"].startswith("by a load or the notebook, correlation-id ")
-    assert details["crash"] == f"crash pod {shop.stuck.index}"
+    assert details["kill"] == f"kill pod {shop.stuck.index}"
     assert details["redelivered"] == f"again: {first} had it before"
     assert details["took effect"] == "caused by orders/0/0"
     assert list(table.columns) == ["time", "seconds", "event", "place", "pod", "detail"]
@@ -102,7 +102,7 @@ def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
     assert abs(table["time"].iloc[0].timestamp() - time.time()) < 60
     assert lab.trace("17").equals(lab.trace(17))
     behind = told(lab, 2, "committed")  # it was in the partition that went over, and nobody had handled it
-    assert list(behind["event"]) == ["produced", "crash", "handled", "took effect", "committed"]
+    assert list(behind["event"]) == ["produced", "kill", "handled", "took effect", "committed"]
     assert set(behind["pod"][2:]) == {by}
 
 
@@ -121,7 +121,7 @@ def test_through_a_freeze_and_a_takeover(lab: Lab, shop: Shop) -> None:
         ("committed", "orders/0/0", second),
     ]
     assert table["detail"][3] == f"freeze pod {shop.stuck.index}, still stands"
-    shop.stuck.thaw()
+    shop.stuck.recover()
     shop.go.touch()
     wait_until(
         lambda: lab.trace(17)["detail"].str.contains("returned .* s later").any(), 20, "the late end of a handler"
@@ -217,8 +217,8 @@ def test_the_log_tells_of_faults_and_of_the_lives_of_pods(lab: Lab) -> None:
     shop = lab.deploy("shop", Consumer(lab.topic("orders", 2, Order), lambda record: print(record.offset)), replicas=2)
     wait_until(lambda: said(shop, "got orders/", "shop-0") and said(shop, "got orders/", "shop-1"), 20, "partitions")
     shop.pods[1].freeze()
-    shop.pods[1].thaw()
-    shop.pods[0].crash()
+    shop.pods[1].recover()
+    shop.pods[0].kill()
     wait_until(lambda: said(shop, "killed by SIGKILL; starts again in 0.1 s", "shop-0"), 20, "its end")
     wait_ready(shop)
 
@@ -228,7 +228,7 @@ def test_the_log_tells_of_faults_and_of_the_lives_of_pods(lab: Lab) -> None:
     order = [
         line("shop-0", "pod 0 started as process "),
         line("shop-0", "got orders/"),
-        line("shop-0", "fault: crash pod 0"),
+        line("shop-0", "fault: kill pod 0"),
         line("shop-0", "killed by SIGKILL"),
     ]
     places = [at() for at in order]

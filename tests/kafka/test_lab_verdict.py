@@ -101,10 +101,10 @@ def test_orders_of_another_load_are_no_surprise(lab: Lab) -> None:
 def test_a_crash_loses_nothing_and_every_extra_has_its_fault(lab: Lab) -> None:
     shop = Shop(lab, 2, takes=0.01)
     load = lab.load(shop.orders, orders(400), rate=150)
-    lab.when(lambda: shop.pods.pods[0].handled > 20, shop.pods.pods[0].crash)
+    lab.when(lambda: shop.pods.pods[0].handled > 20, shop.pods.pods[0].kill)
     verdict = lab.verdict(load, shop.shipped)
     verdict.check()
-    assert {extra.fault.kind for extra in verdict.redelivered if extra.fault} <= {"crash"}
+    assert {extra.fault.kind for extra in verdict.redelivered if extra.fault} <= {"kill"}
     assert shop.pods.restarts == 1
 
 
@@ -164,13 +164,13 @@ def test_a_frozen_pod_is_no_reason_to_wait(lab: Lab) -> None:
     shop.pods.pods[0].freeze()
     load = lab.load(shop.orders, orders(5), rate=1000)
     settled = lab.settle(600)  # longer than a test may take
-    assert repr(settled) == "unknown: shop-0 is frozen: thaw it first"
+    assert repr(settled) == "unknown: shop-0 is frozen: recover it first"
     verdict = lab.verdict(load, shop.shipped, timeout=0)
     assert verdict.result == "unknown"
     assert verdict.lost == []  # nothing is claimed
     with pytest.raises(NotValid, match="unknown: shop-0 is frozen"):
         verdict.check()
-    shop.pods.pods[0].thaw()
+    shop.pods.pods[0].recover()
     assert lab.verdict(load, shop.shipped).check().startswith("5 sent · 5 took effect")
 
 
@@ -270,10 +270,10 @@ def test_what_cannot_be_compared_is_refused(lab: Lab, sent: Any, done: Any, told
 def test_what_is_planned_has_to_happen_first(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     shop = Shop(lab)
     allowed = False
-    lab.when(lambda: allowed, shop.pods.pods[0].crash)
+    lab.when(lambda: allowed, shop.pods.pods[0].kill)
     with monkeypatch.context() as patch:
         patch.setattr("labkit.lab.settling.QUIET", 60.0)  # what nothing can bring about any more is dropped
-        assert "planned (crash) waits for its condition" in lab.settle(0.3).reason
+        assert "planned (kill) waits for its condition" in lab.settle(0.3).reason
     allowed = True
     assert lab.settle(20)
     wait_until(lambda: shop.pods.restarts == 1, 20, "the crash to be noticed")
@@ -480,5 +480,5 @@ def test_what_pods_handle_again_is_counted(lab: Lab) -> None:
     wait_until(lambda: shop.pods[0].handled == 50, 20, "all of them")
     uncommitted = sum(lag(lab.cluster, shop.group or "", [source.name]).values())
     assert uncommitted > 0  # a first commit may come with the first records, and the next one only in a minute
-    shop.pods[0].crash()
+    shop.pods[0].kill()
     wait_until(lambda: lab.figure("handled again", "shop") == uncommitted, 20, f"{uncommitted} of them again")

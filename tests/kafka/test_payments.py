@@ -22,7 +22,6 @@ from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
-from labkit.lab.provider_faults import ProviderFaults
 from labkit.lab.verdict import judge
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
@@ -81,7 +80,7 @@ def ledger() -> Iterator[str]:
 def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> None:
     provider = PaymentsProvider(lab.port("provider"), dsn=ledger)
     with serving(provider):
-        faults = ProviderFaults(lab, provider.url)
+        faults = lab.service("provider", provider.faults)
 
         def outcome(key: str | None, renewal: Renewal = RENEWAL) -> str:
             try:
@@ -93,43 +92,38 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
         def made() -> int:
             return sum(one.renewal == "7-1" for one in charges(ledger))
 
-        assert repr(faults) == "Faults of provider: none"
         faults.fail()
-        assert repr(faults) == "Faults of provider: provider down"
-        assert faults._repr_html_() == "<span>Faults of provider: provider down</span>"
+        assert repr(faults) == "provider is misbehaving: fail provider"
         assert outcome("a") == "refused"
         faults.recover()
-        faults.wrong()
+        faults.tell("provider answers nonsense", wrong=True)
         assert outcome("a") == "wrong"
         faults.recover()
-        faults.flaky(1.0)
-        assert outcome("a") == "refused"
-        faults.recover()
-        faults.stick("customer 7")
-        faults.decline("customer 8")  # both stand
+        faults.tell("customer 7 stuck", stuck="customer 7")
+        faults.tell("card of customer 8 declined", declined="customer 8")  # both stand
         assert outcome("a") == "broken"
         with pytest.raises(CardDeclined):
             charge(provider.url, Renewal("8-1", "customer 8", 1, 2900), "b")
         faults.recover()
         assert made() == 0
-        faults.drop(1)
+        faults.cut(1)
         assert outcome("a") == "dropped"
         assert made() == 1
         assert [outcome("a"), outcome("a")] == ["repeated", "repeated"]
         assert made() == 1
         assert outcome(None) == "charged"  # without a key it charges again
-        faults.slow(by=1.0)
+        faults.slow(by=0.1)
         outcome("a")
         last = calls(ledger)[-1]
         assert last.ended - last.began >= 0.1
         faults.fail(seconds=600.0)
         assert [one.kind for one in lab._history.standing()] == ["slow", "fail"]
         faults.recover()
-        faults.fail(seconds=1.0)
-        wait_until(lambda: outcome("a") == "repeated", 10, "its end, at the lab's pace")
+        faults.fail(seconds=0.1)
+        wait_until(lambda: outcome("a") == "repeated", 10, "its end")
         faults.recover()
         assert not lab._history.standing()
-        faults.fail(seconds=1.0)
+        faults.fail(seconds=0.1)
         faults.recover()
         faults.fail()
         until = time.monotonic() + 0.3  # longer than the first would have lasted, which is no business of the second
@@ -137,6 +131,12 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
             assert outcome("a") == "refused"
         assert [one.kind for one in lab._history.standing()] == ["fail"]
         faults.recover()
+        for wrong in (lambda: faults.fail(1.5), lambda: faults.fail(status=200), lambda: faults.tell("x", stuck=7)):
+            with pytest.raises(LabkitError, match="provider cannot be told to do that"):
+                wrong()
+        with pytest.raises(LabkitError, match="provider does not understand 'sleepy'; it understands: errors, status"):
+            faults.tell("sleepy", sleepy=True)
+        assert outcome("a") == "repeated", "what was refused is not done"
         twice = judge(due([7], [1]), charged(ledger, due([7], [1])), exactly_once=True)
         assert [(one.id, one.key) for one in twice.duplicated] == [("7-1", "customer 7")]
     with pytest.raises(LabkitError, match="is its pod running"):
@@ -147,7 +147,7 @@ def test_a_verdict_on_the_ledger_names_what_is_wrong(lab: Lab, ledger: str) -> N
     provider = PaymentsProvider(lab.port("provider"), dsn=ledger)
     [first, second, third], [other] = due([9], [1, 2, 3]), due([10], [1])
     with serving(provider):
-        faults = ProviderFaults(lab, provider.url)
+        faults = lab.service("provider", provider.faults)
         charge(provider.url, Renewal(second.id, "customer 9", 2, 100), second.id)
         faults.fail()
         with pytest.raises(ProviderFailed):
@@ -238,11 +238,11 @@ def test_the_scheduler_calls_once_a_month_and_once_a_year(lab: Lab) -> None:
         assert all(later - sooner >= length for sooner, later in pairwise(times))
 
 
-def test_a_flaky_provider_refuses_its_share(lab: Lab, ledger: str) -> None:
+def test_a_provider_that_fails_half_the_time_refuses_its_share(lab: Lab, ledger: str) -> None:
     provider = PaymentsProvider(lab.port("flaky"), dsn=ledger)
     with serving(provider):
-        faults = ProviderFaults(lab, provider.url)
-        faults.flaky(0.5)
+        faults = lab.service("provider", provider.faults)
+        faults.fail(0.5)
         outcomes = Counter()
         for number in range(100):
             with suppress(ProviderFailed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -15,16 +14,13 @@ import pytest
 from lab_helpers import wait_ready
 from processes import wait_until
 from stores import raw, store_topic
-from typer.testing import CliRunner
 
 from labkit import Lab
-from labkit.cli.main import app
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.lab.panels import store_lag
 from labkit.patterns.key_value_store import KeyValueStore, StoreNotReady
-from labkit.runtime.connect import Connection
-from labkit.services.faults import NONE, TOPIC, Misbehaviour, ServiceFaults
+from labkit.services.faults import NONE, Misbehaviour, ServiceFaults
 from labkit.services.time_zones.bookings import Bookings
 from labkit.services.time_zones.business_manager import BusinessManager
 from labkit.services.time_zones.countries import Country, Zone, iso_countries, zone_at, zones_by_country
@@ -41,7 +37,7 @@ class Platform:
         self.countries = lab.topic("countries", 2, Country, compacted=True)
         self.zones = lab.topic("zones", 2, Zone, compacted=True)
         self.clock = KeyValueStore(lab.topic("clock", 1, datetime, compacted=True)).wait_ready()
-        self.faults = ServiceFaults(lab.topic(TOPIC, 1, Misbehaviour, compacted=True))
+        self.faults = ServiceFaults(lab.topic("service-faults", 1, Misbehaviour, compacted=True))
         self.faults.wait_ready()
         with KeyValueStore(self.countries) as store:
             store.update({code: country for code, country in iso_countries().items() if code != "SS"})
@@ -151,7 +147,7 @@ def test_a_clock_that_cannot_be_read_stands_still_until_it_is_written_again(plat
     platform.change("SS", "PUT")
     wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, f"Africa/Juba: {platform.logs()}")
     assert platform.offset("Europe/Berlin") == 60
-    pod.crash()
+    pod.kill()
     wait_until(lambda: said() == 2, 20, "what another process meets")
     platform.change("SS", "DELETE")  # which waits for a time to go by
     assert platform.offset("Africa/Juba") == 120
@@ -188,7 +184,7 @@ def test_each_survives_kill_9_and_what_happened_meanwhile(platform: Platform) ->
     for deployment in (platform.manager, platform.bookings, platform.events):
         (pod,) = deployment.pods
         restarts = pod.restarts
-        pod.crash()  # which takes a moment, in which the old one may still answer
+        pod.kill()  # which takes a moment, in which the old one may still answer
         wait_until(lambda pod=pod, before=restarts: pod.restarts > before, 20, "another process")
         wait_ready(deployment)
     wait_until(lambda: platform.offset("Africa/Juba") == 120, 20, "Africa/Juba again")
@@ -215,7 +211,7 @@ def test_all_go_on_reading_while_kafka_is_down_and_writing_once_it_is_back(platf
         assert "not confirmed within 8 s" in why
         assert len(platform.ask("manager", "/countries")[1]) == 248
     finally:
-        platform.lab.broker.restart()
+        platform.lab.broker.recover()
     platform.change("SS", "PUT")
     wait_until(lambda: platform.offset("Africa/Juba") == 120, 30, "Africa/Juba")
 
@@ -232,7 +228,7 @@ def test_the_lag_of_a_frozen_pods_store_grows(platform: Platform) -> None:
                 zones.put("Mars/Olympus", Zone("DE", 0, "MST"))  # which Bookings takes away
         wait_until(lambda: behind() >= 3, 10, "lag")
     finally:
-        pod.thaw()
+        pod.recover()
     wait_until(lambda: behind() == 0, 20, "no lag")
     panels = platform.lab.stores((platform.events, platform.zones), (platform.bookings, platform.countries))
     assert [panel.title for panel in panels] == ["Lag", "Reloads", "Entries"]
@@ -260,53 +256,42 @@ def test_a_service_misbehaves_as_told_and_recovers(platform: Platform) -> None:
         assert platform.ask("events", path) == (500, "events is told to refuse this\n")
     assert [fault.text for fault in platform.lab._history.standing()] == ["fail events"]
     events.slow(0.3)
-    wait_until(lambda: status() == 200, 20, "the other fault")
+    assert [fault.text for fault in platform.lab._history.standing()] == ["fail events", "slow events by 0.3 s"]
+    assert events.recover() == "ended: fail events, slow events by 0.3 s"
+    events.slow(0.3)
+    wait_until(lambda: platform.faults.of("events").delay == 0.3, 20, "the other fault")
+    wait_until(lambda: status() == 200, 20, "the service")
     began = time.monotonic()
     assert status() == 200
     assert time.monotonic() - began > 0.3
     events.recover()
     assert platform.lab._history.standing() == []
+    assert events.recover() == "nothing to mend: events is as it should be"
     events.fail(seconds=60)
     wait_until(lambda: status() == 503, 20, "the fault")
     events.fail(seconds=0.5)  # which may be over before it is seen
     wait_until(lambda: status() == 200, 20, "its end by itself")
     wait_until(lambda: platform.lab._history.standing() == [], 20, "the end of its window")
     assert [action.label for action in events.actions()] == ["Fail events", "Slow events", "Recover events"]
-    assert events.actions()[2].available() == "events behaves already."
-    for wrong in (lambda: events.fail(1.5), lambda: events.fail(status=200), lambda: events.slow(-1)):
+    assert events.actions()[2].available() == "It behaves already."
+    for wrong in (lambda: events.fail(1.5), lambda: events.fail(status=200)):
         with pytest.raises(LabkitError, match="events cannot be told to do that"):
             wrong()
+    for wrong in (lambda: events.fail(0), lambda: events.slow(-1), lambda: events.fail(seconds=0)):
+        with pytest.raises(LabkitError, match="must be a positive number"):
+            wrong()
+    with pytest.raises(LabkitError, match="events cannot cut connections"):
+        events.cut()
 
 
-def test_faults_that_are_not_loaded_say_so_and_those_that_are_over_count_no_more(cluster: Cluster) -> None:
-    topic = store_topic(cluster, 1, Misbehaviour)
-    faults = ServiceFaults(topic)
+def test_faults_that_are_not_loaded_say_so(cluster: Cluster) -> None:
+    faults = ServiceFaults(store_topic(cluster, 1, Misbehaviour))
     with pytest.raises(StoreNotReady):
         faults.of("anyone")
     faults.wait_ready()
     assert faults.of("anyone") is NONE
-    faults.set("anyone", errors=0.5, seconds=60)
+    faults.tell("anyone", {"errors": 0.5})
     assert faults.of("anyone").errors == 0.5
-    faults.store.put("anyone", Misbehaviour(errors=0.5, until=time.time() - 1))
+    faults.tell("anyone", {})
     assert faults.of("anyone") is NONE
     faults.close()
-
-
-def test_the_command_line_switches_them_too(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LABKIT_LEARNER", "test")
-    run = f"labkit.test.faults-{os.getpid()}.261124090000aaaa"
-    topic = store_topic(connection.cluster, 1, Misbehaviour, name=f"{run}.{TOPIC}")
-    faults = ServiceFaults(topic)
-    faults.wait_ready()
-    command = CliRunner()
-    done = command.invoke(app, ["fault", "payments", "--errors", "0.5", "--delay", "2"])
-    assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[-1].split() == ["payments", "50%", "503", "2", "s"]
-    wait_until(lambda: faults.of("payments") == Misbehaviour(0.5, 503, 2.0), 5, "the fault")
-    assert '"service": "payments"' in command.invoke(app, ["fault", "--json"]).output
-    assert "All services behave." in command.invoke(app, ["fault", "payments", "--clear"]).output
-    wait_until(lambda: faults.of("payments") is NONE, 5, "its end")
-    assert "say what payments is to do" in command.invoke(app, ["fault", "payments"]).output
-    assert "say which service is to behave again" in command.invoke(app, ["fault", "--clear"]).output
-    faults.close()
-    connection.cluster.delete_topics([topic.name])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import ipywidgets
 import pytest
 from processes import wait_until
 
-from labkit.lab.board import Action, Board, _log_html
-from labkit.lab.deployment import PodState
+from labkit.lab.board import Board, _log_html
+from labkit.lab.deployment import Pod, PodState
+from labkit.lab.faults import Action
 from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 
@@ -23,39 +24,27 @@ PANELS = [
 ]
 
 
-class FakePod:
-    """Tells its deployment what was asked of it."""
-
-    restarts = 0
+class FakePod(Pod):
+    """In a state of ours. Tells its deployment what was asked of it."""
 
     def __init__(self, deployment: FakeDeployment, index: int, state: str = "running") -> None:
-        self.deployment, self.index, self.name = deployment, index, f"{deployment.name}-{index}"
-        self.state = PodState(state)
+        super().__init__(cast(Any, deployment), index)
+        self._state = PodState(state)
 
-    def crash(self) -> None:
-        self.deployment.note("crash", self.index)
+    @property
+    def state(self) -> PodState:
+        return self._state
 
-    def freeze(self) -> None:
-        self.state = PodState.FROZEN
-        self.deployment.note("freeze", self.index)
-
-    def thaw(self) -> None:
-        self.state = PodState.RUNNING
-        self.deployment.note("thaw", self.index)
-
-    def slow(self, seconds: float) -> None:
-        self.state = PodState.SLOW if seconds else PodState.RUNNING
-        self.deployment.note("slow", self.index, seconds)
-
-    def drain(self) -> None:
-        self.deployment.note("drain", self.index)
+    def do(self, verb: str, options: Mapping[str, float]) -> str:
+        self.deployment.note(verb, self.index)
+        return verb
 
 
 class FakeDeployment:
     """Notes what was asked of it and its pods. Called, as a board does to look it up, it gives itself."""
 
     def __init__(self, *states: str, name: str = "shop") -> None:
-        self.name = name
+        self.name, self.history = name, History()
         self.calls: list[tuple[object, ...]] = []
         self.called = threading.Event()
         self.trouble: Exception | None = None
@@ -184,12 +173,12 @@ def test_no_output_widget_is_used(make: Make) -> None:
 @pytest.mark.parametrize(
     ("state", "enabled"),
     [
-        ("starting", {"Crash pod 0"}),
-        ("running", {"Crash pod 0", "Freeze pod 0", "Slow down pod 0", "Drain pod 0"}),
-        ("frozen", {"Crash pod 0", "Thaw pod 0"}),
-        ("slow", {"Crash pod 0", "Freeze pod 0", "Speed up pod 0", "Drain pod 0"}),
-        ("draining", {"Crash pod 0"}),
-        ("restarting", set()),
+        ("starting", {"Kill pod 0"}),
+        ("running", {"Kill pod 0", "Freeze pod 0", "Slow pod 0", "Restart pod 0"}),
+        ("frozen", {"Kill pod 0", "Recover pod 0"}),
+        ("slow", {"Kill pod 0", "Freeze pod 0", "Slow pod 0", "Restart pod 0", "Recover pod 0"}),
+        ("draining", {"Kill pod 0"}),
+        ("restarting", {"Recover pod 0"}),
         ("stopped", set()),
     ],
 )
@@ -200,8 +189,8 @@ def test_buttons_are_enabled_when_they_make_sense(make: Make, state: str, enable
     assert len(on_pod) == 5
     assert {name for name, button in on_pod.items() if not button.disabled} == enabled
     assert all(button.tooltip for button in buttons(board).values())
-    if state == "restarting":
-        assert on_pod["Crash pod 0"].tooltip == "Pod 0 is restarting."
+    if state == "stopped":
+        assert on_pod["Kill pod 0"].tooltip == "It is stopped: deploy it again."
 
 
 def test_the_last_pod_cannot_be_removed(make: Make) -> None:
@@ -217,12 +206,11 @@ def test_the_last_pod_cannot_be_removed(make: Make) -> None:
 @pytest.mark.parametrize(
     ("name", "state", "call"),
     [
-        ("Crash pod 1", "running", ("crash", 1)),
+        ("Kill pod 1", "running", ("kill", 1)),
         ("Freeze pod 1", "running", ("freeze", 1)),
-        ("Thaw pod 1", "frozen", ("thaw", 1)),
-        ("Slow down pod 1", "running", ("slow", 1, 0.5)),
-        ("Speed up pod 1", "slow", ("slow", 1, 0)),
-        ("Drain pod 1", "running", ("drain", 1)),
+        ("Recover pod 1", "frozen", ("recover", 1)),
+        ("Slow pod 1", "running", ("slow", 1)),
+        ("Restart pod 1", "running", ("restart", 1)),
         ("Add a pod", "running", ("scale", 3)),
         ("Remove a pod", "running", ("scale", 1)),
     ],
@@ -251,11 +239,11 @@ def test_the_choice_of_a_pod_outlives_changes_of_state_and_number(make: Make) ->
     board.redraw()
     assert choice.value == ("shop", 1)
     assert [label for label, _ in choice.options] == ["pod 0 · restarting", "pod 1 · frozen", "pod 2"]
-    assert not buttons(board)["Thaw pod 1"].disabled
+    assert not buttons(board)["Recover pod 1"].disabled
     deployment.become("running")
     board.redraw()
     assert choice.value == ("shop", 0)
-    assert "Crash pod 0" in buttons(board)
+    assert "Kill pod 0" in buttons(board)
 
 
 def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
@@ -263,7 +251,7 @@ def test_a_deployment_that_replaces_another_is_followed(make: Make) -> None:
     board = make(deployments=lambda: [running["shop"]])
     board.redraw()
     before, running["shop"] = running["shop"], FakeDeployment("running")
-    buttons(board)["Crash pod 0"].click()
+    buttons(board)["Kill pod 0"].click()
     assert running["shop"].called.wait(5)
     assert before.calls == []
     wait_until(lambda: buttons(board)["Remove a pod"].disabled, what="the new one's only pod is shown")
@@ -291,9 +279,9 @@ def test_a_pod_that_is_gone_is_told(make: Make) -> None:
     deployment = FakeDeployment("running")
     board = make(deployments=deployment)
     board.redraw()
-    crash = buttons(board)["Crash pod 0"]
+    kill = buttons(board)["Kill pod 0"]
     deployment.become()
-    crash.click()
+    kill.click()
     wait_until(lambda: "there is no pod 0 any more" in status(board), what="the message is shown")
 
 
@@ -302,11 +290,11 @@ def test_an_action_that_fails_is_told_until_the_next_one(make: Make) -> None:
     deployment.trouble = RuntimeError("pod 0 did not\nanswer <in> 5 s")
     board = make(deployments=deployment)
     board.redraw()
-    buttons(board)["Crash pod 0"].click()
-    wait_until(lambda: "Crash pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), what="the message is shown")
-    wait_until(lambda: not buttons(board)["Crash pod 0"].disabled, what="the button is back")
+    buttons(board)["Kill pod 0"].click()
+    wait_until(lambda: "Kill pod 0: pod 0 did not answer &lt;in&gt; 5 s" in status(board), what="the message is shown")
+    wait_until(lambda: not buttons(board)["Kill pod 0"].disabled, what="the button is back")
     deployment.trouble = None
-    buttons(board)["Crash pod 0"].click()
+    buttons(board)["Kill pod 0"].click()
     wait_until(lambda: "did not" not in status(board), what="the message is gone")
 
 
@@ -335,6 +323,19 @@ def test_an_action_says_why_it_cannot_be_done(make: Make) -> None:
     button = buttons(board)["Kill the broker"]
     assert button.disabled
     assert button.tooltip == reason
+
+
+def test_a_click_that_has_come_too_late_is_told_why_not(make: Make) -> None:
+    """The browser may have drawn the button before: its click was under way."""
+    calls: list[int] = []
+    reason: list[str | None] = [None]
+    board = make(actions=[Action("Kill the broker", "SIGKILL.", lambda: calls.append(1), lambda: reason[0])])
+    board.redraw()
+    reason[0] = "It is down."
+    buttons(board)["Kill the broker"].click()
+    assert "It is down." in status(board)
+    assert buttons(board)["Kill the broker"].disabled
+    assert calls == []
 
 
 def test_what_goes_wrong_in_a_frame_is_in_the_status_line(make: Make) -> None:

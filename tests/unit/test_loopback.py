@@ -6,16 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 
-from labkit import Lab
-from labkit.lab.metrics import History
-from labkit.lab.provider_faults import ProviderFaults
 from labkit.services.clients import ask
+from labkit.services.faults import HttpFaults, Misbehaviour
 from labkit.services.payments.job_scheduler import Progress, Schedule, finished, schedule
 from labkit.services.payments.ledger import Renewal, charge
 from labkit.services.payments.subscriptions import Costs, costs
@@ -56,16 +53,11 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.shutdown()
 
 
-def break_provider(url: str) -> None:
-    lab = cast(Lab, SimpleNamespace(_history=History(), seconds=lambda told: told))
-    ProviderFaults(lab, url).fail()
-
-
 CALLS: dict[str, Callable[[str], object]] = {
     "schedule": lambda url: schedule(url, WANTED),
     "finished": lambda url: finished(url, WANTED, 5),
     "costs": lambda url: costs(url, "optimistic", 5),
-    "a fault of the provider": break_provider,
+    "a fault of the provider": lambda url: HttpFaults(url, Misbehaviour).tell("provider", {"errors": 1.0}),
     "charge": lambda url: charge(url, Renewal("1", "customer 1", 1, 2900)),
     "ask": lambda url: json.loads(ask(f"{url}/faults", patience=0)[1]),
 }

@@ -45,7 +45,7 @@ def run(partitions: int = 2, seconds: float = 60, high: float = 400, until: floa
 
 
 def crash(ago: float, pod: int = 1) -> Fault:
-    return Fault(T - ago, T - ago, "crash", f"shop-{pod}", f"crash pod {pod}")
+    return Fault(T - ago, T - ago, "kill", f"shop-{pod}", f"kill pod {pod}")
 
 
 def window(ago: float, end: float | None, text: str) -> Fault:

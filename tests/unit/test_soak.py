@@ -40,9 +40,9 @@ def test_what_comes_again_is_in_order_and_so_are_other_keys() -> None:
 
 def chaos(act: Any) -> soak.Chaos:
     """Every fault calls `act`."""
-    pod = SimpleNamespace(state=PodState.RUNNING, crash=act, freeze=act, thaw=act, drain=act, slow=act)
+    pod = SimpleNamespace(state=PodState.RUNNING, kill=act, freeze=act, slow=act, restart=act, recover=str)
     pods = SimpleNamespace(pods=[pod], scale=act)
-    broker = SimpleNamespace(state=ServerState.RUNNING, kill=act, freeze=act, thaw=act, restart=act)
+    broker = SimpleNamespace(state=ServerState.RUNNING, kill=act, freeze=act, restart=act, recover=str)
     return soak.Chaos(cast(Any, SimpleNamespace(broker=broker)), cast(Any, pods), random.Random(1))
 
 
@@ -64,7 +64,7 @@ def test_a_long_run_without_one_of_the_main_faults_fails(monkeypatch: pytest.Mon
     monkeypatch.setattr(soak, "CALM", (60.0, 60.0))  # so none of its own
     begun = chaos(lambda *_: None)
     begun.peace()
-    assert begun.too_little(soak.LONG) == "these never struck: crash, freeze, scale, kill_broker"
+    assert begun.too_little(soak.LONG) == "these never struck: kill, freeze, scale, kill_broker"
     assert begun.too_little(1) == ""
     begun.done.update(soak.MAIN)
     assert begun.too_little(soak.LONG) == ""

@@ -65,13 +65,13 @@ def test_the_life_of_the_example() -> None:
             report(7.1, "shop-1", handled(7.1, 110, 130), process=2),
             report(7.2, "shop-1", committed(7.2, 131), process=2),
         ],
-        [fault("crash", "shop-0", 1.1)],
+        [fault("kill", "shop-0", 1.1)],
     )
     assert said(rows) == [
         "produced orders/2/118",
         "handled orders/2/118 shop-0",
         "took effect shipped/1/17 shop-0",
-        "crash orders/2/118 shop-0",
+        "kill orders/2/118 shop-0",
         "redelivered orders/2/118 shop-1",
         "took effect shipped/1/18 shop-1",
         "committed orders/2/118 shop-1",
@@ -85,11 +85,11 @@ def test_the_life_of_the_example() -> None:
 def test_a_pod_that_is_killed_without_a_word_is_not_said_to_have_handled() -> None:
     """It had the partition, so the crash may matter; nothing shows that it had the record."""
     rows = life(
-        [ORDER], [report(-1, "shop-0"), report(7, "shop-1", handled(7), committed(7))], [fault("crash", "shop-0", 1)]
+        [ORDER], [report(-1, "shop-0"), report(7, "shop-1", handled(7), committed(7))], [fault("kill", "shop-0", 1)]
     )
     assert said(rows) == [
         "produced orders/2/118",
-        "crash orders/2/118 shop-0",
+        "kill orders/2/118 shop-0",
         "handled orders/2/118 shop-1",
         "committed orders/2/118 shop-1",
     ]
@@ -97,12 +97,10 @@ def test_a_pod_that_is_killed_without_a_word_is_not_said_to_have_handled() -> No
 
 def test_a_pod_that_failed_and_was_killed_makes_the_next_a_redelivery() -> None:
     failed = Failed(ORDER.place, 1, T + 1, "ValueError: no", 5.0)
-    rows = life(
-        [ORDER], [report(1.2, "shop-0", failed), report(7, "shop-1", handled(7))], [fault("crash", "shop-0", 2)]
-    )
+    rows = life([ORDER], [report(1.2, "shop-0", failed), report(7, "shop-1", handled(7))], [fault("kill", "shop-0", 2)])
     assert said(rows)[1:] == [
         "failed orders/2/118 shop-0",
-        "crash orders/2/118 shop-0",
+        "kill orders/2/118 shop-0",
         "redelivered orders/2/118 shop-1",
     ]
     assert rows[1].detail == "attempt 1, again in 5 s: ValueError: no"
@@ -134,9 +132,9 @@ def test_the_same_pod_after_its_restart_is_another_delivery() -> None:
         report(2, "shop-0", process=2),
         report(3, "shop-0", handled(3), committed(3), process=2),
     ]
-    rows = life([ORDER, shipped(0.9, "shop-0"), shipped(2.9, "shop-0", 18)], reports, [fault("crash", "shop-0", 1.5)])
+    rows = life([ORDER, shipped(0.9, "shop-0"), shipped(2.9, "shop-0", 18)], reports, [fault("kill", "shop-0", 1.5)])
     kinds = [row.event for row in rows]
-    assert kinds == ["produced", "handled", "took effect", "crash", "redelivered", "took effect", "committed"]
+    assert kinds == ["produced", "handled", "took effect", "kill", "redelivered", "took effect", "committed"]
 
 
 def test_a_report_that_had_to_be_repeated_is_no_redelivery() -> None:
@@ -170,16 +168,16 @@ def test_only_faults_of_who_had_it_in_hand_and_of_kafka_are_told() -> None:
         report(4, "mail-0", holds=False),
     ]
     faults = [
-        fault("crash", "shop-1", 0.5),  # had another partition
-        fault("crash", "mail-0", 0.5),
-        fault("crash", "shop-0", -5),  # before it was sent
-        fault("crash", "shop-0", 3),  # it was committed by then
+        fault("kill", "shop-1", 0.5),  # had another partition
+        fault("kill", "mail-0", 0.5),
+        fault("kill", "shop-0", -5),  # before it was sent
+        fault("kill", "shop-0", 3),  # it was committed by then
         fault("slow", "shop-0", -2, -1),  # still stands: since before
         fault("kill", "Kafka", 0.2, 0.4),
         fault("freeze", "Kafka", 9, 10),
         fault("scale", "shop", 0.7, 0.8),
     ]
-    rows = [row for row in life([ORDER], reports, faults) if row.event in ("crash", "slow", "kill", "freeze", "scale")]
+    rows = [row for row in life([ORDER], reports, faults) if row.event in ("kill", "slow", "kill", "freeze", "scale")]
     assert [(row.event, row.place, row.pod) for row in rows] == [
         ("slow", "orders/2/118", "shop-0"),
         ("kill", "", "Kafka"),
@@ -190,8 +188,8 @@ def test_only_faults_of_who_had_it_in_hand_and_of_kafka_are_told() -> None:
 
 
 def test_what_strikes_a_record_that_is_not_committed_yet_is_told() -> None:
-    rows = life([ORDER], [report(-1, "shop-0"), report(1, "shop-0", handled(1))], [fault("crash", "shop-0", 60)])
-    assert [row.event for row in rows] == ["produced", "handled", "crash"]
+    rows = life([ORDER], [report(-1, "shop-0"), report(1, "shop-0", handled(1))], [fault("kill", "shop-0", 60)])
+    assert [row.event for row in rows] == ["produced", "handled", "kill"]
 
 
 def test_a_commit_by_one_who_is_not_known_to_have_had_it_names_nobody() -> None:

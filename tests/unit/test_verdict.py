@@ -18,7 +18,7 @@ from labkit.lab.metrics import Fault
 from labkit.lab.verdict import NotValid, Verdict, judge
 
 START = 1_700_000_000.0
-CRASH = Fault(START + 50, START + 50, "crash", "shop-1", "crash pod 1")
+CRASH = Fault(START + 50, START + 50, "kill", "shop-1", "kill pod 1")
 VALID = "any extra is a redelivery after a fault, or was sent again"
 
 
@@ -94,7 +94,7 @@ def test_the_nearest_fault_before_the_extra_is_named() -> None:
 
 
 def test_the_fault_that_struck_the_pod_which_had_it_comes_before_a_later_one_of_another() -> None:
-    crash = Fault(START + 50, START + 50, "crash", "shop-0", "crash pod 0")
+    crash = Fault(START + 50, START + 50, "kill", "shop-0", "kill pod 0")
     freeze = Fault(START + 53, None, "freeze", "shop-1", "freeze pod 1")
     later = {"time": START + 56, "pod": "shop-2"}
     effects = [effect(49), effect(49, 60, **later), effect(48, pod="shop-1"), effect(48, 61, **later)]
@@ -103,7 +103,7 @@ def test_the_fault_that_struck_the_pod_which_had_it_comes_before_a_later_one_of_
     assert [(extra.id, extra.fault) for extra in found.redelivered] == [("order-48", freeze), ("order-49", crash)]
     kafka = Fault(START + 50, START + 52, "kill", "Kafka", "kill Kafka")
     slow = Fault(START + 20, None, "slow", "shop-0", "slow pod 0")  # takes nothing away
-    before = Fault(START + 48.5, START + 48.5, "crash", "shop-0", "crash pod 0")  # shop-0 had it only after that
+    before = Fault(START + 48.5, START + 48.5, "kill", "shop-0", "kill pod 0")  # shop-0 had it only after that
     for harmless in (slow, before):
         [extra] = judge(sent[1:], effects[:2], [harmless, kafka]).redelivered
         assert extra.fault == kafka
@@ -126,9 +126,9 @@ def test_an_ended_and_a_standing_window_are_told_apart() -> None:
     ("faults", "pod"),
     [
         ([], "shop-1"),
-        ([Fault(START + 90, START + 90, "crash", "shop-1", "crash pod 1")], "shop-1"),  # only afterwards
-        ([Fault(START - 60, START - 60, "crash", "shop-1", "crash pod 1")], "shop-1"),  # long over
-        ([Fault(START + 2, START + 2, "crash", "shop-1", "crash pod 1")], "shop-0"),  # the pod lived on
+        ([Fault(START + 90, START + 90, "kill", "shop-1", "kill pod 1")], "shop-1"),  # only afterwards
+        ([Fault(START - 60, START - 60, "kill", "shop-1", "kill pod 1")], "shop-1"),  # long over
+        ([Fault(START + 2, START + 2, "kill", "shop-1", "kill pod 1")], "shop-0"),  # the pod lived on
     ],
 )
 def test_an_extra_no_fault_explains_is_a_duplicate(faults: list[Fault], pod: str) -> None:
@@ -400,7 +400,7 @@ def test_the_html_says_it_in_words_and_escapes() -> None:
     page = judge(send(41), [*(effect(n) for n in range(40)), *extras], [CRASH])._repr_html_()
     assert page.count("<tr") == 11
     assert page.index("<td>lost") < page.index("<td>redelivered")
-    assert "after: crash pod 1</td>" in page
+    assert "after: kill pod 1</td>" in page
     assert "<tr" not in judge(send(1), [effect(0)], [])._repr_html_()
 
 
@@ -454,7 +454,7 @@ def test_it_finds_precisely_what_was_injected(seed: int) -> None:
 
     dice.shuffle(effects)
     dice.shuffle(sent)
-    found = judge(sent, effects, [Fault(START + crashed, START + crashed, "crash", "shop-1", "crash pod 1")])
+    found = judge(sent, effects, [Fault(START + crashed, START + crashed, "kill", "shop-1", "kill pod 1")])
     injected = {"lost": lost, "redelivered": redelivered, "duplicated": doubled, "resent": resent}
     expected = [("unexpected", "stranger"), *(("out of order", send.id) for send in late)]
     expected += [(kind, send.id) for kind, sends in injected.items() for send in sends]

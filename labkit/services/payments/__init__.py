@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from labkit.services.payments.job_scheduler import finished as finished
     from labkit.services.payments.job_scheduler import schedule as schedule
     from labkit.services.payments.ledger import CardDeclined as CardDeclined
-    from labkit.services.payments.ledger import ProviderBehaviour as ProviderBehaviour
     from labkit.services.payments.ledger import ProviderFailed as ProviderFailed
     from labkit.services.payments.ledger import Renewal as Renewal
     from labkit.services.payments.ledger import charge as charge
@@ -30,7 +29,7 @@ else:
         __name__,
         {
             "job_scheduler": "JobScheduler Schedule finished schedule",
-            "ledger": "CardDeclined ProviderBehaviour ProviderFailed Renewal charge charged charges due early",
+            "ledger": "CardDeclined ProviderFailed Renewal charge charged charges due early",
             "provider": "PaymentsProvider",
             "subscriptions": "Polling Requesting costs subscribe",
         },

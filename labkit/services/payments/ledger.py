@@ -28,25 +28,6 @@ class Renewal(msgspec.Struct, frozen=True):
     cents: int
 
 
-class ProviderBehaviour(msgspec.Struct, frozen=True):
-    """What the provider does to those who ask."""
-
-    down: bool = False
-    """Refuses everybody (503)."""
-    slow: float = 0.0
-    """Seconds before each answer."""
-    flaky: float = 0.0
-    """The share of calls that it refuses (503)."""
-    wrong: bool = False
-    """Answers 200 with something that is no receipt, and charges nothing."""
-    drops: int = 0
-    """So many charges are made, and the connection cut before the answer."""
-    stuck: str = ""
-    """This customer's calls end in an error (500), whatever is done."""
-    declined: str = ""
-    """This customer's card is declined (402): another attempt would not help."""
-
-
 class ProviderFailed(LabkitError):
     """The provider did not answer, or not with a receipt: it may have charged or not."""
 

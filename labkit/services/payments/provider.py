@@ -6,7 +6,6 @@ The ledger (PostgreSQL) is the witness of every verdict: what was charged, and e
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import msgspec
 import psycopg
 from aiohttp import web
 
+from labkit.services.faults import HttpFaults, Misbehaviour
 from labkit.services.http import HttpService
-from labkit.services.payments.ledger import ProviderBehaviour, Renewal
+from labkit.services.payments.ledger import Renewal
 
 TABLES = """
 create table if not exists charges (
@@ -29,9 +29,22 @@ create table if not exists calls (
 """
 
 
+class ProviderMisbehaviour(Misbehaviour, frozen=True):
+    """What the provider does to those who ask."""
+
+    cut: int = 0
+    """So many charges are made, and the connection cut before the answer."""
+    wrong: bool = False
+    """Answers 200 with something that is no receipt, and charges nothing."""
+    stuck: str = ""
+    """This customer's calls end in an error (500), whatever is done."""
+    declined: str = ""
+    """This customer's card is declined (402): another attempt would not help."""
+
+
 @dataclass(frozen=True)
 class PaymentsProvider(HttpService):
-    """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a ProviderBehaviour.
+    """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a ProviderMisbehaviour.
 
     `dsn` is the PostgreSQL of its ledger. `takes` is how long one charge takes it, in seconds.
     """
@@ -40,26 +53,28 @@ class PaymentsProvider(HttpService):
     takes: float = 0.01
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/charges", self.charge), web.get("/faults", self.told), web.put("/faults", self.tell)]
+        return [web.post("/charges", self.charge), web.put("/faults", self.tell)]
+
+    @property
+    def faults(self) -> HttpFaults[ProviderMisbehaviour]:
+        """How it is told to misbehave, for `lab.service`."""
+        return HttpFaults(self.url, ProviderMisbehaviour)
 
     async def start(self, app: web.Application) -> None:
         ledger = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
         await ledger.execute("set synchronous_commit = off")  # it outlives the process, if not the machine
         await ledger.execute(TABLES.encode())
-        app[LEDGER], app[FAULTS] = ledger, [ProviderBehaviour()]
+        app[LEDGER], app[FAULTS] = ledger, [ProviderMisbehaviour()]
 
     async def finish(self, app: web.Application) -> None:
         await app[LEDGER].close()
 
-    async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(request.app[FAULTS][0]))
-
     async def tell(self, request: web.Request) -> web.Response:
         try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=ProviderBehaviour)
+            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=ProviderMisbehaviour)
         except msgspec.DecodeError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
-        return await self.told(request)
+        return web.Response()
 
     async def charge(self, request: web.Request) -> web.Response:
         began, faults = time.time(), request.app[FAULTS][0]
@@ -67,7 +82,7 @@ class PaymentsProvider(HttpService):
             renewal = msgspec.json.decode(await request.read(), type=Renewal)
         except msgspec.DecodeError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
-        await asyncio.sleep(self.takes + faults.slow)
+        await asyncio.sleep(self.takes + faults.delay)
         if refusal := _refusal(faults, renewal):
             outcome, answer = refusal
         elif faults.wrong:
@@ -75,8 +90,8 @@ class PaymentsProvider(HttpService):
         else:
             outcome, answer = await self._charge(request, renewal)
             faults = request.app[FAULTS][0]
-            if outcome == "charged" and faults.drops:
-                request.app[FAULTS][0] = msgspec.structs.replace(faults, drops=faults.drops - 1)
+            if outcome == "charged" and faults.cut:
+                request.app[FAULTS][0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
                 outcome = "dropped"
         await request.app[LEDGER].execute(
             "insert into calls (renewal, customer, outcome, began, ended) values (%s, %s, %s, %s, %s)",
@@ -97,12 +112,12 @@ class PaymentsProvider(HttpService):
 
 
 LEDGER = web.AppKey("ledger", psycopg.AsyncConnection[Any])
-FAULTS = web.AppKey("faults", list[ProviderBehaviour])
+FAULTS = web.AppKey("faults", list[ProviderMisbehaviour])
 
 
-def _refusal(faults: ProviderBehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:
-    if faults.down or random.random() < faults.flaky:  # noqa: S311
-        return "refused", web.json_response({"error": "unavailable"}, status=503)
+def _refusal(faults: ProviderMisbehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:
+    if faults.refuses():
+        return "refused", web.json_response({"error": "unavailable"}, status=faults.status)
     if renewal.customer == faults.stuck:
         return "broken", web.json_response({"error": "internal error"}, status=500)
     if renewal.customer == faults.declined:

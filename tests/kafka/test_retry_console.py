@@ -1,4 +1,4 @@
-"""The desk of notebook 04: each of its buttons does what its method does, and says so."""
+"""The retry console: each of its buttons does what its method does, and says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from processes import wait_until
 
 from labkit import Lab
 from labkit.kafka.records import Record
-from labkit.lab.retry_desk import RetryDesk
+from labkit.lab.retry_console import RetryConsole
 from labkit.patterns.blocked_lanes import Skip
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter
 from labkit.runtime.connect import Connection
@@ -19,23 +19,23 @@ from labkit.runtime.connect import Connection
 
 @pytest.fixture
 def lab(connection: Connection) -> Iterator[Lab]:
-    lab = Lab("desk")
+    lab = Lab("console")
     yield lab
     lab._end(0)
 
 
-def press(desk: Any, label: str) -> str:
+def press(console: Any, label: str) -> str:
     """Click it, and wait for what it says."""
-    desk.say("")
-    desk.refresh()
-    buttons = [one for row in desk.widget.children for one in getattr(row, "children", ())]
+    console.say("")
+    console.refresh()
+    buttons = [one for row in console.widget.children for one in getattr(row, "children", ())]
     (button,) = [one for one in buttons if getattr(one, "description", "") == label]
     button.click()
-    wait_until(lambda: "></div>" not in desk._says.value and not button.disabled, 20, f"an answer to {label}")
-    return str(desk._says.value)
+    wait_until(lambda: "></div>" not in console._says.value, 20, f"an answer to {label}")
+    return str(console._says.value)
 
 
-def failing(lab: Lab, retry: Policy) -> tuple[RetryDesk, Any]:
+def failing(lab: Lab, retry: Policy) -> tuple[RetryConsole, Any]:
     """A deployment that refuses order 1 and all from 5 on."""
     source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
 
@@ -46,59 +46,60 @@ def failing(lab: Lab, retry: Policy) -> tuple[RetryDesk, Any]:
 
     shop = lab.deploy("shop", RetryingConsumer(source, ship, retry=retry))
     wait_ready(shop)
-    return RetryDesk(lab, shop), source
+    return lab.retry_console(shop), source
 
 
 def test_the_buttons_of_what_is_blocked(lab: Lab) -> None:
-    desk, source = failing(lab, blocking(300))
-    assert "Nothing is blocked" in press(desk.unblock, "Skip this record")
+    console, source = failing(lab, blocking(300))
+    assert "Nothing is blocked" in press(console.unblock, "Skip this record")
+    assert "Failures block already" in press(console.unblock, "Resume")
     lab.load(source, orders(3), rate=1000).wait()
-    first = desk.wait_blocked()
-    desk.unblock.refresh()
-    desk.unblock._choice.value = first.place
-    assert f"Skipped {first.place.rsplit('.', 1)[-1]}" in press(desk.unblock, "Skip this record")
+    first = console.wait_blocked()
+    console.unblock.refresh()
+    console.unblock._choice.value = first.place
+    assert f"Skipped {first.place.rsplit('.', 1)[-1]}" in press(console.unblock, "Skip this record")
     wait_until(lambda: [one.id for one in values(lab.topics["shipped"])] == [0, 2], 20, "what was behind it")
-    assert "until you resume" in press(desk.unblock, "Skip all that fails")
+    assert "until you resume" in press(console.unblock, "Skip all that fails")
     lab.load(source, orders(3, first=5), rate=1000).wait()
     assert lab.settle(20), lab.settle(0)
-    assert "blocks again" in press(desk.unblock, "Resume")
+    assert "blocks again" in press(console.unblock, "Resume")
     old = f"skip {source.name}/0/0"  # the pod takes it back once it has heard all that was said before
-    desk.lanes.store.put(old, Skip("me", 0.0))
-    wait_until(lambda: old not in desk.lanes.store, 20, "the pod to hear of it")
+    console.lanes.store.put(old, Skip("me", 0.0))
+    wait_until(lambda: old not in console.lanes.store, 20, "the pod to hear of it")
     lab.load(source, orders(1, first=9), rate=1000).wait()
-    assert desk.wait_blocked().value == '{"id":9,"customer":"customer 9"}'
-    assert len(list(desk.lanes.skipped())) == 4
+    assert console.wait_blocked().value == '{"id":9,"customer":"customer 9"}'
+    assert len(list(console.lanes.skipped())) == 4
 
 
 @pytest.mark.long
 def test_the_buttons_of_dead_letters(lab: Lab) -> None:
-    desk, source = failing(lab, dead_letter())
+    console, source = failing(lab, dead_letter())
     lab.load(source, orders(4, first=5), rate=1000).wait()
-    wait_until(lambda: len(desk.letters) == 4, 20, "four dead letters")
-    review = desk.review
+    wait_until(lambda: len(console.letters) == 4, 20, "four dead letters")
+    review = console.review
     assert "Select dead letters first" in press(review, "Replay selected")
-    review._choice.value = (first := next(iter(desk.letters)),)
+    review._choice.value = (first := next(iter(console.letters)),)
     assert "no answer" in review._shows.value
     assert first in review._shows.value
     assert "1 put back" in press(review, "Replay selected")
-    wait_until(lambda: desk.letters[first].attempts == 2, 20, "its second attempt")
+    wait_until(lambda: console.letters[first].attempts == 2, 20, "its second attempt")
     assert "4 put back" in press(review, "Replay all")
-    again = lambda: min(one.attempts for one in desk.letters.values()) >= 2  # noqa: E731
-    wait_until(lambda: again() and desk.letters[first].attempts == 3, 20, "another attempt of each")
+    again = lambda: min(one.attempts for one in console.letters.values()) >= 2  # noqa: E731
+    wait_until(lambda: again() and console.letters[first].attempts == 3, 20, "another attempt of each")
     review.refresh()
     review._choice.value = (first,)
     assert "tick the box" in press(review, "Purge selected")
-    assert len(desk.letters) == 4
+    assert len(console.letters) == 4
     review._sure.value = True
     assert "1 removed" in press(review, "Purge selected")
     assert review._sure.value is False
-    wait_until(lambda: first not in desk.letters, 20, "its end")
-    assert len(desk.table()) == 3
+    wait_until(lambda: first not in console.letters, 20, "its end")
+    assert len(console.table()) == 3
 
 
 @pytest.mark.long
-def test_a_desk_says_in_one_line_what_is_on_it(connection: Connection) -> None:
-    with Lab("desk") as lab:
+def test_a_console_says_in_one_line_what_is_on_it(connection: Connection) -> None:
+    with Lab("console") as lab:
         orders = lab.topic("orders", 1, Order)
 
         def refuse(record: Record[Order]) -> None:
@@ -106,11 +107,11 @@ def test_a_desk_says_in_one_line_what_is_on_it(connection: Connection) -> None:
 
         shop = lab.deploy("shop", RetryingConsumer(orders, refuse, retry=blocking(300)))
         lab.wait_ready(shop)
-        desk = RetryDesk(lab, shop)
-        assert repr(desk) == "Retries of shop: 0 blocked · 0 dead letters"
+        console = lab.retry_console(shop)
+        assert repr(console) == "Retries of shop: 0 blocked · 0 dead letters"
         orders.send(Order(1))
         orders.flush()
-        desk.wait_blocked()
-        assert repr(desk) == "Retries of shop: 1 blocked · 0 dead letters"
-        assert desk._repr_html_() == "<span>Retries of shop: 1 blocked · 0 dead letters</span>"
-    assert repr(desk).startswith("Retries of shop: ")
+        console.wait_blocked()
+        assert repr(console) == "Retries of shop: 1 blocked · 0 dead letters"
+        assert console._repr_html_() == "<span>Retries of shop: 1 blocked · 0 dead letters</span>"
+    assert repr(console).startswith("Retries of shop: ")

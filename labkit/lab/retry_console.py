@@ -1,4 +1,4 @@
-"""The desk of who looks after retries: what is blocked and by what, and the dead letters; every button has a method."""
+"""The retry console: what is blocked and by what, and the dead letters; every button has a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import ipywidgets
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
+from labkit.lab.buttons import Button, set_trait
 from labkit.lab.deployment import Deployment
+from labkit.lab.faults import Action
 from labkit.lab.metrics import clock
 from labkit.lab.panels import Panel, blocked_panel, lag_panel, set_aside_panel
 from labkit.patterns.blocked_lanes import Blocked, BlockedLanes
@@ -31,7 +33,10 @@ SHOWN = 200  # dead letters in the list
 CHARACTERS = 1000  # of a value that are shown
 
 
-class RetryDesk:
+_SELECT = "Select dead letters first."
+
+
+class RetryConsole:
     """Sees and commands the retries of one deployment, as the command line does from another machine.
 
     `lanes` are its blocked lanes, `letters` its dead letters; `panels` go on a board. It ends with the lab.
@@ -61,7 +66,7 @@ class RetryDesk:
         """The widget of blocked lanes."""
         self.review = _Review(self)
         """The widget of dead letters."""
-        threading.Thread(target=self._refresh, name=f"desk {self.name}", daemon=True).start()
+        threading.Thread(target=self._refresh, name=f"console {self.name}", daemon=True).start()
 
     def blocked_for(self) -> float:
         """Seconds that the longest blocked lane has been blocked."""
@@ -132,7 +137,7 @@ class RetryDesk:
                     widget.say(str(error))
 
 
-class _Desk:
+class _Part:
     """A list, what is chosen of it, and buttons. Actions run in threads: a click holds nothing up."""
 
     def __init__(self, title: str) -> None:
@@ -140,41 +145,31 @@ class _Desk:
         self._says = ipywidgets.HTML()
         self._shows = ipywidgets.HTML()
 
-    def button(self, label: str, tooltip: str, action: Callable[[], str]) -> Any:
-        made = ipywidgets.Button(description=label, tooltip=tooltip, layout=ipywidgets.Layout(width="auto"))
+    def row(self, *actions: Callable[[], Action]) -> list[Any]:
+        """A button for each of these."""
+        self._buttons = [Button(action, self.say) for action in actions]
+        for button in self._buttons:
+            button.refresh()
+        return [button.widget for button in self._buttons]
 
-        def run() -> None:
-            try:
-                self.say(action())
-            except LabkitError as error:
-                self.say(str(error))
-            finally:
-                made.disabled = False
+    def refresh(self) -> None:
+        """Show what there is now."""
+        for button in self._buttons:
+            button.refresh()
 
-        def clicked(_: object) -> None:
-            made.disabled = True
-            threading.Thread(target=run, name=label, daemon=True).start()
-
-        made.on_click(clicked)
-        return made
-
-    def say(self, text: str) -> None:
+    def say(self, text: str, failed: bool = False) -> None:
         """One line below the buttons."""
-        _set(self._says, f'<div role="status">{html.escape(text)}</div>')
+        set_trait(self._says, "value", f'<div role="status">{html.escape(text)}</div>')
 
 
-class _Unblock(_Desk):
+class _Unblock(_Part):
     """Blocked lanes, and the commands about them."""
 
-    def __init__(self, desk: RetryDesk) -> None:
-        super().__init__(f"What {desk.name} cannot get past")
-        self._desk = desk
+    def __init__(self, console: RetryConsole) -> None:
+        super().__init__(f"What {console.name} cannot get past")
+        self._name, self._lanes = console.name, console.lanes
         self._choice = ipywidgets.Select(options=[], rows=4, layout=ipywidgets.Layout(width="auto"))
-        buttons = [
-            self.button("Skip this record", "Once, only this one; it leaves a trace.", self._skip),
-            self.button("Skip all that fails", "From now on, until you resume.", self._skip_all),
-            self.button("Resume", "The next failure blocks again.", self._resume),
-        ]
+        buttons = self.row(self._skip, self._skip_all, self._resume)
         self.widget = ipywidgets.VBox(
             [self._title, self._choice, ipywidgets.HBox(buttons), self._says],
             layout=ipywidgets.Layout(max_width="900px"),
@@ -182,49 +177,59 @@ class _Unblock(_Desk):
 
     def refresh(self) -> None:
         """Show what is blocked now."""
-        options = [(_line(one), place) for place, one in self._desk.lanes.items()]
+        options = [(_line(one), place) for place, one in self._lanes.items()]
         if options != list(self._choice.options):
             before = self._choice.value
             self._choice.options = options
             if any(place == before for _, place in options):
                 self._choice.value = before
         many = f"{len(options):,} blocked" if options else "nothing"
-        _set(self._title, f"<b>What {html.escape(self._desk.name)} cannot get past: {many}</b>")
+        set_trait(self._title, "value", f"<b>What {html.escape(self._name)} cannot get past: {many}</b>")
+        super().refresh()
 
-    def _skip(self) -> str:
-        if self._choice.value is None:
-            return "Nothing is blocked."
-        one = self._desk.lanes.skip(self._choice.value)
-        return f"Skipped {short_name(one.place)}: it left a trace."
+    def _skip(self) -> Action:
+        chosen = self._choice.value
+        return Action(
+            "Skip this record",
+            "Once, only this one; it leaves a trace.",
+            lambda: f"Skipped {short_name(self._lanes.skip(chosen).place)}: it left a trace.",
+            lambda: None if chosen else "Nothing is blocked.",
+        )
 
-    def _skip_all(self) -> str:
-        return f"Skipped {self._desk.lanes.skip_all()}; whatever fails is skipped until you resume."
+    def _skip_all(self) -> Action:
+        return Action(
+            "Skip all that fails",
+            "From now on, until you resume.",
+            lambda: f"Skipped {self._lanes.skip_all()}; whatever fails is skipped until you resume.",
+            lambda: "All that fails is skipped already." if self._lanes.skipping else None,
+        )
 
-    def _resume(self) -> str:
-        self._desk.lanes.resume()
-        return "The next failure blocks again."
+    def _resume(self) -> Action:
+        def resume() -> str:
+            self._lanes.resume()
+            return about
+
+        about = "The next failure blocks again."
+        return Action("Resume", about, resume, lambda: None if self._lanes.skipping else "Failures block already.")
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         return {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        return "\n".join(map(_line, self._desk.lanes.values())) or "Nothing is blocked."
+        return "\n".join(map(_line, self._lanes.values())) or "Nothing is blocked."
 
 
-class _Review(_Desk):
+class _Review(_Part):
     """Dead letters: look at them, put them back, or remove them."""
 
-    def __init__(self, desk: RetryDesk) -> None:
-        super().__init__(f"Dead letters of {desk.name}")
-        self._desk = desk
+    def __init__(self, console: RetryConsole) -> None:
+        super().__init__(f"Dead letters of {console.name}")
+        self._name, self._letters = console.name, console.letters
         self._choice = ipywidgets.SelectMultiple(options=[], rows=6, layout=ipywidgets.Layout(width="auto"))
-        self._choice.observe(lambda _: self._show(), "value")
         self._sure = ipywidgets.Checkbox(description="I am sure", indent=False, layout=ipywidgets.Layout(width="auto"))
-        buttons = [
-            self.button("Replay selected", "Put them back where their retries start.", self._replay),
-            self.button("Replay all", "Each leaves the queue once it is handled.", self._replay_all),
-            self.button("Purge selected", "Remove for good; tick the box first.", self._purge),
-        ]
+        self._choice.observe(lambda _: self._show(), "value")
+        self._sure.observe(lambda _: super(_Review, self).refresh(), "value")
+        buttons = self.row(self._replay, self._replay_all, self._purge)
         self.widget = ipywidgets.VBox(
             [self._title, self._choice, self._shows, ipywidgets.HBox([*buttons, self._sure]), self._says],
             layout=ipywidgets.Layout(max_width="900px"),
@@ -232,39 +237,56 @@ class _Review(_Desk):
 
     def refresh(self) -> None:
         """Show what is in the queue now."""
-        found = list(self._desk.letters.items())[:SHOWN]
+        found = list(self._letters.items())[:SHOWN]
         options = [(_letter_line(letter), place) for place, letter in found]
         if options != list(self._choice.options):
             before = self._choice.value
             self._choice.options = options
             self._choice.value = tuple(place for place in before if place in dict(found))
-        _set(self._title, f"<b>Dead letters of {html.escape(self._desk.name)}: {len(self._desk.letters):,}</b>")
+        set_trait(
+            self._title,
+            "value",
+            f"<b>Dead letters of {html.escape(self._name)}: {len(self._letters):,}</b>",
+        )
+        super().refresh()
 
     def _show(self) -> None:
-        letters = [self._desk.letters.get(place) for place in self._choice.value]
-        _set(self._shows, "".join(_letter_html(one) for one in letters[:3] if one is not None))
+        letters = [self._letters.get(place) for place in self._choice.value]
+        set_trait(self._shows, "value", "".join(_letter_html(one) for one in letters[:3] if one is not None))
+        super().refresh()
 
-    def _replay(self) -> str:
-        if not self._choice.value:
-            return "Select dead letters first."
-        return f"{self._desk.letters.replay(*self._choice.value)} put back; each leaves once it is handled."
+    def _replay(self) -> Action:
+        chosen = self._choice.value
+        return Action(
+            "Replay selected",
+            "Put them back where their retries start.",
+            lambda: f"{self._letters.replay(*chosen)} put back; each leaves once it is handled.",
+            lambda: None if chosen else _SELECT,
+        )
 
-    def _replay_all(self) -> str:
-        return f"{self._desk.letters.replay()} put back; each leaves once it is handled."
+    def _replay_all(self) -> Action:
+        return Action(
+            "Replay all",
+            "Each leaves the queue once it is handled.",
+            lambda: f"{self._letters.replay()} put back; each leaves once it is handled.",
+            lambda: None if self._letters else "There are no dead letters.",
+        )
 
-    def _purge(self) -> str:
-        if not self._choice.value:
-            return "Select dead letters first."
-        if not self._sure.value:
-            return "Purging cannot be taken back: tick the box first."
-        self._sure.value = False
-        return f"{self._desk.letters.purge(*self._choice.value)} removed."
+    def _purge(self) -> Action:
+        chosen = self._choice.value
+
+        def purge() -> str:
+            self._sure.value = False
+            return f"{self._letters.purge(*chosen)} removed."
+
+        unsure = None if self._sure.value else "Purging cannot be taken back: tick the box first."
+        return Action("Purge selected", "Remove for good.", purge, lambda: unsure if chosen else _SELECT)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         return {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        return "\n".join(map(_letter_line, self._desk.letters.values())) or "No dead letters."
+        return "\n".join(map(_letter_line, self._letters.values())) or "No dead letters."
 
 
 def _line(one: Blocked) -> str:
@@ -284,8 +306,3 @@ def _letter_html(one: DeadLetter) -> str:
     rows = {"from": one.place, "key": one.key, "value": value, "failed at": failed, "last error": one.error}
     cells = (f"<tr><th>{name}</th><td><code>{html.escape(str(text))}</code></td></tr>" for name, text in rows.items())
     return f"<table>{''.join(cells)}</table>"
-
-
-def _set(widget: Any, value: str) -> None:
-    if widget.value != value:
-        widget.value = value

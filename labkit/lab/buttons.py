@@ -1,0 +1,88 @@
+"""Buttons whose actions run in threads: a click holds up no message behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ipywidgets
+
+from labkit.kafka.errors import safe_text
+from labkit.lab.faults import Action
+
+
+class Say(Protocol):
+    """Where a click's answer goes: what its action returned as a text, or the error it raised."""
+
+    def __call__(self, text: str, failed: bool = False, /) -> None: ...
+
+
+class Button:
+    """A button. It is disabled while its action runs, and, with the reason as its tooltip, while that makes no sense.
+
+    `action` is asked for at every click and `refresh`: it may depend on what is chosen beside it.
+    """
+
+    def __init__(self, action: Callable[[], Action], say: Say) -> None:
+        self._action, self._say = action, say
+        self._busy, self._closed = False, ""
+        self._lock = threading.RLock()  # frames, clicks and finished actions come from different threads
+        self.widget = ipywidgets.Button(layout=ipywidgets.Layout(width="auto"))
+        self.widget.on_click(lambda _: self._click())
+
+    def refresh(self) -> None:
+        """Show the action of now, and whether it may be done."""
+        with self._lock:
+            action = self._action()
+            why_not = self._closed or ("Under way …" if self._busy else action.available())
+            set_trait(self.widget, "description", action.label)
+            set_trait(self.widget, "tooltip", why_not or action.tooltip)
+            set_trait(self.widget, "disabled", why_not is not None)
+
+    def close(self, why: str) -> None:
+        """Disable it for good."""
+        with self._lock:
+            self._closed = why
+            self.refresh()
+
+    def _click(self) -> None:
+        with self._lock:
+            if self._closed or self._busy:
+                return
+            try:
+                action = self._action()
+                why_not = action.available()
+            except Exception as error:
+                self._say(one_line(error), True)
+                return
+            self._busy = why_not is None
+            self.refresh()
+        self._say(why_not or "", why_not is not None)
+        if why_not is not None:  # it made sense when the browser drew it
+            return
+        threading.Thread(target=self._run, args=(action,), name=f"button: {action.label}", daemon=True).start()
+
+    def _run(self, action: Action) -> None:
+        said, failed = "", False
+        try:
+            answer = action.run()
+            said = answer if isinstance(answer, str) else ""
+        except Exception as error:
+            said, failed = f"{action.label}: {one_line(error)}", True
+        finally:
+            with self._lock:
+                self._busy = False
+        self._say(said, failed)
+        self.refresh()
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(safe_text(error).split()) or type(error).__name__
+
+
+def set_trait(widget: Any, name: str, value: object) -> None:
+    """Set a trait when it differs: each assignment may be a message to the browser."""
+    if getattr(widget, name) != value:
+        setattr(widget, name, value)

@@ -1,0 +1,131 @@
+"""The door by which a terminal breaks what a notebook runs: a Unix socket in the folder of the run.
+
+It is on this machine, for this user alone, and works while Kafka is dead. The terminal calls the same methods as a
+button, so that what it does is in the lab's history. One line of JSON is asked, and one is answered.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import socketserver
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from labkit.kafka.errors import LabkitError, error_text
+from labkit.lab.faults import Target
+
+WAIT = 60.0  # seconds until something is done: a broker that stops in good order and starts again takes some of them
+LOOK = 5.0  # seconds until all targets are told
+LARGEST = 65536  # bytes of a question
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What to do to which target. Without a target: tell of all of them."""
+
+    target: str = ""
+    verb: str = ""
+    options: dict[str, int | float] = {}
+
+
+class TargetState(msgspec.Struct, frozen=True):
+    """What is told of a target."""
+
+    name: str
+    condition: str
+    verbs: list[str]
+    """What makes sense now."""
+    standing: list[str]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What was done, or why it was not."""
+
+    said: str = ""
+    refused: str = ""
+    targets: list[TargetState] = []
+
+
+class Control:
+    """Answers orders in threads of their own, until `close`. `targets` is asked for at every order."""
+
+    def __init__(self, folder: Path, targets: Callable[[], Mapping[str, Target]]) -> None:
+        self._targets = targets
+        door = _door(folder)
+        self._away: Path | None = None
+        try:
+            self._server = _Server(os.fspath(door), self._answer)
+        except OSError:  # its path is too long for a socket, or the file system has none
+            self._away = Path(tempfile.mkdtemp(prefix="labkit-"))  # for this user alone, too
+            door.symlink_to(self._away / door.name)
+            self._server = _Server(os.fspath(self._away / door.name), self._answer)
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="control", daemon=True).start()
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        if self._away is not None:
+            shutil.rmtree(self._away, ignore_errors=True)
+
+    def _answer(self, line: bytes) -> Answer:
+        try:
+            order = msgspec.json.decode(line, type=Order)
+            targets = self._targets()
+            if not order.target:
+                return Answer(targets=[_told(one) for one in targets.values()])
+            if order.target not in targets:
+                raise LabkitError(f"there is no {order.target} here; there are: {', '.join(targets)}")
+            return Answer(said=targets[order.target].do(order.verb, order.options))
+        except Exception as error:  # whoever asks is in another process
+            return Answer(refused=str(error) if isinstance(error, LabkitError) else error_text(error))
+
+
+def ask(folder: Path, order: Order) -> Answer | None:
+    """Have a run whose folder this is do something; None if it has ended. Raises LabkitError if it does not answer."""
+    wait = WAIT if order.target else LOOK
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(wait)
+        try:
+            client.connect(os.path.realpath(_door(folder)))
+            client.sendall(msgspec.json.encode(order) + b"\n")
+            answer = b"".join(iter(lambda: client.recv(LARGEST), b""))
+        except TimeoutError:
+            raise LabkitError(f"the notebook's kernel does not answer within {wait:g} s: is it frozen?") from None
+        except OSError:
+            return None
+    return msgspec.json.decode(answer, type=Answer) if answer else None
+
+
+def _door(folder: Path) -> Path:
+    return folder / "control"
+
+
+def _told(target: Target) -> TargetState:
+    possible = [verb for verb in target.verbs if target.why_not(verb) is None]
+    return TargetState(target.name, target.condition, possible, target.standing())
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    block_on_close = False  # an order that takes long does not hold up the end of the lab
+
+    def __init__(self, path: str, answer: Callable[[bytes], Answer]) -> None:
+        self.answer = answer
+        super().__init__(path, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked has gone: nobody is told."""
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    server: _Server
+
+    def handle(self) -> None:
+        self.wfile.write(msgspec.json.encode(self.server.answer(self.rfile.readline(LARGEST))))
