@@ -15,9 +15,9 @@ from lab_helpers import Order, wait_ready
 from processes import wait_until
 from typer.testing import CliRunner
 
+from labkit import Lab
 from labkit.cli.main import app
 from labkit.kafka.consumer import Consumer
-from labkit.lab import Lab
 from labkit.lab.deployment import PodState
 from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState

@@ -153,7 +153,7 @@ def test_a_verdict_on_the_ledger_names_what_is_wrong(lab: Lab, ledger: str) -> N
         with pytest.raises(ProviderFailed):
             charge(provider.url, Renewal(first.id, "customer 9", 1, 100), first.id)
         faults.recover()
-        faults.decline("customer 10")
+        faults.tell("card declined", declined="customer 10")
         with pytest.raises(CardDeclined):
             charge(provider.url, Renewal(other.id, "customer 10", 1, 100), other.id)
         faults.recover()
