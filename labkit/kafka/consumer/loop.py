@@ -50,6 +50,7 @@ class Loop:
             methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
         )
         self.batch = max(1, min(BATCH, spec.max_ahead // 2))
+        self.commits: Commits = AtLeastOnce(self.shared)
         self.client = Client(
             spec.cluster.config(
                 {
@@ -60,17 +61,16 @@ class Loop:
                     "on_commit": self.guarded(lambda error, offsets: self.commits.confirmed(error, offsets)),
                     "error_cb": self.client_error,
                     "enable.partition.eof": True,  # so that committed positions pass commit markers
-                    "partition.assignment.strategy": "cooperative-sticky",
                     "session.timeout.ms": 6000,  # a stock broker refuses less
                     "heartbeat.interval.ms": 300,  # how soon a member hears of a rebalance
                     "topic.metadata.refresh.interval.ms": 1000,  # else a deleted topic stays unnoticed for 40 s
                     "fetch.queue.backoff.ms": 1,  # with the default 1000 the same loop reaches 0.15 of the speed
                     "queued.min.messages": 300_000,
                     "queued.max.messages.kbytes": 65_536,  # bounds the prefetch in memory
+                    **self.commits.settings,
                 }
             )
         )
-        self.commits: Commits = AtLeastOnce(self.shared, self.client)
         self.workers = Workers(self.shared, self.commits)
         self.assignment = Assignment(self.shared, self.commits, self.workers)
         self.closed = threading.Event()
@@ -79,6 +79,7 @@ class Loop:
         """Consume until the stop, or until an error, which is raised."""
         shared, before = self.shared, time.monotonic()
         try:
+            self.commits.start(self.client)
             self.client.subscribe(
                 self.assignment.subscribed(),
                 on_assign=self.guarded(self.assignment.assigned),
@@ -214,7 +215,7 @@ class Loop:
                 if self.is_full(partition):
                     full.append(partition)
                 starving |= not partition.lanes and not partition.at_end and not partition.seeking
-            elif partition.ahead() <= self.batch // 2:
+            elif self.commits.ahead(partition) <= self.batch // 2:
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
         shared, until = self.shared, time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
@@ -230,7 +231,7 @@ class Loop:
 
     def is_full(self, partition: Partition) -> bool:
         """Whether one more batch could exceed `max_ahead`."""
-        return partition.ahead() + self.batch > self.spec.max_ahead
+        return self.commits.ahead(partition) + self.batch > self.spec.max_ahead
 
     def watch_deadlines(self) -> None:
         """End the process when a handler has run for too long."""
