@@ -24,8 +24,9 @@ from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Report
+from labkit.kafka.consumer.transactions import ExactlyOnce
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, DeliveryFailed, LabkitError, place_of
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, place_of
 from labkit.kafka.records import Message
 from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
@@ -50,7 +51,7 @@ class Loop:
             methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
         )
         self.batch = max(1, min(BATCH, spec.max_ahead // 2))
-        self.commits: Commits = AtLeastOnce(self.shared)
+        self.commits: Commits = (ExactlyOnce if spec.guarantee == "exactly once" else AtLeastOnce)(self.shared)
         self.client = Client(
             spec.cluster.config(
                 {
@@ -99,9 +100,7 @@ class Loop:
                 self.go_back()
                 self.relieve()
                 self.commits.commit(now)
-            with (
-                nullcontext() if shared.fatal is None else suppress(DeliveryFailed)
-            ):  # the first error is the one to tell
+            with nullcontext() if shared.fatal is None else suppress(LabkitError):  # the first error is the one to tell
                 self.assignment.release(list(self.partitions.values()))
         finally:
             self.close()
@@ -177,7 +176,10 @@ class Loop:
             why = explain(error, dict(where.security))
             self.shared.end(ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}"))
         elif code in NOT_JOINED:
-            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {NOT_JOINED[code]}"))
+            why = NOT_JOINED[code].format(strategy=self.commits.settings["partition.assignment.strategy"])
+            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {why}"))
+        elif code == KafkaError.FENCED_INSTANCE_ID and isinstance(self.commits, ExactlyOnce):
+            self.shared.end(self.commits.taken(error.str()))
         elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
@@ -221,6 +223,7 @@ class Loop:
         shared, until = self.shared, time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
         while full and time.monotonic() < until and not shared.stop.is_set() and shared.fatal is None:
             shared.wake.clear()
+            self.commits.commit(time.monotonic())  # exactly once, nothing else makes room
             if not any(map(self.is_full, full)):
                 return
             shared.wake.wait(0.002)
@@ -278,6 +281,7 @@ class Loop:
         leaving.join(2 * REACH)
 
     def leave(self) -> None:
-        if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session's end
-            self.client.unsubscribe()
+        with suppress(KafkaException):  # of a client that was fenced
+            if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session
+                self.client.unsubscribe()
         self.client.close()
