@@ -179,7 +179,7 @@ class Loop:
             why = NOT_JOINED[code].format(strategy=self.commits.settings["partition.assignment.strategy"])
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {why}"))
         elif code == KafkaError.FENCED_INSTANCE_ID and isinstance(self.commits, ExactlyOnce):
-            self.shared.end(self.commits.taken(error.str()))
+            self.shared.end(self.commits.sender.taken(error.str()))
         elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.

@@ -9,44 +9,35 @@ Offsets come first: a membership that is over is told before an output is queued
 gap would make the next transaction fail, too.) Only Kafka's errors abort. Nothing leaves `held` before the commit is
 answered, so after an abort all of it goes with the next transaction, and no handler runs again.
 
-Each call may be left unanswered: it is made again at a later turn, and the loop polls in between. Ending the process is
-always safe: its successor in the slot settles what is open before it asks where to begin.
+Each call may be left unanswered: it is made again at a later turn, and the loop polls in between.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from enum import Enum
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as DeliveryReport
-from confluent_kafka import Producer as Sender
 
 from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.lanes import Held, Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError, TopicMissing, error_text, place_of
-from labkit.kafka.producer import COPY_MAX_BYTES, HandlerContext, Output, handling, producer
+from labkit.kafka.consumer.transactional_client import MustAbort, TransactionalClient, Unanswered
+from labkit.kafka.errors import DeliveryFailed, error_text, place_of
+from labkit.kafka.producer import HandlerContext, Output, handling, producer
 from labkit.kafka.records import Message, Record
 
-TIMEOUT = 10.0  # seconds after which the broker aborts a transaction, and refuses the slot that left it open
 PATIENCE = 60.0  # seconds of this run without a commit that is to be, after which it ends
 SETTLE = 20.0  # seconds for an open transaction to be settled when partitions come
-NO_ANSWER = 10.0  # seconds a call may be out beyond the time it was given: librdkafka can lose one for ever
-EXIT_NO_ANSWER = 71  # exit code of a process whose transactional call was lost
-LOG = "__transaction_state"
+WAIT = 0.5  # seconds for one answer, in the thread that polls
 
-TAKEN = (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID, KafkaError.INVALID_PRODUCER_EPOCH)
 # Refusals that another attempt would not mend: of a record, and of a topic.
 RECORD_REFUSED = (
     *(KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD),
@@ -88,17 +79,9 @@ _ALLOWED = {
 }
 
 
-class _MustAbort(Exception):
-    """Nothing of this transaction can take effect."""
-
-
-class _Unanswered(Exception):
-    """Not known yet: the same call again at a later turn."""
-
-
 class ExactlyOnce(Commits):
-    """Outputs and offsets in one transaction, by a client of its own. Its transactional id is the group's and the
-    slot's, and lasts: a restart takes the slot over from its predecessor at once."""
+    """Outputs and offsets in one transaction. Its transactional id is the group's and the slot's, and lasts: a restart
+    takes the slot over from its predecessor at once."""
 
     refuses = (
         "a handler that is exactly once can send only by topic.send(…), to topics of its consumer's cluster: that goes "
@@ -112,6 +95,7 @@ class ExactlyOnce(Commits):
         self.slot = f"slot {spec.slot} of group {spec.group}"
         self.half = max(1, spec.max_ahead // 2)
         self.next_commit = 0.0
+        self.sender = TransactionalClient(spec.cluster, f"{spec.group}.{spec.slot}", self.slot)
         self.state = State.READY
         self.positions: dict[Partition, int] = {}  # what is in the transaction
         self.outputs: list[tuple[Held, Output]] = []
@@ -119,28 +103,6 @@ class ExactlyOnce(Commits):
         self.began: float | None = None  # the run's clock when a commit that is still to be was begun
         self.refused: dict[int, tuple[Held, int, str]] = {}  # of whom an output was refused: the error's code and text
         self.alone: set[int] = set()  # of whom it is to be known whether it was theirs
-        self.over = False  # fenced, or fatal: nothing more may be asked of the client
-        self.calls, self.inside = 0, False  # for the watchdog
-        self.closed = threading.Event()
-        self.sender = Sender(
-            spec.cluster.config(
-                {
-                    "transactional.id": f"{spec.group}.{spec.slot}",
-                    "transaction.timeout.ms": int(TIMEOUT * 1000),  # how long a dead slot holds readers back
-                    "delivery.timeout.ms": int(TIMEOUT * 1000),  # may not be longer
-                    "topic.metadata.propagation.max.ms": 3000,  # else a missing topic is told after 10 s only
-                    "topic.metadata.refresh.interval.ms": 1000,
-                    "partitioner": "murmur2_random",
-                    "linger.ms": 0,
-                    "retry.backoff.ms": 1,  # while the last markers are written; with 100 a commit takes 100 ms
-                    "retry.backoff.max.ms": 50,
-                    "message.max.bytes": COPY_MAX_BYTES,  # copies are among it; `Producer.output` has checked the rest
-                    "compression.type": "zstd",
-                    "queue.buffering.max.messages": 1_000_000,
-                    "delivery.report.only.error": True,
-                }
-            )
-        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -155,44 +117,12 @@ class ExactlyOnce(Commits):
         self.client.unassign()
 
     def start(self, client: Client) -> None:
-        """Take the slot over. What its predecessor left open is settled: else `committed()` would wait for that."""
+        """What the predecessor left open is settled first: `committed()` would wait for that."""
         super().start(client)
-        threading.Thread(target=self._watch, name="transactional calls", daemon=True).start()
-        spec, until = self.run.spec, time.monotonic() + PATIENCE
-        with suppress(KafkaException):  # a connection first: without one the client asks every 0.5 s only
-            self.sender.list_topics(spec.sources[0].name, timeout=1.0)
-        while not self.run.stop.is_set():
-            try:
-                self._call(self.sender.init_transactions, REACH)
-                return
-            except (_Unanswered, _MustAbort) as error:
-                self._check_log()
-                if time.monotonic() > until:
-                    raise ClusterUnreachable(
-                        f"{spec.cluster.bootstrap} did not let {self.slot} begin within {PATIENCE:g} s: {error}"
-                    ) from error
-        self.over = True
+        self.sender.start(self.run.spec.sources[0].name, self.run.stop)
 
-    def _check_log(self) -> None:
-        """Raise LabkitError if the brokers can keep no log of transactions: the client only waits."""
-        cluster = self.run.spec.cluster
-        with suppress(ClusterUnreachable):
-            about = cluster.ask(lambda client: client.list_topics(timeout=REACH))
-            brokers = len(about.brokers)
-            if LOG not in about.topics or not about.topics[LOG].partitions:
-                raise LabkitError(
-                    f"the brokers at {cluster.bootstrap} have made no transaction log, which exactly once needs: set "
-                    f"their transaction.state.log.replication.factor to {brokers}, the number of brokers, or less"
-                )
-            replicas = min(len(one.replicas) for one in about.topics[LOG].partitions.values())
-            with suppress(TopicMissing):
-                needed = int(cluster.topic_config(LOG)["min.insync.replicas"])
-                if needed > replicas:
-                    raise LabkitError(
-                        f"the transaction log of {cluster.bootstrap} takes no writes, so exactly once cannot work: it "
-                        f"has {replicas} replicas and demands {needed}. Set transaction.state.log.min.isr of the "
-                        f"brokers, and min.insync.replicas of their topic {LOG}, to {replicas}"
-                    )
+    def close(self) -> None:
+        self.sender.close(is_open=self.state not in (State.READY, State.COMMITTING))
 
     # -- called by workers
 
@@ -203,9 +133,9 @@ class ExactlyOnce(Commits):
     def set_aside(
         self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
     ) -> None:
-        output = self._copy(aside)
+        copy = self._copy(aside)
         with partition.lock:
-            partition.held.append(Held((message,), [output], is_aside=True))
+            partition.held.append(Held((message,), [copy], is_aside=True))
         answered(None)
 
     def _copy(self, aside: SetAside) -> Output:
@@ -219,15 +149,13 @@ class ExactlyOnce(Commits):
         return partition.next_offset - partition.committed
 
     def commit(self, now: float) -> None:
-        if self.over:
-            return
         if self.state is State.READY:
             partitions = self.run.partitions.values()
             if now < self.next_commit and not any(map(self._half_is_finished, partitions)):
                 return
             self.next_commit = now + self.run.spec.commit_interval
             self._begin({p: at for p in partitions if (at := p.position()) > p.committed})
-        self._advance(0.5)
+        self._advance()
 
     def _half_is_finished(self, partition: Partition) -> bool:
         """Whether a commit makes room for so much more that it should come at once."""
@@ -236,8 +164,8 @@ class ExactlyOnce(Commits):
 
     def before_assignment(self) -> None:
         """`committed()` waits for offsets in open transactions: of ours only this thread could settle them."""
-        if not self._settle_open(SETTLE):
-            self._end(f"its transaction was not settled within {SETTLE:g} s")
+        if not self._settle_open(SETTLE) and not self.sender.over:
+            self.sender.end(f"its transaction was not settled within {SETTLE:g} s")
 
     def lost(self) -> None:
         """Offsets that are not accepted yet must never be: with the metadata of a new membership they would."""
@@ -252,14 +180,8 @@ class ExactlyOnce(Commits):
             self._begin(positions)
             if self._settle_open(patience) and all(p.committed == at for p, at in positions.items()):
                 return
-        if not self.over:
+        if not self.sender.over:
             log(f"{self.slot}: not committed when partitions went: their next owner learns it, or handles them again")
-
-    def close(self) -> None:
-        if self.state not in (State.READY, State.COMMITTING) and not self.over:
-            with suppress(Exception):  # else it would hold readers back until it times out
-                self._call(self.sender.abort_transaction, 1.0)
-        self.closed.set()
 
     # -- the transaction
 
@@ -271,59 +193,57 @@ class ExactlyOnce(Commits):
 
     def _begin(self, positions: dict[Partition, int]) -> None:
         # Metadata without a member would be accepted unchecked.
-        if not positions or self.over or not self.client.memberid():
+        if not positions or self.sender.over or not self.client.memberid():
             return
         self.run.report(Step.COMMITTING, _by_place(positions))
         self.positions, self.sent = positions, 0
         self.outputs = [(held, one) for p, at in positions.items() for held in p.held_below(at) for one in held.outputs]
         self.began = self.run.clock if self.began is None else self.began
-        self._call(self.sender.begin_transaction)
+        self.sender.begin()
         self._to(State.OPEN)
 
     def _settle_open(self, patience: float) -> bool:
         """Wait until there is no transaction. False: there is one, or none may be asked for any more."""
         until = time.monotonic() + patience
-        while self.state is not State.READY and not self.over and time.monotonic() < until:
-            self._advance(0.5)
-        return self.state is State.READY and not self.over
+        while self.state is not State.READY and not self.sender.over and time.monotonic() < until:
+            self._advance()
+        return self.state is State.READY and not self.sender.over
 
-    def _advance(self, wait: float) -> None:
-        """Take the transaction as far as it goes now; one call may take `wait` seconds, the offsets longer."""
+    def _advance(self) -> None:
+        """Take the transaction as far as it goes now."""
+        if self.sender.over:
+            return
         try:
             try:
-                self._commit(wait)
-            except _MustAbort as error:
+                self._commit()
+            except MustAbort as error:
                 log(f"{self.slot}: the transaction is aborted, its work goes with the next one: {error}")
                 self._to(State.ABORTING)
             if self.state is State.ABORTING:
-                self._call(self.sender.abort_transaction, wait)
+                self.sender.abort(WAIT)
                 self._to(State.CHECKING)
             if self.state is State.CHECKING:
-                self._check_committed(wait)
+                self._check_committed()
                 self._to(State.READY)
                 self._replace_refused()
-        except _Unanswered as error:
+        except Unanswered as error:
             if self.began is not None and self.run.clock - self.began > PATIENCE:
-                self._end(f"no transaction was committed for {PATIENCE:g} s: {error}")
+                self.sender.end(f"no transaction was committed for {PATIENCE:g} s: {error}")
 
-    def _commit(self, wait: float) -> None:
+    def _commit(self) -> None:
         if self.state is State.OPEN:
-            offsets = self.offsets(_by_place(self.positions))
-            try:
-                metadata = self.client.consumer_group_metadata()  # of now: a generation that is over is told
-                self._call(self.sender.send_offsets_to_transaction, offsets, metadata, 4 * wait)
-            except _Unanswered as error:  # a second such call can be lost for ever
-                raise _MustAbort(str(error)) from error
+            metadata = self.client.consumer_group_metadata()  # of now: a generation that is over is told
+            self.sender.send_offsets(self.offsets(_by_place(self.positions)), metadata, REACH)
             self._to(State.SENDING)
             self.run.report(Step.OFFSETS_SENT, None)
         if self.state is State.SENDING:
             self._produce()
             if self.run.hooks:  # the commit waits for them anyway
-                self._flush(wait)
+                self._flush(WAIT)
                 self.run.report(Step.FLUSHED, None)
             self._to(State.COMMITTING)
         if self.state is State.COMMITTING:
-            self._call(self.sender.commit_transaction, wait)
+            self.sender.commit(WAIT)
             self._to(State.READY)
             self.began = None
             self.alone.clear()
@@ -334,48 +254,35 @@ class ExactlyOnce(Commits):
 
     def _produce(self) -> None:
         """Queue what is not queued yet."""
+        before = None if self.sent == 0 else self.outputs[self.sent - 1][0]
         while self.sent < len(self.outputs):
-            held, (topic, value, key, number, headers) = self.outputs[self.sent]
-            apart = self.sent > 0 and held is not self.outputs[self.sent - 1][0] and bool(self.alone)
-            if apart and not self.alone.isdisjoint((id(held), id(self.outputs[self.sent - 1][0]))):
+            held, output = self.outputs[self.sent]
+            if self.alone and held is not before and not self.alone.isdisjoint((id(held), id(before))):
                 self._flush(REACH)  # what goes out together is refused together
-            try:
-                report = partial(self._on_delivery, held)
-                self.sender.produce(topic, value, key, number, report, None, 0, headers)  # type: ignore[arg-type]
-            except BufferError as error:
-                self.sender.poll(0.1)
-                raise _Unanswered("the buffer of unsent records is full") from error
-            except KafkaException as error:  # _STATE: the transaction failed meanwhile
-                if error.args[0].fatal():
-                    self._end(error.args[0].str(), error.args[0].code())
-                self._on_delivery(held, error.args[0], None)
-                raise _MustAbort(error.args[0].str()) from error
-            self.sent += 1
+            self.sender.produce(output, partial(self._on_delivery, held))
+            self.sent, before = self.sent + 1, held
 
     def _flush(self, wait: float) -> None:
-        try:
-            left = self.sender.flush(wait)
-        except SystemError:  # of a client that was fenced meanwhile: the commit tells
-            return
-        if left and self.refused:
-            raise _MustAbort("the broker refused an output")
+        left = self.sender.flush(wait)
+        if self.refused:
+            raise MustAbort("the broker refused an output")
         if left:
-            raise _Unanswered(f"{left:,} outputs are not confirmed yet")
+            raise Unanswered(f"{left:,} outputs are not confirmed yet")
 
-    def _check_committed(self, wait: float) -> None:
+    def _check_committed(self) -> None:
         """End if somebody else has moved the committed offsets: what is held here is then not what comes next."""
         ours = {key: p for key, p in self.run.partitions.items() if p in self.positions and p.committed >= 0}
-        if not ours:
-            return
         try:
-            stored = self.client.committed([TopicPartition(*key) for key in ours], timeout=max(wait, 1.0))
+            stored = self.client.committed([TopicPartition(*key) for key in ours], timeout=2 * WAIT) if ours else []
         except KafkaException as error:
-            raise _Unanswered(error.args[0].str()) from error
+            raise Unanswered(error.args[0].str()) from error
         for one in stored:
             believed = ours[one.topic, one.partition].committed
             if one.error is None and one.offset >= 0 and one.offset != believed and not self.of_another_topic(one):
                 place = place_of(one.topic, one.partition, one.offset)
-                self._end(f"the group's offset is {place}, not {believed}: somebody else has committed. Begin there")
+                self.sender.end(f"the group's offset is {place}, not {believed}: somebody else has committed")
+
+    # -- outputs that the broker refuses
 
     def _on_delivery(self, held: Held, error: KafkaError | None, message: DeliveryReport | None) -> None:
         if error is not None and error.code() in RECORD_REFUSED + TOPIC_REFUSED:
@@ -393,70 +300,28 @@ class ExactlyOnce(Commits):
             self.alone |= refused.keys()
             return
         for held, _, why in refused.values():
-            self._replace(held, f"what the handler of {held.place} sent was refused: {why}")
+            self._replace(held, DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}"))
 
-    def _replace(self, held: Held, why: str) -> None:
-        """Ask the policy about a record whose outputs are refused; no further attempt would mend that."""
-        error, (message, *others) = DeliveryFailed(why), held.messages
+    def _replace(self, held: Held, error: DeliveryFailed) -> None:
+        """Ask the policy about a record whose outputs are refused. It gets no record, as no further attempt would mend
+        that."""
+        message, *others = held.messages
+        partition = self.run.partitions.get((message.topic(), message.partition()))
         if others or held.is_aside:  # of which of them the output was, nobody knows; and a dead letter has no other
             raise error
         failed = FailedRecord(message, lambda _: None)
         failed.fail(None, error)
         failed.decision = self.run.spec.on_failure(failed)
-        if not isinstance(failed.decision, SetAside):
+        if not isinstance(failed.decision, SetAside) or partition is None:
             raise error
         log(f"{error_text(error)}: set aside in {failed.decision.topic}")
-        token = handling.set(HandlerContext(record=Record(message, None, None)))
+        token = handling.set(HandlerContext(record=Record(message, None, None)))  # the cause of its copy
         try:
-            copy = self._copy(failed.decision)
+            partition.replace_held(held, Held((message,), [self._copy(failed.decision)], is_aside=True))
         finally:
             handling.reset(token)
-        self.run.partitions[failed.topic, failed.partition].replace_held(held, Held((message,), [copy], is_aside=True))
         self.run.report(Step.FAILED, failed)
         self.run.report(Step.RECOVERED, failed)
-
-    # -- calls
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.calls, self.inside = self.calls + 1, True
-        try:
-            function(*arguments)
-        except KafkaException as caught:
-            error: KafkaError = caught.args[0]
-            if error.fatal() or error.code() in TAKEN:  # FENCED_INSTANCE_ID says it is abortable, and is for ever
-                self._end(error.str(), error.code())
-            if error.txn_requires_abort():
-                raise _MustAbort(error.str()) from caught
-            if error.retriable():
-                raise _Unanswered(error.str()) from caught
-            self._end(error.str(), error.code())
-        finally:
-            self.inside = False
-
-    def _end(self, why: str, code: int = 0) -> NoReturn:
-        """End the run, and ask nothing more of the client."""
-        self.over = True
-        raise self.taken(why) if code in TAKEN else LabkitError(f"{self.slot} cannot go on: {why}")
-
-    def taken(self, why: str) -> LabkitError:
-        """The error of a slot that another process has now."""
-        return LabkitError(
-            f"{self.slot} was taken over while this process had it: by another one that was given the same slot, or "
-            f"because this one was frozen or cut off for more than {TIMEOUT:g} s. It ends; its successor handles what "
-            f"it had not committed. Give each process a slot of its own [librdkafka: {why}]"
-        )
-
-    def _watch(self) -> None:
-        """End the process when a call does not come back. A process that was frozen does not age meanwhile."""
-        seen, age, before = 0, 0.0, time.monotonic()
-        while not self.closed.wait(0.2):
-            now = time.monotonic()
-            age = age + min(now - before, 1.0) if self.inside and self.calls == seen else 0.0
-            seen, before = self.calls, now
-            if age > REACH + NO_ANSWER:
-                log(f"{self.slot}: a call of the client does not come back; the process ends, nothing is lost. Stacks:")
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(EXIT_NO_ANSWER)
 
 
 def _by_place(positions: dict[Partition, int]) -> dict[tuple[str, int], int]:
