@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaException
 from consuming import Member, Process, committed, fresh_group, fresh_topic, members_of, put
+from lab_helpers import Order, Shipped, orders
 from processes import wait_until
 from transacting import Sending, exactly_once, values, visible
 
 import labkit.kafka.consumer.loop as loop_module
 import labkit.kafka.consumer.transactional_client as client_module
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError
+from labkit.kafka.records import Record
+from labkit.lab import Lab
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
+from labkit.runtime.connect import Connection
 from labkit.runtime.private import PrivateBroker
 
 
@@ -216,6 +221,7 @@ def test_a_broker_that_is_killed_at_a_step_loses_and_doubles_nothing(step: Step)
         assert sorted(values(output)) == list(range(100))
 
 
+@pytest.mark.long
 def test_a_broker_that_can_keep_no_transaction_log_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the setting, not by waiting for ever. (Of one broker Kafka 4 demands no second in-sync replica.)"""
     monkeypatch.setattr(client_module, "CALL", 1.0)
@@ -229,3 +235,26 @@ def test_a_broker_that_can_keep_no_transaction_log_is_told(tmp_path: Path, monke
         error = member.ends(30)
     assert isinstance(error, LabkitError)
     assert "transaction.state.log.replication.factor" in str(error)
+
+
+@pytest.mark.long
+def test_pods_have_their_names_for_slots_and_one_that_is_killed_doubles_nothing(connection: Connection) -> None:
+    """correctness 19, 21: scaled up under load, one of them killed: each order is shipped once."""
+    lab = Lab("slots")
+    try:
+        source, shipped = lab.topic("orders", 4, Order), lab.topic("shipped", 2, Shipped)
+
+        def ship(record: Record[Order]) -> None:
+            shipped.send(Shipped(record.value.id), key=record.key)
+
+        pods = lab.deploy("shop", Consumer(source, ship, guarantee="exactly once"))
+        load = lab.load(source, orders(300), rate=150)
+        wait_until(lambda: load.count >= 50, what="some orders")
+        pods.scale(2)
+        wait_until(lambda: load.count >= 150, what="more orders")
+        pods.pods[0].crash()
+        load.wait(30)
+        assert lab.settle(60)
+        assert sorted(one.id for one in values(shipped)) == list(range(300))
+    finally:
+        lab._end(0)
