@@ -217,7 +217,7 @@ class Loop:
                 if self.is_full(partition):
                     full.append(partition)
                 starving |= not partition.lanes and not partition.at_end and not partition.seeking
-            elif self.commits.ahead(partition) <= self.batch // 2:
+            elif partition.ahead() <= self.batch // 2 and not self.is_full(partition):
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
         shared, until = self.shared, time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
