@@ -156,12 +156,15 @@ def send_large(output: Topic[str]) -> Callable[[Record[int]], None]:
     return handle
 
 
-def test_a_dead_letter_takes_the_place_of_an_output_that_is_refused(cluster: Cluster) -> None:
+@pytest.mark.parametrize("interval", [0.05, 600], ids=["while it runs", "when it stops"])
+def test_a_dead_letter_takes_the_place_of_an_output_that_is_refused(cluster: Cluster, interval: float) -> None:
     """correctness 19: the records around it, which went to the broker with it, have theirs."""
     topic, output, group = fresh_topic(cluster), refusing(cluster), fresh_group()
     put(topic, *range(10))
-    with Member(retrying(topic, send_large(output), group, dead_letter())) as member:
-        member.wait_committed({0: 10})
+    consumer = retrying(topic, send_large(output), group, dead_letter(), commit_interval=interval)
+    with Member(consumer) as member:
+        member.journal.wait_for(Step.HANDLED, 10)
+    assert committed(topic, group) == {0: 10}
     assert values(output) == [f"{number}" for number in range(10) if number not in (3, 5)]
     with DeadLetters(topic, group) as queue:
         assert {letter.offset for letter in queue.values()} == {3, 5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,31 @@ def test_of_two_in_one_slot_the_older_one_ends(cluster: Cluster) -> None:
     assert isinstance(error, LabkitError)
     assert "slot one" in str(error)
     assert values(output) == list(range(20))
+
+
+def test_a_call_that_never_comes_back_ends_the_process(cluster: Cluster) -> None:
+    """correctness 21: librdkafka can lose one. Its successor goes on."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, *range(10))
+    script = (
+        "import sys, threading\n"
+        "import labkit.kafka.consumer.transactional_client as module\n"
+        "from labkit.kafka.cluster import Cluster\n"
+        "from labkit.kafka.consumer import Consumer\n"
+        "from labkit.kafka.topics import Topic\n"
+        "class Lost(module.Client):\n"
+        "    def commit_transaction(self, *_):\n"
+        "        threading.Event().wait()\n"
+        "module.Client, module.NO_ANSWER = Lost, 0.5\n"
+        "topic, output = (Topic(Cluster(sys.argv[1]), name, 1, int) for name in sys.argv[2:4])\n"
+        "send = lambda record: output.send(record.value)\n"
+        "Consumer(topic, send, sys.argv[4], guarantee='exactly once', slot='one').run(threading.Event())\n"
+    )
+    command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, output.name, group]
+    assert subprocess.run(command, timeout=60, check=False).returncode == client_module.EXIT_NO_ANSWER
+    with Member(exactly_once(topic, Sending(output), group)) as member:
+        member.wait_committed({0: 10})
+    assert values(output) == list(range(10))
 
 
 # -- crash points: (step, what happens to the process there)

@@ -173,13 +173,14 @@ class ExactlyOnce(Commits):
             self._to(State.ABORTING)
 
     def settle(self, positions: dict[Partition, int]) -> None:
-        patience = max(self.run.spec.drain, REACH)
-        for _ in range(3):  # an abort may come of the rebalance itself
-            if not self._settle_open(patience):
-                break
-            self._begin(positions)
-            if self._settle_open(patience) and all(p.committed == at for p, at in positions.items()):
+        until = time.monotonic() + max(self.run.spec.drain, REACH)
+        while self._settle_open(until - time.monotonic()):  # again after an abort
+            left = {p: at for p, at in positions.items() if p.committed != at}
+            if not left:
                 return
+            self._begin(left)
+            if self.state is State.READY or time.monotonic() > until:
+                break
         if not self.sender.over:
             log(f"{self.slot}: not committed when partitions went: their next owner learns it, or handles them again")
 
@@ -306,20 +307,21 @@ class ExactlyOnce(Commits):
         """Ask the policy about a record whose outputs are refused. It gets no record, as no further attempt would mend
         that."""
         message, *others = held.messages
-        partition = self.run.partitions.get((message.topic(), message.partition()))
         if others or held.is_aside:  # of which of them the output was, nobody knows; and a dead letter has no other
             raise error
         failed = FailedRecord(message, lambda _: None)
         failed.fail(None, error)
         failed.decision = self.run.spec.on_failure(failed)
-        if not isinstance(failed.decision, SetAside) or partition is None:
+        if not isinstance(failed.decision, SetAside):
             raise error
         log(f"{error_text(error)}: set aside in {failed.decision.topic}")
         token = handling.set(HandlerContext(record=Record(message, None, None)))  # the cause of its copy
         try:
-            partition.replace_held(held, Held((message,), [self._copy(failed.decision)], is_aside=True))
+            copy = self._copy(failed.decision)
         finally:
             handling.reset(token)
+        for partition in self.positions:
+            partition.replace_held(held, Held((message,), [copy], is_aside=True))
         self.run.report(Step.FAILED, failed)
         self.run.report(Step.RECOVERED, failed)
 
