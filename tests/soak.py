@@ -2,6 +2,7 @@
 
 Pods are scaled, killed, frozen, slowed and restarted, the broker is killed, frozen and restarted, all drawn from a seed
 that is printed: `make soak ARGS="--seed 7"` draws the same faults again (when they strike depends on the machine).
+With `--exactly-once` no output may be there twice.
 
 It fails if a record was lost, if an extra is not explained by a fault, if first deliveries were out of order within a
 lane, or if there was too little chaos: its thread ended early, or in a long run one of the main faults never struck.
@@ -163,17 +164,20 @@ def disorder(source: Topic[Work], records: Iterable[Record[Work]], order: Litera
     return wrong
 
 
-def soak(seed: int, records: int, rate: float) -> bool:
+Guarantee = Literal["at least once", "exactly once"]
+
+
+def soak(seed: int, records: int, rate: float, guarantee: Guarantee = "at least once") -> bool:
     chance = random.Random(seed)
     order: Literal["partition", "key"] = chance.choice(["partition", "key"])
-    print(f"seed {seed}: {records:,} records at {rate:g}/s, order by {order}", flush=True)
+    print(f"seed {seed}: {records:,} records at {rate:g}/s, {guarantee}, order by {order}", flush=True)
     with Lab("soak", cluster="private") as lab:
         source, done = lab.topic("work", PARTITIONS, Work), lab.topic("done", PARTITIONS, Work)
 
         def handle(record: Record[Work]) -> None:
             done.send(record.value, key=record.key)
 
-        pods = lab.deploy("soak", Consumer(source, handle, order=order), replicas=2)
+        pods = lab.deploy("soak", Consumer(source, handle, order=order, guarantee=guarantee), replicas=2)
         begun = time.monotonic()
 
         def works() -> Iterator[Work]:
@@ -189,7 +193,7 @@ def soak(seed: int, records: int, rate: float) -> bool:
         finally:
             chaos.peace()
         settled = lab.settle(180)
-        verdict = lab.verdict(load, done, timeout=0)
+        verdict = lab.verdict(load, done, exactly_once=guarantee == "exactly once", timeout=0)
         print(f"{time.monotonic() - begun:7.1f} s  {settled!r}")
         print("faults:", ", ".join(f"{name} {count}" for name, count in chaos.done.most_common()))
         print(verdict)
@@ -199,6 +203,8 @@ def soak(seed: int, records: int, rate: float) -> bool:
         print(f"first deliveries out of order within a lane: {len(wrong)}", *wrong[:5], sep="\n  ")
         if too_little := chaos.too_little(records / rate):
             print("too little chaos:", too_little)
+        if verdict.result != "valid":
+            lab.logs("soak", 40)
         return verdict.result == "valid" and verdict.sent == records and not wrong and not too_little
 
 
@@ -207,10 +213,12 @@ def main() -> int:
     told.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10_000))
     told.add_argument("--records", type=int, default=100_000)
     told.add_argument("--rate", type=float, default=800.0, help="records a second")
+    told.add_argument("--exactly-once", action="store_true", help="with this guarantee no output may be there twice")
     chosen = told.parse_args()
+    guarantee: Guarantee = "exactly once" if chosen.exactly_once else "at least once"
     with tempfile.TemporaryDirectory(prefix="labkit-soak-") as state:
         os.environ["LABKIT_STATE"] = state
-        passed = soak(chosen.seed, chosen.records, chosen.rate)
+        passed = soak(chosen.seed, chosen.records, chosen.rate, guarantee)
     print(f"seed {chosen.seed}: {'passed' if passed else 'FAILED'}")
     return 0 if passed else 1
 

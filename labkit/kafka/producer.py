@@ -50,14 +50,18 @@ class HandlerContext:
     """The call of a handler that a thread is in: the record that it handles, and what it has sent so far.
 
     The consumer's worker fills it. Only the handler's own thread may send in it. What is held is what goes through
-    `producer`, which is confirmed before a commit; a handler's own producer, or another cluster's, sends at once.
+    `producer`, which is confirmed before a commit; a handler's own producer, or another cluster's, sends at once, or is
+    refused for the reason that `refuses` gives.
     """
 
-    __slots__ = ("collecting", "outputs", "producer", "record", "thread")
+    __slots__ = ("collecting", "outputs", "producer", "record", "refuses", "thread")
 
-    def __init__(self, producer: Producer | None = None, record: Record[object] | None = None) -> None:
+    def __init__(
+        self, producer: Producer | None = None, record: Record[object] | None = None, refuses: str | None = None
+    ) -> None:
         self.producer = producer
         self.record = record
+        self.refuses = refuses
         self.collecting = False  # True while the handler runs: what it sends is held
         self.outputs: list[Output] = []
         self.thread = threading.get_ident()
@@ -104,8 +108,9 @@ class Producer:
         reports: bool = False,
         copies: bool = False,
     ) -> None:
+        self._max_bytes = COPY_MAX_BYTES if copies else MESSAGE_MAX_BYTES  # counted before compression
         own = {
-            "message.max.bytes": COPY_MAX_BYTES if copies else MESSAGE_MAX_BYTES,  # counted before compression
+            "message.max.bytes": self._max_bytes,
             "compression.type": "zstd" if copies else "none",
             "enable.idempotence": idempotent,
             "partitioner": "murmur2_random",  # where Java clients put the same key
@@ -144,15 +149,49 @@ class Producer:
         thread that is not the handler's own.
 
         `on_delivery` hears what became of it, from the thread that calls `poll` or sends; then it is no business of
-        `flush`, and not held.
+        `flush`, and not held. A handler that is exactly once is refused what cannot be held.
         """
+        context = handling.get()
+        ours = context.producer is self and on_delivery is None
+        if context.collecting and context.refuses and not ours:
+            raise LabkitError(f"{topic}: {context.refuses}")
+        if on_delivery is None and context is not NOBODY and context.thread != threading.get_ident():
+            raise LabkitError(
+                f"{topic}: only the handler's own thread may send. Send in the handler"
+                + ("" if context.refuses else ", or start the thread without a copy of its context")
+            )
+        if context.collecting and ours:
+            context.outputs.append(self.output(topic, value, key, headers, partition))
+        else:
+            self.release(self._made(topic, value, key, headers, partition), on_delivery)
+
+    def output(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: str | bytes | None = None,
+        headers: Headers | None = None,
+        partition: int = -1,
+    ) -> Output:
+        """A record as `send` sends it in a handler: made and checked, not sent. Raises TopicMissing, LabkitError."""
+        made = self._made(topic, value, key, headers, partition)
+        self._check(made)
+        return made
+
+    def _made(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: str | bytes | None,
+        headers: Headers | None,
+        partition: int,
+    ) -> Output:
         number = next(self._count)
         if number % POLL == 1:
             self._client.poll(0)
             if number == 1:
                 self._connect(topic)
-        context = handling.get()
-        cause = context.record
+        cause = handling.get().record
         given = _raw(headers) if headers else []
         own: dict[str, bytes] = {}
         if not given or CORRELATION not in dict(given):
@@ -166,30 +205,11 @@ class Producer:
         if self._pod:
             own[MADE_BY] = self._pod
         wire: RawHeaders = [*(one for one in given if one[0] not in own), *own.items()] if given else [*own.items()]
-        raw_key = key.encode() if isinstance(key, str) else key
-        if on_delivery is not None or context is NOBODY:
-            self._produce(topic, value, raw_key, partition, wire, on_delivery)
-            return
-        if context.thread != threading.get_ident():
-            raise LabkitError(
-                f"{topic}: only the handler's own thread may send. Send in the handler, or start the thread without a "
-                "copy of its context"
-            )
-        if context.collecting and context.producer is self:
-            self._check(topic, _size(value, raw_key, wire), partition)
-            context.outputs.append(Output(topic, value, raw_key, partition, wire))
-        else:
-            self._produce(topic, value, raw_key, partition, wire)
+        return Output(topic, value, key.encode() if isinstance(key, str) else key, partition, wire)
 
-    def _produce(
-        self,
-        topic: str,
-        value: bytes | None,
-        key: bytes | None,
-        partition: int,
-        headers: RawHeaders,
-        on_delivery: OnDelivery | None = None,
-    ) -> None:
+    def release(self, output: Output, on_delivery: OnDelivery | None = None) -> None:
+        """Queue what was held. Raises DeliveryFailed."""
+        topic, value, key, partition, headers = output
         report = self._report if on_delivery is None else partial(_tell, on_delivery)
         for wait in (0.1, 1.0, 10.0, 0.0):
             try:
@@ -204,10 +224,11 @@ class Producer:
             f"{topic}: the buffer of {len(self._client):,} unsent records stays full: is the broker up?"
         )
 
-    def _check(self, topic: str, size: int, partition: int) -> None:
+    def _check(self, output: Output) -> None:
         """Refuse what cannot be sent while the handler can still fail by it: later nobody knows whose record it was."""
-        if size > MESSAGE_MAX_BYTES:
-            raise LabkitError(f"{topic}: a record of {size:,} bytes is too large: {MESSAGE_MAX_BYTES:,} are allowed")
+        topic, size, partition = output.topic, _size(output), output.partition
+        if size > self._max_bytes:
+            raise LabkitError(f"{topic}: a record of {size:,} bytes is too large: {self._max_bytes:,} are allowed")
         known, until = self._partitions.get(topic, (0, 0.0))
         if partition >= known or time.monotonic() > until:
             known = self._ask_partitions(topic)
@@ -231,10 +252,6 @@ class Producer:
         self._partitions[topic] = (known, time.monotonic() + (ASK_AGAIN if known == UNKNOWN else FOREVER))
         return known
 
-    def release(self, output: Output) -> None:
-        """Queue what was held. Raises DeliveryFailed."""
-        self._produce(*output)
-
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until the broker has confirmed all that was sent so far.
 
@@ -243,6 +260,8 @@ class Producer:
         still unconfirmed after `timeout` seconds.
         """
         context = handling.get()
+        if context.collecting and context.refuses:
+            raise LabkitError(f"flush: {context.refuses}")
         if context.collecting and context.outputs and context.producer is self:
             raise LabkitError(
                 "flush: what a handler has sent goes out when the handler has returned, and is confirmed before its "
@@ -293,10 +312,10 @@ def _raw(headers: Headers) -> RawHeaders:
     return [(name, one.encode() if isinstance(one, str) else one) for name, one in pairs]
 
 
-def _size(value: bytes | None, key: bytes | None, headers: RawHeaders) -> int:
+def _size(output: Output) -> int:
     """The bytes that the client counts for a record, or a few more."""
-    rest = sum(len(name) + len(one or b"") + 10 for name, one in headers)
-    return len(value or b"") + len(key or b"") + rest + OVERHEAD
+    rest = sum(len(name) + len(one or b"") + 10 for name, one in output.headers)
+    return len(output.value or b"") + len(output.key or b"") + rest + OVERHEAD
 
 
 def _tell(on_delivery: OnDelivery, error: KafkaError | None, message: Report) -> None:

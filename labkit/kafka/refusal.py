@@ -45,7 +45,8 @@ MEANINGS = {
 NOT_JOINED = {
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: (
         "a member that is in it shares partitions out in another way, or is no consumer. All members need the same "
-        "partition.assignment.strategy, here cooperative-sticky: set it there, end that member, or use another group"
+        "partition.assignment.strategy, here {strategy}, and the same guarantee: set it there, end that member, or use "
+        "another group"
     ),
     KafkaError.GROUP_MAX_SIZE_REACHED: (
         "it has as many members as the broker allows: run fewer, or raise the broker's group.max.size"

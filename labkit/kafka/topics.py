@@ -39,8 +39,9 @@ class Topic(Generic[T]):
         """Queue one record through the process's producer; `flush` confirms it. A `None` value is a tombstone.
 
         In a handler the record is held until the handler has returned, and is confirmed before the commit: no flush is
-        needed. What cannot be sent raises here, as the handler's own failure. If the broker refuses a record later, the
-        consumer ends with DeliveryFailed and commits nothing of it: nobody knows any more whose record it was.
+        needed; exactly once, it goes out in one transaction with the record's offset. What cannot be sent raises here,
+        as the handler's own failure. If the broker refuses a record later, the consumer ends with DeliveryFailed and
+        commits nothing of it: nobody knows any more whose record it was. (Exactly once its record is set aside.)
         """
         producer(self.cluster).send(self.name, None if value is None else encode(value), key, headers)
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import consuming, pictures, retrying, sending, servers, stores, views, waiting
+from benchmarks import consuming, pictures, retrying, sending, servers, stores, transacting, views, waiting
 from benchmarks.bench import Bench, say
 from benchmarks.report import Moment, Row, json_document, markdown_table, measured, text_table
 
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "consume": consuming.consume,
     "consume-modes": consuming.consume_modes,
     "send": sending.send,
+    "transactions": transacting.transactions,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,

@@ -89,11 +89,11 @@ def consume_modes(bench: Bench) -> Iterator[Row]:
     yield Row("consume: a dataclass as value", as_dataclass.rate, unit, plain.rate, note=note)
 
 
-def filled(bench: Bench) -> Topic[Order]:
-    """A topic with all records, as many in each partition."""
+def filled(bench: Bench, records: int | None = None) -> Topic[Order]:
+    """A topic with so many records, all if nothing is said, as many in each partition."""
     topic = bench.topic("orders", PARTITIONS, Order)
     client = RawProducer(topic.cluster.config({"linger.ms": 20, "queue.buffering.max.messages": 1_000_000}))
-    for number in range(RECORDS):
+    for number in range(records or RECORDS):
         order = Order(number, f"customer {number % KEYS}", "12 Long Street, Springfield; " * 4, 999, paid=True)
         while True:
             try:

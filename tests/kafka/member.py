@@ -12,7 +12,7 @@ from typing import Any
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.consumer.failures import FailedRecord
+from labkit.kafka.consumer.failures import FailedRecord, SetAside, keep_trying
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
@@ -47,7 +47,7 @@ def told(step: Step, subject: Any) -> None:
         if OPTIONS.get("crash_at") == step.value and SEEN[step] == OPTIONS.get("crash_count", 1):
             if OPTIONS.get("crash_how") == "exit":
                 os._exit(3)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP if OPTIONS.get("crash_how") == "freeze" else signal.SIGKILL)
 
 
 def main() -> None:
@@ -61,10 +61,14 @@ def main() -> None:
         handler = handle if OPTIONS.get("mended") else refuse
         RetryingConsumer(topic, handler, OPTIONS["group"], retry=dead_letter()).run(stop, told)
         return
+    slot, aside = OPTIONS.get("slot", ""), OPTIONS.get("aside")
     consumer = Consumer(
         topic,
-        handle,
+        refuse if aside else handle,
         group=OPTIONS["group"],
+        guarantee="exactly once" if slot else "at least once",
+        slot=slot,
+        on_failure=(lambda failed: SetAside(aside, None, failed.message.value())) if aside else keep_trying(),
         start=OPTIONS.get("start", "earliest"),
         deadline=OPTIONS.get("deadline", 60.0),
     )

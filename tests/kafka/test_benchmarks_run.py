@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from benchmarks import consuming, pictures, retrying, sending, servers, stores, views, waiting
+from benchmarks import consuming, pictures, retrying, sending, servers, stores, transacting, views, waiting
 from benchmarks.bench import Bench
 from benchmarks.command import BENCHMARKS
 
@@ -27,6 +27,7 @@ def bench() -> Iterator[Bench]:
             sending: {"RECORDS": 2_000},
             servers: {"RECORDS": 200},
             stores: {"GETS": 1_000, "ENTRIES": 1_000, "PUTS": 32, "AT_ONCE": 100, "CHANGES": 10},
+            transacting: {"RECORDS": 20_000, "RATE": 200, "SECONDS": 2},
             views: {"RECORDS": 2_000, "SITES": 500, "SECONDS": 1.0, "UPDATES": 100},
             waiting: {"RECORDS": len(WAITS), "WAITS": WAITS},
         }.items():

@@ -1,13 +1,15 @@
-"""The one consumer: a group's member that reads topics and calls a handler, at least once, in lane order.
+"""The one consumer: a group's member that reads topics and calls a handler, in lane order, at least or exactly once.
 
 `spec` is what it is told, `loop` polls, `lanes` keep order, `workers` call the handler, `failures` has the record that
-fails and what may become of it, `commits` stores offsets, `assignment` follows the group, `steps` are what it reports.
+fails and what may become of it, `commits` stores offsets, `transactions` does it exactly once, `assignment` follows the
+group, `steps` are what it reports.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from labkit.kafka.consumer.loop import EXIT_DEADLINE as EXIT_DEADLINE
@@ -15,11 +17,13 @@ from labkit.kafka.consumer.loop import Loop
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Report
 from labkit.kafka.errors import LabkitError, TopicMissing
+from labkit.kafka.producer import POD
 
 
 @dataclass(frozen=True)
 class Consumer(Spec):
-    """Reads topics as a member of a consumer group and calls `handler` with each record, at least once, in lane order.
+    """Reads topics as a member of a consumer group and calls `handler` with each record, in lane order, at least once;
+    with `guarantee="exactly once"` what the handler sends is there once.
 
     It is plain data until `run`. `Lab.deploy` fills in `group`, runs it in pods and keeps them alive.
     """
@@ -45,4 +49,12 @@ class Consumer(Spec):
                 raise TopicMissing(
                     f"topic {topic.short} ({topic.name}) does not exist at {self.cluster.bootstrap}: create it first"
                 )
-        Loop(self, stop, report).run()
+        spec = self
+        if self.guarantee == "exactly once":
+            spec = replace(self, slot=os.environ.get(POD) or self.slot)
+            if not spec.slot:
+                raise LabkitError(
+                    "exactly once needs a slot, a name that this process keeps when it is restarted and shares with no "
+                    "other member of its group: Consumer(..., slot='billing-1'), or let Lab.deploy run it"
+                )
+        Loop(spec, stop, report).run()

@@ -56,9 +56,10 @@ class Assignment:
 
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has given partitions."""
+        self.commits.before_assignment()
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
         self.known.update(self.run.topic_ids)  # what comes later is not what the group began with
-        client.incremental_assign(starts)
+        self.commits.assign(starts)
         if not starts:
             return
         client.resume(starts)  # a pause from before outlives a rebalance in librdkafka
@@ -78,14 +79,15 @@ class Assignment:
         try:
             self.release(self.run.assigned_among(partitions))
         finally:
-            client.incremental_unassign(partitions)
+            self.commits.unassign(partitions)
         self.run.report(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
 
     def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has taken partitions while this member was away: nothing of them counts any more."""
         partitions = self._with_co_partitioned(partitions)
+        self.commits.lost()
         self.forget(self.run.assigned_among(partitions))
-        client.incremental_unassign(partitions)
+        self.commits.unassign(partitions)
         self.run.report(Step.LOST, [(one.topic, one.partition) for one in partitions])
 
     def release(self, partitions: list[Partition]) -> None:
@@ -97,7 +99,7 @@ class Assignment:
             self.run.wake.clear()
             self.run.wake.wait(0.01)
         positions = {
-            (p.topic, p.number): 0 if p.topic in self.made_anew else at  # 0: nothing of the new one is handled
+            p: 0 if p.topic in self.made_anew else at  # 0: nothing of the new one is handled
             for p in partitions
             if (at := p.position()) > p.committed or p.topic in self.made_anew
         }

@@ -13,71 +13,127 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from labkit.kafka.cluster import PASSING
 from labkit.kafka.consumer.failures import SetAside
+from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.producer import Output, Producer, producer
+from labkit.kafka.records import Message
 
 REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
 OF_TOPIC = "labkit topic.id="  # stands, with the id, in the metadata of what is committed
 
 
-class Commits(Protocol):
+class Commits(ABC):
     """What the loop asks of a guarantee. `publish` and `set_aside` are called by workers, all else by the thread that
     polls."""
 
-    producer: Producer
-    """What handlers send through it is held until they have returned."""
-    pausing: bool
-    """Whether no handler may be called until `gate` is set."""
-    gate: threading.Event
+    refuses: str | None = None
+    """Why a handler may send only what is held until it has returned; None: it may send otherwise, too."""
 
-    def publish(self, outputs: list[Output]) -> None:
-        """A handler has returned: send what it sent. Raises DeliveryFailed."""
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.producer = producer(run.spec.cluster)  # what handlers send through it is held until they have returned
+        self.metadata = {name: OF_TOPIC + topic_id for name, topic_id in run.topic_ids.items()}
+        self.pausing = False  # True while no handler may be called until `gate` is set
+        self.gate = threading.Event()
+        self.client: Client
 
-    def set_aside(self, aside: SetAside, answered: Callable[[str | None], None]) -> None:
-        """Keep a failed record elsewhere; `answered` gets the reason of a refusal, or None once the broker
-        has confirmed. Raises DeliveryFailed."""
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What it wants of the client that polls: above all, how the group shares out partitions."""
 
+    def start(self, client: Client) -> None:
+        """Called once, before the client joins its group."""
+        self.client = client
+
+    @abstractmethod
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        """Have the client read these, which the group has given. In its callback only."""
+
+    @abstractmethod
+    def unassign(self, partitions: list[TopicPartition]) -> None:
+        """The same for what the group takes."""
+
+    @abstractmethod
+    def publish(self, partition: Partition, messages: Sequence[Message], outputs: list[Output]) -> None:
+        """A handler has returned: take what it sent for these records, before they leave their queue. Raises
+        DeliveryFailed."""
+
+    @abstractmethod
+    def set_aside(
+        self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
+    ) -> None:
+        """Keep a failed record elsewhere; `answered` gets the reason of a refusal, or None once it is kept. Raises
+        DeliveryFailed, and what `Producer.output` does."""
+
+    def ahead(self, partition: Partition) -> int:
+        """How many records of a partition are held here: what `max_ahead` bounds."""
+        return partition.ahead()
+
+    @abstractmethod
     def commit(self, now: float) -> None:
         """Commit what is finished, if it is time."""
 
-    def commit_now(self, positions: dict[tuple[str, int], int]) -> bool:
-        """Commit these positions and wait for the answer. False: they are not stored."""
-
-    def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+    def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:  # noqa: B027
         """The client tells what became of a commit."""
+
+    def before_assignment(self) -> None:  # noqa: B027
+        """Partitions come, and it will be asked where they begin."""
+
+    def lost(self) -> None:  # noqa: B027
+        """Partitions went to others while this member was away."""
+
+    @abstractmethod
+    def settle(self, positions: dict[Partition, int]) -> None:
+        """Commit these positions, of partitions that are let go."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what runs in the background."""
+
+    def commit_now(self, positions: dict[tuple[str, int], int]) -> bool:
+        """Commit these positions, of which nothing was made, and wait for the answer. False: they are not stored."""
+        until = time.monotonic() + REACH
+        while True:
+            try:
+                # A commit has no time limit: a broker that is away would keep us for a minute. This question has one.
+                self.client.committed(self.offsets(positions), timeout=REACH)
+                answers = self.client.commit(offsets=self.offsets(positions), asynchronous=False)
+                return not any(one.error for one in answers or ())
+            except KafkaException as error:
+                if error.args[0].code() not in PASSING or time.monotonic() > until:
+                    log(f"{self.run.spec.group}: commit not stored: {error.args[0].str()}")
+                    return False
+                time.sleep(0.1)
 
     def of_another_topic(self, stored: TopicPartition) -> bool:
         """Whether the group committed this in a topic of this name that was deleted since. Kafka deletes such offsets,
         but a member that has not noticed yet commits into the new topic."""
+        metadata = stored.metadata or ""  # other tools leave it empty, or write what is theirs
+        return metadata.startswith(OF_TOPIC) and metadata != self.metadata[stored.topic]
 
-    def settle(self, positions: dict[tuple[str, int], int]) -> None:
-        """Commit these positions, of partitions that are let go."""
-
-    def close(self) -> None:
-        """End what runs in the background."""
+    def offsets(self, positions: Mapping[tuple[str, int], int]) -> list[TopicPartition]:
+        """These positions as they are committed."""
+        return [TopicPartition(*place, offset, self.metadata[place[0]]) for place, offset in positions.items()]
 
 
-class AtLeastOnce:
+class AtLeastOnce(Commits):
     """What a handler sent goes out at once, through the process's idempotent producer; it is confirmed before its cause
     is committed."""
 
-    def __init__(self, run: Run, client: Client) -> None:
-        self.run, self.client = run, client
-        self.metadata = {name: OF_TOPIC + topic_id for name, topic_id in run.topic_ids.items()}
-        self.pausing = False  # True while a commit waits for what handlers sent
-        self.gate = threading.Event()
-        self.producer = producer(run.spec.cluster)
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
         self.refused = self.producer.refused  # times_refused before this run do not concern it
         self.next_commit = 0.0
         # One is on its way. A second could overtake it: after an outage the client sends again what it had sent, in any
@@ -88,13 +144,25 @@ class AtLeastOnce:
         self._starting = threading.Lock()
         self._closed = False
 
-    def publish(self, outputs: list[Output]) -> None:
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"partition.assignment.strategy": "cooperative-sticky"}
+
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self.client.incremental_assign(partitions)
+
+    def unassign(self, partitions: list[TopicPartition]) -> None:
+        self.client.incremental_unassign(partitions)
+
+    def publish(self, partition: Partition, messages: Sequence[Message], outputs: list[Output]) -> None:
         for output in outputs:
             self.producer.release(output)
 
     # -- what is set aside: confirmed record by record, as the refusal of a flush names no record
 
-    def set_aside(self, aside: SetAside, answered: Callable[[str | None], None]) -> None:
+    def set_aside(
+        self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
+    ) -> None:
         sender = producer(self.run.spec.cluster, reports=True, copies=True)
         with self._starting:
             if self._polling is None:
@@ -146,9 +214,9 @@ class AtLeastOnce:
             self.run.partitions[key].commit_requested = offset
         self.commit_sent = True
         try:
-            self.client.commit(offsets=self._offsets(positions), asynchronous=True)
+            self.client.commit(offsets=self.offsets(positions), asynchronous=True)
         except KafkaException as error:
-            self.confirmed(error.args[0], self._offsets(positions))
+            self.confirmed(error.args[0], self.offsets(positions))
 
     def _unconfirmed(self) -> int:
         """How much of what handlers sent is still on its way. Lanes stand still meanwhile: a busy handler's next send
@@ -185,34 +253,14 @@ class AtLeastOnce:
         if stored:
             self.run.report(Step.COMMITTED, stored)
 
-    def settle(self, positions: dict[tuple[str, int], int]) -> None:
-        self.run.report(Step.COMMITTING, positions)
+    def settle(self, positions: dict[Partition, int]) -> None:
+        by_place = {(p.topic, p.number): at for p, at in positions.items()}
+        self.run.report(Step.COMMITTING, by_place)
         left = self.producer.unconfirmed(self.run.spec.drain)
         self.producer.check(self.refused)
         if left:
             log(f"{self.run.spec.group}: {left:,} outputs are unconfirmed: their records will be delivered again")
             return
         self.run.report(Step.FLUSHED, None)
-        if self.commit_now(positions):
-            self.run.report(Step.COMMITTED, positions)
-
-    def commit_now(self, positions: dict[tuple[str, int], int]) -> bool:
-        until = time.monotonic() + REACH
-        while True:
-            try:
-                # A commit has no time limit: a broker that is away would keep us for a minute. This question has one.
-                self.client.committed(self._offsets(positions), timeout=REACH)
-                answers = self.client.commit(offsets=self._offsets(positions), asynchronous=False)
-                return not any(one.error for one in answers or ())
-            except KafkaException as error:
-                if error.args[0].code() not in PASSING or time.monotonic() > until:
-                    log(f"{self.run.spec.group}: commit not stored: {error.args[0].str()}")
-                    return False
-                time.sleep(0.1)
-
-    def of_another_topic(self, stored: TopicPartition) -> bool:
-        metadata = stored.metadata or ""  # other tools leave it empty, or write what is theirs
-        return metadata.startswith(OF_TOPIC) and metadata != self.metadata[stored.topic]
-
-    def _offsets(self, positions: dict[tuple[str, int], int]) -> list[TopicPartition]:
-        return [TopicPartition(*place, offset, self.metadata[place[0]]) for place, offset in positions.items()]
+        if self.commit_now(by_place):
+            self.run.report(Step.COMMITTED, by_place)

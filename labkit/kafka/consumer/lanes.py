@@ -10,8 +10,11 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
+from typing import NamedTuple
 
 from labkit.kafka.consumer.failures import FailedRecord
+from labkit.kafka.errors import place_of
+from labkit.kafka.producer import Output
 from labkit.kafka.records import Message
 
 
@@ -37,6 +40,20 @@ _ALLOWED = {
     (LaneState.SETTING_ASIDE, LaneState.RUNNING),
     (LaneState.SETTING_ASIDE, LaneState.BACKING_OFF),
 }
+
+
+class Held(NamedTuple):
+    """What the handler of these records sent, or the copy that is kept of one, until it is committed."""
+
+    messages: Sequence[Message]
+    outputs: list[Output]
+    is_aside: bool = False
+
+    @property
+    def place(self) -> str:
+        """Coordinates of its first record."""
+        first = self.messages[0]
+        return place_of(first.topic(), first.partition(), first.offset())
 
 
 class Lane:
@@ -75,6 +92,7 @@ class Partition:
         "commit_requested",
         "committed",
         "given_up",
+        "held",
         "lanes",
         "lock",
         "next_offset",
@@ -90,7 +108,8 @@ class Partition:
         self.committed = start  # what the broker has, as far as we know
         self.commit_requested = start  # what we last asked it to store
         self.lanes: dict[bytes | None, Lane] = {}
-        self.lock = threading.Lock()  # guards lanes and their states against the workers
+        self.held: list[Held] = []  # exactly once: what goes out with the commit, in the order in which it was finished
+        self.lock = threading.Lock()  # guards lanes, their states and `held` against the workers
         self.active = True  # False once revoked or lost: no further record is started
         self.given_up = False  # True once nothing that is finished for it counts any more
         self.paused = False
@@ -150,6 +169,21 @@ class Partition:
                 except IndexError:
                     continue
         return lowest
+
+    def held_below(self, position: int) -> list[Held]:
+        """What is held for records below a position. A batch is never parted by one."""
+        with self.lock:
+            return [held for held in self.held if held.messages[-1].offset() < position]
+
+    def drop_held(self, position: int) -> None:
+        """It is committed."""
+        with self.lock:
+            self.held = [held for held in self.held if held.messages[-1].offset() >= position]
+
+    def replace_held(self, old: Held, new: Held) -> None:
+        """Hold something else for the same record."""
+        with self.lock:
+            self.held = [new if held is old else held for held in self.held]
 
     def ahead(self) -> int:
         """How far beyond the lowest unfinished offset has been fetched."""

@@ -24,8 +24,9 @@ from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Report
+from labkit.kafka.consumer.transactions import ExactlyOnce
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, DeliveryFailed, LabkitError, place_of
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, place_of
 from labkit.kafka.records import Message
 from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
@@ -50,6 +51,7 @@ class Loop:
             methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
         )
         self.batch = max(1, min(BATCH, spec.max_ahead // 2))
+        self.commits: Commits = (ExactlyOnce if spec.guarantee == "exactly once" else AtLeastOnce)(self.shared)
         self.client = Client(
             spec.cluster.config(
                 {
@@ -60,17 +62,16 @@ class Loop:
                     "on_commit": self.guarded(lambda error, offsets: self.commits.confirmed(error, offsets)),
                     "error_cb": self.client_error,
                     "enable.partition.eof": True,  # so that committed positions pass commit markers
-                    "partition.assignment.strategy": "cooperative-sticky",
                     "session.timeout.ms": 6000,  # a stock broker refuses less
                     "heartbeat.interval.ms": 300,  # how soon a member hears of a rebalance
                     "topic.metadata.refresh.interval.ms": 1000,  # else a deleted topic stays unnoticed for 40 s
                     "fetch.queue.backoff.ms": 1,  # with the default 1000 the same loop reaches 0.15 of the speed
                     "queued.min.messages": 300_000,
                     "queued.max.messages.kbytes": 65_536,  # bounds the prefetch in memory
+                    **self.commits.settings,
                 }
             )
         )
-        self.commits: Commits = AtLeastOnce(self.shared, self.client)
         self.workers = Workers(self.shared, self.commits)
         self.assignment = Assignment(self.shared, self.commits, self.workers)
         self.closed = threading.Event()
@@ -79,6 +80,7 @@ class Loop:
         """Consume until the stop, or until an error, which is raised."""
         shared, before = self.shared, time.monotonic()
         try:
+            self.commits.start(self.client)
             self.client.subscribe(
                 self.assignment.subscribed(),
                 on_assign=self.guarded(self.assignment.assigned),
@@ -98,9 +100,7 @@ class Loop:
                 self.go_back()
                 self.relieve()
                 self.commits.commit(now)
-            with (
-                nullcontext() if shared.fatal is None else suppress(DeliveryFailed)
-            ):  # the first error is the one to tell
+            with nullcontext() if shared.fatal is None else suppress(LabkitError):  # the first error is the one to tell
                 self.assignment.release(list(self.partitions.values()))
         finally:
             self.close()
@@ -176,7 +176,10 @@ class Loop:
             why = explain(error, dict(where.security))
             self.shared.end(ClientRefused(f"the consumer of {self.spec.group} cannot go on: {why}"))
         elif code in NOT_JOINED:
-            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {NOT_JOINED[code]}"))
+            why = NOT_JOINED[code].format(strategy=self.commits.settings["partition.assignment.strategy"])
+            self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {why}"))
+        elif code == KafkaError.FENCED_INSTANCE_ID and isinstance(self.commits, ExactlyOnce):
+            self.shared.end(self.commits.sender.taken(error.str()))
         elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
@@ -214,12 +217,13 @@ class Loop:
                 if self.is_full(partition):
                     full.append(partition)
                 starving |= not partition.lanes and not partition.at_end and not partition.seeking
-            elif partition.ahead() <= self.batch // 2:
+            elif partition.ahead() <= self.batch // 2 and not self.is_full(partition):
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
         shared, until = self.shared, time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
         while full and time.monotonic() < until and not shared.stop.is_set() and shared.fatal is None:
             shared.wake.clear()
+            self.commits.commit(time.monotonic())  # exactly once, nothing else makes room
             if not any(map(self.is_full, full)):
                 return
             shared.wake.wait(0.002)
@@ -230,7 +234,7 @@ class Loop:
 
     def is_full(self, partition: Partition) -> bool:
         """Whether one more batch could exceed `max_ahead`."""
-        return partition.ahead() + self.batch > self.spec.max_ahead
+        return self.commits.ahead(partition) + self.batch > self.spec.max_ahead
 
     def watch_deadlines(self) -> None:
         """End the process when a handler has run for too long."""
@@ -277,6 +281,7 @@ class Loop:
         leaving.join(2 * REACH)
 
     def leave(self) -> None:
-        if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session's end
-            self.client.unsubscribe()
+        with suppress(KafkaException):  # of a client that was fenced
+            if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session
+                self.client.unsubscribe()
         self.client.close()

@@ -24,6 +24,12 @@ class Spec:
     handler: Callable[[Any], Any]
     """A plain function that takes a record. If it raises, `on_failure` decides."""
     group: str = ""
+    guarantee: Literal["at least once", "exactly once"] = "at least once"
+    """With "exactly once", what the handler sends and the offsets are committed in one transaction. It may then send by
+    `topic.send` only, and readers must be read_committed, as labkit's are."""
+    slot: str = ""
+    """Exactly once: the name of this process among the members of its group, which it keeps when it is restarted. In a
+    pod it is the pod's name."""
     order: Literal["partition", "key"] = "partition"
     """What is kept in order: all records of a partition, or only those of one key (more run at once)."""
     on_failure: OnFailure = field(default_factory=keep_trying)
@@ -33,8 +39,8 @@ class Spec:
     workers: int = 16
     """How many records may be handled at once."""
     max_ahead: int = 1000
-    """The consumer reads at most this many records beyond a partition's lowest unfinished one. This bounds what a crash
-    redelivers."""
+    """The consumer reads at most this many records beyond a partition's lowest unfinished one; exactly once, beyond its
+    committed offset. This bounds what a crash redelivers, and what is held for the next transaction."""
     deadline: float = 60.0
     """Seconds one call of the handler may take; past it the process dumps its stacks and exits."""
     drain: float = 5.0
@@ -67,6 +73,10 @@ class Spec:
             raise LabkitError(f"order is 'partition' or 'key', not {self.order!r}")
         if self.start not in ("earliest", "latest"):
             raise LabkitError(f"start is 'earliest' or 'latest', not {self.start!r}")
+        if self.guarantee not in ("at least once", "exactly once"):
+            raise LabkitError(f"guarantee is 'at least once' or 'exactly once', not {self.guarantee!r}")
+        if self.guarantee == "exactly once":
+            self._refuse_what_has_no_transaction()
         if not callable(self.handler):
             raise LabkitError(f"the handler must be a function that takes a record, not {self.handler!r}")
         self._refuse_what_runs_nothing()
@@ -77,6 +87,18 @@ class Spec:
             raise LabkitError(f"batch is how many records the handler takes at once, at least 1, not {self.batch!r}")
         if self.batch is not None and self.not_before:
             raise LabkitError("records that must wait for their time come one by one: leave out batch")
+
+    def _refuse_what_has_no_transaction(self) -> None:
+        if self.positions is not None:
+            raise LabkitError(
+                "exactly once keeps the positions in Kafka, with what the handler sends: leave out positions; or, if "
+                "the handler stores them with its effect elsewhere, leave out guarantee: that is exactly once already"
+            )
+        if self.batch is not None and self.order == "key":
+            raise LabkitError(
+                "exactly once cannot part a batch in order of keys: what it sends belongs to records before and after "
+                "the committed offset. Leave out batch, or order='key'"
+            )
 
     def _refuse_what_runs_nothing(self) -> None:
         handler = self.handler

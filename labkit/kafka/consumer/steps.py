@@ -19,7 +19,8 @@ class Step(Enum):
     HANDLING = "handling"
     """The handler is about to be called. Subject: the record."""
     HANDLED = "handled"
-    """The handler returned, and what it sent is on its way; nothing is committed yet. Subject: the record."""
+    """The handler returned, and what it sent is on its way, or held for the transaction; nothing is committed yet.
+    Subject: the record."""
     FAILED = "failed"
     """The handler raised, or the record did not decode. Subject: the FailedRecord, decision included."""
     BLOCKED = "blocked"
@@ -27,8 +28,11 @@ class Step(Enum):
     RECOVERED = "recovered"
     """A lane that had failed goes on: its record was handled, set aside, or taken away. Subject: the FailedRecord."""
     COMMITTING = "committing"
-    """Offsets are about to be committed; what a hook sends now is confirmed first. Reported again until all outputs are
-    confirmed. Subject: {(topic, partition): offset}."""
+    """Offsets are about to be committed. At least once: what a hook sends now is confirmed first, and it is reported
+    again until all outputs are confirmed. Exactly once: a transaction is about to begin. Subject: {(topic, partition):
+    offset}."""
+    OFFSETS_SENT = "offsets sent"
+    """Exactly once: the transaction has the offsets; the outputs follow. Subject: None."""
     FLUSHED = "flushed"
     """Everything that was sent is confirmed, and the commit follows. Subject: None."""
     COMMITTED = "committed"

@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -106,7 +106,7 @@ class Workers:
 
     def _work(self, lane: Lane) -> None:
         """Handle a lane's records until it is empty, waits, or has had its turn and others wait for a worker."""
-        context, failed = HandlerContext(self.commits.producer), lane.failed
+        context, failed = HandlerContext(self.commits.producer, refuses=self.commits.refuses), lane.failed
         handling.set(context)
         if failed is not None and not self._goes_on(lane, failed):
             return
@@ -150,7 +150,7 @@ class Workers:
                 if not self._failed(lane, context, message, record, error):
                     return False
                 continue
-            if context.outputs and not self._publish(lane, context):
+            if context.outputs and not self._publish(lane, context, (message,)):
                 return False
             if hooks or lane.failed is not None:
                 context.collecting = False
@@ -198,7 +198,7 @@ class Workers:
                 if not self._failed(lane, context, messages[0], first, error, len(messages)):
                     return False
                 continue
-            if context.outputs and not self._publish(lane, context):
+            if context.outputs and not self._publish(lane, context, messages):
                 return False
             for record, hook in itertools.product(records, hooks):
                 hook(Step.HANDLED, record)
@@ -211,13 +211,13 @@ class Workers:
         lane.began = None
         return True
 
-    def _publish(self, lane: Lane, context: HandlerContext) -> bool:
+    def _publish(self, lane: Lane, context: HandlerContext, messages: Sequence[Message]) -> bool:
         """Publish the outputs of a handler that returned. False if the partition was given up meanwhile."""
         outputs = context.take()
         if lane.partition.given_up:  # its next owner handles the record again
             lane.began = None
             return False
-        self.commits.publish(outputs)
+        self.commits.publish(lane.partition, messages, outputs)
         return True
 
     def _rests(self, lane: Lane) -> bool:
@@ -340,7 +340,10 @@ class Workers:
             self._wait(lane, CONFIRM)
         if not again and not lane.partition.given_up:  # else its next owner has the record, and asks its own policy
             try:
-                self.commits.set_aside(aside, lambda refused: self._on_delivery(lane, failed, aside.topic, refused))
+                self.commits.set_aside(
+                    *(lane.partition, failed.message, aside),
+                    lambda refused: self._on_delivery(lane, failed, aside.topic, refused),
+                )
             except Exception as error:  # of what cannot be sent at all, too
                 self._on_delivery(lane, failed, aside.topic, error_text(error))
         return True

@@ -7,10 +7,10 @@ from labkit.kafka.consumer.commits import AtLeastOnce
 _set_aside = AtLeastOnce.set_aside
 
 
-def _later(self, aside, answered):  # type: ignore[no-untyped-def]
+def _later(self, partition, message, aside, answered):  # type: ignore[no-untyped-def]
     if aside.topic.endswith("skips"):
-        return _set_aside(self, aside, answered)
-    timer = threading.Timer(20, lambda: _set_aside(self, aside, lambda refused: None))
+        return _set_aside(self, partition, message, aside, answered)
+    timer = threading.Timer(20, lambda: _set_aside(self, partition, message, aside, lambda refused: None))
     timer.daemon = True
     timer.start()
     return answered(None)

@@ -1,0 +1,186 @@
+"""The client that makes transactions: its settings, three kinds of errors, and an end for calls that never come back.
+
+Everything raises `MustAbort` if nothing of the transaction can take effect, `Unanswered` if the same call is to be made
+again later, and LabkitError if the process has to end. Ending is always safe: who comes next with the same id settles
+what is open.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Message as DeliveryReport
+from confluent_kafka import Producer as Client
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer.run import log
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.kafka.producer import COPY_MAX_BYTES, Output
+
+TIMEOUT = 10.0  # seconds after which the broker aborts a transaction, and refuses the process that left it open
+START = 60.0  # seconds to be let in
+CALL = 5.0  # seconds a call is given at most
+NO_ANSWER = 15.0  # seconds for a call to come back, whatever it was given: librdkafka can lose one for ever
+EXIT_NO_ANSWER = 71  # exit code of a process whose call was lost
+LOG = "__transaction_state"
+TAKEN = (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID, KafkaError.INVALID_PRODUCER_EPOCH)
+
+Reported = Callable[[KafkaError | None, DeliveryReport | None], None]
+
+
+class MustAbort(Exception):
+    """Nothing of this transaction can take effect."""
+
+
+class Unanswered(Exception):
+    """Not known yet: the same call again at a later turn."""
+
+
+class TransactionalClient:
+    """Used by one thread. `slot` names its owner in errors."""
+
+    def __init__(self, cluster: Cluster, transactional_id: str, slot: str) -> None:
+        self.cluster, self.slot = cluster, slot
+        self.over = False  # fenced, or fatal: nothing more may be asked of it
+        self._calls, self._inside = 0, False
+        self._closed = threading.Event()
+        self._client = Client(
+            cluster.config(
+                {
+                    "transactional.id": transactional_id,
+                    "transaction.timeout.ms": int(TIMEOUT * 1000),  # how long a dead process holds readers back
+                    "delivery.timeout.ms": int(TIMEOUT * 1000),  # may not be longer
+                    "topic.metadata.propagation.max.ms": 3000,  # else a missing topic is told after 10 s only
+                    "topic.metadata.refresh.interval.ms": 1000,
+                    "partitioner": "murmur2_random",
+                    "linger.ms": 0,
+                    "retry.backoff.ms": 1,  # while the last markers are written; with 100 a commit takes 100 ms
+                    "retry.backoff.max.ms": 50,
+                    "message.max.bytes": COPY_MAX_BYTES,  # copies are among it; `Producer.output` has checked the rest
+                    "compression.type": "zstd",
+                    "queue.buffering.max.messages": 1_000_000,
+                    "delivery.report.only.error": True,
+                }
+            )
+        )
+
+    def start(self, topic: str, stop: threading.Event) -> None:
+        """Take over from whoever had this id before, and settle what that left open."""
+        threading.Thread(target=self._watch, name="transactional calls", daemon=True).start()
+        until = time.monotonic() + START
+        with suppress(KafkaException):  # a connection first: without one the client asks every 0.5 s only
+            self._client.list_topics(topic, timeout=1.0)
+        while not stop.is_set():
+            try:
+                self._call(self._client.init_transactions, CALL)
+                return
+            except (Unanswered, MustAbort) as error:
+                self._check_log()
+                if time.monotonic() > until:
+                    raise ClusterUnreachable(
+                        f"{self.cluster.bootstrap} did not let {self.slot} begin within {START:g} s: {error}"
+                    ) from error
+        self.over = True
+
+    def _check_log(self) -> None:
+        """Raise LabkitError if the brokers are too few for a log of transactions: the client would only wait."""
+        with suppress(ClusterUnreachable):
+            about = self.cluster.ask(lambda client: client.list_topics(timeout=CALL))
+            if LOG not in about.topics:
+                raise LabkitError(
+                    f"the brokers at {self.cluster.bootstrap} cannot make the log of transactions, which exactly once "
+                    "needs: set their transaction.state.log.replication.factor and transaction.state.log.min.isr to no "
+                    f"more than there are brokers, {len(about.brokers)}"
+                )
+
+    def begin(self) -> None:
+        self._call(self._client.begin_transaction)
+
+    def send_offsets(self, offsets: list[TopicPartition], metadata: object, wait: float) -> None:
+        """Raises MustAbort when unanswered, too: a second such call can be lost for ever."""
+        try:
+            self._call(self._client.send_offsets_to_transaction, offsets, metadata, wait)
+        except Unanswered as error:
+            raise MustAbort(str(error)) from error
+
+    def produce(self, output: Output, reported: Reported) -> None:
+        """Queue an output. `reported` hears of its refusal, and in a later call only."""
+        topic, value, key, partition, headers = output
+        try:
+            self._client.produce(topic, value, key, partition, reported, None, 0, headers)  # type: ignore[arg-type]
+        except BufferError as error:
+            self._client.poll(0.1)
+            raise Unanswered("the buffer of unsent records is full") from error
+        except KafkaException as caught:  # the transaction failed meanwhile, or there is no such partition any more
+            failure: KafkaError = caught.args[0]
+            if failure.fatal():
+                self.end(failure.str(), failure.code())
+            reported(failure, None)
+            raise MustAbort(failure.str()) from caught
+
+    def flush(self, wait: float) -> int:
+        """How many outputs are unconfirmed after at most so many seconds."""
+        try:
+            return int(self._client.flush(wait))
+        except SystemError:  # it was fenced meanwhile: the next call tells
+            return 0
+
+    def commit(self, wait: float) -> None:
+        self._call(self._client.commit_transaction, wait)
+
+    def abort(self, wait: float) -> None:
+        self._call(self._client.abort_transaction, wait)
+
+    def close(self, is_open: bool) -> None:
+        """Abort what is open: else it would hold readers back until it times out."""
+        if is_open and not self.over:
+            with suppress(Exception):
+                self.abort(1.0)
+        self._closed.set()
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._calls, self._inside = self._calls + 1, True
+        try:
+            function(*arguments)
+        except KafkaException as caught:
+            error: KafkaError = caught.args[0]
+            if not error.fatal() and error.code() not in TAKEN:  # FENCED_INSTANCE_ID says abortable, and is for ever
+                if error.txn_requires_abort():
+                    raise MustAbort(error.str()) from caught
+                if error.retriable():
+                    raise Unanswered(error.str()) from caught
+            self.end(error.str(), error.code())
+        finally:
+            self._inside = False
+
+    def end(self, why: str, code: int = 0) -> NoReturn:
+        """Raise the error with which the process ends; from now on nothing is asked of the client."""
+        self.over = True
+        raise self.taken(why) if code in TAKEN else LabkitError(f"{self.slot} cannot go on: {why}")
+
+    def taken(self, why: str) -> LabkitError:
+        """The error of a slot that another process has now."""
+        return LabkitError(
+            f"{self.slot} was taken over while this process had it: by another one that was given the same slot, or "
+            f"because this one was frozen or cut off for more than {TIMEOUT:g} s. It ends; its successor handles what "
+            f"it had not committed. Give each process a slot of its own [librdkafka: {why}]"
+        )
+
+    def _watch(self) -> None:
+        """End the process when a call does not come back. A process that was frozen does not age meanwhile."""
+        seen, age, before = 0, 0.0, time.monotonic()
+        while not self._closed.wait(0.2):
+            now = time.monotonic()
+            age = age + min(now - before, 1.0) if self._inside and self._calls == seen else 0.0
+            seen, before = self._calls, now
+            if age > NO_ANSWER:
+                log(f"{self.slot}: a call of the client does not come back; the process ends, nothing is lost. Stacks:")
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_NO_ANSWER)

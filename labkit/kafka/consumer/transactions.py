@@ -1,0 +1,330 @@
+"""Exactly once: what handlers sent, what was set aside and the offsets of all that go out in one transaction.
+
+What a handler sent stays with its partition (`Partition.held`) until the commit. The thread that polls alone makes the
+transaction, and none is open while a handler is waited for:
+
+    begin → offsets, with the membership of now → outputs of all records below these offsets → commit
+
+Offsets come first: a membership that is over is told before an output is queued. (An abort purges what is queued; the
+gap would make the next transaction fail, too.) Only Kafka's errors abort. Nothing leaves `held` before the commit is
+answered, so after an abort all of it goes with the next transaction, and no handler runs again.
+
+Each call may be left unanswered: it is made again at a later turn, and the loop polls in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Message as DeliveryReport
+
+from labkit.kafka.consumer.commits import REACH, Commits
+from labkit.kafka.consumer.failures import FailedRecord, SetAside
+from labkit.kafka.consumer.lanes import Held, Partition
+from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.consumer.transactional_client import MustAbort, TransactionalClient, Unanswered
+from labkit.kafka.errors import DeliveryFailed, error_text, place_of
+from labkit.kafka.producer import HandlerContext, Output, handling, producer
+from labkit.kafka.records import Message, Record
+
+PATIENCE = 60.0  # seconds of this run without a commit that is to be, after which it ends
+SETTLE = 20.0  # seconds for an open transaction to be settled when partitions come
+WAIT = 0.5  # seconds for one answer, in the thread that polls
+
+# Refusals that another attempt would not mend: of a record, and of a topic.
+RECORD_REFUSED = (
+    *(KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD),
+    *(KafkaError.INVALID_MSG, KafkaError.INVALID_TIMESTAMP, KafkaError.POLICY_VIOLATION),
+)
+TOPIC_REFUSED = (
+    *(KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION),
+    *(KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION),
+)
+
+
+class State(Enum):
+    """What the transaction does now."""
+
+    READY = "ready"
+    """There is none."""
+    OPEN = "open"
+    """It has begun; its offsets are not accepted yet."""
+    SENDING = "sending"
+    """Its offsets are accepted, its outputs go out."""
+    COMMITTING = "committing"
+    """The commit was asked for: it may be done, and can only be asked for again."""
+    ABORTING = "aborting"
+    """It is to be aborted."""
+    CHECKING = "checking"
+    """It was aborted. Are the committed offsets where they are believed to be?"""
+
+
+_ALLOWED = {
+    (State.READY, State.OPEN),
+    (State.OPEN, State.SENDING),
+    (State.SENDING, State.COMMITTING),
+    (State.COMMITTING, State.READY),
+    (State.OPEN, State.ABORTING),
+    (State.SENDING, State.ABORTING),
+    (State.COMMITTING, State.ABORTING),
+    (State.ABORTING, State.CHECKING),
+    (State.CHECKING, State.READY),
+}
+
+
+class ExactlyOnce(Commits):
+    """Outputs and offsets in one transaction. Its transactional id is the group's and the slot's, and lasts: a restart
+    takes the slot over from its predecessor at once."""
+
+    refuses = (
+        "a handler that is exactly once can send only by topic.send(…), to topics of its consumer's cluster: that goes "
+        "out with the record's offset, in one transaction. Leave out flush, deliver and a store's put; or make the "
+        'consumer guarantee="at least once"'
+    )
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        spec = run.spec
+        self.slot = f"slot {spec.slot} of group {spec.group}"
+        self.half = max(1, spec.max_ahead // 2)
+        self.next_commit = 0.0
+        self.sender = TransactionalClient(spec.cluster, f"{spec.group}.{spec.slot}", self.slot)
+        self.state = State.READY
+        self.positions: dict[Partition, int] = {}  # what is in the transaction
+        self.outputs: list[tuple[Held, Output]] = []
+        self.sent = 0  # how many of these are queued
+        self.began: float | None = None  # the run's clock when a commit that is still to be was begun
+        self.refused: dict[int, tuple[Held, int, str]] = {}  # of whom an output was refused: the error's code and text
+        self.alone: set[int] = set()  # of whom it is to be known whether it was theirs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Static members: a restart changes no assignment. Eager ones: with a cooperative assignor a static member that
+        is killed between the two rebalances of a transfer leaves partitions to nobody."""
+        return {"partition.assignment.strategy": "range", "group.instance.id": self.run.spec.slot}
+
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self.client.assign(partitions)
+
+    def unassign(self, partitions: list[TopicPartition]) -> None:
+        self.client.unassign()
+
+    def start(self, client: Client) -> None:
+        """What the predecessor left open is settled first: `committed()` would wait for that."""
+        super().start(client)
+        self.sender.start(self.run.spec.sources[0].name, self.run.stop)
+
+    def close(self) -> None:
+        self.sender.close(is_open=self.state not in (State.READY, State.COMMITTING))
+
+    # -- called by workers
+
+    def publish(self, partition: Partition, messages: Sequence[Message], outputs: list[Output]) -> None:
+        with partition.lock:
+            partition.held.append(Held(messages, outputs))
+
+    def set_aside(
+        self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
+    ) -> None:
+        copy = self._copy(aside)
+        with partition.lock:
+            partition.held.append(Held((message,), [copy], is_aside=True))
+        answered(None)
+
+    def _copy(self, aside: SetAside) -> Output:
+        sender = producer(self.run.spec.cluster, reports=True, copies=True)
+        return sender.output(aside.topic, aside.value, aside.key, aside.headers)
+
+    # -- called by the thread that polls
+
+    def ahead(self, partition: Partition) -> int:
+        """What is finished is still held here, until it is committed."""
+        return partition.next_offset - partition.committed
+
+    def commit(self, now: float) -> None:
+        if self.state is State.READY:
+            partitions = self.run.partitions.values()
+            if now < self.next_commit and not any(map(self._half_is_finished, partitions)):
+                return
+            self.next_commit = now + self.run.spec.commit_interval
+            self._begin({p: at for p in partitions if (at := p.position()) > p.committed})
+        self._advance()
+
+    def _half_is_finished(self, partition: Partition) -> bool:
+        """Whether a commit makes room for so much more that it should come at once."""
+        committed = partition.committed
+        return partition.next_offset - committed >= self.half and partition.position() - committed >= self.half
+
+    def before_assignment(self) -> None:
+        """`committed()` waits for offsets in open transactions: of ours only this thread could settle them."""
+        if not self._settle_open(SETTLE) and not self.sender.over:
+            self.sender.end(f"its transaction was not settled within {SETTLE:g} s")
+
+    def lost(self) -> None:
+        """Offsets that are not accepted yet must never be: with the metadata of a new membership they would."""
+        if self.state is State.OPEN:
+            self._to(State.ABORTING)
+
+    def settle(self, positions: dict[Partition, int]) -> None:
+        until = time.monotonic() + max(self.run.spec.drain, REACH)
+        while self._settle_open(until - time.monotonic()):  # again after an abort
+            left = {p: at for p, at in positions.items() if p.committed != at}
+            if not left:
+                return
+            self._begin(left)
+            if self.state is State.READY or time.monotonic() > until:
+                break
+        if not self.sender.over:
+            log(f"{self.slot}: not committed when partitions went: their next owner learns it, or handles them again")
+
+    # -- the transaction
+
+    def _to(self, state: State) -> None:
+        """Change state; a change that makes no sense is a bug and raises."""
+        if (self.state, state) not in _ALLOWED:
+            raise AssertionError(f"a transaction cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+    def _begin(self, positions: dict[Partition, int]) -> None:
+        # Metadata without a member would be accepted unchecked.
+        if not positions or self.sender.over or not self.client.memberid():
+            return
+        self.run.report(Step.COMMITTING, _by_place(positions))
+        self.positions, self.sent = positions, 0
+        self.outputs = [(held, one) for p, at in positions.items() for held in p.held_below(at) for one in held.outputs]
+        self.began = self.run.clock if self.began is None else self.began
+        self.sender.begin()
+        self._to(State.OPEN)
+
+    def _settle_open(self, patience: float) -> bool:
+        """Wait until there is no transaction. False: there is one, or none may be asked for any more."""
+        until = time.monotonic() + patience
+        while self.state is not State.READY and not self.sender.over and time.monotonic() < until:
+            self._advance()
+        return self.state is State.READY and not self.sender.over
+
+    def _advance(self) -> None:
+        """Take the transaction as far as it goes now."""
+        if self.sender.over:
+            return
+        try:
+            try:
+                self._commit()
+            except MustAbort as error:
+                log(f"{self.slot}: the transaction is aborted, its work goes with the next one: {error}")
+                self._to(State.ABORTING)
+            if self.state is State.ABORTING:
+                self.sender.abort(WAIT)
+                self._to(State.CHECKING)
+            if self.state is State.CHECKING:
+                self._check_committed()
+                self._to(State.READY)
+                self._replace_refused()
+        except Unanswered as error:
+            if self.began is not None and self.run.clock - self.began > PATIENCE:
+                self.sender.end(f"no transaction was committed for {PATIENCE:g} s: {error}")
+
+    def _commit(self) -> None:
+        if self.state is State.OPEN:
+            metadata = self.client.consumer_group_metadata()  # of now: a generation that is over is told
+            self.sender.send_offsets(self.offsets(_by_place(self.positions)), metadata, REACH)
+            self._to(State.SENDING)
+            self.run.report(Step.OFFSETS_SENT, None)
+        if self.state is State.SENDING:
+            self._produce()
+            if self.run.hooks:  # the commit waits for them anyway
+                self._flush(WAIT)
+                self.run.report(Step.FLUSHED, None)
+            self._to(State.COMMITTING)
+        if self.state is State.COMMITTING:
+            self.sender.commit(WAIT)
+            self._to(State.READY)
+            self.began = None
+            self.alone.clear()
+            for partition, at in self.positions.items():
+                partition.committed = at
+                partition.drop_held(at)
+            self.run.report(Step.COMMITTED, _by_place(self.positions))
+
+    def _produce(self) -> None:
+        """Queue what is not queued yet."""
+        before = None if self.sent == 0 else self.outputs[self.sent - 1][0]
+        while self.sent < len(self.outputs):
+            held, output = self.outputs[self.sent]
+            if self.alone and held is not before and not self.alone.isdisjoint((id(held), id(before))):
+                self._flush(REACH)  # what goes out together is refused together
+            self.sender.produce(output, partial(self._on_delivery, held))
+            self.sent, before = self.sent + 1, held
+
+    def _flush(self, wait: float) -> None:
+        left = self.sender.flush(wait)
+        if self.refused:
+            raise MustAbort("the broker refused an output")
+        if left:
+            raise Unanswered(f"{left:,} outputs are not confirmed yet")
+
+    def _check_committed(self) -> None:
+        """End if somebody else has moved the committed offsets: what is held here is then not what comes next."""
+        ours = {key: p for key, p in self.run.partitions.items() if p in self.positions and p.committed >= 0}
+        try:
+            stored = self.client.committed([TopicPartition(*key) for key in ours], timeout=2 * WAIT) if ours else []
+        except KafkaException as error:
+            raise Unanswered(error.args[0].str()) from error
+        for one in stored:
+            believed = ours[one.topic, one.partition].committed
+            if one.error is None and one.offset >= 0 and one.offset != believed and not self.of_another_topic(one):
+                place = place_of(one.topic, one.partition, one.offset)
+                self.sender.end(f"the group's offset is {place}, not {believed}: somebody else has committed")
+
+    # -- outputs that the broker refuses
+
+    def _on_delivery(self, held: Held, error: KafkaError | None, message: DeliveryReport | None) -> None:
+        if error is not None and error.code() in RECORD_REFUSED + TOPIC_REFUSED:
+            topic = "" if message is None else f"{message.topic()}: "
+            self.refused[id(held)] = held, error.code(), f"{topic}{error.str()}"
+
+    def _replace_refused(self) -> None:
+        """Let dead letters take the place of outputs that the broker does not take, once it is clear whose those are:
+        the client sends several together, which are then refused together."""
+        refused, self.refused = self.refused, {}
+        for held, code, why in refused.values():
+            if code in TOPIC_REFUSED:
+                raise DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}")
+        if len(refused) > 1 and not refused.keys() <= self.alone:
+            self.alone |= refused.keys()
+            return
+        for held, _, why in refused.values():
+            self._replace(held, DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}"))
+
+    def _replace(self, held: Held, error: DeliveryFailed) -> None:
+        """Ask the policy about a record whose outputs are refused. It gets no record, as no further attempt would mend
+        that."""
+        message, *others = held.messages
+        if others or held.is_aside:  # of which of them the output was, nobody knows; and a dead letter has no other
+            raise error
+        failed = FailedRecord(message, lambda _: None)
+        failed.fail(None, error)
+        failed.decision = self.run.spec.on_failure(failed)
+        if not isinstance(failed.decision, SetAside):
+            raise error
+        log(f"{error_text(error)}: set aside in {failed.decision.topic}")
+        token = handling.set(HandlerContext(record=Record(message, None, None)))  # the cause of its copy
+        try:
+            copy = self._copy(failed.decision)
+        finally:
+            handling.reset(token)
+        for partition in self.positions:
+            partition.replace_held(held, Held((message,), [copy], is_aside=True))
+        self.run.report(Step.FAILED, failed)
+        self.run.report(Step.RECOVERED, failed)
+
+
+def _by_place(positions: dict[Partition, int]) -> dict[tuple[str, int], int]:
+    return {(partition.topic, partition.number): at for partition, at in positions.items()}

@@ -1,0 +1,287 @@
+"""Exactly once under faults: aborts, lost answers, two in one slot, frozen and killed members, a broker that cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaException
+from consuming import Member, Process, committed, fresh_group, fresh_topic, members_of, put
+from lab_helpers import Order, Shipped, orders
+from processes import wait_until
+from transacting import Sending, exactly_once, values, visible
+
+import labkit.kafka.consumer.loop as loop_module
+import labkit.kafka.consumer.transactional_client as client_module
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.records import Record
+from labkit.lab import Lab
+from labkit.runtime.broker import Broker, prepare
+from labkit.runtime.child import Child
+from labkit.runtime.connect import Connection
+from labkit.runtime.private import PrivateBroker
+
+
+def test_after_an_abort_all_goes_with_the_next_transaction(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """correctness 20, 21: the broker refuses offsets of an earlier generation; no handler runs again."""
+    topic, output, group = fresh_topic(cluster, 2), fresh_topic(cluster), fresh_group()
+    send, kept, stale = Sending(output), list[Any](), list[int]()
+
+    class Late(loop_module.Client):  # type: ignore[name-defined,misc]
+        def consumer_group_metadata(self) -> Any:
+            kept.append(super().consumer_group_metadata())
+            if len(stale) < 2 and second:
+                stale.append(1)
+                return kept[0]
+            return kept[-1]
+
+    second: list[Member] = []
+    put(topic, *range(10), partition=0)
+    put(topic, *range(10, 20), partition=1)
+    monkeypatch.setattr(loop_module, "Client", Late)
+    with Member(exactly_once(topic, send, group)) as member:
+        member.wait_committed({0: 10, 1: 10})
+        monkeypatch.undo()
+        with Member(exactly_once(topic, send, group, slot="two")) as other:
+            other.journal.wait(lambda: len(other.journal.assigned()) == 1, what="its share")
+            member.journal.wait(lambda: len(member.journal.assigned()) == 1, what="its share")
+            second.append(other)
+            put(topic, *range(20, 30), partition=0)
+            put(topic, *range(30, 40), partition=1)
+            member.wait_committed({0: 20, 1: 20})
+    assert len(stale) == 2
+    assert capfd.readouterr().err.count("aborted") >= 2
+    assert sorted(values(output)) == list(range(40))
+    assert set(send.calls.values()) == {1}
+
+
+def test_a_commit_without_an_answer_is_asked_for_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """correctness 21, 39: it may be done already; the same call, until it is answered."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    send, unanswered = Sending(output), list[bool]()
+
+    class Hasty(client_module.Client):  # type: ignore[name-defined,misc]
+        def commit_transaction(self, timeout: float = -1) -> None:
+            try:
+                super().commit_transaction(timeout if len(unanswered) >= 5 else 0.0001)
+            except KafkaException as error:
+                unanswered.append(error.args[0].retriable())
+                raise
+
+    monkeypatch.setattr(client_module, "Client", Hasty)
+    put(topic, *range(100))
+    with Member(exactly_once(topic, send, group)) as member:
+        member.wait_committed({0: 100})
+    assert set(unanswered) == {True}
+    assert values(output) == list(range(100))
+    assert set(send.calls.values()) == {1}
+
+
+def test_of_two_in_one_slot_the_older_one_ends(cluster: Cluster) -> None:
+    """correctness 21: it says why, and has committed nothing since."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    send = Sending(output)
+    put(topic, *range(10))
+    older = Member(exactly_once(topic, send, group))
+    older.__enter__()
+    older.wait_committed({0: 10})
+    with Member(exactly_once(topic, send, group)) as newer:
+        newer.journal.wait_for(Step.ASSIGNED)
+        put(topic, *range(10, 20))
+        newer.wait_committed({0: 20})
+        error = older.ends()
+    assert isinstance(error, LabkitError)
+    assert "slot one" in str(error)
+    assert values(output) == list(range(20))
+
+
+def test_a_call_that_never_comes_back_ends_the_process(cluster: Cluster) -> None:
+    """correctness 21: librdkafka can lose one. Its successor goes on."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, *range(10))
+    script = (
+        "import sys, threading\n"
+        "import labkit.kafka.consumer.transactional_client as module\n"
+        "from labkit.kafka.cluster import Cluster\n"
+        "from labkit.kafka.consumer import Consumer\n"
+        "from labkit.kafka.topics import Topic\n"
+        "class Lost(module.Client):\n"
+        "    def commit_transaction(self, *_):\n"
+        "        threading.Event().wait()\n"
+        "module.Client, module.NO_ANSWER = Lost, 0.5\n"
+        "topic, output = (Topic(Cluster(sys.argv[1]), name, 1, int) for name in sys.argv[2:4])\n"
+        "send = lambda record: output.send(record.value)\n"
+        "Consumer(topic, send, sys.argv[4], guarantee='exactly once', slot='one').run(threading.Event())\n"
+    )
+    command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, output.name, group]
+    assert subprocess.run(command, timeout=60, check=False).returncode == client_module.EXIT_NO_ANSWER
+    with Member(exactly_once(topic, Sending(output), group)) as member:
+        member.wait_committed({0: 10})
+    assert values(output) == list(range(10))
+
+
+# -- crash points: (step, what happens to the process there)
+
+STEPS = [Step.HANDLING, Step.HANDLED, Step.COMMITTING, Step.OFFSETS_SENT, Step.FLUSHED, Step.COMMITTED]
+FIRST = {
+    *((step, "kill") for step in (Step.HANDLED, Step.OFFSETS_SENT, Step.FLUSHED, Step.COMMITTED)),
+    *((step, "freeze") for step in (Step.COMMITTING, Step.OFFSETS_SENT, Step.FLUSHED)),
+}
+POINTS = [
+    pytest.param(step, how, id=f"{step.value}-{how}", marks=() if (step, how) in FIRST else pytest.mark.long)
+    for step in STEPS
+    for how in ("kill", "freeze")
+]
+
+
+@pytest.mark.parametrize(("step", "how"), POINTS)
+def test_a_process_that_is_killed_or_frozen_at_a_step_loses_and_doubles_nothing(
+    cluster: Cluster, step: Step, how: str
+) -> None:
+    """correctness 19, 21, 22: its successor in the slot goes on at once; one that wakes up again is fenced."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, *range(10))
+    options = {"output": output.name, "slot": "one", "crash_at": step.value, "crash_how": how}
+    with Process(topic, group, **options) as process:
+        process.wait_for(step)
+        if how == "kill":
+            assert process.ends() == -9
+        send = Sending(output)
+        with Member(exactly_once(topic, send, group)) as member:
+            put(topic, 10)
+            member.wait_committed({0: 11})
+        if how == "freeze":
+            process.thaw()
+            assert process.ends() == 1
+            assert "slot one" in process.stderr
+    assert values(output) == list(range(11))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_dead_letters_of_a_process_that_ends_in_its_transaction_are_there_once(cluster: Cluster, how: str) -> None:
+    """correctness 39: letter and offset are one."""
+    topic, aside, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    put(topic, *range(10))
+    options = {"aside": aside.name, "slot": "one", "crash_at": Step.FLUSHED.value, "crash_how": how}
+    with Process(topic, group, **options) as process:
+        process.wait_for(Step.FLUSHED)
+        assert visible(aside, "read_uncommitted") > 0
+        assert visible(aside, "read_committed") == 0
+        with Process(topic, group, aside=aside.name, slot="one"):
+            wait_until(lambda: committed(topic, group) == {0: 10}, 20, "all to be set aside")
+        if how == "freeze":
+            process.thaw()
+            assert process.ends() == 1
+    assert values(aside) == list(range(10))
+
+
+@pytest.mark.long
+def test_a_process_frozen_for_longer_than_its_session_is_fenced_when_it_wakes(cluster: Cluster) -> None:
+    """correctness 22: its partitions went to another slot, and its transaction was aborted meanwhile."""
+    topic, output, group = fresh_topic(cluster, 2), fresh_topic(cluster), fresh_group()
+    put(topic, *range(10), partition=0)
+    put(topic, *range(10, 20), partition=1)
+    options = {"output": output.name, "slot": "one", "crash_at": Step.FLUSHED.value, "crash_how": "freeze"}
+    with Process(topic, group, **options) as process:
+        process.wait_for(Step.FLUSHED)
+        with Member(exactly_once(topic, Sending(output), group, slot="two")) as member:
+            member.wait_committed({0: 10, 1: 10}, 40)
+            process.thaw()
+            assert process.ends(30) == 1
+    assert sorted(values(output)) == list(range(20))
+
+
+@pytest.mark.long
+def test_a_slot_that_is_killed_in_a_rebalance_leaves_no_partition_to_nobody(cluster: Cluster) -> None:
+    """Killed when it has given up its partitions, and started again: each has an owner, and is read."""
+    topic, output, group = fresh_topic(cluster, 4), fresh_topic(cluster), fresh_group()
+    options = {"output": output.name, "partitions": 4}
+    with Process(topic, group, slot="one", crash_at=Step.REVOKED.value, **options) as first:
+        first.wait_for(Step.ASSIGNED)
+        with Process(topic, group, slot="two", **options):
+            assert first.ends() == -9
+            with Process(topic, group, slot="one", **options):
+                wait_until(lambda: members_of(cluster, group) == 2, 20, "a stable group")
+                for partition in range(4):
+                    put(topic, partition, partition=partition)
+                wait_until(lambda: committed(topic, group) == dict.fromkeys(range(4), 1), 30, "all to be read")
+    assert sorted(values(output)) == list(range(4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.value)
+def test_a_broker_that_is_killed_at_a_step_loses_and_doubles_nothing(step: Step) -> None:
+    """correctness 21: the consumer goes on, or it ends and its successor does."""
+    with PrivateBroker() as broker:
+        topic, output, group = fresh_topic(broker.cluster), fresh_topic(broker.cluster), fresh_group()
+        put(topic, *range(100))
+        killed: list[int] = []
+
+        def told(now: Step, subject: Any) -> None:
+            if now is step and not killed:
+                killed.append(1)
+                broker.kill()
+
+        member = Member(exactly_once(topic, Sending(output), group, on_step=told))
+        member.__enter__()
+        member.journal.wait(lambda: killed, what="the kill")
+        broker.restart()
+        until = time.monotonic() + 90
+        while committed(topic, group) != {0: 100}:
+            assert time.monotonic() < until, member.journal.tail()
+            if not member.thread.is_alive():
+                member = Member(exactly_once(topic, Sending(output), group))
+                member.__enter__()
+            time.sleep(0.2)  # between two questions
+        member.stopping.set()
+        member.ends(40)
+        assert sorted(values(output)) == list(range(100))
+
+
+@pytest.mark.long
+def test_a_broker_that_can_keep_no_transaction_log_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the setting, not by waiting for ever. (Of one broker Kafka 4 demands no second in-sync replica.)"""
+    monkeypatch.setattr(client_module, "CALL", 1.0)
+    kafka, folder = prepare(), tmp_path / "broker"
+    broker = Broker.create(folder, kafka, extra="transaction.state.log.replication.factor=3\n")
+    with Child(kafka.command(folder), cwd=folder, output=broker.log) as child:
+        broker.wait_until_ready(lambda: child.poll() is None)
+        topic = fresh_topic(broker.cluster)
+        member = Member(exactly_once(topic, print, fresh_group()))
+        member.__enter__()
+        error = member.ends(30)
+    assert isinstance(error, LabkitError)
+    assert "transaction.state.log.replication.factor" in str(error)
+
+
+@pytest.mark.long
+def test_pods_have_their_names_for_slots_and_one_that_is_killed_doubles_nothing(connection: Connection) -> None:
+    """correctness 19, 21: scaled up under load, one of them killed: each order is shipped once."""
+    lab = Lab("slots")
+    try:
+        source, shipped = lab.topic("orders", 4, Order), lab.topic("shipped", 2, Shipped)
+
+        def ship(record: Record[Order]) -> None:
+            shipped.send(Shipped(record.value.id), key=record.key)
+
+        pods = lab.deploy("shop", Consumer(source, ship, guarantee="exactly once"))
+        load = lab.load(source, orders(300), rate=150)
+        wait_until(lambda: load.count >= 50, what="some orders")
+        pods.scale(2)
+        wait_until(lambda: load.count >= 150, what="more orders")
+        pods.pods[0].crash()
+        load.wait(30)
+        assert lab.settle(60)
+        assert sorted(one.id for one in values(shipped)) == list(range(300))
+    finally:
+        lab._end(0)

@@ -1,0 +1,69 @@
+"""Exactly once in tests: consumers in a slot, and what readers of their outputs see."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import Consumer as Client
+from confluent_kafka import KafkaError, TopicPartition
+from consuming import fresh_group
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record
+from labkit.kafka.topics import Topic
+from labkit.patterns.retries import Policy, RetryingConsumer
+
+SETTINGS: dict[str, Any] = {"guarantee": "exactly once", "slot": "one", "commit_interval": 0.05}
+
+
+def exactly_once(topic: Topic[Any], handler: Callable[[Any], Any], group: str, **options: Any) -> Consumer:
+    """A consumer in slot "one", unless the options say otherwise."""
+    return Consumer(topic, handler, group, **{**SETTINGS, **options})
+
+
+def retrying(
+    topic: Topic[Any], handler: Callable[[Any], Any], group: str, retry: Policy, **options: Any
+) -> RetryingConsumer:
+    """The same with retries."""
+    return RetryingConsumer(topic, handler, group, retry=retry, **{**SETTINGS, **options})
+
+
+def values(topic: Topic[Any]) -> list[Any]:
+    """What readers of committed records see, a partition in order of its offsets."""
+    with Reader(topic) as reader:
+        return [record.value for record in reader.rest()]
+
+
+def visible(topic: Topic[Any], isolation: str) -> int:
+    """How many records of partition 0 a reader of this isolation sees before it waits."""
+    own = {"group.id": fresh_group(), "isolation.level": isolation, "enable.partition.eof": True}
+    client = Client(topic.cluster.config({**own, "auto.offset.reset": "earliest"}))
+    client.assign([TopicPartition(topic.name, 0, 0)])
+    count = 0
+    try:
+        while message := client.poll(10.0):
+            error = message.error()
+            if error is not None:
+                assert error.code() == KafkaError._PARTITION_EOF, error
+                return count
+            count += 1
+        raise AssertionError("no end of the partition was told")
+    finally:
+        client.close()
+
+
+class Sending:
+    """A handler that sends each record's value on, and counts its calls by value."""
+
+    def __init__(self, output: Topic[Any]) -> None:
+        self.output = output
+        self.calls: dict[Any, int] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, record: Record[Any]) -> None:
+        with self.lock:
+            self.calls[record.value] = self.calls.get(record.value, 0) + 1
+        self.output.send(record.value, key=record.key)
