@@ -99,7 +99,11 @@ class Proxy:
             raise LabkitError(
                 f"a connection is slow by more than 0 and at most {LONGEST:g} s each way, not {seconds!r}"
             )
-        self._delay = seconds
+
+        async def slow() -> None:
+            self._delay = seconds
+
+        self._run(slow())
 
     def recover(self) -> None:
         """End every fault. Answers that were held back go out, unless their connection is gone."""

@@ -274,7 +274,7 @@ def test_it_ends_with_its_broker(state_dir: object) -> None:
     assert broker.proxy.state == "closed"
     assert is_free(broker.proxy.port)
     broker.proxy.close()
-    for fault in (broker.proxy.cut, broker.proxy.hold, broker.proxy.recover):
+    for fault in (broker.proxy.cut, broker.proxy.hold, broker.proxy.recover, lambda: broker.proxy.slow(1)):
         with pytest.raises(LabkitError, match="closed: make a new lab"):
             fault()
 
