@@ -43,6 +43,7 @@ from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
 from labkit.runtime.postgres import Postgres
+from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import ServerState
 from labkit.runtime.valkey import Valkey
 
@@ -99,9 +100,9 @@ class Lab:
         self._plans = Plans()
         self._at_end: list[Callable[[], object]] = []
         self._history = History()
-        others = "this Kafka is shared with other notebooks and `make lab`. "
-        others += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
-        self.broker = ServerFaults("Kafka", self.connection.broker, self._history, others)
+        self._shared = "this Kafka is shared with other notebooks and `make lab`. "
+        self._shared += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
+        self.broker = ServerFaults("Kafka", self.connection.broker, self._history, self._shared)
         """Faults of the broker."""
         self._databases: list[Database | Cache] = []
         self._services: list[Service] = []
@@ -236,6 +237,18 @@ class Lab:
         if name not in self._ports:
             self._ports[name] = _held_port()
         return int(self._ports[name].getsockname()[1])
+
+    @property
+    def proxy(self) -> Proxy:
+        """The way to this lab's own broker that can be cut, slowed down and held back. A pod takes it if its topics
+        have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not.
+
+        Raises LabkitError where the broker is shared.
+        """
+        self._check_open()
+        if self.connection.broker is None:
+            raise LabkitError(self._shared)
+        return self.connection.broker.proxy
 
     @property
     def folder(self) -> Path:

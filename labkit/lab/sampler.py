@@ -238,7 +238,7 @@ class Sampler:
         values: list[tuple[str, str, float]] = []
         if deployment.group and deployment.topics:
             short = {topic.name: topic.short for topic in deployment.topics}
-            behind = lag(deployment.topics[0].cluster, deployment.group, list(short))
+            behind = lag(self._reports.topic.cluster, deployment.group, list(short))  # not by a way that may be cut
             stuck = {one.place.rpartition("/")[0] for one in deployment.waiting}
             for (topic, number), count in sorted(behind.items()):
                 label = f"{short[topic]}/{number}"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast
 
 from labkit.kafka.errors import LabkitError, Unavailable
 
@@ -102,10 +102,15 @@ class View(ABC):
     """A table made of records, in a database of its own. Use SqliteView or PostgresView.
 
     `table` has a column `key` and `columns` (name → SQL type). `indexes` are columns by which keys are looked up.
-    A view that fills its table in another way than row for row overrides `write`, and nothing else.
+    A view that fills its table in another way than row for row overrides `write`, and nothing else. One whose records
+    each add their rows, and replace none, sets `adds_up`.
 
     To build it anew, project into `view.beside()` with a group of its own, then `switch` that.
     """
+
+    adds_up: ClassVar[bool] = False
+    """Every record adds its rows to those of its key, whatever its version: parcels, bookings. Only the offset keeps a
+    record from being counted twice, so two records with the same content count as two."""
 
     _of_keys = ""  # what the table of keys is made with
 
@@ -193,7 +198,7 @@ class View(ABC):
         """Write a batch, in one transaction of these steps:
 
         1. claim:  the stored offset is read, and kept from other writers; what is before it is written already;
-        2. select: of each key the last change, if it is newer than what is there;
+        2. select: of each key the last change, if it is newer than what is there; all changes of one that adds up;
         3. write:  rows, and versions, those of deleted keys too;
         4. aside:  the places of records that could not be projected;
         5. mark:   the offset moves on.
@@ -223,11 +228,15 @@ class View(ABC):
 
     def _put(self, database: Database, batch: Batch, stored: int) -> None:
         fresh = [change for offset, change in batch.changes if offset >= stored]
-        if changes := newest(fresh, self._versions(database, fresh)):
+        if self.adds_up:
+            changes = [change._replace(replaces=False) for change in fresh if change.rows is not None]
+        else:
+            changes = newest(fresh, self._versions(database, fresh))
+        if changes:
             self.write(database, changes)
-            keys = [(change.key, change.version, int(change.rows is None)) for change in changes]
+            keys = {change.key: (change.key, change.version or 0, int(change.rows is None)) for change in changes}
             newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
-            insert(database, f"{self.name}_keys", keys, newer)
+            insert(database, f"{self.name}_keys", list(keys.values()), newer)
         place = (self.name, self._topic, batch.partition)
         aside = [(*place, *aside) for aside in batch.aside if aside[0] >= stored]
         insert(database, "view_aside", aside, "do nothing")

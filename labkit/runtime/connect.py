@@ -42,6 +42,7 @@ class Connection:
         """Let go. May be called again."""
         if self.broker is not None:
             forget(self.cluster)
+            forget(self.broker.proxy.cluster)
         for held in (self.lease, self.broker):
             if held is not None:
                 held.close()

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from labkit.kafka.cluster import Cluster
-from labkit.runtime.broker import Broker, prepare
+from labkit.runtime.broker import HOST, Broker, free_ports, prepare
 from labkit.runtime.child import Child
+from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import Server
+
+# A second door. Who comes in by it is told to come back to the proxy's port, whatever broker he looks for.
+PROXIED = f"""\
+listeners=PLAINTEXT://{HOST}:{{port}},CONTROLLER://{HOST}:{{controller_port}},PROXIED://{HOST}:{{inner}}
+advertised.listeners=PLAINTEXT://{HOST}:{{port}},PROXIED://{HOST}:{{proxy}}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT
+"""
 
 
 class PrivateBroker(Server):
-    """One embedded broker (0.9 s once everything is prepared; again in some 4 s after a `restart`)."""
+    """One embedded broker (0.9 s once everything is prepared; again in some 4 s after a `restart`).
+
+    `cluster` reaches it directly, `proxy.cluster` by a connection that can be broken.
+    """
 
     name, kind = "Kafka", "private"
 
@@ -26,8 +38,19 @@ class PrivateBroker(Server):
         """What it logs: warnings and errors."""
         return self._broker.log
 
+    def close(self) -> None:
+        """End it and remove its data. May be called again."""
+        super().close()
+        if hasattr(self, "proxy"):
+            self.proxy.close()
+
     def _make(self) -> None:
-        self._broker = Broker.create(self.folder, self._kafka)
+        inner, proxy = free_ports()
+        self.proxy = Proxy(proxy, to=inner)
+        made = Broker.create(self.folder, self._kafka)
+        ports = {"port": made.port, "controller_port": made.controller_port, "inner": inner, "proxy": proxy}
+        self._broker = replace(made, extra=PROXIED.format(**ports))
+        self._broker.write_settings()
 
     def _launch(self) -> Child:
         return Child(self._kafka.command(self.folder), cwd=self.folder, output=self._broker.log)

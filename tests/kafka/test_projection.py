@@ -129,6 +129,22 @@ def test_a_view_follows_creations_updates_and_deletions(cluster: Cluster, view: 
     assert view.aside() == []
 
 
+def test_a_view_that_adds_up_counts_every_record_once(cluster: Cluster, view: View) -> None:
+    """The same object again is another record: its rows come to those that are there, in one batch and in the next."""
+    topic = fresh_topic(cluster, 1, Site)
+    view.adds_up = True  # type: ignore[misc]
+    for _ in range(2):
+        send(topic, site("a", 1, "stores"), site("a", 1, "stores"), site("b", 2, "forum"), ("b", None, 3), site("c", 1))
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+    once = {"a": [("stores",)] * 4, "b": [("forum",)] * 2, "c": []}
+    assert view.content() == once
+    with build(view, topic) as member:
+        send(topic, site("c", 0, "events"))
+        catch_up(member, view, topic)
+    assert view.content() == once | {"c": [("events",)]}
+
+
 def test_older_versions_neither_overwrite_nor_revive(cluster: Cluster, view: View) -> None:
     """correctness 29: neither in one batch nor in later ones, by another writer."""
     topic = fresh_topic(cluster, 1, Site)

@@ -1,0 +1,104 @@
+"""The mail service: an effect that no transaction takes back, neither Kafka's nor a database's. What is sent is sent.
+
+It belongs to somebody else and is reached by HTTP. All it offers against a second sending is an idempotency key.
+"""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+import psycopg
+from aiohttp import web
+
+from labkit.kafka.errors import LabkitError
+from labkit.services.http import HttpService
+
+KEY = "Idempotency-Key"
+PATIENCE = 5.0  # seconds a client waits for an answer
+
+TABLE = """create table if not exists mails (
+    id serial primary key, order_id text not null, recipient text not null, idempotency_key text unique,
+    at double precision not null)"""
+
+
+class Mail(msgspec.Struct, frozen=True):
+    """What is to be sent: that this order is on its way."""
+
+    order: str
+    to: str
+
+
+class Sent(NamedTuple):
+    """A mail that has left."""
+
+    order: str
+    to: str
+    at: float
+
+
+class MailFailed(LabkitError):
+    """The mail service did not answer, or refused: the mail may have left or not."""
+
+
+@dataclass(frozen=True)
+class MailService(HttpService):
+    """`POST /mails` sends a Mail, once for each `Idempotency-Key`. `dsn` is the PostgreSQL where it notes them."""
+
+    dsn: str = ""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/mails", self.send)]
+
+    async def start(self, app: web.Application) -> None:
+        app[OUTBOX] = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
+        await app[OUTBOX].execute(TABLE)
+
+    async def finish(self, app: web.Application) -> None:
+        await app[OUTBOX].close()
+
+    async def send(self, request: web.Request) -> web.Response:
+        try:
+            mail = msgspec.json.decode(await request.read(), type=Mail)
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=f"this is no mail: {error}\n") from error
+        cursor = await request.app[OUTBOX].execute(
+            "insert into mails (order_id, recipient, idempotency_key, at) values (%s, %s, %s, %s) "
+            "on conflict (idempotency_key) do nothing",
+            (mail.order, mail.to, request.headers.get(KEY), time.time()),
+        )
+        return web.json_response({"sent": mail.order, "again": not cursor.rowcount})
+
+
+OUTBOX = web.AppKey("outbox", psycopg.AsyncConnection[Any])
+
+
+def send_mail(url: str, order: str, to: str, idempotency_key: str | None = None) -> None:
+    """Have the service at `url` send a mail. With a key the same mail leaves once, however often it is asked for.
+
+    Raises MailFailed.
+    """
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
+    headers = {"Content-Type": "application/json"} | ({} if idempotency_key is None else {KEY: idempotency_key})
+    try:
+        connection.request("POST", "/mails", msgspec.json.encode(Mail(order, to)), headers)
+        answer = connection.getresponse()
+        status, said = answer.status, answer.read().decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        raise MailFailed(f"no answer from the mail service: {type(error).__name__}") from error
+    finally:
+        connection.close()
+    if status != 200:
+        raise MailFailed(f"the mail service answers {status}: {said}")
+
+
+def mails(dsn: str) -> list[Sent]:
+    """All mails that left, in order."""
+    with psycopg.connect(dsn, connect_timeout=5) as outbox:
+        return [Sent(*row) for row in outbox.execute("select order_id, recipient, at from mails order by id")]
