@@ -35,7 +35,7 @@ from labkit.lab.servers import Cache, Database, ServerFaults
 from labkit.lab.services import ServiceControls, Switches
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
-from labkit.lab.trace import life, table, trace
+from labkit.lab.trace import trace
 from labkit.lab.travel import pack
 from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
@@ -443,12 +443,11 @@ class Lab:
     def trace(self, id: object, by: str | Callable[[Any], Any] = "id") -> pd.DataFrame:  # noqa: A002 - as `by` names it
         """One record's life across pods, faults and redeliveries, oldest first.
 
-        Columns: time (UTC), seconds since its first event, event, place, pod, detail. `by` is the business id that `id`
-        is a value of. Pods' words are kept for an hour. Raises LabkitError when no record of this lab's topics has it.
+        Columns: time (UTC), seconds since the first row, event, place, pod, detail. `by` is the business id that `id`
+        is a value of. A handling shows by what it sent. Raises LabkitError when no record of this lab's topics has it.
         """
         self._check_open()
-        records, reports = trace(id, by, list(self.topics.values()), self._telemetry)
-        return table(life(records, reports, self.faults))
+        return trace(id, by, list(self.topics.values()), self.faults)
 
     @property
     def faults(self) -> list[Fault]:
