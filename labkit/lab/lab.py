@@ -497,7 +497,7 @@ class Lab:
             for load in self.loads:
                 steps.callback(load.cancel)
             for planned in self._plans:
-                steps.callback(planned.cancel)
+                steps.callback(planned.drop, "the lab was closed")
             for close in self._at_end:
                 steps.callback(close)
         self._closed = True
