@@ -68,14 +68,10 @@ class Telemetry:
         self.slow = 0.0
         """Seconds by which every record is held up: the fault "slow"."""
         self._report = PodReport(deployment, pod, process, time.time())
-        self._handled = self._failed = self._lost = 0
-        self._away = 0.0
         self._awake = time.time()  # when this process last had a say
         self._pause = (0.0, 0.0)  # the last time it was stopped, or starved: from, until
         self._waiting: dict[str, Waiting] = {}
         self._assigned: set[str] = set()
-        self._counts: dict[str, int] = {}
-        self._gauges: dict[str, float] = {}
         self._done: list[None] = []  # one for each record handled since the last report: appended to without the lock
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -95,7 +91,7 @@ class Telemetry:
                 self._stop.wait(self.slow)
         elif step is Step.FAILED:
             with self._lock:
-                self._failed += 1
+                self._report.failed += 1
         elif step is Step.BLOCKED:
             error = error_text(subject.refused or subject.error)
             with self._lock:
@@ -111,10 +107,10 @@ class Telemetry:
             known = {name: value for name, value in gauges.items() if math.isfinite(value)}
             encode((counts, known))  # whoever measured hears of what cannot be written, not the thread that sends it
             with self._lock:
-                self._counts.update(counts)
+                self._report.counts.update(counts)
                 for name in gauges.keys() - known:  # JSON has no NaN: what is not known now is left out
-                    self._gauges.pop(name, None)
-                self._gauges.update(known)
+                    self._report.gauges.pop(name, None)
+                self._report.gauges.update(known)
         elif step is Step.ASSIGNED:
             with self._lock:
                 self._assigned |= {f"{topic}/{number}" for topic, number, _ in subject}
@@ -122,7 +118,8 @@ class Telemetry:
             with self._lock:
                 self._assigned -= {f"{topic}/{number}" for topic, number in subject}
                 if step is Step.LOST and subject:
-                    self._lost, self._away = self._lost + 1, self._unheard_since(time.time())
+                    self._report.lost += 1
+                    self._report.away = self._unheard_since(time.time())
 
     def close(self, state: str) -> None:
         """Send the last word: "stopped" or "failed"."""
@@ -158,19 +155,15 @@ class Telemetry:
         with self._lock:
             new = len(self._done)
             del self._done[:new]
-            self._handled += new
+            self._report.handled += new
             return msgspec.structs.replace(
                 self._report,
                 time=time.time(),
                 state=state,
-                handled=self._handled,
-                failed=self._failed,
-                lost=self._lost,
-                away=self._away,
                 assigned=sorted(self._assigned),
                 waiting=list(self._waiting.values()),
-                counts=dict(self._counts),
-                gauges=dict(self._gauges),
+                counts=dict(self._report.counts),
+                gauges=dict(self._report.gauges),
             )
 
     def _send(self, report: PodReport) -> None:
