@@ -145,11 +145,11 @@ class Kafka:
             return True
 
     def command(self, folder: Path, extra: list[str] | None = None) -> list[str]:
-        """The command of the broker in `folder`, which is to be its working folder; by its name there its process is
-        known. `extra` are JVM flags that take the AOT cache's place."""
+        """The command of the broker in `folder`, which is to be its working folder. `extra` are JVM flags that take the
+        AOT cache's place."""
         if extra is None:
             extra = [f"-XX:AOTCache={self.aot_cache}"] if self.aot_cache.exists() else []
-        return self._java([*extra, "-XX:ErrorFile=hs_err.log", f"-Dlabkit.folder={folder}"], "kafka.Kafka")
+        return self._java([*extra, "-XX:ErrorFile=hs_err.log", mark_of(folder)], "kafka.Kafka")
 
     def format_template(self) -> None:
         """Run Kafka's own formatting tool, once for each version of Kafka."""
@@ -294,6 +294,11 @@ class Broker:
             f"the embedded Kafka broker did not answer at {self.cluster.bootstrap} within {seconds:g} s. "
             f"Its log says:\n{log_tail(self.log)}"
         )
+
+
+def mark_of(folder: Path) -> str:
+    """The argument by which the process of the broker in `folder` is known."""
+    return f"-Dlabkit.folder={folder}"
 
 
 def free_ports() -> tuple[int, int]:
