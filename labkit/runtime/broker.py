@@ -32,6 +32,7 @@ HOST = "127.0.0.1"
 # Below the ports systems hand out by themselves: no client's own port can be the one a broker wants back after a
 # restart, and a client that tries to reach a dead broker cannot end up connected to itself.
 PORTS = range(20_000, 29_000)
+TRIES = 5  # to find ports that nobody else takes meanwhile
 NODE = 1
 DAY = 86_400.0
 START_SECONDS = 60.0  # for a slow machine without the AOT cache; 0.6 s is usual

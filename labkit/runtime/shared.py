@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Self
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import Broker, Kafka, PortTaken, free_ports, is_free, mark_of, prepare
+from labkit.runtime.broker import TRIES, Broker, Kafka, PortTaken, free_ports, is_free, mark_of, prepare
 from labkit.runtime.child import supervisor_command
 from labkit.runtime.home import locked, state_dir
 from labkit.runtime.supervisor import is_held, users_of
 
 LINGER = 3.0  # seconds the broker outlives its last user: a kernel that restarts finds it again
 STOP_SECONDS = 20.0  # more than the supervisor's own bound
-TRIES = 5  # to find ports that nobody else takes meanwhile
 
 
 @dataclass(frozen=True)
