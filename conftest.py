@@ -36,7 +36,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (folder := config.stash.get(state, None)) is not None:
-        if (folder / "broker.json").exists():
+        if any(folder.glob("broker-*/")):
             shared.stop()  # notebooks that have just ended would keep it for some seconds
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -130,10 +130,3 @@ class Jupyter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def find_chromium() -> str | None:
-    """A Chromium on this machine, for tests: none is ever downloaded."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-    return next(filter(None, map(shutil.which, names)), None) or shutil.which(mac)

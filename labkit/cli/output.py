@@ -17,14 +17,20 @@ def say_json(value: object) -> None:
 
 
 def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows in columns as wide as they need to be; numbers to the right."""
+    """Print rows in columns."""
+    typer.echo(table(heads, rows))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]], none: str = "") -> str:
+    """Rows in columns as wide as they need to be, numbers to the right; `none` if there are no rows."""
     rows = list(rows)
+    if not rows:
+        return none
     texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *texts, strict=True)]
-    numeric = [bool(rows) and isinstance(cell, int) for cell in (rows[0] if rows else heads)]
+    right = [isinstance(cell, int) for cell in rows[0]]
+    lines = []
     for line in ([*heads], *texts):
-        cells = (
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric, strict=True)
-        )
-        typer.echo("  ".join(cells).rstrip())
+        cells = (f"{text:{'>' if r else '<'}{width}}" for text, width, r in zip(line, widths, right, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

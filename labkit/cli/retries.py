@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from labkit.cli.names import Learner, Name, resolve
-from labkit.cli.output import Json, say_json, say_table
+from labkit.cli.output import Json, say_json, table
 from labkit.cli.topics import kafka
 from labkit.kafka.errors import LabkitError
 
@@ -31,20 +31,12 @@ def blocked(group: Group, learner: Learner = "", as_json: Json = False) -> None:
     """Say which records a group cannot get past: where, since when, when they are tried again, and why."""
     with _lanes(group, learner) as (name, found):
         now = [one for lanes in found for one in lanes.values()]
-    if as_json:
-        say_json([{**_plain(one), **name.whose} for one in now])
-        return
-    typer.echo(name.told)
-    if not now:
-        typer.echo("Nothing is blocked.")
-    else:
-        say_table(
-            ("record", "key", "since", "attempts", "next", "error"),
-            (
-                (_short(one.place), one.key, _clock(one.since), one.attempts, _clock(one.next_attempt), one.error)
-                for one in now
-            ),
-        )
+    rows = (
+        (_short(one.place), one.key, _clock(one.since), one.attempts, _clock(one.next_attempt), one.error)
+        for one in now
+    )
+    said = table(("record", "key", "since", "attempts", "next", "error"), rows, "Nothing is blocked.")
+    _say(name, [_plain(one) for one in now], said, as_json)
 
 
 def skip(
@@ -84,17 +76,9 @@ def list_letters(group: Group, learner: Learner = "", as_json: Json = False) -> 
     """List them, oldest first."""
     with _queues(group, learner) as (name, found):
         letters = [letter for queue in found for letter in queue.values()]
-    if as_json:
-        say_json([{**_plain(one), **name.whose} for one in letters])
-        return
-    typer.echo(name.told)
-    if not letters:
-        typer.echo("No dead letters.")
-    else:
-        say_table(
-            ("record", "key", "since", "attempts", "error"),
-            ((_short(one.place), one.key, _clock(one.at), one.attempts, one.error) for one in letters),
-        )
+    rows = ((_short(one.place), one.key, _clock(one.at), one.attempts, one.error) for one in letters)
+    said = table(("record", "key", "since", "attempts", "error"), rows, "No dead letters.")
+    _say(name, [_plain(one) for one in letters], said, as_json)
 
 
 @dlq.command("show")
@@ -198,9 +182,12 @@ def _retried(group: str, learner: str) -> tuple[Name, list[Topic[Any]]]:
     return name, [*retried[name.full], *retried[digest(name.full)]]
 
 
-def _say(name: Name, told: dict[str, Any], said: str, as_json: bool) -> None:
+def _say(name: Name, told: dict[str, Any] | list[dict[str, Any]], said: str, as_json: bool) -> None:
     """Answer, and say whose it was."""
-    say_json({**told, **name.whose}) if as_json else typer.echo(f"{name.told}\n{said}")
+    if not as_json:
+        typer.echo(f"{name.told}\n{said}")
+    else:
+        say_json({**told, **name.whose} if isinstance(told, dict) else [{**one, **name.whose} for one in told])
 
 
 def _resolved(place: str, known: dict[str, Any], where: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from labkit.cli.names import Learner, Name, hint_at_others, listed, resolve
-from labkit.cli.output import Json, say_json, say_table
+from labkit.cli.output import Json, say_json, table
 
 if TYPE_CHECKING:
     from labkit.runtime.connect import Connection
@@ -34,28 +34,14 @@ def topics(
         records[topic] += max(0, end - starts.get((topic, partition), 0))
     shown.sort(key=lambda name: (name.notebook, name.run, name.short))
     if as_json:
-        say_json(
-            [
-                {
-                    "topic": name.full,
-                    "short": name.short,
-                    **name.whose,
-                    "partitions": there[name.full],
-                    "records": records[name.full],
-                }
-                for name in shown
-            ]
-        )
-    elif not shown:
-        typer.echo("No topics.")
+        facts = {name.full: {"partitions": there[name.full], "records": records[name.full]} for name in shown}
+        say_json([{"topic": one.full, "short": one.short, **one.whose, **facts[one.full]} for one in shown])
     else:
-        say_table(
-            ("notebook", "topic", "partitions", "records"),
-            (
-                (name.notebook or "–", name.full if everything else name.short, there[name.full], records[name.full])
-                for name in shown
-            ),
+        rows = (
+            (one.notebook or "–", one.full if everything else one.short, there[one.full], records[one.full])
+            for one in shown
         )
+        typer.echo(table(("notebook", "topic", "partitions", "records"), rows, "No topics."))
     if not everything:
         hint_at_others(there, learner)
 
@@ -100,10 +86,8 @@ def lag(
         say_json({"group": full, **name.whose, "lag": sum(lags.values()), "partitions": partitions})
     else:
         typer.echo(f"{name.told}: {sum(lags.values()):,} records behind")
-        say_table(
-            ("topic", "partition", "lag"),
-            ((Name.parse(topic).short, partition, count) for (topic, partition), count in sorted(lags.items())),
-        )
+        rows = ((Name.parse(topic).short, partition, count) for (topic, partition), count in sorted(lags.items()))
+        typer.echo(table(("topic", "partition", "lag"), rows))
 
 
 def kafka() -> Connection:

@@ -37,7 +37,7 @@ from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.servers import Cache, Database, ServerFaults
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.telemetry import PodReport
-from labkit.lab.trace import life, table, trace
+from labkit.lab.trace import trace
 from labkit.lab.travel import pack
 from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
@@ -472,12 +472,11 @@ class Lab:
     def trace(self, id: object, by: str | Callable[[Any], Any] = "id") -> pd.DataFrame:  # noqa: A002 - as `by` names it
         """One record's life across pods, faults and redeliveries, oldest first.
 
-        Columns: time (UTC), seconds since its first event, event, place, pod, detail. `by` is the business id that `id`
-        is a value of. Pods' words are kept for an hour. Raises LabkitError when no record of this lab's topics has it.
+        Columns: time (UTC), seconds since the first row, event, place, pod, detail. `by` is the business id that `id`
+        is a value of. A handling shows by what it sent. Raises LabkitError when no record of this lab's topics has it.
         """
         self._check_open()
-        records, reports = trace(id, by, list(self.topics.values()), self._telemetry)
-        return table(life(records, reports, self.faults))
+        return trace(id, by, list(self.topics.values()), self.faults)
 
     @property
     def faults(self) -> list[Fault]:
@@ -527,7 +526,7 @@ class Lab:
             for load in self.loads:
                 steps.callback(load.cancel)
             for planned in self._plans:
-                steps.callback(planned.cancel)
+                steps.callback(planned.drop, "the lab was closed")
             for close in self._at_end:
                 steps.callback(close)
             steps.callback(self._control.close)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
-import inspect
 import threading
-import types
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FunctionType
 
 from labkit.kafka.errors import error_text
 
@@ -20,25 +19,23 @@ class Planned:
         self.waits = True
         self.failed = False
         self._condition, self._action = condition, action
-        self._cancelled, self._begun = threading.Event(), False
-        self._deciding = threading.Lock()  # it is begun or it is cancelled: never both
+        self._begun = False
+        self._deciding = threading.Lock()  # it is begun or it is dropped: never both
         threading.Thread(target=self._run, name="planned", daemon=True).start()
 
-    def cancel(self) -> None:
-        """Do not do it any more."""
-        self._cancelled.set()
-
     def drop(self, why: str) -> bool:
-        """The same, and say why; unless it has begun: whether it had not."""
+        """Do not do it any more, unless it has begun: whether it had not."""
         with self._deciding:
             if dropped := self.waits and not self._begun:
-                self.cancel()
                 self.waits, self.state = False, f"did not happen: {why}"
             return dropped
 
     def is_the_same(self, condition: Callable[[], bool], action: Callable[[], object]) -> bool:
         """Whether it does just this, under just this condition."""
-        return _same(self._condition, condition) and _same(self._action, action)
+        try:
+            return _what(self._condition) == _what(condition) and _what(self._action) == _what(action)
+        except Exception:  # one was given what cannot be compared, a DataFrame say
+            return False
 
     def __repr__(self) -> str:
         name = getattr(self._action, "__name__", "action").replace("<lambda>", "action")
@@ -56,17 +53,18 @@ class Planned:
     def _run(self) -> None:
         try:
             while not self._holds():
-                if self._cancelled.wait(0.02):
+                time.sleep(0.02)
+                if not self.waits:
                     return
             with self._deciding:
-                if self._cancelled.is_set():
+                if not self.waits:
                     return
                 self._begun, self.state = True, "is being done"
             self._action()
             self.state, self.waits = "done", False
         except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
             with self._deciding:
-                if self._begun or not self._cancelled.is_set():
+                if self.waits:
                     self.state = f"failed: {error_text(error)}"
                     self.failed, self.waits = True, False
 
@@ -101,25 +99,8 @@ class Plans:
         return next((repr(planned) for planned in self if planned.failed), None)
 
 
-def _same(one: Callable[[], object], other: Callable[[], object]) -> bool:
-    """Whether they are the same method of the same object, or a function and what a cell that ran again made of it."""
-    if not (inspect.isfunction(one) and inspect.isfunction(other)):
-        return one == other
-    return one.__code__ == other.__code__ and all(map(_equal, _given(one), _given(other)))
-
-
-def _given(function: types.FunctionType) -> list[Any]:
-    """What a function was given when it was made: defaults, and variables of the function around it."""
-    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        try:
-            given.append(cell.cell_contents)
-        except ValueError:  # not set yet
-            given.append(cell)
-    return given
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Constants of a cell that is compiled again are new objects; of other things, only the same one is."""
-    plain = type(one) is type(other) and isinstance(one, str | bytes | int | float)
-    return one is other or (plain and bool(one == other))
+def _what(function: Callable[[], object]) -> tuple[object, ...]:
+    """What makes a function the same though a cell that ran again made it anew. A method is the same by itself."""
+    if not isinstance(function, FunctionType):
+        return (function,)
+    return function.__code__, function.__defaults__, function.__kwdefaults__, function.__closure__

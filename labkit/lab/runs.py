@@ -13,8 +13,8 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -102,26 +102,12 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
     """Delete what dead runs left on this cluster; returns their prefixes. Only runs recorded here are touched."""
     dead: dict[Path, _Made] = {}
     with ExitStack() as held:
-        for path in _folder().glob("*.json"):
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # somebody else has just collected it
-            held.callback(os.close, file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                made = _read(file)
-            except BlockingIOError:
-                continue  # alive
-            except msgspec.DecodeError:  # being made now; or its process died then, before it had made anything else
-                if time.time() - os.fstat(file).st_mtime > FORGET:
-                    _drop(path)
+        for path, made, lives in _records(held):
+            if lives:
                 continue
-            if made.private:
-                _drop(path)
-            elif made.cluster_id == cluster_id:
+            if made.cluster_id == cluster_id and not made.private:
                 dead[path] = made
-            elif time.time() - made.started > FORGET:
+            elif made.private or time.time() - made.started > FORGET:
                 _drop(path)
         try:
             left = _delete(cluster, dead.values())
@@ -141,21 +127,8 @@ def _drop(path: Path) -> None:
 
 def living() -> list[tuple[str, int]]:
     """The runs that live now, in any process: prefix and process id."""
-    found = []
-    for path in _folder().glob("*.json"):
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with suppress(msgspec.DecodeError):  # it is being made
-                made = _read(file)
-                found.append((made.prefix, made.process))
-        finally:
-            os.close(file)
-    return found
+    with ExitStack() as held:
+        return [(made.prefix, made.process) for _, made, lives in _records(held) if lives and made.prefix]
 
 
 def folder_of(run_id: str) -> Path:
@@ -206,9 +179,24 @@ def _delete(cluster: Cluster, runs: Iterable[_Made]) -> set[str]:
     return prefixes & {prefix_of(name) for name in cluster.groups()}
 
 
-def _read(file: int) -> _Made:
-    """The record in an open file. Raises DecodeError. (By its path it could be another file by now, or none.)"""
-    return msgspec.json.decode(os.pread(file, os.fstat(file).st_size, 0), type=_Made)
+def _records(held: ExitStack) -> Iterator[tuple[Path, _Made, bool]]:
+    """Every run's record, and whether the run lives. One that does not is locked for us until `held` ends."""
+    for path in _folder().glob("*.json"):
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # somebody else has just collected it
+        held.callback(os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lives = False
+        except BlockingIOError:
+            lives = True
+        status = os.fstat(file)
+        try:  # by its path it could be another file by now, or none
+            yield path, msgspec.json.decode(os.pread(file, status.st_size, 0), type=_Made), lives
+        except msgspec.DecodeError:  # being made now; or its process died then, before it had made anything else
+            yield path, _Made("", "", 0, status.st_mtime), lives
 
 
 def _folder() -> Path:

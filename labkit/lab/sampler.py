@@ -17,7 +17,7 @@ from labkit.lab.deployment import Deployment, PodState
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.panels import Read
-from labkit.lab.telemetry import PodReport, Repeats
+from labkit.lab.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples
 FROZEN = 2.0  # seconds after a freeze within which a pod tells that its partitions went meanwhile
@@ -92,7 +92,6 @@ class Sampler:
         """Records handled a second, by deployment, over the last seconds."""
         self._deployments, self._loads = deployments, loads
         self._reports = Reader(telemetry)
-        self._repeats = Repeats()
         self._tallies: dict[str, Tally] = {}
         self._replaced: list[Tally] = []
         self._handled: dict[tuple[str, str, int], PodReport] = {}  # the newest report of each process
@@ -149,7 +148,6 @@ class Sampler:
         for record in self._reports.take(0):
             report = record.value
             self._look_for_eviction(report)
-            self._repeats.add(report)
             self._handled[report.deployment, report.pod, report.process] = report
             if report.deployment in self._deployments:
                 self._deployments[report.deployment].heard(report)
@@ -214,7 +212,6 @@ class Sampler:
             ("restarts", name, deployment.restarts),
             ("waiting", name, len(deployment.waiting)),
             ("failed", name, sum(report.failed for report in reports)),
-            ("handled again", name, self._repeats.counts.get(name, 0)),
             ("rate", name, self.rate[name]),
         ]
         values += [(metric, name, totals[metric]) for metric in rates]

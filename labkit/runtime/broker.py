@@ -32,6 +32,7 @@ HOST = "127.0.0.1"
 # Below the ports systems hand out by themselves: no client's own port can be the one a broker wants back after a
 # restart, and a client that tries to reach a dead broker cannot end up connected to itself.
 PORTS = range(20_000, 29_000)
+TRIES = 5  # to find ports that nobody else takes meanwhile
 NODE = 1
 DAY = 86_400.0
 START_SECONDS = 60.0  # for a slow machine without the AOT cache; 0.6 s is usual
@@ -145,11 +146,11 @@ class Kafka:
             return True
 
     def command(self, folder: Path, extra: list[str] | None = None) -> list[str]:
-        """The command of the broker in `folder`, which is to be its working folder; by its name there its process is
-        known. `extra` are JVM flags that take the AOT cache's place."""
+        """The command of the broker in `folder`, which is to be its working folder. `extra` are JVM flags that take the
+        AOT cache's place."""
         if extra is None:
             extra = [f"-XX:AOTCache={self.aot_cache}"] if self.aot_cache.exists() else []
-        return self._java([*extra, "-XX:ErrorFile=hs_err.log", f"-Dlabkit.folder={folder}"], "kafka.Kafka")
+        return self._java([*extra, "-XX:ErrorFile=hs_err.log", mark_of(folder)], "kafka.Kafka")
 
     def format_template(self) -> None:
         """Run Kafka's own formatting tool, once for each version of Kafka."""
@@ -294,6 +295,11 @@ class Broker:
             f"the embedded Kafka broker did not answer at {self.cluster.bootstrap} within {seconds:g} s. "
             f"Its log says:\n{log_tail(self.log)}"
         )
+
+
+def mark_of(folder: Path) -> str:
+    """The argument by which the process of the broker in `folder` is known."""
+    return f"-Dlabkit.folder={folder}"
 
 
 def free_ports() -> tuple[int, int]:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import PortTaken
+from labkit.runtime.broker import TRIES, PortTaken
 from labkit.runtime.child import Child
 from labkit.runtime.home import state_dir
 
 STOP = 10.0  # seconds for a server to end in good order; once a broker ignored SIGTERM
-TRIES = 5  # to find ports that nobody else takes meanwhile
 
 
 class ServerState(Enum):

@@ -8,14 +8,14 @@ signal to the child's group reaches the grandchildren. It has one thread, which 
 child, by SIGKILL, since a frozen one would notice nothing gentler. Lines on it are signals for the child. Stdout tells
 `pid N`, then `exit N`; or `error TEXT`. USER is `UID:GID` for a command that refuses to run as root, else `-`.
 
-`supervisor.py listen FOLDER` gets its orders as one line of JSON on stdin (see `Listen`), and tells a loopback port.
-Users hold connections to it; some seconds after the last one closed, the child is stopped. FOLDER is only there to
-recognise it by.
+`supervisor.py keep LOCK LINGER FOLDER COMMAND…` runs a child that several processes use (see `Keep`): until LINGER
+seconds after the last of them. LOCK is a file that is open and locked; stderr is the log.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -30,6 +30,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 RESTART_WAITS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the first, second, … restart in a row
 STEADY = 10.0  # seconds of life after which a death counts as the first one again
+LOOK = 0.2  # seconds between two looks at who uses a child
 DISCARD_SECONDS = 1.5  # for a stop whose data is thrown away: nothing to save
 KEEP_SECONDS = 15.0  # for a stop that keeps the data: a clean one spares the next start a recovery
 
@@ -168,54 +169,46 @@ def pipe(stdin: int, output: int, user: tuple[int, int] | None, command: list[st
             break
 
 
-class Listen:
-    """A child shared by users in several processes, each of which holds a connection.
+class Keep:
+    """A child that several processes use, with its data in `folder`. It is started again when it dies.
 
-    The orders: `command`, `output` (its log), `state` (the file that tells others of it), `token`, `linger` (seconds),
-    `folder` (its data), `pinned` and `info` (for the users).
+    Files in the folder tell what is so; locks on them end with the process that holds them. `users/…`: each is locked
+    by a process that uses the child. `ready`: it works, and users may come; before that, its death is the end, and the
+    folder is left for whoever wants to read the log. `pinned`: it stays without users, and its data for ever.
+    `supervisor`: the lock that was given to us, as long as we live; it says whom we have.
 
-    A connection sends the token, then commands, a line each, every one answered by the status. `hold` makes it a
-    user. `ready` says that the child works: from then on it is restarted when it dies. Before that, its death is the
-    end, and the folder is left for whoever wants to read the log. `pin` and `unpin` say whether the child stays, and
-    its data, without users. `stop` ends it, whoever uses it.
+    Some seconds after the last user left, the child is stopped; SIGTERM stops it, whoever uses it.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.spec, self.pinned, self.is_ready, self.restarts = spec, bool(spec["pinned"]), False, 0
-        output = os.open(spec["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self.child = Supervised(spec["command"], subprocess.DEVNULL, output)
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.listener.setblocking(False)
-        self.child.events.register(self.listener, selectors.EVENT_READ)
-        self.child.events.register(0, selectors.EVENT_READ)
-        self.starting = True  # stdin is open: whoever starts us counts as a user until it holds a connection
-        self.received: dict[socket.socket, bytes] = {}
-        self.trusted: set[socket.socket] = set()
-        self.users: set[socket.socket] = set()
-        self.pid, self.born, self.deaths = 0, 0.0, 0
-        self.restart_at = self.idle_until = self.kill_at = float("inf")
-        self.stopping = False
+    def __init__(self, lock: int, linger: float, folder: str, command: list[str]) -> None:
+        self.lock, self.linger, self.folder = lock, linger, folder
+        self.child = Supervised(command, subprocess.DEVNULL, os.dup(2))
+        self.pid, self.restarts, self.born, self.deaths = 0, 0, 0.0, 0
+        self.restart_at = self.kill_at = float("inf")
+        self.is_ready = self.stopping = False
 
     def run(self) -> None:
         self.start_child()
-        tell(str(self.listener.getsockname()[1]))
-        os.dup2(2, 1)  # the starter reads up to the end of it
+        used = time.monotonic()
         while self.pid or not self.stopping:
-            wait = min(self.restart_at, self.idle_until, self.kill_at) - time.monotonic()
-            for source in self.child.ready(None if wait == float("inf") else max(0.0, wait)):
-                self.on_readable(source)
+            self.child.ready(LOOK)  # a lock that is let go of wakes nobody
+            self.is_ready = self.is_ready or self.has("ready")
             if self.child.ended() is not None and not self.on_death():
                 return
             now = time.monotonic()
             if now >= self.restart_at:
                 self.restarts += 1
                 self.start_child()
-            if self.child.asked_to_stop or now >= self.idle_until:
+            if self.is_used():
+                used = now
+            if self.child.asked_to_stop or now - used > self.linger:
                 self.stop()
             if now >= self.kill_at:
-                self.kill_at = float("inf")
                 self.child.kill()
-        self.leave()
+        if not self.has("pinned"):
+            import shutil
+
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_child(self) -> None:
         self.restart_at, self.born = float("inf"), time.monotonic()
@@ -226,154 +219,72 @@ class Listen:
                 raise
             sys.stderr.write(f"supervisor: {error}\n")  # the log
             self.on_death()
-        self.save()
+        told = {"supervisor": os.getpid(), "pid": self.pid, "restarts": self.restarts}
+        os.pwrite(self.lock, json.dumps(told).encode().ljust(200), 0)  # in one piece, and over all that stood there
 
     def on_death(self) -> bool:
         """Whether to go on."""
         self.pid = 0
-        if self.stopping:
-            return True
-        if not self.is_ready:
-            if not self.pinned:
-                self.forget()
-            return False
+        if self.stopping or not self.is_ready:
+            return self.stopping
         now = time.monotonic()
         self.deaths = 0 if now - self.born > STEADY else self.deaths + 1
         self.restart_at = now + RESTART_WAITS[min(self.deaths, len(RESTART_WAITS) - 1)]
         return True
 
-    def on_readable(self, source: Any) -> None:
-        if source == 0:
-            if not os.read(0, 4096):
-                self.child.events.unregister(0)
-                self.starting = False
-                self.count()
-        elif source is self.listener:
-            with contextlib.suppress(OSError):
-                connection, _ = self.listener.accept()
-                connection.setblocking(False)
-                self.received[connection] = b""
-                self.child.events.register(connection, selectors.EVENT_READ)
-        elif source in self.received:
-            self.on_connection(source)
+    def has(self, name: str) -> bool:
+        return os.path.exists(os.path.join(self.folder, name))
 
-    def on_connection(self, connection: socket.socket) -> None:
-        try:
-            chunk = connection.recv(4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            chunk = b""
-        *lines, self.received[connection] = (self.received[connection] + chunk).split(b"\n")
-        for line in lines:
-            if connection not in self.received:
-                return  # closed by the line before
-            if connection in self.trusted:
-                self.on_command(connection, line.decode(errors="replace"))
-            elif line.decode(errors="replace") == self.spec["token"]:
-                self.trusted.add(connection)
-            else:
-                chunk = b""
-                break
-        if not chunk or len(self.received.get(connection, b"")) > 4096:
-            self.close(connection)
-
-    def close(self, connection: socket.socket) -> None:
-        if self.received.pop(connection, None) is None:
-            return
-        self.child.events.unregister(connection)
-        self.trusted.discard(connection)
-        self.users.discard(connection)
-        connection.close()
-        self.count()
-
-    def on_command(self, connection: socket.socket, command: str) -> None:
-        if self.stopping and command in ("hold", "ready", "pin"):
-            self.close(connection)  # too late: whoever came just now starts anew
-            return
-        if command == "hold":
-            self.users.add(connection)
-        elif command == "ready":
-            self.is_ready = True
-        elif command in ("pin", "unpin"):
-            self.pinned = command == "pin"
-        elif command == "stop":
-            self.pinned = False
-            self.stop()
-        self.count()
-        if command != "status":
-            self.save()
-        with contextlib.suppress(OSError):
-            connection.sendall(json.dumps(self.status()).encode() + b"\n")
-
-    def count(self) -> None:
-        """Start the countdown when nobody is left, end it when somebody came."""
-        if self.users or self.pinned or self.starting:
-            self.idle_until = float("inf")
-        elif self.idle_until == float("inf"):
-            self.idle_until = time.monotonic() + float(self.spec["linger"])
-
-    def status(self) -> dict[str, Any]:
-        return {
-            "ready": self.is_ready,
-            "pinned": self.pinned,
-            "users": len(self.users),
-            "pid": self.pid,
-            "restarts": self.restarts,
-            "supervisor": os.getpid(),
-            "folder": self.spec["folder"],
-            "info": self.spec["info"],
-        }
-
-    def save(self) -> None:
-        """Describe ourselves in the state file, readable by this user only: it holds the token."""
-        if self.stopping:
-            return
-        text = json.dumps(
-            {**self.status(), "port": self.listener.getsockname()[1], "token": self.spec["token"]}, indent=1
-        )
-        path = self.spec["state"]
-        with contextlib.suppress(OSError):
-            with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(text)
-            os.replace(path + ".new", path)
-
-    def forget(self) -> None:
-        """Remove the state file, unless it has become another supervisor's."""
-        with contextlib.suppress(OSError, ValueError):
-            with open(self.spec["state"]) as file:
-                ours = json.load(file)["token"] == self.spec["token"]
-            if ours:
-                os.unlink(self.spec["state"])
+    def is_used(self) -> bool:
+        """A pin counts once the child is ready: one whose starter died before that is of no use to anybody."""
+        return users_of(self.folder) > 0 or (self.is_ready and self.has("pinned"))
 
     def stop(self) -> None:
+        asked, self.child.asked_to_stop = self.child.asked_to_stop, False
         if self.stopping:
             return
-        self.stopping, self.child.asked_to_stop = True, False
-        self.restart_at = self.idle_until = float("inf")
-        self.child.events.unregister(self.listener)
-        self.listener.close()  # whoever comes now is refused, and starts anew
-        self.kill_at = time.monotonic() + (KEEP_SECONDS if self.pinned else DISCARD_SECONDS)
+        if self.is_ready:
+            ready = os.path.join(self.folder, "ready")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(ready)  # whoever comes from now on sees that it is too late
+            if not asked and self.is_used():  # somebody came just before
+                open(ready, "w").close()
+                return
+        self.stopping, self.restart_at = True, float("inf")
+        self.kill_at = time.monotonic() + (KEEP_SECONDS if self.has("pinned") else DISCARD_SECONDS)
         self.child.send(signal.SIGTERM)
         self.child.send(signal.SIGCONT)  # a frozen one could not obey
 
-    def leave(self) -> None:
-        """Data that is pinned stays, with the state file that says where it is."""
-        if not self.pinned:
-            import shutil
 
-            shutil.rmtree(self.spec["folder"], ignore_errors=True)
-            self.forget()
+def users_of(folder: str | os.PathLike[str]) -> int:
+    """How many hold a lock in `folder`/users now."""
+    try:
+        return sum(map(is_held, os.scandir(os.path.join(folder, "users"))))
+    except OSError:  # somebody removed it
+        return 0
+
+
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Whether a process that lives has locked this file."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def main() -> None:
     if sys.argv[1] == "pipe":
         user, _, group = sys.argv[4].partition(":")
         pipe(int(sys.argv[2]), int(sys.argv[3]), (int(user), int(group)) if group else None, sys.argv[5:])
-    else:
-        spec = json.loads(sys.stdin.buffer.readline())
-        if os.fork() == 0:  # whoever starts us need not wait for us: a zombie would stay until it ends
-            Listen(spec).run()
+    elif os.fork() == 0:  # whoever starts us need not wait for us: a zombie would stay until it ends
+        Keep(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5:]).run()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from notebook_page import NotebookPage
 from playwright.sync_api import Browser, sync_playwright
 
-from labkit.cli.jupyter import Jupyter, find_chromium
+from labkit.cli.jupyter import Jupyter
 from labkit.cli.lab import ROOT
 
 FLAGS = (
@@ -74,3 +74,10 @@ def notebook(chromium: Browser, jupyter: Jupyter) -> Iterator[NotebookPage]:
         opened = NotebookPage(page)
         yield opened
         opened.close()
+
+
+def find_chromium() -> str | None:
+    """A Chromium on this machine, for tests: none is ever downloaded."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+    return next(filter(None, map(shutil.which, names)), None) or shutil.which(mac)

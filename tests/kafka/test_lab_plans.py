@@ -128,6 +128,18 @@ def test_a_plan_whose_action_knows_what_is_not_set_yet(lab: Lab) -> None:
     assert lab.settle(10)
 
 
+def test_a_plan_that_was_given_what_cannot_be_compared(lab: Lab) -> None:
+    class Table:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("ambiguous")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    plans = [lab.when(lambda: True, lambda table=table: table) for table in (Table(), Table())]  # type: ignore[misc]
+    assert lab.settle(10)
+    assert {repr(one) for one in plans} == {"planned (action) done"}
+
+
 def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
     begun, over = threading.Event(), threading.Event()
 

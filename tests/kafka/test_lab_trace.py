@@ -1,4 +1,4 @@
-"""`lab.trace`: one record's life, told by topics, pods and faults; and the log in which the same can be read."""
+"""`lab.trace`: one record's life, told by topics and faults; and the log in which the same can be read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from processes import wait_until
 
 from labkit import Lab
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.consumer.failures import FailedRecord, Retry
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
 from labkit.lab.deployment import Deployment, pane
@@ -34,27 +33,25 @@ def events(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     return list(zip(table["event"], table["place"], table["pod"], strict=True))
 
 
-def told(lab: Lab, order: int, event: str, times: int = 1) -> pd.DataFrame:
-    """The trace, once it has an event: pods tell what they did 0.2 s later."""
-    wait_until(lambda: (lab.trace(order)["event"] == event).sum() >= times, 30, f"{event} in the trace")
-    return lab.trace(order)
+def told(lab: Lab, order: int | str, event: str) -> pd.DataFrame:
+    """The trace, once it has an event; without "the machine slept": a virtual one may be halted in any test."""
+    wait_until(lambda: event in set(lab.trace(order)["event"]), 30, f"{event} in the trace")
+    return lab.trace(order).query("pod != 'machine'")
 
 
 class Shop:
-    """Two pods ship orders; who first has order 17 is stuck between what it sends and its end, until `go` is there."""
+    """Two pods ship orders; who first has order 17 is stuck between what it sends and its end."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.orders, self.shipped = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
-        shipped, begun, self.go = self.shipped, folder / "begun", folder / "go"
-        go = self.go
+        shipped, begun = self.shipped, folder / "begun"
 
         def ship(record: Record[Order]) -> None:
             shipped.deliver([(Shipped(record.value.id), record.key, None)])  # at once
             if record.value.id == 17 and not begun.exists():
                 begun.touch()
                 print("stuck")
-                while not go.exists():
-                    time.sleep(0.01)
+                time.sleep(60)
 
         self.pods: Deployment = lab.deploy("shop", Consumer(self.orders, ship), replicas=2)
         wait_ready(self.pods)
@@ -72,27 +69,22 @@ def shop(lab: Lab, tmp_path: Path) -> Shop:
 @pytest.mark.long
 def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
     first = shop.stuck.name
-    table = told(lab, 17, "took effect")  # it works while things still run
-    assert events(table) == [
+    before = [
         ("produced", "orders/0/0", ""),
         ("handled", "orders/0/0", first),
         ("took effect", "shipped/0/0", first),
     ]
-    assert table["detail"][1] == "shown by what it sent: it did not tell that the handler returned"
+    assert events(told(lab, 17, "took effect")) == before  # it works while things still run
     shop.stuck.kill()
-    table = told(lab, 17, "committed")
-    by = table[table["event"] == "redelivered"]["pod"].iloc[0]  # the other one, or the first one's next process
+    table = told(lab, 17, "redelivered")
+    by = table["pod"].iloc[-1]  # the other one, or the first one's next process
     assert events(table) == [
-        ("produced", "orders/0/0", ""),
-        ("handled", "orders/0/0", first),
-        ("took effect", "shipped/0/0", first),
-        ("kill", "orders/0/0", first),
+        *before,
+        ("kill", "", first),
         ("redelivered", "orders/0/0", by),
         ("took effect", "shipped/0/1", by),
-        ("committed", "orders/0/0", by),
     ]
     details = dict(zip(table["event"], table["detail"], strict=True))
-    assert details["produced"].startswith("by a load or the notebook, correlation-id ")
     assert details["kill"] == f"kill pod {shop.stuck.index}"
     assert details["redelivered"] == f"again: {first} had it before"
     assert details["took effect"] == "caused by orders/0/0"
@@ -100,9 +92,9 @@ def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
     assert table["seconds"].iloc[0] == 0
     assert table["seconds"].is_monotonic_increasing
     assert abs(table["time"].iloc[0].timestamp() - time.time()) < 60
-    assert lab.trace("17").equals(lab.trace(17))
-    behind = told(lab, 2, "committed")  # it was in the partition that went over, and nobody had handled it
-    assert list(behind["event"]) == ["produced", "kill", "handled", "took effect", "committed"]
+    assert events(told(lab, "17", "redelivered")) == events(table)
+    behind = told(lab, 2, "took effect")  # it was in the partition that went over, and nobody had handled it
+    assert list(behind["event"]) == ["produced", "kill", "handled", "took effect"]
     assert set(behind["pod"][2:]) == {by}
 
 
@@ -110,91 +102,16 @@ def test_through_a_crash_and_a_redelivery(lab: Lab, shop: Shop) -> None:
 def test_through_a_freeze_and_a_takeover(lab: Lab, shop: Shop) -> None:
     first, second = shop.stuck.name, shop.other.name
     shop.stuck.freeze()
-    table = told(lab, 17, "committed")
+    table = told(lab, 17, "redelivered")
     assert events(table) == [
         ("produced", "orders/0/0", ""),
         ("handled", "orders/0/0", first),
         ("took effect", "shipped/0/0", first),
-        ("freeze", "orders/0/0", first),
+        ("freeze", "", first),
         ("redelivered", "orders/0/0", second),
         ("took effect", "shipped/0/1", second),
-        ("committed", "orders/0/0", second),
     ]
     assert table["detail"][3] == f"freeze pod {shop.stuck.index}, still stands"
-    shop.stuck.recover()
-    shop.go.touch()
-    wait_until(
-        lambda: lab.trace(17)["detail"].str.contains("returned .* s later").any(), 20, "the late end of a handler"
-    )
-    after = lab.trace(17)
-    assert events(after) == events(table)  # its result is late: it handled once, and committed nothing
-    assert "until" in after["detail"][3]
-
-
-@pytest.mark.long
-def test_through_a_back_off(lab: Lab, tmp_path: Path) -> None:
-    source, target = lab.topic("orders", 1, Order), lab.topic("shipped", 1, Shipped)
-    tries = tmp_path / "tries"
-
-    def ship(record: Record[Order]) -> None:
-        with tries.open("a") as file:
-            file.write("x")
-        if len(tries.read_text()) <= 2:
-            raise ConnectionError(f"try {len(tries.read_text())}")
-        target.send(Shipped(record.value.id))
-
-    def soon(failed: FailedRecord) -> Retry:
-        return Retry(0.01)  # both attempts within one report
-
-    lab.deploy("shop", Consumer(source, ship, on_failure=soon))
-    lab.load(source, orders(1)).wait()
-    table = told(lab, 0, "committed")
-    assert events(table) == [
-        ("produced", "orders/0/0", ""),
-        ("failed", "orders/0/0", "shop-0"),
-        ("failed", "orders/0/0", "shop-0"),
-        ("handled", "orders/0/0", "shop-0"),
-        ("took effect", "shipped/0/0", "shop-0"),
-        ("committed", "orders/0/0", "shop-0"),
-    ]
-    assert list(table["detail"][1:4]) == [
-        "attempt 1, again in 0.01 s: ConnectionError: try 1",
-        "attempt 2, again in 0.01 s: ConnectionError: try 2",
-        "",
-    ]
-
-
-@pytest.mark.long
-def test_a_handler_that_sends_nothing_in_key_order(lab: Lab) -> None:
-    """Then only the pods know; and what is handled out of the order of offsets is told all the same."""
-    source = lab.topic("orders", 2, Order)
-
-    def wait(record: Record[Order]) -> None:
-        time.sleep(record.value.id % 7 / 1000)
-
-    lab.deploy("shop", Consumer(source, wait, order="key", workers=8), replicas=2)
-    lab.load(source, orders(400), rate=2000).wait()
-    assert lab.settle(30)
-    told(lab, 399, "committed")
-    for number in range(0, 400, 50):
-        table = told(lab, number, "committed")
-        assert list(table["event"]) == ["produced", "handled", "committed"]
-        assert table["pod"][1] == table["pod"][2] != ""
-
-
-@pytest.mark.long
-def test_two_deployments_handle_a_record_each_once(lab: Lab) -> None:
-    source = lab.topic("orders", 1, Order)
-    for name in ("shop", "mailer"):
-        lab.deploy(name, Consumer(source, lambda record: None))
-    lab.load(source, orders(1)).wait()
-    table = told(lab, 0, "committed", times=2)
-    assert sorted(events(table)[1:]) == [
-        ("committed", "orders/0/0", "mailer-0"),
-        ("committed", "orders/0/0", "shop-0"),
-        ("handled", "orders/0/0", "mailer-0"),
-        ("handled", "orders/0/0", "shop-0"),
-    ]
 
 
 def test_an_id_that_was_never_sent(lab: Lab) -> None:

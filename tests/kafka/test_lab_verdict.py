@@ -469,16 +469,3 @@ def test_what_earlier_loads_sent_is_known_though_a_cell_made_its_type_anew(lab: 
     second = lab.load(again, (Anew(number) for number in range(20, 50)), rate=1000)
     found = lab.verdict(second, shop.shipped)
     assert found.check().startswith("30 sent · 30 took effect · 20 of other loads not looked at · lost 0")
-
-
-@pytest.mark.long
-def test_what_pods_handle_again_is_counted(lab: Lab) -> None:
-    source = lab.topic("orders", 1, Order)
-    shop = lab.deploy("shop", Consumer(source, lambda record: None, commit_interval=60))
-    wait_ready(shop)
-    lab.load(source, orders(50), rate=100).wait()
-    wait_until(lambda: shop.pods[0].handled == 50, 20, "all of them")
-    uncommitted = sum(lag(lab.cluster, shop.group or "", [source.name]).values())
-    assert uncommitted > 0  # a first commit may come with the first records, and the next one only in a minute
-    shop.pods[0].kill()
-    wait_until(lambda: lab.figure("handled again", "shop") == uncommitted, 20, f"{uncommitted} of them again")
