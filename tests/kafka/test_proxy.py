@@ -16,6 +16,7 @@ from consuming import fresh_topic
 from lab_helpers import values, wait_ready
 from processes import wait_until
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, DeliveryFailed, LabkitError
@@ -23,7 +24,6 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab import Lab
 from labkit.runtime.broker import HOST, free_ports, is_free
 from labkit.runtime.connect import Connection
 from labkit.runtime.private import PrivateBroker

@@ -17,12 +17,12 @@ from transacting import Sending, exactly_once, values, visible
 
 import labkit.kafka.consumer.loop as loop_module
 import labkit.kafka.consumer.transactional_client as client_module
+from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
-from labkit.lab import Lab
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.connect import Connection
@@ -279,7 +279,7 @@ def test_pods_have_their_names_for_slots_and_one_that_is_killed_doubles_nothing(
         wait_until(lambda: load.count >= 50, what="some orders")
         pods.scale(2)
         wait_until(lambda: load.count >= 150, what="more orders")
-        pods.pods[0].crash()
+        pods.pods[0].kill()
         load.wait(30)
         assert lab.settle(60)
         assert sorted(one.id for one in values(shipped)) == list(range(300))
