@@ -28,7 +28,10 @@ def sends(
         return given, set()
     loads, told = [one for one in given if isinstance(one, Load)], [one for one in given if isinstance(one, Sent)]
     if len(given) not in (len(loads), len(told)):
-        raise LabkitError(f"what was sent is loads, Sent tuples, or a mapping from an id to its value, not {given!r}")
+        strange = [repr(one) for one in given if not isinstance(one, Load | Sent)] or ["both"]
+        raise LabkitError(
+            f"what was sent is loads, Sent tuples, or a mapping from an id to its value, not {strange[0]}"
+        )
     if told:
         return told, set()
     asked = {one.id for load in loads for one in load.sent}

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -461,8 +462,9 @@ def test_what_earlier_loads_sent_is_known_though_a_cell_made_its_type_anew(lab: 
     shop = Shop(lab)
     lab.load(shop.orders, orders(20), rate=1000)
 
-    class Anew(Order):
-        pass
+    @dataclass
+    class Anew:
+        id: int
 
     again = lab.topic("orders", shop.orders.partitions, Anew)
     second = lab.load(again, (Anew(number) for number in range(20, 50)), rate=1000)
