@@ -210,8 +210,8 @@ def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> N
     verdict = lab.verdict(load, target)
     assert verdict.check().startswith("1,500 sent · 1,500 took effect · lost 0")
     # In the middle of a rebalance a drain may not get its last commit through; whatever comes again has its reason.
-    assert {extra.fault.kind for extra in verdict.redelivered if extra.fault} <= {"scale", "drain"}
-    assert len(verdict.found) == len(verdict.redelivered)
+    assert {extra.fault.kind for extra in verdict.of("redelivered") if extra.fault} <= {"scale", "drain"}
+    assert len(verdict.found) == len(verdict.of("redelivered"))
     wait_until(lambda: all(fault.end is not None for fault in lab.faults), 15, "the last pod to leave")
 
 
@@ -574,4 +574,4 @@ def test_what_a_drain_cuts_off_has_sent_nothing(lab: Lab, tmp_path: Path) -> Non
     draining.touch()
     verdict = lab.verdict(load, target)
     verdict.check()
-    assert not verdict.redelivered
+    assert not verdict.of("redelivered")

@@ -138,7 +138,7 @@ def test_every_fault_of_the_provider_and_its_ledger(lab: Lab, ledger: str) -> No
             faults.tell("sleepy", sleepy=True)
         assert outcome("a") == "repeated", "what was refused is not done"
         twice = judge(due([7], [1]), charged(ledger, due([7], [1])), exactly_once=True)
-        assert [(one.id, one.key) for one in twice.duplicated] == [("7-1", "customer 7")]
+        assert [(one.id, one.key) for one in twice.of("duplicated")] == [("7-1", "customer 7")]
     with pytest.raises(LabkitError, match="is its pod running"):
         faults.fail()
 
