@@ -63,8 +63,7 @@ class Board:
         self._thread: threading.Thread | None = None
         # Frames, clicks and finished actions come from different threads.
         self._lock = threading.RLock()
-        self._drawn_version = -1
-        self._drawn_at_rest = False
+        self._drawn_version, self._drawn_at_rest = -1, False
         self._newest: float | None = None
         self._failed_action = ""
         self.frames = 0

@@ -65,7 +65,6 @@ class RetryConsole:
         self.unblock = _List(
             lambda many: f"What {self.name} cannot get past: {f'{many:,} blocked' if many else 'nothing'}",
             self.lanes,
-            _line,
             ipywidgets.Select(options=[], rows=4, layout=layout),
             _on_lanes(self.lanes),
         )
@@ -73,7 +72,6 @@ class RetryConsole:
         self.review = _List(
             lambda many: f"Dead letters of {self.name}: {many:,}",
             self.letters,
-            _letter_line,
             ipywidgets.SelectMultiple(options=[], rows=6, layout=layout),
             _on_letters(self.letters, self._sure),
             [self._sure],
@@ -152,14 +150,12 @@ class _List:
         self,
         title: Callable[[int], str],
         entries: Mapping[str, Any],
-        line: Callable[[Any], str],
         choice: Any,
         commands: Sequence[_Command],
         more: Sequence[Any] = (),
     ) -> None:
-        self._heading, self._entries, self._line = title, entries, line
+        self._heading, self._entries, self._choice = title, entries, choice
         self._title, self._shows, self._says = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-        self._choice = choice
         self._choice.observe(lambda _: self.show(), "value")
         self._buttons = [
             Button(lambda of=command: of(self._chosen()), self.say)  # type: ignore[misc]
@@ -174,7 +170,7 @@ class _List:
     def refresh(self) -> None:
         """Show what there is now."""
         self._found = dict(islice(self._entries.items(), SHOWN))
-        options = [(self._line(one), place) for place, one in self._found.items()]
+        options = [(_line(one), place) for place, one in self._found.items()]
         if options != list(self._choice.options):
             kept = tuple(place for place in self._chosen() if place in self._found)
             self._choice.options = options  # which resets what is chosen
@@ -204,7 +200,7 @@ class _List:
         return {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        return "\n".join([self._heading(len(self._entries)), *map(self._line, self._entries.values())])
+        return "\n".join([self._heading(len(self._entries)), *map(_line, self._entries.values())])
 
 
 def _on_lanes(lanes: BlockedLanes) -> list[_Command]:
@@ -259,15 +255,12 @@ def _on_letters(letters: DeadLetters, sure: Any) -> list[_Command]:
     ]
 
 
-def _line(one: Blocked) -> str:
-    since, again = (clock(at) for at in (one.since, one.next_attempt))
+def _line(one: Blocked | DeadLetter) -> str:
     attempts = "1 attempt" if one.attempts == 1 else f"{one.attempts} attempts"
-    return f"{short_name(one.place)} · {one.key} · since {since} · {attempts}, next {again} · {one.error}"
-
-
-def _letter_line(one: DeadLetter) -> str:
-    again = "" if one.replayed is None else " · replay under way"
-    return f"{short_name(one.place)} · {one.key} · {one.attempts} attempts · {one.error}{again}"
+    if isinstance(one, Blocked):
+        attempts = f"since {clock(one.since)} · {attempts}, next {clock(one.next_attempt)}"
+    again = " · replay under way" if isinstance(one, DeadLetter) and one.replayed is not None else ""
+    return f"{short_name(one.place)} · {one.key} · {attempts} · {one.error}{again}"
 
 
 def _details(one: Blocked | DeadLetter) -> str:
