@@ -511,10 +511,9 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert repr(shop.pods[0]) == "shop-0: running, orders/0"
     assert repr(shop) == "Deployment shop (shop-0: running, orders/0)"
     assert "<td>shop-0</td><td>running</td><td>0</td>" in shop._repr_html_()
-    assert "<td>shop-0</td><td>running</td><td>0</td>" in shop.pods[0]._repr_html_()
     assert repr(topic) == "Topic(orders, 1 partition of Order)"
     assert topic._repr_html_() == f"<span title='{topic.name}'>Topic(orders, 1 partition of Order)</span>"
-    assert lab.broker._repr_html_() == "<span>Kafka is running</span>"
+    assert repr(lab.broker) == "Kafka is running"
     assert "planned (kill) waits for its condition" in lab.when(lambda: False, shop.pods[0].kill)._repr_html_()
     load = lab.load(topic, orders(1))
     load.wait()
