@@ -12,7 +12,8 @@ def lazy_names(
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """`__all__`, `__getattr__` and `__dir__` of `package`, from module → the names it gives, with spaces between.
 
-    The package imports the same names under `TYPE_CHECKING`, for editors and mypy; a test compares the two.
+    What programs import gives the same names under `TYPE_CHECKING`, for editors and mypy, and a test compares the two;
+    the rooms of services are for notebooks, which nobody type-checks.
     """
     home = {name: f"{package}.{module}" for module, given in names.items() for name in given.split()}
 

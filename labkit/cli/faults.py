@@ -29,20 +29,16 @@ def fault(
     from labkit.kafka.errors import LabkitError
     from labkit.lab.control import Order, ask
 
-    runs = _runs()
+    there = _targets()
     if not target:
-        _list(runs, as_json)
+        _list(there, as_json)
         return
     notebook, _, wanted = target.rpartition("/")
-    found = [
-        (name, folder)
-        for name, folder, there in runs
-        if (not notebook or name.notebook == notebook) and any(one.name == wanted for one in there)
-    ]
+    found = [one for one in there if one[2].target == wanted and notebook in ("", one[0].notebook)]
     if not found:
-        known = ", ".join(sorted({f"{name.notebook}/{one.name}" for name, _, there in runs for one in there}))
+        known = ", ".join(sorted({f"{name.notebook}/{one.target}" for name, _, one in there}))
         raise LabkitError(f"no running notebook of yours has {target!r}; there are: {known}")
-    name, folder = found[-1]  # the newest
+    name, folder, _ = found[-1]  # the newest
     given = {"seconds": seconds, "share": share, "by": by, "count": count}
     answer = ask(folder, Order(wanted, verb, {option: value for option, value in given.items() if value is not None}))
     if answer is None:
@@ -54,8 +50,11 @@ def fault(
     )
 
 
-def _runs() -> list[tuple[Name, Path, list[TargetState]]]:
-    """The learner's labs that run on this machine, the newest last. Raises LabkitError when there is none."""
+def _targets() -> list[tuple[Name, Path, TargetState]]:
+    """What there is to break in the learner's labs on this machine, those of the newest last, with their folders.
+
+    Raises LabkitError when no lab is running.
+    """
     from labkit.kafka.errors import LabkitError
     from labkit.lab import runs
     from labkit.lab.control import Order, ask
@@ -66,7 +65,7 @@ def _runs() -> list[tuple[Name, Path, list[TargetState]]]:
         folder = runs.folder_of(name.run)
         try:
             if answer := ask(folder, Order()):
-                found.append((name, folder, answer.targets))
+                found += [(name, folder, one) for one in answer.targets]
         except LabkitError as error:  # the others may be broken all the same
             typer.echo(f"notebook {name.notebook}, run {name.run}: {error}", err=True)
     if not found:
@@ -74,20 +73,16 @@ def _runs() -> list[tuple[Name, Path, list[TargetState]]]:
     return found
 
 
-def _list(runs: list[tuple[Name, Path, list[TargetState]]], as_json: bool) -> None:
-    rows = [(name, one) for name, _, there in runs for one in there]
+def _list(there: list[tuple[Name, Path, TargetState]], as_json: bool) -> None:
     if as_json:
-        say_json(
-            [
-                {"target": one.name, "is": one.condition, "can": one.verbs, "stands": one.standing, **name.whose}
-                for name, one in rows
-            ]
-        )
+        from msgspec import to_builtins
+
+        say_json([{**to_builtins(one), **name.whose} for name, _, one in there])
         return
     say_table(
         ("notebook", "target", "is", "stands", "what can be done"),
-        (
-            (name.notebook, one.name, one.condition, ", ".join(one.standing) or "–", ", ".join(one.verbs) or "–")
-            for name, one in rows
-        ),
+        [
+            (name.notebook, one.target, one.state, ", ".join(one.stands) or "–", ", ".join(one.can) or "–")
+            for name, _, one in there
+        ],
     )

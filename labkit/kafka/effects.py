@@ -18,7 +18,7 @@ class Effect(NamedTuple):
     """One thing that took effect: a record or a database row.
 
     `place`: "done/0/17" (topic/partition/offset), or a row ("charges/17": its number tells no order). `time`:
-    unix seconds. `cause`: the source record handled ("orders/2/118"). `where`: the place in words.
+    unix seconds. `cause`: the source record handled ("orders/2/118").
     """
 
     id: str
@@ -27,4 +27,3 @@ class Effect(NamedTuple):
     time: float
     cause: str | None = None
     pod: str | None = None
-    where: str = ""

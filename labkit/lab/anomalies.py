@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.kafka.effects import Effect, Sent
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from labkit.lab.metrics import Fault
 
 WRONG = ("lost", "duplicated", "out of order", "early", "wrong", "unexpected")  # in the order of a verdict's line
+# "sent again": `sent` lists its id often enough. "resent": it does not, but another source record made it.
+HARMLESS = ("rejected", "redelivered", "sent again", "resent")
 # Seconds after its end in which a fault still moves partitions: the group's session has to end (6 s), then
 # the pod is restarted with back-off and joins again, each with a rebalance.
 AFTERMATH = 30.0
@@ -36,7 +38,7 @@ STRIKE = ("kill", "death", "freeze", "eviction", "restart")  # and not "slow", w
 class Anomaly:
     """One deviation. `place`, `pod`, `time`: of the effect in question; `first_…`: of that compared with."""
 
-    kind: str  # one of WRONG (as "maybe lost" … in an unknown verdict), or "rejected", "redelivered", "resent"
+    kind: str  # one of WRONG (as "maybe lost" … in an unknown verdict), or of HARMLESS
     id: str
     key: str | None
     explanation: str
@@ -46,7 +48,6 @@ class Anomaly:
     first_pod: str | None = None
     time: float | None = None
     fault: Fault | None = None  # what explains a redelivery
-    accounted: bool = False  # a resent one: `sent` lists its id often enough
 
     def __str__(self) -> str:
         places = [self.place, self.first_place and f"first {self.first_place}"]
@@ -59,7 +60,8 @@ class _Moment(NamedTuple):
     at: float  # never before what has a lower offset in the same log
     log: str
     offset: int
-    effect: int  # its index
+    number: int  # no two have the same, so that effects are never compared
+    effect: Effect
 
 
 class Timeline:
@@ -70,32 +72,22 @@ class Timeline:
         self.first: dict[str, _Moment] = {}
         self.several: dict[str, list[_Moment]] = {}
         logs: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-        rows = []
-        for index, effect in enumerate(effects):
+        for number, effect in enumerate(effects):
             log, _, offset = effect.place.rpartition("/")
-            if offset.isdecimal() and log.rpartition("/")[2].isdecimal():
-                logs[log].append((int(offset), index))
-            else:
-                rows.append((effect.place, [(0, index)]))  # a log of its own
-        for log, entries in chain(logs.items(), rows):
-            entries.sort()
+            if not (offset.isdecimal() and log.rpartition("/")[2].isdecimal()):
+                log, offset = effect.place, "0"  # a row is a log of its own
+            logs[log].append((int(offset), number))
+        for log, entries in logs.items():
             latest = float("-inf")
-            for number, index in entries:
-                effect = effects[index]
-                at = effect.time
-                if at < latest:
-                    self.gap = max(self.gap, latest - at)
-                else:
-                    latest = at
-                moment = _Moment(latest, log, number, index)
+            for position, number in sorted(entries):
+                effect = effects[number]
+                self.gap, latest = max(self.gap, latest - effect.time), max(latest, effect.time)
+                moment = _Moment(latest, log, position, number, effect)
                 if (first := self.first.setdefault(effect.id, moment)) is not moment:
                     self.several.setdefault(effect.id, [first]).append(moment)
         for name, moments in self.several.items():
-            moments[:] = sorted({effects[moment.effect].place: moment for moment in moments}.values())
+            moments[:] = sorted({moment.effect.place: moment for moment in moments}.values())
             self.first[name] = moments[0]
-
-    def of(self, name: str) -> list[_Moment]:
-        return self.several.get(name) or [self.first[name]]
 
 
 def find(
@@ -110,9 +102,9 @@ def find(
     found = _lost(wanted, confirmed, line.first)
     found += _extras(line, wanted, repeats, sorted(faults, key=lambda fault: fault.start))
     found += _disorder(line, wanted) if ordered else []
-    strange = sorted(moment for name in line.first.keys() - wanted.keys() for moment in line.of(name))
-    never = "an id that was never sent"
-    return found + [_anomaly("unexpected", line.effects[moment.effect], never) for moment in strange]
+    unknown = line.first.keys() - wanted.keys()
+    strange = sorted(moment for name in unknown for moment in line.several.get(name, [line.first[name]]))
+    return found + [_anomaly("unexpected", moment.effect, "an id that was never sent") for moment in strange]
 
 
 def differences(
@@ -133,36 +125,32 @@ def differences(
 
 def _lost(wanted: Mapping[str, Sent], confirmed: set[str], there: Container[str]) -> list[Anomaly]:
     missing = (send for send in wanted.values() if send.id in confirmed and send.id not in there)
-    return [Anomaly("lost", send.id, send.key, "confirmed, never took effect") for send in missing]
+    return [Anomaly("lost", send.id, send.key, "confirmed, has not taken effect") for send in missing]
 
 
 def _extras(
     line: Timeline, wanted: Mapping[str, Sent], repeats: Mapping[str, int], faults: Sequence[Fault]
 ) -> list[Anomaly]:
     """Every effect but the first of its id, told apart by its cause and by what happened in between."""
-    effects, found = line.effects, []
+    found = []
     made: defaultdict[str | None, set[str]] = defaultdict(set)  # the ids that came of one source record
-    suspects = {effects[moment.effect].cause for moments in line.several.values() for moment in moments}
-    suspects.discard(None)
-    for effect in effects if suspects else ():
-        if effect.cause in suspects:
-            made[effect.cause].add(effect.id)
+    for effect in line.effects if line.several else ():
+        made[effect.cause].add(effect.id)
     for name in sorted(line.several.keys() & wanted.keys(), key=lambda name: wanted[name].order):
         first, *extras = line.several[name]
-        last, seen, spare = first, {effects[first.effect].cause: first}, repeats[name]
+        last, seen, spare = first, {first.effect.cause: first}, repeats[name]
         for moment in extras:
-            effect = effects[moment.effect]
+            effect = moment.effect
             # Where a cause is not known, nothing shows that it was another record: it is taken for the same.
             earlier = last if effect.cause is None else seen.get(effect.cause, seen.get(None))
-            before = effects[(earlier or first).effect]
+            before = (earlier or first).effect
             if earlier is None:
                 spare -= 1
+                kind = "sent again" if spare >= 0 else "resent"
                 why = f"source records {before.cause} and {effect.cause}"
                 if spare < 0 and made[before.cause] != made[effect.cause]:
-                    why = f"mixed up: {why} made different ids"
-                    found.append(_anomaly("duplicated", effect, why, before))
-                else:
-                    found.append(_anomaly("resent", effect, why, before, accounted=spare >= 0))
+                    kind, why = "duplicated", f"mixed up: {why} made different ids"
+                found.append(_anomaly(kind, effect, why, before))
             else:
                 at = moment.at if moment.log == earlier.log else moment.at + line.gap
                 if fault := _explaining(faults, before, effect, at):
@@ -179,14 +167,13 @@ def _explaining(faults: Sequence[Fault], before: Effect, effect: Effect, at: flo
     which had it in hand, else the last within reach."""
     reach = SAME_POD if effect.pod is not None and effect.pod == before.pod else AFTERMATH
     since = min(before.time, effect.time)
-    last = None
-    for fault in reversed(faults[: bisect_right(faults, at, key=lambda fault: fault.start)]):
-        ended = float("inf") if fault.end is None else fault.end
-        if _strikes(fault, before.pod) and ended + NOTED >= since:
-            return fault
-        if last is None and ended + reach >= since:
-            last = fault
-    return last
+
+    def ended(fault: Fault) -> float:
+        return float("inf") if fault.end is None else fault.end
+
+    near = [fault for fault in faults if fault.start <= at and ended(fault) + reach >= since]
+    struck = [fault for fault in near if ended(fault) + NOTED >= since and _strikes(fault, before.pod)]
+    return struck[-1] if struck else near[-1] if near else None
 
 
 def _strikes(fault: Fault, pod: str | None) -> bool:
@@ -210,29 +197,23 @@ def _disorder(line: Timeline, wanted: Mapping[str, Sent]) -> list[Anomaly]:
         if send.key is not None and send.confirmed and send.id in line.first:
             keys[send.key].append(line.first[send.id])
     found = []
-
-    def claim(key: str, moment: _Moment, other: _Moment, late: bool) -> None:
-        effect, before = line.effects[moment.effect], line.effects[other.effect]
-        than = f"done after {before.id}, sent later" if late else f"done before {before.id}, sent earlier"
-        found.append(_anomaly("out of order", effect._replace(key=key), than, before))
-
     for key, moments in keys.items():
         logs: defaultdict[str, list[_Moment]] = defaultdict(list)
         for moment in moments:
             logs[moment.log].append(moment)
-        wrong = set()
-        for part in logs.values():
-            for moment, other, late in _misplaced(part, [moment.offset for moment in part]):
-                wrong.add(moment)
-                claim(key, moment, other, late)
-        rest = [moment for moment in moments if moment not in wrong] if len(logs) > 1 else []
-        for moment, other, late in _misplaced(rest, [moment.at for moment in rest]):
-            if abs(moment.at - other.at) > line.gap:
-                claim(key, moment, other, late)
+        pairs = [pair for log in logs.values() for pair in _misplaced(log, [moment.offset for moment in log])]
+        wrong = {moment for moment, _ in pairs}
+        rest = [moment for moment in moments if moment not in wrong]
+        between = _misplaced(rest, [moment.at for moment in rest])
+        pairs += [(moment, other) for moment, other in between if abs(moment.at - other.at) > line.gap]
+        for (*_, effect), (*_, before) in pairs:
+            late = wanted[effect.id].order < wanted[before.id].order
+            why = f"done after {before.id}, sent later" if late else f"done before {before.id}, sent earlier"
+            found.append(_anomaly("out of order", effect._replace(key=key), why, before))
     return found
 
 
-def _misplaced(moments: Sequence[_Moment], ranks: Sequence[float]) -> Iterator[tuple[_Moment, _Moment, bool]]:
+def _misplaced(moments: Sequence[_Moment], ranks: Sequence[float]) -> Iterator[tuple[_Moment, _Moment]]:
     """What the longest rising run of `ranks` leaves out, each with one in it that it is late or early for."""
     if all(a <= b for a, b in pairwise(ranks)):
         return
@@ -250,27 +231,9 @@ def _misplaced(moments: Sequence[_Moment], ranks: Sequence[float]) -> Iterator[t
     for index in sorted(set(range(len(ranks))) - set(run)):
         place = bisect_left(run, index)
         late = place < len(run) and ranks[run[place]] < ranks[index]
-        yield moments[index], moments[run[place if late else place - 1]], late
+        yield moments[index], moments[run[place if late else place - 1]]
 
 
-def _anomaly(
-    kind: str,
-    effect: Effect,
-    why: str,
-    first: Effect | None = None,
-    fault: Fault | None = None,
-    accounted: bool = False,
-) -> Anomaly:
-    return Anomaly(
-        kind=kind,
-        id=effect.id,
-        key=effect.key,
-        explanation=f"{effect.where}: {why}" if effect.where else why,
-        place=effect.place,
-        first_place=first and first.place,
-        pod=effect.pod,
-        first_pod=first and first.pod,
-        time=effect.time,
-        fault=fault,
-        accounted=accounted,
-    )
+def _anomaly(kind: str, effect: Effect, why: str, first: Effect | None = None, fault: Fault | None = None) -> Anomaly:
+    places = effect.place, first and first.place
+    return Anomaly(kind, effect.id, effect.key, why, *places, effect.pod, first and first.pod, effect.time, fault)

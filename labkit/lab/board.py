@@ -6,18 +6,18 @@ import html
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 from IPython import display
 
 from labkit.lab import picture
-from labkit.lab.buttons import Button, Say, one_line, set_trait
+from labkit.lab.buttons import Button, Say, one_line
 from labkit.lab.canvas import render, render_small
-from labkit.lab.deployment import Pod, PodState
-from labkit.lab.faults import Action, sentence
+from labkit.lab.deployment import Deployment, Pod, PodState
+from labkit.lab.faults import Action
 from labkit.lab.metrics import History, clock
 from labkit.lab.panels import Panel
 
@@ -36,31 +36,6 @@ _LINE_LENGTH = 2_000
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
-class PodLike(Protocol):
-    """What a board needs of a pod. Faults may block, and raise when they cannot be done; all else answers at once."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def index(self) -> int: ...
-    @property
-    def state(self) -> PodState: ...
-    @property
-    def restarts(self) -> int: ...
-    def why_not(self, verb: str) -> str | None: ...
-    def do(self, verb: str, options: Mapping[str, float], /) -> str: ...
-
-
-class DeploymentLike(Protocol):
-    """What a board needs of a deployment."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def pods(self) -> Sequence[PodLike]: ...
-    def scale(self, replicas: int, /) -> None: ...
-
-
 class Board:
     """Shows itself at the end of a cell, and redraws in a thread of its own until `close()`.
 
@@ -75,24 +50,20 @@ class Board:
         history: History,
         panels: Sequence[Panel],
         status: Callable[[], str],
-        deployments: Callable[[], Sequence[DeploymentLike]] | None = None,
+        deployments: Callable[[], Sequence[Deployment]] | None = None,
         log: Callable[[], Sequence[str]] = list,
         actions: Sequence[Action] = (),
         *,
         window: float = 60.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if not panels:
-            raise ValueError("a board needs at least one panel")
         self._history, self._panels, self._status, self._log = history, tuple(panels), status, log
         self._window, self._clock = window, clock
         self._closed = threading.Event()
-        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         # Frames, clicks and finished actions come from different threads.
         self._lock = threading.RLock()
-        self._drawn_version = -1
-        self._drawn_at_rest = False
+        self._drawn_version, self._drawn_at_rest = -1, False
         self._newest: float | None = None
         self._failed_action = ""
         self.frames = 0
@@ -104,12 +75,8 @@ class Board:
         self._lines = ipywidgets.HTML()
         self._pods = None if deployments is None else _PodButtons(deployments, self._answered, self._lock)
         self._buttons = [Button(lambda a=action: a, self._answered) for action in actions]  # type: ignore[misc]
-        rows: list[Any] = [self._picture, self._says]
-        if self._pods is not None:
-            rows.append(self._pods.widget)
-        if self._buttons:
-            rows.append(_row([button.widget for button in self._buttons]))
-        rows.append(self._lines)
+        rows = [self._picture, self._says, *([] if self._pods is None else [self._pods.widget])]
+        rows += [_row(self._buttons), self._lines]
         self.widget = ipywidgets.VBox(rows, layout=ipywidgets.Layout(max_width=f"{picture.WIDTH + 24}px"))
         """The widget that is shown."""
 
@@ -119,16 +86,11 @@ class Board:
         """The numbers of now: metric, label, now, highest."""
         return self._history.table()
 
-    def snapshot(self, window: float | None = None) -> display.Image:
-        """A picture that stays in the saved notebook: the last `window` seconds, by default the whole run.
-
-        "Whole" ends at ten minutes: of a longer run it shows the last ten.
-        """
+    def snapshot(self) -> display.Image:
+        """A picture that stays in the saved notebook: the whole run, or the last ten minutes of a longer one."""
         seen = self._history.snapshot()
         now = seen.samples[-1].time if seen.samples else self._clock()
-        if window is None:
-            first = seen.samples[0].time if seen.samples else now
-            window = min(max(now - first, 10.0), _LONGEST_SNAPSHOT)
+        window = min(max(now - (self._history.begun or now), 10.0), _LONGEST_SNAPSHOT)
         caption = self._status()
         png = render_small(picture.compose(self._panels, seen.samples, seen.faults, now, window, caption))
         titles = ", ".join(panel.title for panel in self._panels)
@@ -143,7 +105,6 @@ class Board:
         if self._closed.is_set():
             return
         self._closed.set()
-        self._wake.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
@@ -167,9 +128,7 @@ class Board:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         self.start()
-        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())
-        bundle["text/plain"] = repr(self)
-        return bundle
+        return {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
         titles = " · ".join(panel.title for panel in self._panels)
@@ -178,26 +137,20 @@ class Board:
     # -- the redraw thread
 
     def _redraw_until_closed(self) -> None:
-        while not self.closed:
+        took = 0.0
+        while not self._closed.wait(max(_FRAME - took, 2 * took)):  # on a slow machine fewer frames, not a busy core
             begun = time.monotonic()
             self.redraw()
             took = time.monotonic() - begun
-            # On a slow machine fewer frames, not a busy core.
-            self._wake.wait(max(_FRAME - took, 2 * took))
-            self._wake.clear()
 
     def redraw(self) -> None:
         """Bring all parts up to date. It never raises: what went wrong is in the status line."""
         with self._lock:
             if self.closed:
                 return
-            parts: list[tuple[str, Callable[[], None]]] = [("log", self._redraw_log)]
-            if self._pods is not None:
-                parts.append(("pods", self._pods.refresh))
-            parts += [(button.widget.description, button.refresh) for button in self._buttons]
-            parts.append(("picture", self._redraw_picture))
             trouble = [self._failed_action] if self._failed_action else []
-            for name, part in parts:
+            parts = {"log": self._redraw_log, "buttons": self._refresh_buttons, "picture": self._redraw_picture}
+            for name, part in parts.items():
                 try:
                     part()
                 except Exception as error:
@@ -207,8 +160,7 @@ class Board:
             except Exception as error:
                 status = f"status: {one_line(error)}"
             if self._newest is not None and self._clock() - self._newest > _SILENT:
-                since = clock(self._newest)
-                trouble.append(f"no new figures since {since}")
+                trouble.append(f"no new figures since {clock(self._newest)}")
             self._say(status, trouble)
 
     def _redraw_picture(self) -> None:
@@ -222,23 +174,26 @@ class Board:
         at_rest = seen.changed < now - window - 1 and not visible
         if seen.version == self._drawn_version or (at_rest and self._drawn_at_rest):
             return
-        png = render(picture.compose(self._panels, seen.samples, seen.faults, now, window))
+        self._picture.value = render(picture.compose(self._panels, seen.samples, seen.faults, now, window))
         self._drawn_version, self._drawn_at_rest = seen.version, at_rest
         self.frames += 1
-        if png != self._picture.value:
-            self._picture.value = png
 
     def _redraw_log(self) -> None:
-        set_trait(self._lines, "value", _log_html(list(self._log())[-_LOG_LINES:]))
+        self._lines.value = _log_html(list(self._log())[-_LOG_LINES:])
+
+    def _refresh_buttons(self) -> None:
+        if self._pods is not None:
+            self._pods.refresh()
+        for button in self._buttons:
+            button.refresh()
 
     def _say(self, status: str, trouble: Sequence[str] = ()) -> None:
         bad = "".join(f' <span style="color:{_BAD}">· {html.escape(each)}</span>' for each in trouble)
-        text = f'<div role="status" style="{_STATUS_STYLE}">{html.escape(status)}{bad}</div>'
-        set_trait(self._says, "value", text)
+        self._says.value = f'<div role="status" style="{_STATUS_STYLE}">{html.escape(status)}{bad}</div>'
 
     # -- clicks
 
-    def _answered(self, text: str, failed: bool = False) -> None:
+    def _answered(self, text: str, failed: bool) -> None:
         """Tell what failed; what was done is in the picture."""
         with self._lock:
             self._failed_action = text if failed else ""
@@ -249,46 +204,34 @@ class Board:
 
 
 class _PodButtons:
-    """A pod to choose, and what can be done to it."""
+    """A pod to choose, what can be done to it, and how many there are of its deployment."""
 
-    def __init__(
-        self,
-        deployments: Callable[[], Sequence[DeploymentLike]],
-        say: Say,
-        lock: threading.RLock,
-    ) -> None:
+    def __init__(self, deployments: Callable[[], Sequence[Deployment]], say: Say, lock: threading.RLock) -> None:
         self._deployments, self._lock = deployments, lock
-        self._pods: dict[_Place, PodLike] = {}
-        self._chosen: _Place = ("", 0)
-        self._several = False
+        self._chosen = f"{deployments()[0].name}-0"
         self._choice = ipywidgets.ToggleButtons(
             options=[], style={"button_width": "auto"}, tooltips=[], layout=ipywidgets.Layout(width="auto")
         )
         self._choice.observe(self._choose, "value")
-        on_pod = [Button(partial(self._on_pod, verb, about), say) for verb, about in Pod.verbs.items()]
-        on_all = [Button(make, say) for make in (self._add, self._remove)]
+        on_pod = [Button(partial(self._on_pod, verb), say) for verb in Pod.verbs]
+        on_all = [
+            Button(partial(self._scale, verb, by), say) for verb, by in (("Add a pod to", 1), ("Remove a pod of", -1))
+        ]
         self.buttons = [*on_pod, *on_all]
-        self.widget = ipywidgets.VBox(
-            [
-                _row([*(button.widget for button in on_all), self._choice]),  # what is clicked often stays in its place
-                _row([button.widget for button in on_pod]),
-            ]
-        )
+        # What is clicked often stays in its place.
+        self.widget = ipywidgets.VBox([_row(on_all, self._choice), _row(on_pod)])
 
     def refresh(self) -> None:
-        deployments = self._deployments()
-        self._several = len(deployments) > 1
-        self._pods = pods = {(one.name, pod.index): pod for one in deployments for pod in one.pods}
-        options = [(_named(self._called(place), pod), place) for place, pod in pods.items()]
+        pods, chosen = self._pods(), self._chosen
+        options = [(_named(pod), name) for name, pod in pods.items()]
         if options != list(self._choice.options):
-            chosen, mine = self._chosen, [place for place in pods if place[0] == self._chosen[0]]
-            if chosen not in pods and (mine or chosen[0] not in [one.name for one in deployments]):
-                chosen = next(iter(mine or pods), (deployments[0].name, 0))
             # New options reset the choice; the learner's stays, also while its deployment is replaced and has no pods.
-            self._choice.tooltips = [_about(pod) for pod in pods.values()]
+            if chosen not in pods and (first := f"{self._owner().name}-0") in pods:
+                chosen = first
             self._choice.options = options
             self._choice.value = chosen if chosen in pods else None
             self._chosen = chosen
+        self._choice.tooltips = [repr(pod) for pod in pods.values()]
         for button in self.buttons:
             button.refresh()
 
@@ -299,48 +242,25 @@ class _PodButtons:
                 for button in self.buttons:
                     button.refresh()
 
-    def _called(self, place: _Place) -> str:
-        return f"{place[0]}-{place[1]}" if self._several else f"pod {place[1]}"
+    def _pods(self) -> dict[str, Pod]:
+        return {pod.name: pod for one in self._deployments() for pod in one.pods}
 
-    def _on_pod(self, verb: str, about: str) -> Action:
-        """Do something to the chosen pod, if it makes sense now."""
-        (name, index), called = self._chosen, self._called(self._chosen)
+    def _owner(self) -> Deployment:
+        """The deployment of the chosen pod."""
+        return next(one for one in self._deployments() if one.name == self._chosen.rpartition("-")[0])
 
-        def run() -> str:
-            for pod in (pod for one in self._deployments() if one.name == name for pod in one.pods):
-                if pod.index == index:
-                    return pod.do(verb, {})
-            raise LookupError(f"there is no {called} any more")
+    def _on_pod(self, verb: str) -> Action:
+        if (pod := self._pods().get(self._chosen)) is not None:
+            return pod.action(verb)
+        gone = f"There is no {self._chosen} now."
+        return Action(f"{verb.capitalize()} {self._chosen}", gone, lambda: None, lambda: gone)
 
-        pod = self._pods.get(self._chosen)
-        why_not = f"There is no {called} now." if pod is None else sentence(pod.why_not(verb))
-        return Action(f"{verb.capitalize()} {called}", about, run, lambda: why_not)
+    def _scale(self, verb: str, by: int) -> Action:
+        owner = self._owner()
+        replicas = len(owner.pods) + by
+        enough = "The last pod stays." if replicas < 1 else None
+        return Action(f"{verb} {owner.name}", f"Scale to {replicas}.", partial(owner.scale, replicas), lambda: enough)
 
-    def _add(self) -> Action:
-        return self._scale("Add", 1, None)
-
-    def _remove(self) -> Action:
-        enough = "The last pod stays." if self._siblings() < 2 else None
-        return self._scale("Remove", -1, enough)
-
-    def _siblings(self) -> int:
-        return sum(name == self._chosen[0] for name, _ in self._pods)
-
-    def _scale(self, verb: str, by: int, why_not: str | None) -> Action:
-        """Change the number of pods of the chosen one's deployment."""
-        name, replicas = self._chosen[0], self._siblings() + by
-
-        def run() -> None:
-            for one in self._deployments():
-                if one.name == name:
-                    one.scale(replicas)
-
-        what = f"a {name} pod" if self._several else "a pod"
-        return Action(f"{verb} {what}", f"Scale to {replicas}.", run, lambda: why_not)
-
-
-_Place: TypeAlias = tuple[str, int]
-"""A pod by the name of its deployment and its index."""
 
 # -- Text ------------------------------------------------------------------------------------------------------------
 
@@ -375,16 +295,11 @@ def _log_html(lines: Sequence[str]) -> str:
     return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
 
 
-def _named(called: str, pod: PodLike) -> str:
+def _named(pod: Pod) -> str:
     state = pod.state
-    return called if state is PodState.RUNNING else f"{called} · {state.value}"
+    return pod.name if state is PodState.RUNNING else f"{pod.name} · {state.value}"
 
 
-def _about(pod: PodLike) -> str:
-    times = {0: "never restarted", 1: "restarted once"}.get(pod.restarts, f"restarted {pod.restarts} times")
-    return f"{pod.name}: {pod.state.value}, {times}"
-
-
-def _row(widgets: Sequence[Any]) -> Any:
+def _row(buttons: Sequence[Button], *more: Any) -> Any:
     layout = ipywidgets.Layout(margin="0 0 0 40px", flex_flow="row wrap", align_items="center")
-    return ipywidgets.HBox(list(widgets), layout=layout)
+    return ipywidgets.HBox([*(button.widget for button in buttons), *more], layout=layout)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TypeAlias
 
 import ipywidgets
 
 from labkit.kafka.errors import safe_text
 from labkit.lab.faults import Action
 
-
-class Say(Protocol):
-    """Where a click's answer goes: what its action returned as a text, or the error it raised."""
-
-    def __call__(self, text: str, failed: bool = False, /) -> None: ...
+Say: TypeAlias = Callable[[str, bool], None]
+"""Where a click's answer goes: what its action returned as a text, or why it failed; and whether it failed."""
 
 
 class Button:
@@ -36,9 +33,9 @@ class Button:
         with self._lock:
             action = self._action()
             why_not = self._closed or ("Under way …" if self._busy else action.available())
-            set_trait(self.widget, "description", action.label)
-            set_trait(self.widget, "tooltip", why_not or action.tooltip)
-            set_trait(self.widget, "disabled", why_not is not None)
+            self.widget.description = action.label
+            self.widget.tooltip = why_not or action.tooltip
+            self.widget.disabled = why_not is not None
 
     def close(self, why: str) -> None:
         """Disable it for good."""
@@ -50,29 +47,19 @@ class Button:
         with self._lock:
             if self._closed or self._busy:
                 return
-            try:
-                action = self._action()
-                why_not = action.available()
-            except Exception as error:
-                self._say(one_line(error), True)
-                return
-            self._busy = why_not is None
+            action, self._busy = self._action(), True
             self.refresh()
-        self._say(why_not or "", why_not is not None)
-        if why_not is not None:  # it made sense when the browser drew it
-            return
         threading.Thread(target=self._run, args=(action,), name=f"button: {action.label}", daemon=True).start()
 
     def _run(self, action: Action) -> None:
-        said, failed = "", False
         try:
-            answer = action.run()
-            said = answer if isinstance(answer, str) else ""
+            why_not = action.available()  # it may have made sense when the browser drew it
+            answer = why_not or action.run()
+            said, failed = answer if isinstance(answer, str) else "", why_not is not None
         except Exception as error:
             said, failed = f"{action.label}: {one_line(error)}", True
-        finally:
-            with self._lock:
-                self._busy = False
+        with self._lock:
+            self._busy = False
         self._say(said, failed)
         self.refresh()
 
@@ -80,9 +67,3 @@ class Button:
 def one_line(error: Exception) -> str:
     """An error in one line."""
     return " ".join(safe_text(error).split()) or type(error).__name__
-
-
-def set_trait(widget: Any, name: str, value: object) -> None:
-    """Set a trait when it differs: each assignment may be a message to the browser."""
-    if getattr(widget, name) != value:
-        setattr(widget, name, value)

@@ -1,36 +1,28 @@
 """The canvas: texts, lines and areas in pixels, and how they become a PNG.
 
-A frame is drawn three times a second beside a kernel that has other work, and matplotlib's axes cost several times what
-the picture does, most of it for setting the same text again. So a scene is drawn without axes, and text is set once and
-kept as pixels.
+A frame is drawn three times a second beside a kernel that has other work, and matplotlib's axes and letters cost
+several times what the picture does. So lines and areas go straight to its renderer, and Pillow writes the texts on top.
 """
 
 from __future__ import annotations
 
 import io
-import math
-import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
+import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
-from matplotlib.patches import Polygon
-from matplotlib.text import Text as TextArtist
-from matplotlib.transforms import Affine2D, IdentityTransform
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.colors import to_rgb
+from matplotlib.path import Path
+from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 Floats: TypeAlias = NDArray[np.float64]
 Style: TypeAlias = Literal["solid", "dashed", "dotted"]
 
-SMALLEST = 0.75  # scale of a picture that must not have many bytes
 
 # -- Scene: what is drawn, in pixels, origin at the bottom left ------------------------------------------------------
 
@@ -43,16 +35,9 @@ class Text:
     size: float
     colour: str
     role: str
-    """What it is for: "title", "unit", "words", "tick", "label", "fault", "caption"."""
+    """What it is for, as a test asks: "title", "unit", "words", "tick", "label", "fault", "caption"."""
     bold: bool = False
     align: Literal["left", "center", "right"] = "left"
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """Left, bottom, right, top of what is drawn; y is the middle of the letters' height."""
-        width = text_width(self.text, self.size, self.bold)
-        left = self.x - {"left": 0.0, "center": width / 2, "right": width}[self.align]
-        return left, self.y - self.size / 2, left + width, self.y + self.size / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,17 +71,12 @@ class Scene:
     height: int
     marks: list[Mark] = field(default_factory=list)
 
-    def texts(self, *roles: str) -> list[Text]:
-        """The texts, of the given roles or all."""
-        found = [mark for mark in self.marks if isinstance(mark, Text)]
-        return [text for text in found if not roles or text.role in roles]
-
 
 def render(scene: Scene) -> bytes:
     """The scene as PNG bytes, quickly."""
     out = io.BytesIO()
     # Level 1: a third of the time for a few kB more, and a frame lives for a third of a second.
-    Image.fromarray(_pixels(scene, 1.0)).convert("RGB").save(out, "png", compress_level=1)
+    _image(scene, 1.0).save(out, "png", compress_level=1)
     return out.getvalue()
 
 
@@ -104,10 +84,9 @@ def render_small(scene: Scene, most: int = 30_000) -> bytes:
     """The scene as PNG bytes, as sharp as `most` bytes allow; by default those of a picture that is kept in a notebook,
     40 kB as base64."""
     png = b""
-    for scale, colours in ((1.5, 64), (1.0, 64), (1.0, 24), (SMALLEST, 16)):
+    for scale, colours in ((1.5, 64), (1.0, 64), (1.0, 24), (0.75, 16)):
         out = io.BytesIO()
-        pixels = Image.fromarray(_pixels(scene, scale)).convert("RGB")
-        pixels.quantize(colours, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+        _image(scene, scale).quantize(colours, dither=Image.Dither.NONE).save(out, "png", optimize=True)
         png = out.getvalue()
         if len(png) <= most:
             break
@@ -116,25 +95,17 @@ def render_small(scene: Scene, most: int = 30_000) -> bytes:
 
 # -- Pixels ----------------------------------------------------------------------------------------------------------
 
-# Everything is said to matplotlib in full (font, mathtext, colours): a learner's style sheet or rcParams, and a "$" in
-# a fault's text, must not change the board.
-_Renderer: Any = RendererAgg  # its methods carry no types
-_FONT = "DejaVu Sans"  # comes with matplotlib
-# matplotlib's font objects are shared, and the learner's own plots are drawn by another thread.
-_lock = threading.RLock()
-
 
 @lru_cache(maxsize=64)
-def _font(size: float, bold: bool) -> FontProperties:
-    return FontProperties(family=_FONT, size=size, weight="bold" if bold else "normal")
+def _font(size: float, bold: bool) -> ImageFont.FreeTypeFont:
+    # It comes with matplotlib. A learner's style sheet or rcParams must not change the board.
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)
 
 
-@lru_cache(maxsize=4096)
-def text_width(text: str, size: float, bold: bool, scale: float = 1.0) -> float:
-    """Width in pixels of a text as it is drawn at this scale: small letters are wider than a share of large ones."""
-    with _lock:
-        width, _, _ = _Renderer(1, 1, 72 * scale).get_text_width_height_descent(text, _font(size, bold), False)
-    return float(width)
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Width in pixels of a text as it is drawn."""
+    return _font(size, bold).getlength(text)
 
 
 def shorten(text: str, size: float, room: float, bold: bool = False) -> str:
@@ -146,88 +117,38 @@ def shorten(text: str, size: float, room: float, bold: bool = False) -> str:
     return text.rstrip() + "…"
 
 
-def _pixels(scene: Scene, scale: float) -> NDArray[np.uint8]:
-    """Paint the marks in their order. At 72 dots an inch a point is a pixel, times the scale."""
-    with _lock:
-        figure, canvas = _canvas(scene.width * scale, scene.height * scale, scale, "white")
-        for order, mark in enumerate(scene.marks):
-            artist = _Letters(mark, scale) if isinstance(mark, Text) else _shape(mark, scale)
-            artist.set_zorder(order)
-            figure.add_artist(artist)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())
+_Renderer: Any = RendererAgg  # its methods carry no types
+_DASHES = {"solid": None, "dashed": (2.2, 1.8), "dotted": (1.0, 1.6)}
+_ANCHORS = {"left": "ls", "center": "ms", "right": "rs"}
+_MIDDLE = 0.36
+"""Of a letter's size: from the middle of its height down to the baseline."""
 
 
-class _Letters(Artist):
-    """A text, drawn from pixels that are kept: setting type is most of the work of a frame, and the same each time."""
-
-    def __init__(self, text: Text, scale: float) -> None:
-        super().__init__()
-        self._text, self._scale = text, scale
-
-    def draw(self, renderer: Any) -> None:
-        text, scale = self._text, self._scale
-        pixels = _typeset(text.text, text.size, text.colour, text.bold, scale)
-        left = text.box[0] * scale - _PADDING
-        bottom = text.y * scale - pixels.shape[0] // 2
+def _image(scene: Scene, scale: float) -> Image.Image:
+    """Paint the marks in their order, texts on top. At 72 dots an inch a point is a pixel, times the scale."""
+    width, height = round(scene.width * scale), round(scene.height * scale)
+    renderer = _Renderer(width, height, 72 * scale)
+    zoom = Affine2D().scale(scale)
+    paper = Area(np.array((0, scene.width)), np.zeros(2), np.full(2, scene.height), "white")
+    for mark in (paper, *scene.marks):
         brush = renderer.new_gc()
-        renderer.draw_image(brush, round(left), round(bottom), pixels)
-        brush.restore()
-
-
-_PADDING = 2
-
-
-@lru_cache(maxsize=1024)
-def _typeset(text: str, size: float, colour: str, bold: bool, scale: float) -> NDArray[np.uint8]:
-    """The pixels of a text, the middle of its letters' height in the middle, bottom row first."""
-    width = math.ceil(text_width(text, size, bold, scale)) + 2 * _PADDING
-    height = 2 * math.ceil(size * scale)
-    figure, canvas = _canvas(width, height, scale, "none")
-    artist = TextArtist(
-        _PADDING,
-        height / 2,
-        text,
-        color=colour,
-        fontproperties=_font(size, bold),
-        verticalalignment="center_baseline",
-        parse_math=False,
-        usetex=False,
-    )
-    artist.set_transform(IdentityTransform())
-    figure.add_artist(artist)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[::-1])
-
-
-def _canvas(width: float, height: float, scale: float, colour: str) -> tuple[Figure, Any]:
-    dpi = 72 * scale
-    figure = Figure((width / dpi, height / dpi), dpi, facecolor=colour, edgecolor="none")
-    figure.set_layout_engine("none")
-    return figure, FigureCanvasAgg(figure)
-
-
-_DASHES: Mapping[str, Any] = {"solid": "solid", "dashed": (0, (2.2, 1.8)), "dotted": (0, (1.0, 1.6))}
-
-
-def _shape(mark: Line | Area, scale: float) -> Artist:
-    artist: Artist
-    if isinstance(mark, Line):
-        artist = Line2D(
-            mark.xs,
-            mark.ys,
-            color=mark.colour,
-            linewidth=mark.width,
-            linestyle=_DASHES[mark.style],
-            marker="none",
-            antialiased=True,
-            solid_capstyle="round",
-            solid_joinstyle="round",
-            dash_capstyle="butt",
-        )
-    else:
-        xs, ys = np.concatenate((mark.xs, mark.xs[::-1])), np.concatenate((mark.high, mark.low[::-1]))
-        corners = np.column_stack((xs, ys))
-        artist = Polygon(corners, closed=True, facecolor=mark.colour, edgecolor="none", alpha=mark.alpha)
-    artist.set_transform(Affine2D().scale(scale))
-    return artist
+        if isinstance(mark, Line):
+            dashes = _DASHES[mark.style]
+            brush.set_foreground(mark.colour)
+            brush.set_linewidth(mark.width)
+            brush.set_dashes(0, dashes and [mark.width * length for length in dashes])
+            brush.set_capstyle("butt" if dashes else "round")
+            renderer.draw_path(brush, Path(np.column_stack((mark.xs, mark.ys))), zoom)
+        elif isinstance(mark, Area):
+            brush.set_linewidth(0)
+            brush.set_alpha(mark.alpha)
+            xs, ys = np.concatenate((mark.xs, mark.xs[::-1])), np.concatenate((mark.high, mark.low[::-1]))
+            renderer.draw_path(brush, Path(np.column_stack((xs, ys))), zoom, to_rgb(mark.colour))
+    image = Image.fromarray(np.asarray(renderer.buffer_rgba())).convert("RGB")
+    brush = ImageDraw.Draw(image)
+    for mark in scene.marks:
+        if isinstance(mark, Text):
+            at = mark.x * scale, (scene.height - mark.y + _MIDDLE * mark.size) * scale
+            font = _font(mark.size * scale, mark.bold)
+            brush.text(at, mark.text, mark.colour, font, _ANCHORS[mark.align])
+    return image

@@ -37,11 +37,17 @@ class Order(msgspec.Struct, frozen=True):
 class TargetState(msgspec.Struct, frozen=True):
     """What is told of a target."""
 
-    name: str
-    condition: str
-    verbs: list[str]
-    """What makes sense now."""
-    standing: list[str]
+    target: str
+    state: str
+    can: list[str]
+    """What makes sense to do with it now."""
+    stands: list[str]
+    """Its faults."""
+
+    @classmethod
+    def of(cls, target: Target) -> TargetState:
+        possible = [verb for verb in target.verbs if target.why_not(verb) is None]
+        return cls(target.name, str(target.state.value), possible, target.standing())
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -52,34 +58,45 @@ class Answer(msgspec.Struct, frozen=True):
     targets: list[TargetState] = []
 
 
-class Control:
+class Control(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """Answers orders in threads of their own, until `close`. `targets` is asked for at every order."""
+
+    daemon_threads = True
+    block_on_close = False  # an order that takes long does not hold up the end of the lab
 
     def __init__(self, folder: Path, targets: Callable[[], Mapping[str, Target]]) -> None:
         self._targets = targets
-        door = _door(folder)
         self._away: Path | None = None
+        door = folder / "control"
         try:
-            self._server = _Server(os.fspath(door), self._answer)
+            super().__init__(os.fspath(door), socketserver.BaseRequestHandler)
         except OSError:  # its path is too long for a socket, or the file system has none
             self._away = Path(tempfile.mkdtemp(prefix="labkit-"))  # for this user alone, too
             door.symlink_to(self._away / door.name)
-            self._server = _Server(os.fspath(self._away / door.name), self._answer)
-        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="control", daemon=True).start()
+            super().__init__(os.fspath(self._away / door.name), socketserver.BaseRequestHandler)
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="control", daemon=True).start()
 
     def close(self) -> None:
         """Answer no more."""
-        self._server.shutdown()
-        self._server.server_close()
+        self.shutdown()
+        self.server_close()
         if self._away is not None:
             shutil.rmtree(self._away, ignore_errors=True)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own."""
+        with request.makefile("rb") as question:
+            request.sendall(msgspec.json.encode(self._answer(question.readline(LARGEST))))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked has gone: nobody is told."""
 
     def _answer(self, line: bytes) -> Answer:
         try:
             order = msgspec.json.decode(line, type=Order)
             targets = self._targets()
             if not order.target:
-                return Answer(targets=[_told(one) for one in targets.values()])
+                return Answer(targets=[TargetState.of(one) for one in targets.values()])
             if order.target not in targets:
                 raise LabkitError(f"there is no {order.target} here; there are: {', '.join(targets)}")
             return Answer(said=targets[order.target].do(order.verb, order.options))
@@ -93,7 +110,7 @@ def ask(folder: Path, order: Order) -> Answer | None:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(wait)
         try:
-            client.connect(os.path.realpath(_door(folder)))
+            client.connect(os.path.realpath(folder / "control"))
             client.sendall(msgspec.json.encode(order) + b"\n")
             answer = b"".join(iter(lambda: client.recv(LARGEST), b""))
         except TimeoutError:
@@ -101,31 +118,3 @@ def ask(folder: Path, order: Order) -> Answer | None:
         except OSError:
             return None
     return msgspec.json.decode(answer, type=Answer) if answer else None
-
-
-def _door(folder: Path) -> Path:
-    return folder / "control"
-
-
-def _told(target: Target) -> TargetState:
-    possible = [verb for verb in target.verbs if target.why_not(verb) is None]
-    return TargetState(target.name, target.condition, possible, target.standing())
-
-
-class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    daemon_threads = True
-    block_on_close = False  # an order that takes long does not hold up the end of the lab
-
-    def __init__(self, path: str, answer: Callable[[bytes], Answer]) -> None:
-        self.answer = answer
-        super().__init__(path, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever asked has gone: nobody is told."""
-
-
-class _Handler(socketserver.StreamRequestHandler):
-    server: _Server
-
-    def handle(self) -> None:
-        self.wfile.write(msgspec.json.encode(self.server.answer(self.rfile.readline(LARGEST))))

@@ -7,12 +7,14 @@ learner does to a pod only states a wish or sends a signal, so that buttons and 
 from __future__ import annotations
 
 import html
+import math
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,34 +53,22 @@ class LogLine:
     pod: str
     text: str
 
+    def __str__(self) -> str:
+        return f"{clock(self.time)} {self.pod}: {self.text}"
+
 
 _UP = (PodState.RUNNING, PodState.SLOW)
-_WHEN = {
-    "kill": (*_UP, PodState.STARTING, PodState.FROZEN, PodState.DRAINING),
-    "freeze": _UP,
-    "slow": _UP,
-    "restart": _UP,
-    "recover": (PodState.FROZEN, PodState.SLOW, PodState.RESTARTING),
-}
-_FIX = {
-    PodState.STARTING: "wait until it runs",
-    PodState.RUNNING: "there is nothing to mend",
-    PodState.FROZEN: "recover it first",
-    PodState.DRAINING: "wait until it has started again",
-    PodState.RESTARTING: "recover it, or wait until it runs",
-    PodState.STOPPED: "deploy it again",
-}
 
 
 class Pod(Target):
     """One pod of a deployment. Its name stays when its process is replaced."""
 
-    verbs: Mapping[str, str] = {
-        "kill": "kill -9 it, in the middle of what it does; it is started again.",
-        "freeze": "Stop it in its tracks (SIGSTOP), as a long pause of its machine would, until it recovers.",
-        "slow": "Make it wait 0.1 s at each record, until it recovers.",
-        "restart": "Ask it to stop in good order (SIGTERM): it finishes, commits and leaves; it is started again.",
-        "recover": "Let it go on (SIGCONT) if it is frozen, at full speed if it is slow; start it now if it is down.",
+    verbs: Mapping[str, Collection[Enum]] = {
+        "kill": (*_UP, PodState.STARTING, PodState.FROZEN, PodState.DRAINING),
+        "freeze": _UP,
+        "slow": _UP,
+        "restart": _UP,
+        "recover": (PodState.FROZEN, PodState.SLOW, PodState.RESTARTING),
     }
 
     def __init__(self, deployment: Deployment, index: int) -> None:
@@ -86,12 +76,12 @@ class Pod(Target):
         self.deployment, self.index = deployment, index
         self.restarts = 0
         self.child: Child | None = None
-        self.report: PodReport | None = None
+        self.heard: PodReport | None = None
+        """What one of its processes said last."""
         self._lock = threading.Lock()
         self._wanted = True  # False: not started again
         self._reader: threading.Thread | None = None  # of what it prints
-        self._draining = False
-        self._kill_at: float | None = None  # monotonic; when draining takes too long
+        self._kill_at: float | None = None  # monotonic; draining, and this is when it takes too long
         self._frozen = False
         self._killed = False
         self._slow = 0.0
@@ -109,44 +99,51 @@ class Pod(Target):
             return PodState.RESTARTING if self._wanted else PodState.STOPPED
         if self._frozen:
             return PodState.FROZEN
-        if self._draining:
+        if self._kill_at is not None:
             return PodState.DRAINING
-        if self.report is None or self.report.process != child.pid:
+        if self.report is None:
             return PodState.STARTING
         return PodState.SLOW if self._slow else PodState.RUNNING
 
     @property
+    def report(self) -> PodReport | None:
+        """What its process said last; None before its first words."""
+        child, heard = self.child, self.heard
+        return heard if child is not None and heard is not None and heard.process == child.pid else None
+
+    @property
     def waiting(self) -> list[Waiting]:
         """Records it has in a back-off."""
-        return self.report.waiting if self.report is not None and self.child is not None else []
+        return report.waiting if (report := self.report) is not None else []
 
     @property
     def handled(self) -> int:
         """How many records its process has handled since it started."""
-        return self.report.handled if self.report is not None and self.child is not None else 0
+        return report.handled if (report := self.report) is not None else 0
 
     @property
-    def condition(self) -> str:
-        return self.state.value
-
-    def why_not(self, verb: str) -> str | None:
-        state = self.state
-        return None if state in _WHEN[verb] else f"it is {state.value}: {_FIX[state]}"
+    def partitions(self) -> str:
+        """The partitions it has, in words."""
+        assigned = report.assigned if (report := self.report) is not None else []
+        return ", ".join(map(short_name, assigned)) or "no partition"
 
     def kill(self) -> None:
-        """kill -9: nothing is drained, nothing committed. The deployment starts it again. A dead pod is left alone."""
+        """kill -9 it, in the middle of what it does: nothing is drained, nothing committed. It is started again."""
         with self._lock:
             if self.child is None or self._killed or self.child.poll() is not None:
                 return
             self.child.kill()
             self._killed = True
-            self._instant("kill", f"kill pod {self.index}")
+            self._befell("kill", f"kill pod {self.index}")
             if self._frozen:
                 self._frozen = False
                 self._ended("freeze")
 
     def freeze(self) -> None:
-        """SIGSTOP: it keeps its connections and its partitions, but does nothing, until `recover` or `kill`."""
+        """Stop it in its tracks (SIGSTOP), as a long pause of its machine would, until it recovers.
+
+        It keeps its connections, and its partitions as long as its session lasts.
+        """
         with self._lock:
             if self._frozen:
                 return
@@ -155,24 +152,24 @@ class Pod(Target):
             self._began("freeze", f"freeze pod {self.index}")
 
     def slow(self, by: float = 0.1) -> None:
-        """Hold up every record by so many seconds, until `recover`. A pod that is started again is not slow."""
+        """Make it wait 0.1 s, or so many, at each record, until it recovers or is started again."""
         positive(by, "by")
         with self._lock:
-            self._tell(self._running("slow"), f"slow {by}")
+            self._tell(self._running("slow"), f"slow {by}\n".encode())
             self._slow = by
             self._ended("slow")
             self._began("slow", f"slow pod {self.index}")
 
     def restart(self) -> None:
-        """SIGTERM: it finishes what it has in hand, commits and leaves; the deployment starts it again."""
+        """Ask it to stop in good order (SIGTERM): it finishes, commits and leaves; it is started again."""
         with self._lock:
             self._drain(self._running("restart"))
             self._began("restart", f"restart pod {self.index}")  # until it has left
 
     def recover(self) -> str:
-        """SIGCONT if it is frozen: it goes on as if no time had passed. Its partitions may be somebody else's by now.
+        """Let it go on (SIGCONT) if it is frozen, at full speed if it is slow; start it now if it is down.
 
-        One that is slow is so no more, and one that is to be started again is started now.
+        A frozen one goes on as if no time had passed. Its partitions may be somebody else's by now.
         """
         with self._lock:
             mended = []
@@ -182,12 +179,10 @@ class Pod(Target):
             if (child := self.child) is None:
                 return self._nothing()
             if self._frozen:
-                child.signal(signal.SIGCONT)
-                self._frozen = False
-                self._ended("freeze")
+                self._thaw(child)
                 mended.append(f"{self.name} goes on")
             if self._slow:
-                self._tell(child, "slow 0")
+                self._tell(child, b"slow 0\n")
                 self._slow = 0.0
                 self._ended("slow")
                 mended.append(f"{self.name} is slow no more")
@@ -196,15 +191,6 @@ class Pod(Target):
     def __repr__(self) -> str:
         again = f", restarted {self.restarts}×" if self.restarts else ""
         return f"{self.name}: {self.state.value}{again}, {self.partitions}"
-
-    def _repr_html_(self) -> str:
-        return _table("pod", [self])
-
-    @property
-    def partitions(self) -> str:
-        """The partitions it has, in words."""
-        assigned = self.report.assigned if self.report is not None and self.child is not None else []
-        return ", ".join(short_name(place) for place in assigned) or "no partition"
 
     # -- what follows is called by the deployment's thread ---------------------------------------------------------
 
@@ -219,19 +205,17 @@ class Pod(Target):
             elif self._kill_at is not None and now > self._kill_at:
                 self.deployment.note(self.name, f"has not drained within {GRACE:g} s and is killed")
                 self.child.kill()
-                self._kill_at = None
+                self._kill_at = math.inf
 
     def retire(self) -> None:
         """Drain it and do not start it again. A frozen one is thawed for that: one that is killed stays a member of its
         group until its session ends."""
         with self._lock:
             self._wanted = False
-            if self.child is not None and not self._draining:
+            if self.child is not None and self._kill_at is None:
                 self._drain(self.child)
-                thawed, self._frozen = self._frozen, False
-                if thawed:
-                    self.child.signal(signal.SIGCONT)  # only now: it wakes up to the SIGTERM
-                    self._ended("freeze")
+                if self._frozen:
+                    self._thaw(self.child)  # only now: it wakes up to the SIGTERM
 
     def end(self) -> None:
         """End it now."""
@@ -240,10 +224,10 @@ class Pod(Target):
             if self.child is not None:
                 self._close(self.child)
                 self.child = None
-                self._recovered()
+                self._ended()
 
     def _start(self, now: float, payload: bytes) -> None:
-        self._born, self.report = now, None
+        self._born = now
         try:
             self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pod", self.name])
         except (LabkitError, OSError) as error:  # no memory or no process to be had: tried again
@@ -252,23 +236,19 @@ class Pod(Target):
         self.deployment.note(self.name, f"pod {self.index} started as process {self.child.pid}")
         self._reader = threading.Thread(target=self._read, args=(self.child,), name=f"log {self.name}", daemon=True)
         self._reader.start()
-        try:
-            self.child.stdin.write(payload)
-            self.child.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died at birth; the next step buries it
+        self._tell(self.child, payload)
 
     def _bury(self, code: int, now: float) -> None:
         child, self.child = self.child, None
         if child is not None:
             self._close(child)
-        self._recovered()
+        self._ended()  # with its process, all that was done to it is over
         # SIGTERM ends a pod that was not up yet; what it had in hand then is nothing.
-        drained = self._draining and code in (0, -signal.SIGTERM)
-        killed, self._killed = self._killed, False
-        self._frozen, self._slow, self._draining, self._kill_at = False, 0.0, False, None
+        drained = self._kill_at is not None and code in (0, -signal.SIGTERM)
+        killed = self._killed
+        self._killed, self._frozen, self._slow, self._kill_at = False, False, 0.0, None
         if not killed and not drained:
-            self._instant("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
+            self._befell("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
         self._again("drained" if drained else _ended(code), now)
 
     def _again(self, why: str, now: float) -> None:
@@ -294,16 +274,19 @@ class Pod(Target):
 
     def _drain(self, child: Child) -> None:
         child.terminate()
-        self._draining, self._kill_at = True, time.monotonic() + GRACE
+        self._kill_at = time.monotonic() + GRACE
+
+    def _thaw(self, child: Child) -> None:
+        child.signal(signal.SIGCONT)
+        self._frozen = False
+        self._ended("freeze")
 
     def _read(self, child: Child) -> None:
         if child.output is None:
             return
-        try:
+        with suppress(ValueError):  # closed under us: the pod is gone
             for line in child.output:
                 self.deployment.note(self.name, line.decode(errors="replace").rstrip("\n"))
-        except ValueError:
-            pass  # closed under us: the pod is gone
 
     def _running(self, verb: str) -> Child:
         self._check(verb)
@@ -312,20 +295,10 @@ class Pod(Target):
         return self.child
 
     @staticmethod
-    def _tell(child: Child, line: str) -> None:
-        try:
-            child.stdin.write(line.encode() + b"\n")
+    def _tell(child: Child, words: bytes) -> None:
+        with suppress(BrokenPipeError):  # it has just died; so did what it should have done
+            child.stdin.write(words)
             child.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has just died; so did what it should have done
-
-    def _instant(self, kind: str, text: str) -> None:
-        now = time.time()
-        self.history.begin(Fault(now, now, kind, self.name, text))
-
-    def _recovered(self) -> None:
-        """With its process, all that was done to it is over."""
-        self._ended("freeze", "slow", "restart")
 
 
 class Deployment:
@@ -419,7 +392,7 @@ class Deployment:
         if self._leaving:
             return False
         pods = [*self.pods, *(pod for one in beside for pod in one.pods)]
-        if not all(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods):
+        if not all(pod.state in _UP for pod in pods):
             return False
         reports = [report for pod in pods if (report := pod.report) is not None]
         if getattr(self.runnable, "listens", False) and not all(report.counts for report in reports):
@@ -441,13 +414,14 @@ class Deployment:
     def heard(self, report: PodReport) -> None:
         """Take in what a pod said of itself."""
         for pod in self.pods:
-            if pod.name == report.pod and (pod.child is not None and pod.child.pid == report.process):
-                before = set() if pod.report is None else set(pod.report.assigned)
-                for verb, places in (("got", {*report.assigned} - before), ("gave up", before - {*report.assigned})):
-                    if places:
-                        short = ", ".join(sorted(short_name(place) for place in places))
-                        self._log.append(LogLine(report.time, pod.name, f"{verb} {short}"))
-                pod.report = report
+            if pod.name != report.pod or pod.child is None or pod.child.pid != report.process:
+                continue
+            before, now = set(pod.report.assigned if pod.report is not None else ()), set(report.assigned)
+            for verb, places in (("got", now - before), ("gave up", before - now)):
+                if places:
+                    short = ", ".join(sorted(map(short_name, places)))
+                    self._log.append(LogLine(report.time, pod.name, f"{verb} {short}"))
+            pod.heard = report
 
     def drain(self, timeout: float = GRACE + 2) -> None:
         """Stop all pods: they finish what they have in hand, commit and leave. Not started again."""
@@ -482,7 +456,13 @@ class Deployment:
         return f"Deployment {self.name} ({states})"
 
     def _repr_html_(self) -> str:
-        return _table(self.name, self.pods)
+        head = "".join(f"<th>{title}</th>" for title in (html.escape(self.name), "state", "restarts", "partitions"))
+        rows = "".join(
+            f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td>"
+            f"<td>{html.escape(pod.partitions)}</td></tr>"
+            for pod in self.pods
+        )
+        return f"<table><tr>{head}</tr>{rows}</table>"
 
     def _faults(self) -> Iterator[LogLine]:
         """What was done to its pods, to itself, and to Kafka."""
@@ -519,16 +499,6 @@ def pane(deployments: Sequence[Deployment], lines: int = 200) -> list[str]:
     many = "1 earlier line" if earlier == 1 else f"{earlier:,} earlier lines"
     where = " or ".join(f"lab.logs({one.name!r}, {earlier + len(log)})" for one in deployments)
     return [f"{many}: {where}", *shown] if earlier else shown
-
-
-def _table(name: str, pods: Sequence[Pod]) -> str:
-    head = "".join(f"<th>{title}</th>" for title in (html.escape(name), "state", "restarts", "partitions"))
-    rows = "".join(
-        f"<tr><td>{html.escape(pod.name)}</td><td>{pod.state.value}</td><td>{pod.restarts}</td>"
-        f"<td>{html.escape(pod.partitions)}</td></tr>"
-        for pod in pods
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _ended(code: int) -> str:

@@ -27,9 +27,11 @@ def sends(
     if isinstance(given, Mapping):
         return given, set()
     loads, told = [one for one in given if isinstance(one, Load)], [one for one in given if isinstance(one, Sent)]
-    if (loads and told) or len(loads) + len(told) < len(given):
-        strange = next((one for one in given if not isinstance(one, Load | Sent)), given)
-        raise LabkitError(f"what was sent is loads, Sent tuples, or a mapping from an id to its value, not {strange!r}")
+    if len(given) not in (len(loads), len(told)):
+        strange = [repr(one) for one in given if not isinstance(one, Load | Sent)] or ["both"]
+        raise LabkitError(
+            f"what was sent is loads, Sent tuples, or a mapping from an id to its value, not {strange[0]}"
+        )
     if told:
         return told, set()
     asked = {one.id for load in loads for one in load.sent}
@@ -60,17 +62,7 @@ def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Eff
     for record in records:
         if record.value is None:
             continue  # a tombstone takes something back; it is no work done
-        headers = record.headers
-        cause = headers.get(CAUSE)
-        found.append(
-            Effect(
-                identify(record.value),
-                record.key,
-                short_name(record.place),
-                record.timestamp,
-                cause and short_name(cause),
-                headers.get(MADE_BY),
-                topic.short,
-            )
-        )
+        cause, place = record.headers.get(CAUSE), short_name(record.place)
+        cause, name = cause and short_name(cause), identify(record.value)
+        found.append(Effect(name, record.key, place, record.timestamp, cause, record.headers.get(MADE_BY)))
     return found, undecodable(reader)

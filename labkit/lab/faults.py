@@ -5,7 +5,6 @@ To break: `kill`, `freeze`, `slow`, `fail`, `cut`, `restart`. To mend: `recover`
 
 from __future__ import annotations
 
-import html
 import inspect
 import math
 import threading
@@ -13,10 +12,21 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from enum import Enum
+from functools import partial
+from typing import Protocol
 
 from labkit.kafka.errors import LabkitError
 from labkit.lab.metrics import Fault, History
+
+_FIX = {  # by the state in which a verb makes no sense
+    "starting": "wait until it runs",
+    "running": "there is nothing to mend",
+    "as it should be": "there is nothing to mend",
+    "draining": "wait until it has started again",
+    "restarting": "recover it, or wait until it runs",
+    "stopped": "deploy it again",
+}
 
 
 @dataclass(frozen=True)
@@ -42,24 +52,28 @@ class Target:
 
     _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
 
-    verbs: Mapping[str, str]
-    """What can be done to it, in the order of the buttons, and what that does."""
+    verbs: Mapping[str, Collection[Enum]]
+    """What can be done to it, in the order of the buttons, and in which states. A button's tooltip is the first
+    paragraph of what its method says of itself."""
 
     def __init__(self, name: str, history: History) -> None:
         self.name, self.history = name, history
 
     @property
-    def condition(self) -> str:
-        """What it is doing, in words."""
-        raise NotImplementedError
-
-    def why_not(self, verb: str) -> str | None:
-        """Why a verb makes no sense now, and what to do about it; None when it does."""
+    def state(self) -> Enum:
+        """What it is doing."""
         raise NotImplementedError
 
     def recover(self) -> str:
         """Mend it: end all that stands. Says what was mended, or that there was nothing to mend."""
         raise NotImplementedError
+
+    def why_not(self, verb: str) -> str | None:
+        """Why a verb makes no sense now, and what to do about it; None when it does."""
+        state = self.state
+        if state in self.verbs.get(verb, (state,)):  # what can never be done to it says so itself
+            return None
+        return f"it is {state.value}: {_FIX.get(state.value, 'recover it first')}"
 
     def standing(self) -> list[str]:
         """Its faults that have not ended, in words."""
@@ -73,44 +87,50 @@ class Target:
         method = getattr(self, verb)
         takes = inspect.signature(method).parameters
         if unknown := [name for name in options if name not in takes]:
-            raise LabkitError(
-                f"{verb} takes no {unknown[0]} for {self.name}; it takes: {', '.join(takes) or 'nothing'}"
-            )
-        if verb != "recover":
-            self._check(verb)
-        said = method(**options)
-        return said if isinstance(said, str) else f"{verb} {self.name}: it is {self.condition}"
+            known = ", ".join(takes) or "nothing"
+            raise LabkitError(f"{verb} takes no {unknown[0]} for {self.name}; it takes: {known}")
+        return method(**options) or f"{verb} {self.name}: it is {self.state.value}"
+
+    def action(self, verb: str) -> Action:
+        """A board's button for this verb, disabled with its reason while it makes no sense."""
+        about = inspect.getdoc(getattr(self, verb)) or ""
+        tooltip = " ".join(about.partition("\n\n")[0].split())
+        label = f"{verb.capitalize()} {self.name}"
+        return Action(label, tooltip, partial(self.do, verb, {}), partial(self._reason, verb))
 
     def actions(self) -> list[Action]:
-        """A board's buttons for all that can be done to it, each disabled with its reason while it makes no sense."""
-        return [self._action(verb, about) for verb, about in self.verbs.items()]
+        """The buttons for all that can be done to it."""
+        return [self.action(verb) for verb in self.verbs]
 
-    def _action(self, verb: str, about: str) -> Action:
-        return Action(
-            f"{verb.capitalize()} {self.name}", about, getattr(self, verb), lambda: sentence(self.why_not(verb))
-        )
+    def _reason(self, verb: str) -> str | None:
+        why = self.why_not(verb)
+        return why and f"{why[0].upper()}{why[1:]}."
 
     def _check(self, verb: str) -> None:
         if why := self.why_not(verb):
             raise LabkitError(f"cannot {verb} {self.name}: {why}")
 
     def _nothing(self) -> str:
-        return f"nothing to mend: {self.name} is {self.condition}"
+        return f"nothing to mend: {self.name} is {self.state.value}"
 
     def _began(self, kind: str, text: str, since: float | None = None, needs_mending: bool = False) -> None:
         """Note a fault that stands."""
         self.history.begin(Fault(since or time.time(), None, kind, self.name, text, needs_mending))
 
+    def _befell(self, kind: str, text: str) -> None:
+        """Note a fault that is over at once."""
+        now = time.time()
+        self.history.begin(Fault(now, now, kind, self.name, text))
+
     def _ended(self, *kinds: str) -> None:
-        for kind in kinds:
-            self.history.end(kind, self.name, time.time())
+        """Note the end of what stands, of all if no kinds are named."""
+        for fault in self.history.standing():
+            if fault.target == self.name and (not kinds or fault.kind in kinds):
+                self.history.end(fault.kind, self.name, time.time())
 
     def __repr__(self) -> str:
         stands = ", ".join(self.standing())
-        return f"{self.name} is {self.condition}" + (f": {stands}" if stands else "")
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
+        return f"{self.name} is {self.state.value}" + (f": {stands}" if stands else "")
 
 
 class Switch(Protocol):
@@ -120,7 +140,14 @@ class Switch(Protocol):
     """The names of what it can be told: "errors", "status", "delay", and "cut" where it can."""
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
-        """Have it do this and nothing else. Raises LabkitError for values that make no sense, or when it is away."""
+        """Have it do this and nothing else. Raises LabkitError for what it does not understand, or when it is away."""
+
+
+class ServiceState(Enum):
+    """What a service was told."""
+
+    WELL = "as it should be"
+    ILL = "misbehaving"
 
 
 class Service(Target):
@@ -129,48 +156,33 @@ class Service(Target):
     A fault stands until `recover`, which ends all of them, or for `seconds`. Different ones stand side by side.
     """
 
-    _VERBS: ClassVar = {
-        "fail": "It refuses every request (503), until it recovers.",
-        "slow": "It takes a second longer for each answer, until it recovers.",
-        "cut": "It does the work of 3 requests, and cuts their connections before it answers.",
-        "recover": "It behaves again.",
-    }
-
     def __init__(self, name: str, switch: Switch, history: History) -> None:
         super().__init__(name, history)
-        self.verbs = {
-            verb: about for verb, about in self._VERBS.items() if verb != "cut" or "cut" in switch.understands
-        }
+        able = [verb for verb in ("fail", "slow", "cut") if verb != "cut" or "cut" in switch.understands]
+        self.verbs = {**dict.fromkeys(able, tuple(ServiceState)), "recover": (ServiceState.ILL,)}
         self._switch = switch
         self._told: dict[str, Mapping[str, object]] = {}  # by the kind of fault
-        self._timers: dict[str, threading.Timer] = {}
         self._lock = threading.RLock()
 
     @property
-    def condition(self) -> str:
-        return "misbehaving" if self.standing() else "as it should be"
-
-    def why_not(self, verb: str) -> str | None:
-        return "it behaves already" if verb == "recover" and not self.standing() else None
+    def state(self) -> ServiceState:
+        return ServiceState.ILL if self.standing() else ServiceState.WELL
 
     def fail(self, share: float = 1.0, seconds: float | None = None, status: int = 503) -> None:
-        """Have it refuse this share of its requests, with this HTTP status."""
+        """Have it refuse every request, or this share of them, with this HTTP status, until it recovers."""
         text = f"fail {self.name}" if positive(share, "share") == 1 else f"fail {self.name} {share:.0%}"
         self._tell("fail", text, seconds, {"errors": share, "status": status})
 
     def slow(self, by: float = 1.0, seconds: float | None = None) -> None:
-        """Have it wait so many seconds before each answer."""
+        """Have it wait a second, or so many, before each answer, until it recovers."""
         self._tell("slow", f"slow {self.name} by {by:g} s", seconds, {"delay": positive(by, "by")})
 
     def cut(self, count: int = 3) -> None:
-        """Have it do the work of so many requests, and cut the connection before it answers."""
-        if "cut" not in self.verbs:
-            raise LabkitError(f"{self.name} cannot cut connections: it can {', '.join(self.verbs)}")
+        """Have it do the work of 3 requests, or so many, and cut each connection before it answers."""
         positive(count, "count")
         with self._lock:
             self._switch.tell(self.name, {**self._all(), "cut": count})  # told once: the service counts it down
-        now = time.time()
-        self.history.begin(Fault(now, now, "cut", self.name, f"cut {count} connections of {self.name}"))
+        self._befell("cut", f"cut {count} connections of {self.name}")
 
     def tell(self, text: str, seconds: float | None = None, **told: object) -> None:
         """Have it do something else that it understands: `tell("customer 7 stuck", stuck="customer 7")`.
@@ -185,32 +197,26 @@ class Service(Target):
         with self._lock:
             self._switch.tell(self.name, {})  # also what an earlier cell told it, whatever we know of it
             self._told.clear()
-            self.close()
-            self._ended(*(fault.kind for fault in self.history.standing() if fault.target == self.name))
+            self._ended()
         return f"ended: {', '.join(stood)}" if stood else self._nothing()
 
     def close(self) -> None:
-        """Do not end by itself any more what still stands."""
-        with self._lock:
-            while self._timers:
-                self._timers.popitem()[1].cancel()
+        """What still stands does not end by itself any more."""
+        self._told.clear()
 
     def _tell(self, kind: str, text: str, seconds: float | None, told: Mapping[str, object]) -> None:
         if seconds is not None:
             positive(seconds, "seconds")
-        if unknown := [name for name in told if name not in self._switch.understands]:
-            known = ", ".join(self._switch.understands)
-            raise LabkitError(f"{self.name} does not understand {unknown[0]!r}; it understands: {known}")
         with self._lock:
             self._switch.tell(self.name, {**self._all(), **told})
-            self._forget(kind)
+            self._ended(kind)
             self._told[kind] = told
             # Another attempt may get through where only some are refused.
             self._began(kind, text, needs_mending=told.get("errors") == 1 and seconds is None)
-            if seconds is not None:
-                self._timers[kind] = timer = threading.Timer(seconds, self._expire, (kind, told))
-                timer.daemon = True
-                timer.start()
+        if seconds is not None:
+            timer = threading.Timer(seconds, self._expire, (kind, told))
+            timer.daemon = True
+            timer.start()
 
     def _all(self) -> dict[str, object]:
         return {name: value for told in self._told.values() for name, value in told.items()}
@@ -218,16 +224,11 @@ class Service(Target):
     def _expire(self, kind: str, told: Mapping[str, object]) -> None:
         with self._lock:
             if self._told.get(kind) is not told:
-                return  # another one of its kind has taken its place
-            self._forget(kind)
+                return  # it was ended, or another one of its kind has taken its place
+            del self._told[kind]
+            self._ended(kind)
             with suppress(LabkitError):  # it is gone, its faults with it
                 self._switch.tell(self.name, self._all())
-
-    def _forget(self, kind: str) -> None:
-        self._told.pop(kind, None)
-        if timer := self._timers.pop(kind, None):
-            timer.cancel()
-        self._ended(kind)
 
 
 def positive(figure: float, name: str) -> float:
@@ -235,8 +236,3 @@ def positive(figure: float, name: str) -> float:
     if isinstance(figure, bool) or not isinstance(figure, int | float) or not 0 < figure < math.inf:
         raise LabkitError(f"{name} must be a positive number, not {figure!r}; recover() ends a fault")
     return figure
-
-
-def sentence(text: str | None) -> str | None:
-    """A reason as a tooltip."""
-    return text and f"{text[0].upper()}{text[1:]}."

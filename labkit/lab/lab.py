@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import psutil
 
@@ -28,7 +29,7 @@ from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, PodState, pane
 from labkit.lab.faults import Action, Service, Switch, Target
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History, clock
+from labkit.lab.metrics import Fault, History
 from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
@@ -42,13 +43,13 @@ from labkit.lab.travel import pack
 from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
-from labkit.runtime.postgres import Postgres
 from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import ServerState
-from labkit.runtime.valkey import Valkey
 
 if TYPE_CHECKING:
     import pandas as pd
+
+S = TypeVar("S", Database, Cache)
 
 PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
 
@@ -85,15 +86,15 @@ class Lab:
             before._end(0)
         self.connection = private() if cluster == "private" else connect()
         self.cluster = self.connection.cluster
-        try:
-            self._begin()
-        except BaseException:
-            self.connection.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.connection.close)
+            self._begin(undo)
+            undo.pop_all()
 
-    def _begin(self) -> None:
+    def _begin(self, undo: ExitStack) -> None:
         self.collected = runs.collect(self.cluster, self.connection.cluster_id)
         self.run = runs.Run(self.notebook, self.connection.cluster_id, self.connection.origin == "private")
+        undo.callback(self.run.forget)
         self.deployments: dict[str, Deployment] = {}
         self.loads: list[Load[Any]] = []
         self.topics: dict[str, Topic[Any]] = {}
@@ -104,18 +105,12 @@ class Lab:
         self._shared += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
         self.broker = ServerFaults("Kafka", self.connection.broker, self._history, self._shared)
         """Faults of the broker."""
-        self._databases: list[Database | Cache] = []
-        self._services: list[Service] = []
+        self._targets: list[Database | Cache | Service] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
-        telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
-        try:
-            telemetry.create({"retention.ms": "3600000"})
-        except BaseException:
-            self.run.forget()
-            raise
-        self._telemetry = telemetry
-        self._sampler = Sampler(self._history, telemetry, self.deployments, self.loads, self._look_at_kafka)
+        self._telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
+        self._telemetry.create({"retention.ms": "3600000"})
+        self._sampler = Sampler(self._history, self._telemetry, self.deployments, self.loads, self._look_at_kafka)
         self._settling = Settling(self.cluster, self.broker, self.deployments, self.loads, self._plans, self._history)
         self._deploying = threading.Lock()
         self._closing = self._closed = False
@@ -202,26 +197,20 @@ class Lab:
 
         Raises LabkitError when it cannot be started.
         """
-        self._check_open()
-        made = Database(self._unique(Postgres.name), Postgres(), self._history)
-        self._databases.append(made)
-        return made
+        return self._server(Database)
 
     def valkey(self) -> Cache:
         """A Valkey of this lab alone: the real server, empty, in 0.2 s. Each call starts another one.
 
         Raises LabkitError where no wheel brings it, or when it cannot be started.
         """
-        self._check_open()
-        made = Cache(self._unique(Valkey.name), Valkey(), self._history)
-        self._databases.append(made)
-        return made
+        return self._server(Cache)
 
     def service(self, name: str, switch: Switch) -> Service:
         """What can be done to the service of this name: `switch` tells it how it is to misbehave."""
         self._check_open()
         made = Service(name, switch, self._history)
-        self._services.append(made)
+        self._targets.append(made)
         return made
 
     def stores(self, *stores: tuple[Deployment, Topic[Any]]) -> list[Panel]:
@@ -258,10 +247,13 @@ class Lab:
 
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
         """Wait until every pod of these runs and consumers share all partitions of their topics; see `wait_until`."""
-        names = ", ".join(one.name for one in deployments)
-        self.wait_until(
-            lambda: all(one.ready(self._beside(one)) for one in deployments), f"{names} to be ready", timeout
-        )
+        everyone = self.deployments.values()
+        beside = {
+            one.name: [it for it in everyone if it is not one and it.group == one.group is not None]
+            for one in deployments
+        }
+        what = f"{', '.join(beside)} to be ready"
+        self.wait_until(lambda: all(one.ready(beside[one.name]) for one in deployments), what, timeout)
 
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this lab is closed, before Kafka is let go."""
@@ -323,9 +315,8 @@ class Lab:
         """Do `action`, a fault say, once `condition` holds, from a thread. Returns at once, so buttons keep working.
 
         The condition is looked at every 20 ms. While a service that it asks does not answer (OSError) it does not hold.
-        The lab does not count as settled before the action was done. One that failed is forgotten when something is
-        planned again; one that still waits, when the same action is planned for the same condition, as by a cell that
-        runs twice. If that is just being done, nothing is added.
+        The lab does not count as settled before the action was done. A cell that runs again plans the same only once;
+        one that failed is forgotten when something is planned again.
         """
         self._check_open()
         return self._plans.add(condition, action)
@@ -334,7 +325,7 @@ class Lab:
     def targets(self) -> dict[str, Target]:
         """All that can be broken in this lab, by name."""
         pods = [pod for deployment in list(self.deployments.values()) for pod in deployment.pods]
-        return {one.name: one for one in (*pods, self.broker, *self._databases, *self._services)}
+        return {one.name: one for one in (*pods, self.broker, *self._targets)}
 
     def retry_console(self, deployment: Deployment) -> RetryConsole:
         """What this deployment cannot get past, and its dead letters, with buttons; it ends with the lab.
@@ -489,7 +480,7 @@ class Lab:
             there = ", ".join(self.deployments) or "none so far"
             raise LabkitError(f"there is no deployment {name!r} in this lab: there is {there}")
         for line in self.deployments[name].log[-lines:]:
-            print(f"{clock(line.time)} {line.pod}: {line.text}")  # noqa: T201
+            print(line)  # noqa: T201
 
     def close(self) -> None:
         """End pods, loads and boards; delete this run's topics and groups; let go of Kafka.
@@ -505,31 +496,25 @@ class Lab:
         self._closing = True
         if self.broker.state is ServerState.FROZEN:
             self.broker.recover()  # what waits for its answer would wait for long
-        with ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
-            for held in self._ports.values():
-                steps.callback(held.close)
-            steps.callback(self.connection.close)
-            steps.callback(self.run.end, self.cluster, wait)
-            for server in self._databases:
-                steps.callback(server.close)
-            for service in self._services:
-                steps.callback(service.close)
-            steps.callback(self._sampler.close)
-            grace = 5.0 if self.broker.state is ServerState.RUNNING else 0.0  # nobody could commit
-            deployments = list(self.deployments.values())  # what is added from now on does not begin
-            for deployment in deployments:
-                steps.callback(deployment.drain, timeout=grace)
-            for deployment in deployments:
-                steps.callback(deployment.scale_down)
-            for board in self._boards.values():
-                steps.callback(board.close)
-            for load in self.loads:
-                steps.callback(load.cancel)
-            for planned in self._plans:
-                steps.callback(planned.drop, "the lab was closed")
-            for close in self._at_end:
-                steps.callback(close)
-            steps.callback(self._control.close)
+        grace = 5.0 if self.broker.state is ServerState.RUNNING else 0.0  # nobody could commit
+        deployments = list(self.deployments.values())  # what is added from now on does not begin
+        steps: list[Callable[[], object]] = [
+            self._control.close,
+            *reversed(self._at_end),
+            *(partial(planned.drop, "the lab was closed") for planned in self._plans),
+            *(load.cancel for load in self.loads),
+            *(board.close for board in self._boards.values()),
+            *(deployment.scale_down for deployment in deployments),
+            *(partial(deployment.drain, grace) for deployment in deployments),
+            self._sampler.close,
+            *(target.close for target in self._targets),
+            partial(self.run.end, self.cluster, wait),
+            self.connection.close,
+            *(held.close for held in self._ports.values()),
+        ]
+        with ExitStack() as stack:  # each whatever becomes of those before it
+            for step in reversed(steps):
+                stack.callback(step)
         self._closed = True
         if _open.get(self.notebook) is self:
             del _open[self.notebook]
@@ -551,24 +536,22 @@ class Lab:
             "run": f"{self.run.id}: topics and groups are named <code>{html.escape(self.run.prefix)}…</code>",
             "running": ", ".join(map(repr, self.deployments.values())) or "nothing yet",
             "memory": f"{_memory(self.deployments.values()) / 1e6:,.0f} MB in this notebook and its pods",
-            "other labs": ", ".join(prefix.split(".")[2] for prefix, _ in self._others()) or "none",
+            "other labs": ", ".join(name.split(".")[2] for name, _ in runs.living() if name != self.run.prefix)
+            or "none",
         }
-        lines = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td>{text}</td></tr>" for name, text in rows.items()
-        )
-        return (
-            f"<table><caption style='text-align:left'><b>Lab {html.escape(self.notebook)}</b></caption>{lines}</table>"
-        )
+        left = "style='text-align:left'"
+        lines = "".join(f"<tr><th {left}>{name}</th><td>{text}</td></tr>" for name, text in rows.items())
+        return f"<table><caption {left}><b>Lab {html.escape(self.notebook)}</b></caption>{lines}</table>"
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _unique(self, name: str) -> str:
-        """The name of a server, numbered from the second of its kind on."""
-        count = 1 + sum(one.name.partition("-")[0] == name for one in self._databases)
-        return name if count == 1 else f"{name}-{count}"
-
-    def _others(self) -> list[tuple[str, int]]:
-        return [(prefix, process) for prefix, process in runs.living() if prefix != self.run.prefix]
+    def _server(self, kind: type[S]) -> S:
+        """Start one. From the second of its kind on, its name has a number."""
+        self._check_open()
+        count = 1 + sum(isinstance(one, kind) for one in self._targets)
+        made = kind(f"{kind.kind.name}-{count}" if count > 1 else kind.kind.name, self._history)
+        self._targets.append(made)
+        return made
 
     @property
     def _again(self) -> str:
@@ -596,15 +579,7 @@ class Lab:
 
     def _said(self) -> str:
         """How deployments stand, and the last lines of their pods."""
-        return "".join(
-            "\n  ".join([f"\n{one!r}", *(f"{clock(line.time)} {line.pod}: {line.text}" for line in one.log[-10:])])
-            for one in self.deployments.values()
-        )
-
-    def _beside(self, deployment: Deployment) -> list[Deployment]:
-        """Others in its group."""
-        others = (one for one in self.deployments.values() if one is not deployment)
-        return [one for one in others if one.group is not None and one.group == deployment.group]
+        return "".join("\n  ".join([f"\n{one!r}", *map(str, one.log[-10:])]) for one in self.deployments.values())
 
     def _status(self, deployments: Sequence[Deployment]) -> str:
         kafka = f"Kafka {self.broker.state.value}"
@@ -615,7 +590,7 @@ class Lab:
     def _status_of(self, deployment: Deployment) -> str:
         pods = deployment.pods
         running = sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods)
-        again = [f"pod {pod.index} restarted {_times(pod.restarts)}" for pod in pods if pod.restarts]
+        again = [f"pod {pod.index} restarted {pod.restarts}×" for pod in pods if pod.restarts]
         more = f" ({', '.join(again)})" if again else ""
         rate = f" · {self._sampler.rate.get(deployment.name, 0.0):,.0f} records/s" if deployment.topics else ""
         return f"{deployment.name}: {running} of {len(pods)} pods running{more}{rate}"
@@ -627,10 +602,6 @@ _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
     "embedded": "embedded Apache Kafka",
     "private": "an embedded Apache Kafka of its own",
 }
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else "twice" if count == 2 else f"{count} times"
 
 
 def _memory(deployments: Iterable[Deployment]) -> int:

@@ -61,8 +61,9 @@ class Panel:
     is shown.
 
     In them `<lag>` stands for the sum of a metric, `<each lag>` for every line by name, `<highest lag>` for the highest
-    line, `<which lag>` for the names of those above 0. A wording with a figure that nobody knows is left out. `readers`
-    are functions that read figures, by metric and label; a lab whose board shows the panel calls them.
+    line, `<which lag>` for the names of those above 0. A part with a figure that nobody knows is left out, and the last
+    parts where there is no room. `readers` are functions that read figures, by metric and label; a lab whose board
+    shows the panel calls them.
     """
 
     title: str
@@ -81,11 +82,13 @@ class Panel:
                 known[f"each {plot.metric}"] = " · ".join(each.values())
                 known[f"highest {plot.metric}"] = each[max(figures, key=figures.__getitem__)]
                 known[f"which {plot.metric}"] = ", ".join(name for name in figures if figures[name]) or "nothing"
-        wordings = self.words or [" · ".join(f"<each {plot.metric}>" for plot in self.plots)]
-        told = [words for words in wordings if all(figure in known for figure in _FIGURE.findall(words))]
-        told = [_FIGURE.sub(lambda found: known[found[1]], words) for words in told] or ["nothing yet"]
-        parts = told[-1].split(" · ")
-        return [*told, *(" · ".join(parts[:number]) for number in range(len(parts) - 1, 0, -1))]
+        told = []
+        for words in self.words or [" · ".join(f"<each {plot.metric}>" for plot in self.plots)]:
+            parts = [part for part in words.split(" · ") if all(figure in known for figure in _FIGURE.findall(part))]
+            if parts:
+                told.append(_FIGURE.sub(lambda found: known[found[1]], " · ".join(parts)))
+        parts = told[-1].split(" · ") if told else ["nothing yet"]
+        return [*told, *(" · ".join(parts[:number]) for number in range(len(parts), 0, -1))]
 
 
 def panel(title: str, what: Read | Mapping[str, Read] | str, unit: str = "", of: str | Sequence[str] = ()) -> Panel:
@@ -114,9 +117,7 @@ def panel(title: str, what: Read | Mapping[str, Read] | str, unit: str = "", of:
 def lag_panel(topics: Sequence[str]) -> Panel:
     """Records behind, a line for each partition, and which partitions are blocked."""
     plots = Plot("lag", "line", topics, (BLUE, SKY, GREEN, PURPLE, ORANGE, BLACK)), Plot("blocked", "word", topics)
-    total = "<lag> in all · highest <highest lag>"
-    blocked = "<which blocked> blocked"
-    words = f"<each lag> · {blocked}", "<each lag>", f"{total} · {blocked}", total
+    words = "<each lag> · <which blocked> blocked", "<lag> in all · highest <highest lag> · <which blocked> blocked"
     return Panel("Lag", "records behind", plots, words)
 
 
@@ -125,9 +126,8 @@ def retries_panel(deployments: Sequence[str], topics: Sequence[str]) -> Panel:
     waiting = Plot("waiting", "area", deployments, (GREEN, ORANGE, PURPLE, SKY))
     again = [Plot("redelivered", "gain", topics, (BLUE,))] if topics else []
     failed = Plot("failed", "gain", deployments, (BLACK,))
-    each = "<waiting> waiting · <redelivered> redelivered · <failed> failed"
-    words = f"{each} in all", each, "<waiting> waiting · <failed> failed", "<waiting> waiting"
-    return Panel("Retries", "records", (waiting, *again, failed), words)
+    words = "<waiting> waiting · <redelivered> redelivered · <failed> failed"
+    return Panel("Retries", "records", (waiting, *again, failed), [f"{words} in all", words])
 
 
 def completed_panel(completed: str, topics: Sequence[str]) -> Panel:
@@ -149,7 +149,7 @@ def set_aside_panel(deployment: str, retries: Mapping[str, Read], dead: Read) ->
         Plot("to be retried", "area", list(retries), (SKY, BLUE, PURPLE, GREEN)),
         Plot("dead", "line", [deployment], (BLACK,)),
     )
-    words = "<each to be retried> · <dead> dead", "<to be retried> wait · <dead> dead", "<dead> dead"
+    words = "<each to be retried> · <dead> dead", "<dead> dead · <to be retried> wait"
     readers = {("to be retried", delay): read for delay, read in retries.items()}
     return Panel("Set aside", "records", plots, words, {**readers, ("dead", deployment): dead})
 

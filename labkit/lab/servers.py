@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from enum import Enum
+from typing import cast
 
-from labkit.kafka.errors import LabkitError
 from labkit.lab.faults import Target
 from labkit.lab.metrics import Fault, History
 from labkit.runtime.postgres import Postgres
@@ -15,7 +16,6 @@ from labkit.runtime.server import Server, ServerState
 from labkit.runtime.valkey import Valkey
 
 _UP, _FROZEN, _DOWN = ServerState.RUNNING, ServerState.FROZEN, ServerState.DOWN
-_WHEN = {"kill": (_UP, _FROZEN), "freeze": (_UP,), "restart": (_UP,), "recover": (_FROZEN, _DOWN)}
 
 
 class ServerFaults(Target):
@@ -24,52 +24,43 @@ class ServerFaults(Target):
     `server` is None where others use it too; then `shared` says so, and what to do about it.
     """
 
-    verbs: Mapping[str, str] = {
-        "kill": "kill -9 it. It stays down until it recovers.",
-        "freeze": "Stop it in its tracks (SIGSTOP): connected, and silent, until it recovers.",
-        "restart": "Stop it in good order, and start it on its data.",
-        "recover": "Let it go on (SIGCONT) if it is frozen; start it on its data if it is down.",
+    verbs: Mapping[str, Collection[Enum]] = {
+        "kill": (_UP, _FROZEN),
+        "freeze": (_UP,),
+        "restart": (_UP,),
+        "recover": (_FROZEN, _DOWN),
     }
 
     def __init__(self, name: str, server: Server | None, history: History, shared: str = "") -> None:
         super().__init__(name, history)
-        self._server, self._shared = server, shared
+        self._server, self._shared = server, "" if server else shared
         self._looked, self._deaths = time.time(), 0
         self._doing = threading.Lock()  # what is being done is not to be taken for what befell it
 
     @property
     def state(self) -> ServerState:
         """What it is doing. One that others use too is taken to be running."""
-        return ServerState.RUNNING if self._server is None else self._server.state
-
-    @property
-    def condition(self) -> str:
-        return self.state.value
+        return _UP if self._server is None else self._server.state
 
     def why_not(self, verb: str) -> str | None:
-        if self._server is None:
-            return self._shared
-        state = self.state
-        if state in _WHEN[verb]:
-            return None
-        fix = {_UP: "there is nothing to mend", ServerState.STARTING: "wait until it answers"}
-        return f"it is {state.value}: {fix.get(state, 'recover it first')}"
+        return self._shared or super().why_not(verb)
 
     def kill(self) -> None:
-        """kill -9. It stays down until `recover`; what it had confirmed is in its files. A dead one is left alone."""
-        if self.state is _DOWN:
-            return
-        self._stands("kill", self._own("kill").kill)
-        self._ended("freeze")
+        """kill -9 it. It stays down until it recovers; what it had confirmed is in its files."""
+        if self.state is not _DOWN:
+            self._stands("kill")
+            self._ended("freeze")
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open and nothing is answered, until `recover`."""
-        if self.state is _FROZEN:
-            return
-        self._stands("freeze", self._own("freeze").freeze)
+        """Stop it in its tracks (SIGSTOP): connections stay open and nothing is answered, until it recovers."""
+        if self.state is not _FROZEN:
+            self._stands("freeze")
 
     def restart(self) -> None:
-        """Stop it in good order and start it on its data. Returns once it answers: 0.1 to 3 s."""
+        """Stop it in good order, and start it on its data.
+
+        Returns once it answers: 0.1 to 3 s.
+        """
         server = self._own("restart")
         self._began("restart", f"restart {self.name}")
         try:
@@ -78,22 +69,18 @@ class ServerFaults(Target):
             self._ended("restart")
 
     def recover(self) -> str:
-        """SIGCONT if it is frozen: it goes on as if no time had passed. Start it, on its data, if it is down.
+        """Let it go on (SIGCONT) if it is frozen, as if no time had passed; start it on its data if it is down.
 
         Returns once it answers, and says what was mended, or that there was nothing to mend.
         """
-        if self._server is None:
-            raise LabkitError(self._shared)
         state = self.state
-        if state is _FROZEN:
-            self._server.thaw()
-            self._ended("freeze")
-            return f"{self.name} goes on"
-        if state is not _DOWN:
+        if not self._shared and state not in (_FROZEN, _DOWN):
             return self._nothing()
-        self._server.restart()
-        self._ended("kill")
-        return f"{self.name} is up again"
+        server = self._own("recover")
+        mend = server.thaw if state is _FROZEN else server.restart
+        mend()
+        self._ended()
+        return f"{self.name} goes on" if state is _FROZEN else f"{self.name} is up again"
 
     def look(self, deaths: int = 0) -> None:
         """Note a death that nobody ordered. `deaths` is how often one that is started again by itself has died."""
@@ -102,22 +89,24 @@ class ServerFaults(Target):
             self._deaths = deaths
             self.history.begin(Fault(before, self._looked, "death", self.name, f"{self.name} died"))
         with self._doing:
-            if self._server is None or self.state is not ServerState.DOWN:
-                return
-            if not any((one.kind, one.target) == ("kill", self.name) for one in self.history.standing()):
+            killed = any((one.kind, one.target) == ("kill", self.name) for one in self.history.standing())
+            if self.state is _DOWN and not killed:
                 self._began("kill", f"{self.name} died", before, needs_mending=True)
 
-    def _stands(self, kind: str, act: Callable[[], None]) -> None:
-        since = time.time()
+    def close(self) -> None:
+        """End it, and remove its data."""
+        if self._server is not None:
+            self._server.close()
+
+    def _stands(self, verb: str) -> None:
+        server, since = self._own(verb), time.time()
         with self._doing:
-            act()
-            self._began(kind, f"{kind} {self.name}", since, needs_mending=True)
+            getattr(server, verb)()
+            self._began(verb, f"{verb} {self.name}", since, needs_mending=True)
 
     def _own(self, verb: str) -> Server:
-        if self._server is None:
-            raise LabkitError(self._shared)
         self._check(verb)
-        return self._server
+        return cast(Server, self._server)  # or the check would have refused
 
 
 class Database(ServerFaults):
@@ -126,13 +115,14 @@ class Database(ServerFaults):
     _stays_in_the_notebook = "give a handler its `dsn`, which is a text"
 
     # It cannot be frozen: each of its connections is a process of its own.
-    verbs: Mapping[str, str] = {verb: about for verb, about in ServerFaults.verbs.items() if verb != "freeze"}
+    verbs: Mapping[str, Collection[Enum]] = {how: when for how, when in ServerFaults.verbs.items() if how != "freeze"}
 
-    def __init__(self, name: str, server: Postgres, history: History) -> None:
-        super().__init__(name, server, history)
+    kind = Postgres
+
+    def __init__(self, name: str, history: History) -> None:
+        super().__init__(name, server := Postgres(), history)
         self.dsn = server.dsn
         """How to reach it, for psycopg and any other client of libpq."""
-        self.close = server.close
         self._committed: tuple[float, int] | None = None
 
     def transactions(self) -> float:
@@ -153,8 +143,9 @@ class Cache(ServerFaults):
 
     _stays_in_the_notebook = "give a handler its `port`, which is a number"
 
-    def __init__(self, name: str, server: Valkey, history: History) -> None:
-        super().__init__(name, server, history)
+    kind = Valkey
+
+    def __init__(self, name: str, history: History) -> None:
+        super().__init__(name, server := Valkey(), history)
         self.port = server.port
         """Where it answers, on 127.0.0.1."""
-        self.close = server.close

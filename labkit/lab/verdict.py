@@ -5,15 +5,14 @@ It claims only what the evidence shows, as Jepsen's checkers do; `labkit.lab.ano
 
 from __future__ import annotations
 
-import html
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
-from labkit.lab.anomalies import WRONG, Anomaly, Timeline, differences, find
+from labkit.lab.anomalies import HARMLESS, WRONG, Anomaly, Timeline, differences, find
 from labkit.lab.metrics import clock
 
 if TYPE_CHECKING:
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 
     from labkit.lab.metrics import Fault
 
-NAMED = 10  # anomalies named in a verdict or shown in a table
-COLOURS = {"valid": "#009E73", "invalid": "#D55E00", "unknown": "#E69F00"}  # Okabe–Ito
+NAMED = 10  # anomalies of a kind
 COLUMNS = ["kind", "id", "key", "place", "first_place", "pod", "time", "explanation"]
 # The same words with extras and without: how many there are depends on the moment of the fault.
 EXTRAS = "any extra is a redelivery after a fault, or was sent again"
@@ -30,16 +28,6 @@ EXTRAS = "any extra is a redelivery after a fault, or was sent again"
 
 class NotValid(LabkitError, AssertionError):
     """A verdict is not valid; the message is the verdict."""
-
-
-class _Kind:
-    """The anomalies of one kind in a verdict."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __get__(self, verdict: Verdict, owner: object = None) -> list[Anomaly]:
-        return verdict.of(self.kind)
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,17 +46,11 @@ class Verdict:
     clock_gap: float  # seconds by which the logs show times to disagree with offsets
     others: int  # ids that only other loads sent
 
-    lost = _Kind("lost")
-    duplicated = _Kind("duplicated")
-    out_of_order = _Kind("out of order")
-    early = _Kind("early")
-    wrong = _Kind("wrong")
-    unexpected = _Kind("unexpected")
-    rejected = _Kind("rejected")
-    redelivered = _Kind("redelivered")
-    resent = _Kind("resent")
-
     def of(self, kind: str) -> list[Anomaly]:
+        """The anomalies of one kind: "lost", "duplicated", "out of order", "early", "wrong", "unexpected"; "rejected",
+        "redelivered", "sent again" or "resent"."""
+        if kind not in (*WRONG, *HARMLESS):
+            raise LabkitError(f"there is no kind {kind!r} of anomalies, but {', '.join((*WRONG, *HARMLESS))}")
         return [anomaly for anomaly in self.found if anomaly.kind == kind]
 
     @property
@@ -76,8 +58,7 @@ class Verdict:
         """Every anomaly as a row: kind, id, key, place, first_place, pod, time (UTC), explanation."""
         import pandas as pd  # only who asks for a table waits for pandas
 
-        rows = [[getattr(one, name) for name in COLUMNS] for one in self.found]
-        frame = pd.DataFrame(rows, columns=COLUMNS)
+        frame = pd.DataFrame(self.found, columns=COLUMNS)
         return frame.assign(time=pd.to_datetime(frame["time"].astype("float64"), unit="s"))
 
     def __str__(self) -> str:
@@ -109,26 +90,16 @@ class Verdict:
     def explain(self) -> str:
         """Where every extra came from, in plain words with numbers; then what no fault explains."""
         lines = [f"Unknown: {self.reason}. Seen so far:"] if self.result == "unknown" else []
-        if extras := self.redelivered:
+        if extras := self.of("redelivered"):
             again = len({extra.id for extra in extras})
             lines.append(f"{again:,} ids done again by redelivery, {len(extras):,} extras in all:")
-            hands: defaultdict[Fault, Counter[str]] = defaultdict(Counter)
-            for extra in extras:
-                if extra.fault:
-                    hands[extra.fault][extra.first_pod or "a pod without a name"] += 1
-            for fault, pods in sorted(hands.items(), key=lambda entry: entry[0].start):
-                moment = clock(fault.start)
-                held = (f"{count:,} had been in the hands of {pod}" for pod, count in pods.most_common())
-                lines.append(f"  after {fault.text} at {moment}: {', '.join(held)}")
-        if extras := self.resent:
-            again = sum(extra.accounted for extra in extras)
-            parts = [f"{again:,} sent again"] if again else []
-            if once := len(extras) - again:
-                parts.append(f"{once:,} sent once (a producer's retry, or a redelivery a stage before)")
-            lines.append(f"{len(extras):,} extras from other source records: {', '.join(parts)}")
-        for kind in (*WRONG, *(f"maybe {kind}" for kind in WRONG), "rejected"):
-            if found := self.of(kind):
-                lines.append(f"{len(found):,} {kind}: {_named(found)}; {found[0].id}: {found[0].explanation}")
+            hands = Counter((extra.fault, extra.first_pod or "a pod without a name") for extra in extras if extra.fault)
+            for (fault, pod), count in sorted(hands.items(), key=lambda entry: entry[0][0].start):
+                after = f"after {fault.text} at {clock(fault.start)}"
+                lines.append(f"  {after}: {count:,} had been in the hands of {pod}")
+        for kind in dict.fromkeys(one.kind for one in self.found if one.kind != "redelivered"):
+            found = [one for one in self.found if one.kind == kind]
+            lines.append(f"{len(found):,} {kind}: {_named(found)}; {found[0].id}: {found[0].explanation}")
         if self.unconfirmed:
             lines.append(f"{self.unconfirmed:,} ids never confirmed: they may have arrived or not")
         if self.clock_gap >= 1:
@@ -138,21 +109,6 @@ class Verdict:
 
     def __repr__(self) -> str:
         return str(self)
-
-    def _repr_html_(self) -> str:
-        names = ["kind", "id", "place", "first_place", "explanation"]
-        # What is wrong first, then what is only worth knowing.
-        shown = sorted(self.found, key=lambda one: one.kind in ("redelivered", "resent"))[:NAMED]
-        cells = [names] if shown else []
-        cells += [[str(getattr(one, name) or "") for name in names] for one in shown]
-        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells)
-        colour = COLOURS[self.result]
-        return (
-            f'<div style="border-left:4px solid {colour};padding-left:8px">'
-            f'<b style="color:{colour}">{self.result}</b>'
-            f'<pre style="white-space:pre-wrap">{html.escape(str(self))}</pre>'
-            f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></div>"
-        )
 
 
 def judge(
@@ -205,16 +161,19 @@ def judge(
         found = find(wanted, repeats, confirmed, line, faults, ordered)
         tells = {"lost", "duplicated", "unexpected"} | ({"out of order"} if ordered else set())
     if exactly_once:
-        found = [_strict(one) for one in found]
-    for kind, ids in (("early", early), ("rejected", rejected)):
+        extras = ("redelivered", "resent")
+        found = [replace(one, kind="duplicated") if one.kind in extras else one for one in found]
+    rank = {name: place for place, name in enumerate(wanted)}
+    for kind, ids, why in (("early", early, "before its time"), ("rejected", rejected, "set aside")):
         if ids is not None:
             tells.add(kind)
-            found += _listed(kind, set(map(str, ids)).difference(others), wanted)
+            in_order = sorted(set(map(str, ids)).difference(others), key=lambda name: (rank.get(name, len(rank)), name))
+            found += [Anomaly(kind, name, None, why) for name in in_order]
     aside = {one.id for one in found if one.kind == "rejected"}
     found = [one for one in found if one.kind not in ("lost", "wrong") or one.id not in aside]
     bad = any(anomaly.kind in WRONG for anomaly in found)
     if unknown is not None:
-        found = [_doubted(one) if one.kind in WRONG else one for one in found]
+        found = [replace(one, kind=f"maybe {one.kind}") if one.kind in WRONG else one for one in found]
     elif not confirmed and not bad:
         unknown = "nothing was sent and confirmed, so nothing was tested"
     return Verdict(
@@ -230,26 +189,6 @@ def judge(
         clock_gap=line.gap,
         others=len(others),
     )
-
-
-def _strict(one: Anomaly) -> Anomaly:
-    """An extra, where none is allowed."""
-    extra = one.kind == "redelivered" or (one.kind == "resent" and not one.accounted)
-    return replace(one, kind="duplicated") if extra else one
-
-
-def _listed(kind: str, ids: Iterable[str], wanted: Mapping[str, Sent]) -> list[Anomaly]:
-    """What somebody else has found, in the order of sending."""
-    why = {"early": "before its time", "rejected": "set aside"}[kind]
-    order = {name: place for place, name in enumerate(wanted)}
-    ranked = sorted(ids, key=lambda name: (order.get(name, len(order)), name))
-    return [Anomaly(kind, name, wanted[name].key if name in wanted else None, why) for name in ranked]
-
-
-def _doubted(one: Anomaly) -> Anomaly:
-    """Something wrong, as long as nothing is claimed."""
-    so_far = "confirmed, has not taken effect so far"
-    return replace(one, kind=f"maybe {one.kind}", explanation=so_far if one.kind == "lost" else one.explanation)
 
 
 def _named(found: Sequence[Anomaly]) -> str:

@@ -11,13 +11,12 @@ import random
 import urllib.request
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated
 
 import msgspec
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
-from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 
 ANSWER = 5.0  # seconds for a service to take a fault by HTTP
@@ -25,7 +24,7 @@ ANSWER = 5.0  # seconds for a service to take a fault by HTTP
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never by a proxy of the environment
 
 
-class Misbehaviour(msgspec.Struct, frozen=True):
+class Misbehaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a service does to its requests."""
 
     errors: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
@@ -40,28 +39,17 @@ class Misbehaviour(msgspec.Struct, frozen=True):
         return random.random() < self.errors  # noqa: S311
 
 
-M = TypeVar("M", bound=Misbehaviour)
 NONE = Misbehaviour()
 
 
-class ServiceFaults:
-    """Which services are to misbehave, and how. `topic` is a compacted one; the object travels to pods.
-
-    Raises StoreNotReady until it is loaded (see `wait_ready`).
-    """
+class ServiceFaults(KeyValueStore[Misbehaviour]):
+    """Which services are to misbehave, and how. `topic` is a compacted one; what was told stays told."""
 
     understands = Misbehaviour.__struct_fields__
 
-    def __init__(self, topic: Topic[Misbehaviour]) -> None:
-        self.store: KeyValueStore[Misbehaviour] = KeyValueStore(topic)
-
-    def wait_ready(self) -> None:
-        """Wait until it is known which services are to misbehave."""
-        self.store.wait_ready()
-
     def of(self, service: str) -> Misbehaviour:
-        """What this service is to do now. Asks nobody, so it may be called at every request."""
-        return self.store.get(service) or NONE
+        """What this service is to do now. Asks nobody, so it may be called at every request. Raises StoreNotReady."""
+        return self.get(service) or NONE
 
     async def meet(self, service: str) -> None:
         """What a request meets: it waits, and may be refused by an error that aiohttp makes an answer of."""
@@ -75,22 +63,15 @@ class ServiceFaults:
     def tell(self, service: str, told: Mapping[str, object]) -> None:
         """Have it do this and nothing else. Raises LabkitError for values that make no sense, DeliveryFailed."""
         if told:
-            self.store.put(service, _misbehaviour(service, told, Misbehaviour))
+            self.put(service, _misbehaviour(service, told, Misbehaviour))
         else:
-            self.store.delete(service)
-
-    def close(self) -> None:
-        """Let the store go; what was told stays told."""
-        self.store.close()
-
-    def __reduce__(self) -> tuple[type[ServiceFaults], tuple[Topic[Misbehaviour]]]:
-        return type(self), (self.store.topic,)
+            self.delete(service)
 
 
-class HttpFaults(Generic[M]):
+class HttpFaults:
     """How the service at `url` is told: `PUT /faults` with a value of this kind."""
 
-    def __init__(self, url: str, kind: type[M]) -> None:
+    def __init__(self, url: str, kind: type[Misbehaviour]) -> None:
         self.url, self.kind = url, kind
         self.understands = kind.__struct_fields__
 
@@ -104,11 +85,12 @@ class HttpFaults(Generic[M]):
             raise LabkitError(f"{service} at {self.url} takes no orders: is its pod running? {error}") from error
 
 
-def _misbehaviour(service: str, told: Mapping[str, object], kind: type[M]) -> M:
+def _misbehaviour(service: str, told: Mapping[str, object], kind: type[Misbehaviour]) -> Misbehaviour:
     try:
         return msgspec.convert({**told}, kind)
     except msgspec.ValidationError as error:
-        raise LabkitError(f"{service} cannot be told to do that: {error}") from error
+        known = ", ".join(kind.__struct_fields__)
+        raise LabkitError(f"{service} cannot be told to do that: {error}; it understands: {known}") from error
 
 
 @lru_cache(None)

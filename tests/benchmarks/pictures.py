@@ -6,13 +6,13 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import cast
 
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
 from labkit.lab.board import Board
-from labkit.lab.deployment import PodState
+from labkit.lab.deployment import Deployment, Pod, PodState
 from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 from labkit.lab.sampler import TICK
@@ -34,7 +34,7 @@ def board(bench: Bench) -> Iterator[Row]:
         retries_panel(["shop"], ["charged"]),
         completed_panel("charged", ["orders"]),
     ]
-    deployment = Pods([Pod(index) for index in range(4)])
+    deployment = Pods(4)
     shown = Board(
         lab.history,
         panels,
@@ -65,29 +65,18 @@ def cpu_clock(thread: threading.Thread) -> Callable[[], float]:
     return lambda: time.clock_gettime(clock)
 
 
-@dataclass
-class Pod:
+class RunningPod(Pod):
     """A pod that runs, as a board asks."""
 
-    index: int
-    state: PodState = PodState.RUNNING
-    restarts: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"shop-{self.index}"
-
-    def why_not(self, verb: str) -> None: ...
-    def do(self, verb: str, options: Mapping[str, float]) -> str:
-        return ""
+    state = PodState.RUNNING
 
 
-@dataclass
 class Pods:
     """A deployment, as a board asks."""
 
-    pods: list[Pod]
-    name: str = "shop"
+    def __init__(self, replicas: int) -> None:
+        self.name, self.history = "shop", History()
+        self.pods = [RunningPod(cast(Deployment, self), index) for index in range(replicas)]
 
     def scale(self, replicas: int, /) -> None: ...
 

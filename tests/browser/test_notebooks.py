@@ -31,7 +31,7 @@ def test_00_a_crash_by_button_is_seen_and_the_verdict_is_valid(
     with Image.open(io.BytesIO(before)) as drawn:
         assert drawn.width > 600
     notebook.wait_for_new_picture(before)
-    notebook.click("Kill pod 0")
+    notebook.click("Kill shop-0")
     notebook.wait_for_text("killed by SIGKILL")
     after = notebook.wait_for_new_picture(before)
     notebook.wait_for_new_picture(after)

@@ -75,7 +75,7 @@ def test_a_pod_and_a_service_are_broken_and_mended_from_a_terminal(lab: Lab) -> 
     rows = {row["target"]: row for row in told()}
     assert list(rows) == ["shop-0", "Kafka", "events"]
     shop = rows["shop-0"]
-    assert (shop["is"], shop["can"], shop["stands"]) == ("frozen", ["kill", "recover"], ["freeze pod 0"])
+    assert (shop["state"], shop["can"], shop["stands"]) == ("frozen", ["kill", "recover"], ["freeze pod 0"])
     assert (rows["Kafka"]["can"], shop["notebook"], shop["learner"]) == ([], "broken", "ada")
     assert "freeze pod 0" in labkit()
     assert "cannot restart shop-0: it is frozen: recover it first" in labkit("shop-0", "restart", code=1)

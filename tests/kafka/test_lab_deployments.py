@@ -210,8 +210,8 @@ def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(lab: Lab) -> N
     verdict = lab.verdict(load, target)
     assert verdict.check().startswith("1,500 sent · 1,500 took effect · lost 0")
     # In the middle of a rebalance a drain may not get its last commit through; whatever comes again has its reason.
-    assert {extra.fault.kind for extra in verdict.redelivered if extra.fault} <= {"scale", "drain"}
-    assert len(verdict.found) == len(verdict.redelivered)
+    assert {extra.fault.kind for extra in verdict.of("redelivered") if extra.fault} <= {"scale", "drain"}
+    assert len(verdict.found) == len(verdict.of("redelivered"))
     wait_until(lambda: all(fault.end is not None for fault in lab.faults), 15, "the last pod to leave")
 
 
@@ -511,10 +511,9 @@ def test_deployments_pods_topics_and_loads_show_themselves(lab: Lab) -> None:
     assert repr(shop.pods[0]) == "shop-0: running, orders/0"
     assert repr(shop) == "Deployment shop (shop-0: running, orders/0)"
     assert "<td>shop-0</td><td>running</td><td>0</td>" in shop._repr_html_()
-    assert "<td>shop-0</td><td>running</td><td>0</td>" in shop.pods[0]._repr_html_()
     assert repr(topic) == "Topic(orders, 1 partition of Order)"
     assert topic._repr_html_() == f"<span title='{topic.name}'>Topic(orders, 1 partition of Order)</span>"
-    assert lab.broker._repr_html_() == "<span>Kafka is running</span>"
+    assert repr(lab.broker) == "Kafka is running"
     assert "planned (kill) waits for its condition" in lab.when(lambda: False, shop.pods[0].kill)._repr_html_()
     load = lab.load(topic, orders(1))
     load.wait()
@@ -574,4 +573,4 @@ def test_what_a_drain_cuts_off_has_sent_nothing(lab: Lab, tmp_path: Path) -> Non
     draining.touch()
     verdict = lab.verdict(load, target)
     verdict.check()
-    assert not verdict.redelivered
+    assert not verdict.of("redelivered")

@@ -165,7 +165,7 @@ def test_partitions_added_to_a_topic_that_a_lab_reads_are_read(lab: Lab) -> None
     ship(range(40, 60), 3)
     assert len(lab.records(shipped, last=100)) == 60
     verdict = lab.verdict(load, shipped, timeout=0)
-    assert (verdict.result, len(verdict.lost)) == ("valid", 0), verdict.explain()
+    assert (verdict.result, len(verdict.of("lost"))) == ("valid", 0), verdict.explain()
     assert set(lab.trace(59)["place"]) >= {"shipped/3/19"}
     wait_until(lambda: lab.figure("completed", "shipped") == 60, what="what came in the new partitions")
 

@@ -141,7 +141,7 @@ def test_threads_that_ask_at_once_get_one_producer(monkeypatch: pytest.MonkeyPat
     two = threading.Barrier(2)
 
     class Slow:
-        def __init__(self, _cluster: Cluster, reports: bool, copies: bool) -> None:
+        def __init__(self, _cluster: Cluster, _timeout: float, reports: bool, copies: bool) -> None:
             made.append(self)
             with suppress(threading.BrokenBarrierError):
                 two.wait(0.5)  # for another one that is being made, and must not be

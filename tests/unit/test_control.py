@@ -43,7 +43,7 @@ def test_an_order_is_done_and_answered_until_the_lab_ends(tmp_path: Path, length
     assert switch.told == {"delay": 2.0}
     told = ask(folder, Order())
     assert told
-    assert [(one.name, one.verbs, one.standing) for one in told.targets] == [
+    assert [(one.target, one.can, one.stands) for one in told.targets] == [
         ("till", ["fail", "slow", "cut", "recover"], ["slow till by 2 s"])
     ]
     ask(folder, Order("till", "cut", {"count": 3}))

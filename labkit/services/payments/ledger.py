@@ -123,7 +123,7 @@ def charged(dsn: str, renewals: Iterable[Sent]) -> list[Effect]:
     """What the ledger says of these renewals: an effect for each charge, by the provider's own clock."""
     wanted = {one.id for one in renewals}
     made = (one for one in charges(dsn) if one.renewal in wanted)
-    return [Effect(one.renewal, one.customer, f"charges/{one.id}", one.at, where="the ledger") for one in made]
+    return [Effect(one.renewal, one.customer, f"charges/{one.id}", one.at) for one in made]
 
 
 def early(dsn: str, renewals: Iterable[Sent], delays: Sequence[float]) -> list[str]:

@@ -56,7 +56,7 @@ class PaymentsProvider(HttpService):
         return [web.post("/charges", self.charge), web.put("/faults", self.tell)]
 
     @property
-    def faults(self) -> HttpFaults[ProviderMisbehaviour]:
+    def faults(self) -> HttpFaults:
         """How it is told to misbehave, for `lab.service`."""
         return HttpFaults(self.url, ProviderMisbehaviour)
 
