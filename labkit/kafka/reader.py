@@ -25,9 +25,12 @@ LOOK = 0.3  # seconds to wait for how many partitions there are
 
 
 class Reader(Generic[T]):
-    """Reads committed records of one topic from its beginning on. Not for use by several threads at once."""
+    """Reads one topic from its beginning on. Not for use by several threads at once.
 
-    def __init__(self, topic: Topic[T]) -> None:
+    With `committed=False` it also sees records of transactions that are open, or were aborted.
+    """
+
+    def __init__(self, topic: Topic[T], committed: bool = True) -> None:
         self.topic = topic
         self.poison: list[PoisonRecord] = []
         """Records that did not decode, passed over."""
@@ -39,6 +42,7 @@ class Reader(Generic[T]):
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
                     "auto.offset.reset": "earliest",
+                    "isolation.level": "read_committed" if committed else "read_uncommitted",
                     "fetch.queue.backoff.ms": 1,
                     "queued.min.messages": 300_000,  # with less, the client pauses between fetches
                     "fetch.wait.max.ms": 100,

@@ -27,7 +27,7 @@ from labkit.lab import evidence, runs
 from labkit.lab.board import Board
 from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, PodState, pane
-from labkit.lab.faults import Action, Service, Switch, Target
+from labkit.lab.faults import Action, Connection, Service, Switch, Target
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
@@ -43,7 +43,6 @@ from labkit.lab.travel import pack
 from labkit.lab.verdict import Verdict, judge
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.connect import connect, private
-from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import ServerState
 
 if TYPE_CHECKING:
@@ -105,6 +104,8 @@ class Lab:
         self._shared += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
         self.broker = ServerFaults("Kafka", self.connection.broker, self._history, self._shared)
         """Faults of the broker."""
+        broker = self.connection.broker
+        self._proxied = [] if broker is None else [Connection(broker.proxy, self._history)]
         self._targets: list[Database | Cache | Service] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
@@ -228,16 +229,16 @@ class Lab:
         return int(self._ports[name].getsockname()[1])
 
     @property
-    def proxy(self) -> Proxy:
+    def proxy(self) -> Connection:
         """The way to this lab's own broker that can be cut, slowed down and held back. A pod takes it if its topics
         have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not.
 
         Raises LabkitError where the broker is shared.
         """
         self._check_open()
-        if self.connection.broker is None:
+        if not self._proxied:
             raise LabkitError(self._shared)
-        return self.connection.broker.proxy
+        return self._proxied[0]
 
     @property
     def folder(self) -> Path:
@@ -325,7 +326,7 @@ class Lab:
     def targets(self) -> dict[str, Target]:
         """All that can be broken in this lab, by name."""
         pods = [pod for deployment in list(self.deployments.values()) for pod in deployment.pods]
-        return {one.name: one for one in (*pods, self.broker, *self._targets)}
+        return {one.name: one for one in (*pods, self.broker, *self._proxied, *self._targets)}
 
     def retry_console(self, deployment: Deployment) -> RetryConsole:
         """What this deployment cannot get past, and its dead letters, with buttons; it ends with the lab.

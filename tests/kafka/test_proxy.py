@@ -39,9 +39,11 @@ def lab(state_dir: object) -> Iterator[Lab]:
 
 @pytest.fixture
 def proxy(lab: Lab) -> Iterator[Proxy]:
-    lab.proxy.recover()
-    yield lab.proxy
-    lab.proxy.recover()
+    assert lab.connection.broker is not None
+    proxy = lab.connection.broker.proxy
+    proxy.recover()
+    yield proxy
+    proxy.recover()
 
 
 def connected(proxy: Proxy, topic: Topic[Any], **options: Any) -> Producer:
@@ -212,7 +214,8 @@ def test_what_is_not_kafkas_protocol_ends_its_own_connection_only(lab: Lab, prox
 # -- pods behind it ----------------------------------------------------------------------------------------------------
 
 
-def test_pods_that_are_cut_off_go_on_later_and_the_lab_sees_them_meanwhile(lab: Lab, proxy: Proxy) -> None:
+def test_pods_that_are_cut_off_go_on_later_and_the_lab_sees_them_meanwhile(lab: Lab) -> None:
+    proxy = lab.proxy
     orders, done = lab.topic("orders", 2, dict), lab.topic("done", 2, dict)
     theirs, out = (replace(topic, cluster=proxy.cluster) for topic in (orders, done))
 
@@ -226,10 +229,34 @@ def test_pods_that_are_cut_off_go_on_later_and_the_lab_sees_them_meanwhile(lab: 
     load = lab.load(orders, ({"id": number} for number in range(50)), rate=1000)
     wait_until(lambda: lab.history().query("metric == 'behind'")["value"].max() == 50, 20, "the board to see the lag")
     assert values(done) == []
-    proxy.recover()
+    assert proxy.recover() == "ended: cut the connection"
     assert lab.settle(30)
     print(lab.verdict(sent=load, done=done).check())
     assert sorted(one["id"] for one in values(done)) == [*range(50)]
+
+
+def test_what_is_done_to_the_connection_is_in_the_labs_history(lab: Lab) -> None:
+    """By method, button or name, as to every target."""
+    connection, known = lab.targets["connection"], len(lab.faults)
+    assert connection is lab.proxy
+    assert [action.label for action in connection.actions()] == [
+        f"{verb} connection" for verb in ("Cut", "Hold", "Slow", "Recover")
+    ]
+    lab.proxy.slow(0.01)
+    lab.proxy.hold("Produce")
+    assert connection.do("cut", {}) == "cut connection: it is misbehaving"
+    assert connection.standing() == ["slow the connection by 0.01 s", "cut the connection"]
+    connection.recover()
+    assert connection.recover().startswith("nothing to mend")
+    found = [(fault.kind, fault.text, fault.end is None) for fault in lab.faults[known:]]
+    assert found == [
+        ("slow", "slow the connection by 0.01 s", False),
+        ("hold", "hold the connection from the next Produce on", False),
+        ("cut", "cut the connection", False),
+    ]
+    with pytest.raises(LabkitError, match="not with 'produce'"):
+        lab.proxy.cut("produce")
+    assert not connection.standing()
 
 
 # -- bad input, and ends -----------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ def test_after_an_abort_all_goes_with_the_next_transaction(
             member.wait_committed({0: 20, 1: 20})
     assert len(stale) == 2
     assert capfd.readouterr().err.count("aborted") >= 2
+    counts = member.journal.of(Step.MEASURED)[-1].counts
+    assert (counts["transactions aborted"], counts["transactions committed"] >= 2) == (2, True)
     assert sorted(values(output)) == list(range(40))
     assert set(send.calls.values()) == {1}
 
@@ -175,8 +177,8 @@ def test_dead_letters_of_a_process_that_ends_in_its_transaction_are_there_once(c
     options = {"aside": aside.name, "slot": "one", "crash_at": Step.FLUSHED.value, "crash_how": how}
     with Process(topic, group, **options) as process:
         process.wait_for(Step.FLUSHED)
-        assert visible(aside, "read_uncommitted") > 0
-        assert visible(aside, "read_committed") == 0
+        assert values(aside, committed=False)
+        assert visible(aside) == 0
         with Process(topic, group, aside=aside.name, slot="one"):
             wait_until(lambda: committed(topic, group) == {0: 10}, 20, "all to be set aside")
         if how == "freeze":

@@ -31,15 +31,18 @@ def retrying(
     return RetryingConsumer(topic, handler, group, retry=retry, **{**SETTINGS, **options})
 
 
-def values(topic: Topic[Any]) -> list[Any]:
-    """What readers of committed records see, a partition in order of its offsets."""
-    with Reader(topic) as reader:
+def values(topic: Topic[Any], committed: bool = True) -> list[Any]:
+    """What readers see, of committed records or of all, a partition in order of its offsets."""
+    with Reader(topic, committed) as reader:
         return [record.value for record in reader.rest()]
 
 
-def visible(topic: Topic[Any], isolation: str) -> int:
-    """How many records of partition 0 a reader of this isolation sees before it waits."""
-    own = {"group.id": fresh_group(), "isolation.level": isolation, "enable.partition.eof": True}
+def visible(topic: Topic[Any]) -> int:
+    """How many records of partition 0 a reader of committed records sees before it waits, for an open transaction too.
+
+    (`values` waits for its end.)
+    """
+    own = {"group.id": fresh_group(), "enable.partition.eof": True}
     client = Client(topic.cluster.config({**own, "auto.offset.reset": "earliest"}))
     client.assign([TopicPartition(topic.name, 0, 0)])
     count = 0

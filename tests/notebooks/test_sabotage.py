@@ -17,6 +17,7 @@ FIRST = "00_start_here.ipynb"
 VIEWS = "01_consume_and_project.ipynb"
 STORE = "03_in_memory_key_value_store.ipynb"
 RETRIES = "04_schedule_and_forget.ipynb"
+TRANSACTIONS = "05_events_in_transactions.ipynb"
 SABOTAGE = Path(__file__).parent / "sabotage"
 
 
@@ -57,6 +58,9 @@ def long(*case: str) -> Any:
         long(RETRIES, "doubling_produce", "verdict-topics", r"invalid: announced: .* duplicated [1-9]"),
         long(RETRIES, "skip_fires_twice", "verdict-topics", r": a skip is for one record, once"),
         long(RETRIES, "group_missing", "verdict-topics", r"invalid: announced: .* duplicated [1-9]"),
+        long(TRANSACTIONS, "offset_before_transaction", "exactly-once-verdict", r"invalid: Delivery: .* lost [1-9]"),
+        (TRANSACTIONS, "read_uncommitted", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
+        long(TRANSACTIONS, "sent_before_commit", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
     ],
 )
 def test_a_sabotaged_labkit_fails_the_verdict(

@@ -42,7 +42,7 @@ class Step(Enum):
     LOST = "lost"
     """Partitions were taken while this member was away; nothing is committed. Subject: list of (topic, partition)."""
     MEASURED = "measured"
-    """A service, a view or a store counted something. Subject: Measured."""
+    """A service, a view, a store or a guarantee counted something. Subject: Measured."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.lanes import Held, Partition
 from labkit.kafka.consumer.run import Run, log
-from labkit.kafka.consumer.steps import Step
+from labkit.kafka.consumer.steps import Measured, Step
 from labkit.kafka.consumer.transactional_client import MustAbort, TransactionalClient, Unanswered
 from labkit.kafka.errors import DeliveryFailed, error_text, place_of
 from labkit.kafka.producer import HandlerContext, Output, handling, producer
@@ -101,6 +101,7 @@ class ExactlyOnce(Commits):
         self.outputs: list[tuple[Held, Output]] = []
         self.sent = 0  # how many of these are queued
         self.began: float | None = None  # the run's clock when a commit that is still to be was begun
+        self.counts = {"transactions committed": 0, "transactions aborted": 0}
         self.refused: dict[int, tuple[Held, int, str]] = {}  # of whom an output was refused: the error's code and text
         self.alone: set[int] = set()  # of whom it is to be known whether it was theirs
 
@@ -223,6 +224,7 @@ class ExactlyOnce(Commits):
             if self.state is State.ABORTING:
                 self.sender.abort(WAIT)
                 self._to(State.CHECKING)
+                self._count("transactions aborted")
             if self.state is State.CHECKING:
                 self._check_committed()
                 self._to(State.READY)
@@ -251,7 +253,12 @@ class ExactlyOnce(Commits):
             for partition, at in self.positions.items():
                 partition.committed = at
                 partition.drop_held(at)
+            self._count("transactions committed")
             self.run.report(Step.COMMITTED, _by_place(self.positions))
+
+    def _count(self, what: str) -> None:
+        self.counts[what] += 1
+        self.run.report(Step.MEASURED, Measured(dict(self.counts)))
 
     def _produce(self) -> None:
         """Queue what is not queued yet."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.effects import Effect
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import POD
 from labkit.kafka.records import Record
@@ -48,7 +49,7 @@ class Ledger(PostgresView):
 
 
 class Booking(NamedTuple):
-    """An order that a service has booked, once: what an audit takes for an effect."""
+    """An order that a service has booked, once. Its first fields are those of an `Effect`."""
 
     id: str
     key: str | None
@@ -107,6 +108,10 @@ class Downstream:
             Booking(order, None, f"{self.table}/{number}", at, cause, pod, self.table, tuple(sorted(items)))
             for number, ((order, cause, pod, at), items) in enumerate(found.items())
         ]
+
+    def effects(self) -> list[Effect]:
+        """The bookings as a verdict takes them."""
+        return [Effect(one.id, one.key, one.place, one.time, one.cause, one.pod) for one in self.bookings()]
 
     def amounts(self) -> dict[str, int]:
         """The sum of what was booked, by item: of Inventory, how the stock has changed."""
