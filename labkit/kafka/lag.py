@@ -72,8 +72,13 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
 @lru_cache(maxsize=16)
 def _asker(cluster: Cluster, group: str, _process: int) -> Client:
     """A client that joins no group and only asks for offsets. The admin client's own question must not be used: it
-    ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040)."""
-    return Client(cluster.config({"group.id": group, "enable.auto.commit": False}))
+    ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040).
+
+    What is committed is asked for, also beside an open transaction: a client of committed records would wait for its
+    end, and a board would stand still as long as a pod is frozen in one.
+    """
+    own = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
+    return Client(cluster.config(own))
 
 
 def _keep_inherited() -> None:

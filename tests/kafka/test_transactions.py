@@ -34,10 +34,12 @@ def test_outputs_and_offsets_become_visible_together(cluster: Cluster) -> None:
     for partition in range(3):
         put(topic, *range(100 * partition, 100 * partition + 100), partition=partition)
     seen: list[tuple[list[int], int]] = []
+    behind: list[int] = []
 
     def told(step: Step, subject: Any) -> None:
         if step is Step.FLUSHED and not seen:
             seen.append((values(output, committed=False), visible(output)))
+            behind.append(sum(lag(cluster, group, [topic.name]).values()))  # told though the offsets are in it
 
     def handle(record: Record[int]) -> None:
         output.send(record.value)
@@ -48,6 +50,7 @@ def test_outputs_and_offsets_become_visible_together(cluster: Cluster) -> None:
     assert sorted(values(output)) == list(range(-300, 300))
     assert seen[0][0]
     assert seen[0][1] == 0
+    assert behind == [300]
     assert set(lag(cluster, group, [topic.name]).values()) == {0}
 
 
