@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.effects import Effect
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import POD
 from labkit.kafka.records import Record
@@ -48,7 +49,7 @@ class Ledger(PostgresView):
 
 
 class Booking(NamedTuple):
-    """An order that a service has booked, once: what an audit takes for an effect."""
+    """An order that a service has booked, once: what a verdict takes for an effect."""
 
     id: str
     key: str | None
@@ -96,7 +97,7 @@ class Downstream:
         source, pod, now = short_name(record.place), os.environ.get(POD), time.time()
         return [(one.item, self.amount(one), source, pod, now) for one in record.value.items]
 
-    # -- what an audit reads
+    # -- what a verdict reads
 
     def bookings(self) -> list[Booking]:
         """All that was booked, in order: an order that was booked twice is there twice."""
@@ -107,6 +108,10 @@ class Downstream:
             Booking(order, None, f"{self.table}/{number}", at, cause, pod, self.table, tuple(sorted(items)))
             for number, ((order, cause, pod, at), items) in enumerate(found.items())
         ]
+
+    def effects(self) -> list[Effect]:
+        """The same for a verdict: `lab.verdict(orders, delivery.effects)`."""
+        return [Effect(*booking[:6]) for booking in self.bookings()]
 
     def amounts(self) -> dict[str, int]:
         """The sum of what was booked, by item: of Inventory, how the stock has changed."""
