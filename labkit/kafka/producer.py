@@ -270,7 +270,9 @@ class Producer:
         left = self._client.flush(timeout)
         self.raise_failures()
         if left:
-            raise DeliveryFailed(f"{left:,} records were not confirmed within {timeout:g} s: is the broker up?")
+            raise DeliveryFailed(
+                f"{left:,} records were not confirmed within {timeout:g} s: is the broker up? They may still arrive"
+            )
 
     def unconfirmed(self, wait: float) -> int:
         """How many records are unconfirmed after at most `wait` seconds."""

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
-from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
+from labkit.kafka.consumer import EXIT_DEADLINE, EXIT_NO_ANSWER, Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab import runs
@@ -88,6 +88,7 @@ class Pod(Target):
         self._born = 0.0  # monotonic
         self._deaths = 0  # in a row
         self._again_at = 0.0  # monotonic; when a dead pod is to be started again
+        self._at_once = False  # somebody asked for it: no back-off
 
     @property
     def state(self) -> PodState:
@@ -174,7 +175,7 @@ class Pod(Target):
         with self._lock:
             mended = []
             if self.state is PodState.RESTARTING:
-                self._again_at = 0.0
+                self._again_at, self._at_once = 0.0, True
                 return f"{self.name} is started again"
             if (child := self.child) is None:
                 return self._nothing()
@@ -227,7 +228,7 @@ class Pod(Target):
                 self._ended()
 
     def _start(self, now: float, payload: bytes) -> None:
-        self._born = now
+        self._born, self._at_once = now, False
         try:
             self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pod", self.name])
         except (LabkitError, OSError) as error:  # no memory or no process to be had: tried again
@@ -257,7 +258,7 @@ class Pod(Target):
             self.deployment.note(self.name, why)
             return
         self._deaths = 1 if now - self._born > STABLE else self._deaths + 1
-        wait = min(LONGEST_RESTART, FIRST_RESTART * 2.0 ** min(self._deaths - 1, 20))
+        wait = 0.0 if self._at_once else min(LONGEST_RESTART, FIRST_RESTART * 2.0 ** min(self._deaths - 1, 20))
         self._again_at = now + wait
         self.restarts += 1
         self.deployment.note(self.name, f"{why}; starts again in {wait:g} s")
@@ -504,6 +505,8 @@ def pane(deployments: Sequence[Deployment], lines: int = 200) -> list[str]:
 def _ended(code: int) -> str:
     if code == EXIT_DEADLINE:
         return "ended: a handler overran its deadline"
+    if code == EXIT_NO_ANSWER:
+        return "ended: a call of its transaction never came back; its successor goes on, and nothing is lost"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"

@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -217,9 +216,12 @@ class Service(Target):
             # Another attempt may get through where only some are refused.
             self._began(kind, text, needs_mending=told.get("errors") == 1 and seconds is None)
         if seconds is not None:
-            timer = threading.Timer(seconds, self._expire, (kind, told))
-            timer.daemon = True
-            timer.start()
+            self._later(seconds, kind, told)
+
+    def _later(self, seconds: float, kind: str, told: Mapping[str, object]) -> None:
+        timer = threading.Timer(seconds, self._expire, (kind, told))
+        timer.daemon = True
+        timer.start()
 
     def _all(self) -> dict[str, object]:
         return {name: value for told in self._told.values() for name, value in told.items()}
@@ -229,9 +231,13 @@ class Service(Target):
             if self._told.get(kind) is not told:
                 return  # it was ended, or another one of its kind has taken its place
             del self._told[kind]
-            self._ended(kind)
-            with suppress(LabkitError):  # it is gone, its faults with it
+            try:
                 self._switch.tell(self.name, self._all())
+            except LabkitError:  # it is away, or Kafka is: the fault stands until it can be told
+                self._told[kind] = told
+                self._later(1.0, kind, told)
+            else:
+                self._ended(kind)
 
 
 class Connection(Target):

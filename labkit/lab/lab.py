@@ -109,6 +109,7 @@ class Lab:
         self._targets: list[Database | Cache | Service] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
+        self._consoles: dict[str, RetryConsole] = {}
         self._telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
         self._telemetry.create({"retention.ms": "3600000"})
         self._sampler = Sampler(self._history, self._telemetry, self.deployments, self.loads, self._look_at_kafka)
@@ -211,6 +212,9 @@ class Lab:
         """What can be done to the service of this name: `switch` tells it how it is to misbehave."""
         self._check_open()
         made = Service(name, switch, self._history)
+        for one in [one for one in self._targets if isinstance(one, Service) and one.name == name]:
+            one.close()  # of a cell that ran before: its timers must not end what the new one begins
+            self._targets.remove(one)
         self._targets.append(made)
         return made
 
@@ -334,7 +338,10 @@ class Lab:
         Raises LabkitError for a deployment without retries.
         """
         self._check_open(deployment)
-        return RetryConsole(self, deployment)
+        if (before := self._consoles.get(deployment.name)) is not None:
+            before.close()
+        made = self._consoles[deployment.name] = RetryConsole(self, deployment)
+        return made
 
     # -- looking at what happened ----------------------------------------------------------------------------------
 

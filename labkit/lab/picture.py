@@ -298,7 +298,8 @@ def _draw_faults(frame: _Frame, faults: Sequence[Fault], writes: bool) -> None:
     for fault in faults if writes else ():
         standing = " …" if fault.end is None else ""
         text = shorten(fault.text, _LABEL_SIZE, frame.cell_right - frame.left - _COUNT_ROOM) + standing
-        left = min(float(frame.x(fault.start)) + 5, frame.cell_right - text_width(text, _LABEL_SIZE) - _COUNT_ROOM)
+        x, width = float(frame.x(fault.start)), text_width(text, _LABEL_SIZE) + _COUNT_ROOM
+        left = x + 5 if x + 5 + width <= frame.cell_right else max(x - 5 - width, frame.left)
         same = next((one for one in placed if one.text == text and one.right > left), None)
         row = next(
             (row for row in range(_FAULT_ROWS) if all(one.right < left for one in placed if one.row == row)), None

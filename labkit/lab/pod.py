@@ -2,7 +2,7 @@
 
 It gets what to run through its stdin (length, then the notebook's import path and what `pack` made), then commands,
 one a line: `slow SECONDS`. SIGTERM drains it. Exit code 0: drained. 1: what it runs raised. 70: a handler overran its
-deadline.
+deadline. 71: a call of its transaction never came back.
 """
 
 from __future__ import annotations

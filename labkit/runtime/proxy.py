@@ -148,6 +148,7 @@ class Proxy:
 
         async def begin() -> None:
             self._begun.clear()
+            self._answer = None  # of the fault before
             if request:
                 self._awaited = verb, REQUESTS[request]
                 return

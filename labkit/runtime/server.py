@@ -171,7 +171,7 @@ class Server(ABC):
 
     def _living(self, verb: str) -> None:
         if self.state is ServerState.DOWN:
-            raise LabkitError(f"cannot {verb} {self.name}: it is down. Restart it first")
+            raise LabkitError(f"cannot {verb} {self.name}: it is down. Recover it first")
 
 
 def _owner_of(folder: Path) -> Path:

@@ -73,7 +73,7 @@ def test_01_the_boards_are_drawn_and_a_writer_is_crashed_by_button(
 def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
     notebook: NotebookPage, jupyter: Jupyter, root: Path, tmp_path: Path
 ) -> None:
-    skip, left = "if blocked.place in console.lanes:", "every = due(MONTHLY"
+    skip, left = "if blocked.place in console.lanes:", "every = payments.due(MONTHLY"
     book = nbformat.read(root / "04_schedule_and_forget.ipynb", as_version=4)
     last = next(number for number, cell in enumerate(book.cells) if left in cell.source)
     book.cells = book.cells[: last + 1]  # what follows closes the lab
@@ -93,7 +93,7 @@ def test_04_a_record_is_skipped_and_dead_letters_are_replayed_by_button(
 
     notebook.run_below(skip)
     notebook.wait_for_new_picture(before)
-    assert "300 took effect · lost 0 · duplicated 0" in notebook.output_text("calls_since = finished(")
+    assert "300 took effect · lost 0 · duplicated 0" in notebook.output_text("calls_since = payments.finished(")
     assert "rejected: 107-6" in notebook.output_text("a skip is for one record, once")
     assert "240 sent · 236 took effect · lost 0" in notebook.output_text(left)
     notebook.scroll_to("dead = console.table()")

@@ -74,7 +74,7 @@ def frozen(lab: Lab) -> None:
 def away_for_long(lab: Lab) -> None:
     lab.broker.kill()
     time.sleep(35)  # the outage itself: longer than a record that somebody waits for
-    lab.broker.restart()
+    lab.broker.recover()
 
 
 def restarted(lab: Lab) -> None:

@@ -71,15 +71,21 @@ def is_ended(connection: socket.socket) -> bool:
 # -- a lost answer -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("idempotent", "there"), [(True, [0, 1]), (False, [0, 1, 1])])
-def test_what_is_sent_again_after_a_lost_answer(lab: Lab, proxy: Proxy, idempotent: bool, there: list[int]) -> None:
-    """The broker drops the duplicate of an idempotent producer, and stores that of another one."""
+def unanswered(lab: Lab, proxy: Proxy, idempotent: bool) -> tuple[Topic[Any], Producer]:
+    """A topic that has a record, and the producer that waits for the broker's answer about it."""
     topic = fresh_topic(lab.cluster)
     producer = connected(proxy, topic, idempotent=idempotent)
     proxy.hold("Produce")
     producer.send(topic.name, b"1")
     producer.poll()
     proxy.wait()
+    return topic, producer
+
+
+@pytest.mark.parametrize(("idempotent", "there"), [(True, [0, 1]), (False, [0, 1, 1])])
+def test_what_is_sent_again_after_a_lost_answer(lab: Lab, proxy: Proxy, idempotent: bool, there: list[int]) -> None:
+    """The broker drops the duplicate of an idempotent producer, and stores that of another one."""
+    topic, producer = unanswered(lab, proxy, idempotent)
     assert records(topic) == 2  # it is in the topic, and its producer does not know
     assert producer.unconfirmed(0) == 1
     proxy.cut()
@@ -157,6 +163,7 @@ def test_cut_it_refuses_everybody_until_it_recovers(lab: Lab, proxy: Proxy) -> N
     assert values(topic) == [0, 1]
 
 
+@pytest.mark.long
 def test_slow_it_takes_its_time_each_way_and_keeps_the_order(lab: Lab, proxy: Proxy) -> None:
     topic = fresh_topic(lab.cluster)
     producer = connected(proxy, topic)
@@ -174,12 +181,7 @@ def test_slow_it_takes_its_time_each_way_and_keeps_the_order(lab: Lab, proxy: Pr
 
 
 def test_held_answers_go_out_when_it_recovers(lab: Lab, proxy: Proxy) -> None:
-    topic = fresh_topic(lab.cluster)
-    producer = connected(proxy, topic, idempotent=False)
-    proxy.hold("Produce")
-    producer.send(topic.name, b"1")
-    producer.poll()
-    proxy.wait()
+    topic, producer = unanswered(lab, proxy, idempotent=False)
     proxy.recover()
     producer.flush()
     assert values(topic) == [0, 1]  # one that had to send it again would have sent it twice

@@ -17,10 +17,12 @@ from transacting import Sending, exactly_once, values, visible
 
 import labkit.kafka.consumer.loop as loop_module
 import labkit.kafka.consumer.transactional_client as client_module
+import labkit.kafka.consumer.transactions as transactions_module
 from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
+from labkit.kafka.consumer.transactions import State
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
 from labkit.runtime.broker import Broker, prepare
@@ -64,6 +66,34 @@ def test_after_an_abort_all_goes_with_the_next_transaction(
     assert (counts["transactions aborted"], counts["transactions committed"] >= 2) == (2, True)
     assert sorted(values(output)) == list(range(40))
     assert set(send.calls.values()) == {1}
+
+
+def test_what_a_revoke_could_not_commit_in_time_is_never_committed_later(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """correctness 21: an abort took all the time there was; an open transaction would go out when others have these."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    left = list[State]()
+
+    class Silent(client_module.TransactionalClient):
+        def send_offsets(self, *asked: Any) -> None:
+            time.sleep(0.3)  # the silence itself: longer than a revoke waits here
+            raise client_module.MustAbort("no answer")
+
+    class Watched(transactions_module.ExactlyOnce):
+        def settle(self, positions: dict[Any, int]) -> None:
+            super().settle(positions)
+            left.append(self.state)
+
+    monkeypatch.setattr(transactions_module, "REACH", 0.2)
+    monkeypatch.setattr(transactions_module, "TransactionalClient", Silent)
+    monkeypatch.setattr(loop_module, "ExactlyOnce", Watched)
+    put(topic, 1)
+    with Member(exactly_once(topic, Sending(output), group, drain=0.1)) as member:
+        member.journal.wait_for(Step.HANDLED)
+    assert State.OPEN not in left
+    assert left
+    assert committed(topic, group) == {}
 
 
 def test_a_commit_without_an_answer_is_asked_for_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from labkit.kafka.consumer.loop import EXIT_DEADLINE as EXIT_DEADLINE
 from labkit.kafka.consumer.loop import Loop
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Report
+from labkit.kafka.consumer.transactional_client import EXIT_NO_ANSWER as EXIT_NO_ANSWER
 from labkit.kafka.errors import LabkitError, TopicMissing
 from labkit.kafka.producer import POD
 

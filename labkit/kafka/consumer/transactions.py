@@ -103,7 +103,7 @@ class ExactlyOnce(Commits):
         self.began: float | None = None  # the run's clock when a commit that is still to be was begun
         self.counts = {"transactions committed": 0, "transactions aborted": 0}
         self.refused: dict[int, tuple[Held, int, str]] = {}  # of whom an output was refused: the error's code and text
-        self.alone: set[int] = set()  # of whom it is to be known whether it was theirs
+        self.one_by_one: set[int] = set()  # ids of Held: each is flushed by itself, to learn whose output was refused
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -179,9 +179,12 @@ class ExactlyOnce(Commits):
             left = {p: at for p, at in positions.items() if p.committed != at}
             if not left:
                 return
-            self._begin(left)
-            if self.state is State.READY or time.monotonic() > until:
+            if time.monotonic() > until:
                 break
+            self._begin(left)
+            if self.state is State.READY:
+                break
+        self.lost()  # what is not accepted by now must never be: the partitions go to somebody else
         if not self.sender.over:
             log(f"{self.slot}: not committed when partitions went: their next owner learns it, or handles them again")
 
@@ -195,12 +198,17 @@ class ExactlyOnce(Commits):
 
     def _begin(self, positions: dict[Partition, int]) -> None:
         # Metadata without a member would be accepted unchecked.
-        if not positions or self.sender.over or not self.client.memberid():
+        if not positions:
+            self.began = None  # nothing waits for a commit: what did has gone with its partitions
+            return
+        if self.sender.over or not self.client.memberid():
             return
         self.run.report(Step.COMMITTING, _by_place(positions))
         self.positions, self.sent = positions, 0
         self.outputs = [(held, one) for p, at in positions.items() for held in p.held_below(at) for one in held.outputs]
         self.began = self.run.clock if self.began is None else self.began
+        if self.run.clock - self.began > PATIENCE:
+            self.sender.end(f"no transaction was committed for {PATIENCE:g} s: each was aborted, and the log says why")
         self.sender.begin()
         self._to(State.OPEN)
 
@@ -249,7 +257,7 @@ class ExactlyOnce(Commits):
             self.sender.commit(WAIT)
             self._to(State.READY)
             self.began = None
-            self.alone.clear()
+            self.one_by_one.clear()
             for partition, at in self.positions.items():
                 partition.committed = at
                 partition.drop_held(at)
@@ -265,7 +273,7 @@ class ExactlyOnce(Commits):
         before = None if self.sent == 0 else self.outputs[self.sent - 1][0]
         while self.sent < len(self.outputs):
             held, output = self.outputs[self.sent]
-            if self.alone and held is not before and not self.alone.isdisjoint((id(held), id(before))):
+            if self.one_by_one and held is not before and not self.one_by_one.isdisjoint((id(held), id(before))):
                 self._flush(REACH)  # what goes out together is refused together
             self.sender.produce(output, partial(self._on_delivery, held))
             self.sent, before = self.sent + 1, held
@@ -304,8 +312,8 @@ class ExactlyOnce(Commits):
         for held, code, why in refused.values():
             if code in TOPIC_REFUSED:
                 raise DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}")
-        if len(refused) > 1 and not refused.keys() <= self.alone:
-            self.alone |= refused.keys()
+        if len(refused) > 1 and not refused.keys() <= self.one_by_one:
+            self.one_by_one |= refused.keys()
             return
         for held, _, why in refused.values():
             self._replace(held, DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}"))

@@ -49,7 +49,7 @@ class Ledger(PostgresView):
 
 
 class Booking(NamedTuple):
-    """An order that a service has booked, once. Its first fields are those of an `Effect`."""
+    """An order that a service has booked, once: what a verdict takes for an effect."""
 
     id: str
     key: str | None
@@ -97,7 +97,7 @@ class Downstream:
         source, pod, now = short_name(record.place), os.environ.get(POD), time.time()
         return [(one.item, self.amount(one), source, pod, now) for one in record.value.items]
 
-    # -- what an audit reads
+    # -- what a verdict reads
 
     def bookings(self) -> list[Booking]:
         """All that was booked, in order: an order that was booked twice is there twice."""
@@ -110,8 +110,8 @@ class Downstream:
         ]
 
     def effects(self) -> list[Effect]:
-        """The bookings as a verdict takes them."""
-        return [Effect(one.id, one.key, one.place, one.time, one.cause, one.pod) for one in self.bookings()]
+        """The same for a verdict: `lab.verdict(orders, delivery.effects)`."""
+        return [Effect(*booking[:6]) for booking in self.bookings()]
 
     def amounts(self) -> dict[str, int]:
         """The sum of what was booked, by item: of Inventory, how the stock has changed."""
