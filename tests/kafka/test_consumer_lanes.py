@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,6 +126,32 @@ def test_a_slow_handler_holds_back_its_partition_only(cluster: Cluster, monkeypa
         member.wait_committed({0: 3000, 1: 3000})
     assert 100 <= most[0] <= 300
     assert most[1] <= 300
+
+
+def test_back_pressure_does_not_fetch_a_backlog_again_and_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pause throws away what was fetched ahead: with slow handlers a backlog was fetched up to 100 times."""
+    topic, group, fetched = fresh_topic(cluster), fresh_group(), [0]
+    sender = Producer(cluster)
+    for _ in range(800):
+        sender.send(topic.name, b'"%s"' % (b"x" * 20_000))
+    sender.flush()
+
+    def told(statistics: str) -> None:
+        fetched[0] = json.loads(statistics)["rxmsgs"]
+
+    client = module.Client
+    listens = {"statistics.interval.ms": 50, "stats_cb": told}
+    monkeypatch.setattr(module, "Client", lambda config: client({**config, **listens}))
+
+    def slow(record: Record[str]) -> None:
+        time.sleep(0.004)
+
+    consumer = Consumer(replace(topic, value=str), slow, group, max_ahead=40, commit_interval=0.05)
+    with Member(consumer) as member:
+        member.wait_committed({0: 800})
+    assert 800 <= fetched[0] < 2 * 800
 
 
 def test_sixteen_blocked_partitions_of_32(cluster: Cluster) -> None:

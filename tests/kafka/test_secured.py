@@ -246,7 +246,7 @@ def texts(folder: Path, since: float) -> Iterator[str]:
     for path, _, names in os.walk(folder):
         for file in (Path(path, name) for name in names):
             with suppress(FileNotFoundError):
-                if file.stat().st_mtime >= since - 1:
+                if file.is_file() and file.stat().st_mtime >= since - 1:  # there are sockets, too
                     yield file.read_text(errors="replace")
 
 

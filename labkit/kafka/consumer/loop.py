@@ -33,7 +33,7 @@ from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 FULL = 0.1  # seconds a partition may stay full before it is paused
-FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records
+FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records and this one hardly moves
 IDENTITY = 1.0  # seconds between two looks at whether its topics are still the same ones
 EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
 
@@ -66,8 +66,9 @@ class Loop:
                     "heartbeat.interval.ms": 300,  # how soon a member hears of a rebalance
                     "topic.metadata.refresh.interval.ms": 1000,  # else a deleted topic stays unnoticed for 40 s
                     "fetch.queue.backoff.ms": 1,  # with the default 1000 the same loop reaches 0.15 of the speed
-                    "queued.min.messages": 300_000,
-                    "queued.max.messages.kbytes": 65_536,  # bounds the prefetch in memory
+                    # The prefetch of a partition: more would not be faster, and a pause throws it away.
+                    "queued.min.messages": min(300_000, self.spec.max_ahead),
+                    "queued.max.messages.kbytes": 65_536,  # bounds it in memory
                     **self.commits.settings,
                 }
             )
@@ -208,7 +209,7 @@ class Loop:
         """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
 
         The client hands out one partition after the other: while one has nothing to do and more to come, a full one is
-        waited for no longer than a handler without work of its own needs, or that one would stand still for it.
+        waited for only if its handler is quick. If it is slow, the others would stand still for it.
         """
         full: list[Partition] = []
         starving = False
@@ -220,8 +221,13 @@ class Loop:
             elif partition.ahead() <= self.batch // 2 and not self.is_full(partition):
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
-        shared, until = self.shared, time.monotonic() + (FULL_BESIDE_EMPTY if starving else FULL)
-        while full and time.monotonic() < until and not shared.stop.is_set() and shared.fatal is None:
+        shared, began, patience = self.shared, time.monotonic(), FULL_BESIDE_EMPTY if starving else FULL
+        to_do = sum(map(self.commits.ahead, full))
+        while full and not shared.stop.is_set() and shared.fatal is None:
+            if time.monotonic() - began > patience:
+                if patience == FULL or to_do - sum(map(self.commits.ahead, full)) < max(1, self.batch // 10):
+                    break
+                patience = FULL
             shared.wake.clear()
             self.commits.commit(time.monotonic())  # exactly once, nothing else makes room
             if not any(map(self.is_full, full)):
