@@ -8,9 +8,7 @@ work of the second away.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from queue import Empty, SimpleQueue
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import psycopg
@@ -18,6 +16,7 @@ from psycopg.sql import SQL, Composed, Identifier
 
 from labkit.kafka.records import Record
 from labkit.patterns.views import Row
+from labkit.services.connections import Connections
 
 TABLES = """
 create table if not exists {table} (
@@ -65,26 +64,19 @@ class OnceEach:
 
     def __init__(self, dsn: str, table: str, pessimistic: bool, rows: Callable[[Record[Any]], list[Row]]) -> None:
         self.dsn, self.table, self.pessimistic, self.rows = dsn, table, pessimistic, rows
-        self._free: SimpleQueue[psycopg.Connection[Any]] = SimpleQueue()  # one for each thread that is in a handler
-
-    def __reduce__(self) -> tuple[type[OnceEach], tuple[Any, ...]]:
-        return type(self), (self.dsn, self.table, self.pessimistic, self.rows)
+        self.database = Connections(dsn, _sql(TABLES, table))
 
     def __call__(self, record: Record[Any]) -> None:
         """Raises psycopg.Error while the database is away: then nothing is booked of it."""
         rows = [(record.value.id, *row) for row in self.rows(record)]
-        with self._connection() as database:
+        with self.database.one() as database:
             book = self._pessimistic if self.pessimistic else self._optimistic
             if not book(database, record.value.id, rows):
                 self._run(database, CONFLICT, record.value.id)  # in a transaction of its own: the other one is undone
 
     def close(self) -> None:
         """Let the connections go."""
-        while True:
-            try:
-                self._free.get_nowait().close()
-            except Empty:
-                return
+        self.database.close()
 
     def _pessimistic(self, database: psycopg.Connection[Any], order: str, rows: list[Row]) -> bool:
         with database.transaction():
@@ -114,22 +106,6 @@ class OnceEach:
 
     def _run(self, database: psycopg.Connection[Any], sql: str, *parameters: Any) -> psycopg.Cursor[Any]:
         return database.execute(_sql(sql, self.table), parameters)
-
-    @contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
-        try:
-            database = self._free.get_nowait()
-        except Empty:
-            database = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5)
-            with database.transaction():  # two that make the tables at once would get into each other's way
-                database.execute("select pg_advisory_xact_lock(hashtext('labkit orders'))")
-                database.execute(_sql(TABLES, self.table))
-        try:
-            yield database
-        except BaseException:
-            database.close()
-            raise
-        self._free.put(database)
 
 
 def _sql(text: str, table: str) -> Composed:

@@ -1,0 +1,50 @@
+"""Connections to a service's PostgreSQL, for the threads of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import psycopg
+from psycopg.sql import SQL, Composed
+
+
+class Connections:
+    """One for each thread that asks at the same time; each commits every statement unless a transaction is begun.
+
+    It travels to pods without them, connects where it is asked, and makes `tables` first.
+    """
+
+    def __init__(self, dsn: str, tables: SQL | Composed) -> None:
+        self.dsn, self.tables = dsn, tables
+        self._free: SimpleQueue[psycopg.Connection[Any]] = SimpleQueue()
+
+    def __reduce__(self) -> tuple[type[Connections], tuple[Any, ...]]:
+        return type(self), (self.dsn, self.tables)
+
+    @contextmanager
+    def one(self) -> Iterator[psycopg.Connection[Any]]:
+        """A connection; one in whose use something failed is not used again. Raises psycopg.Error."""
+        try:
+            database = self._free.get_nowait()
+        except Empty:
+            database = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5)
+            with database.transaction():  # two that make the tables at once would get into each other's way
+                database.execute("select pg_advisory_xact_lock(hashtext('labkit services'))")
+                database.execute(self.tables)
+        try:
+            yield database
+        except BaseException:
+            database.close()
+            raise
+        self._free.put(database)
+
+    def close(self) -> None:
+        """Let them go. It can be used again."""
+        while True:
+            try:
+                self._free.get_nowait().close()
+            except Empty:
+                return

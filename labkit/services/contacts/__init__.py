@@ -1,0 +1,16 @@
+"""Contacts: a CSV becomes jobs, which importers share, and a report of each job says when the whole import is done."""
+
+from __future__ import annotations
+
+from labkit.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "baselines": "CounterService InMemory SharedRow",
+        "content": "Contact contacts write_csv",
+        "importer": "Importer bad_rows failed_jobs stored",
+        "jobs": "ContactsJob CsvRefused Job send_jobs split",
+        "reports": "JobFinished Progress Reports import_key progress",
+    },
+)

@@ -1,0 +1,78 @@
+"""Contacts of people who do not exist, drawn from a seed: the same here and on every machine.
+
+Their names are invented. Their addresses are of domains, and their phone numbers of ranges, that are kept for examples.
+Nothing is kept: a million of them stream by in constant memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+FIRST = (
+    "Abrielle", "Bastel", "Corvane", "Delphira", "Eskild", "Fenna", "Gaëlle", "Havik", "Isolde", "Jorun", "Kestrel",
+    "Lumira", "Marisk", "Nérine", "Ottoline", "Perrin", "Quilla", "Rosvald", "Sunniva", "Tancred", "Ulvar", "Zoë",
+)  # fmt: skip
+LAST = (
+    "Amberwick", "Brackenfell", "Copperlane", "Dunmarrow", "Elderquill", "Fennimark", "Glasswater", "Hollowmere",
+    "Inkpen-Vale", "Juniperus", "Kettlestone", "Larkspindle", "Mossgrave", "Nettlefield", "Oakenshaw", "Pebblecroft",
+    "Quaverley", "Rushlight", "Silverthwaite", "Thistlebrook", "Umberlake", "Willowmarch",
+)  # fmt: skip
+DOMAINS = ("example.com", "example.net", "example.org")
+PHONES = ("+44 1632 960{:03}", "+44 7700 900{:03}", "+1 202 555 01{:02.0f}")  # ranges of no subscriber
+NOTES = (
+    'Met at the fair, said "call in spring"', "Two lines:\nthe second one", "prefers e-mail; no calls",
+    "Moved in May,\nold address void,\nsee mail",
+)  # fmt: skip
+BAD = ("", "none", "@example.com", "{}@", "{}@localhost", "{} at example.org", "{}@@example.net")
+BAD_SHARE, REPEATED, NOTED = 0.006, 0.012, 0.15  # of all contacts
+
+
+class Contact(NamedTuple):
+    """One person of somebody's address book: its fields are the columns that a CSV may have, by name."""
+
+    name: str
+    email: str
+    phone: str = ""
+    notes: str = ""
+
+
+def contacts(count: int, seed: int = 1) -> Iterator[Contact]:
+    """Contacts as they come out of an address book: a few e-mails are none, and a few come again, in capitals.
+
+    Fewer of the same seed are the beginning of more.
+    """
+    chance = Random(seed)
+    earlier = ""  # an e-mail from some fifty contacts ago, which so belongs to another job
+    for number in range(count):
+        first, last = chance.choice(FIRST), chance.choice(LAST)
+        user = f"{_ascii(first)}.{_ascii(last)}.{number}"
+        email = f"{user}@{chance.choice(DOMAINS)}"
+        share = chance.random()
+        if share < BAD_SHARE:
+            email = chance.choice(BAD).format(user)
+        elif share < BAD_SHARE + REPEATED:
+            email, earlier = earlier.upper() or email, earlier or email
+        elif share > 0.98:
+            earlier = email
+        phone = chance.choice(PHONES).format(chance.randrange(100))
+        yield Contact(f"{first} {last}", email, phone, chance.choice(NOTES) if chance.random() < NOTED else "")
+
+
+def write_csv(path: Path | str, made: Iterable[Contact]) -> None:
+    """Write contacts into a file, under a header with the names of their fields."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Contact._fields)
+        writer.writerows(made)
+
+
+@lru_cache
+def _ascii(name: str) -> str:
+    """A name as it is in an e-mail."""
+    return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()

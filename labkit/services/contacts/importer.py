@@ -1,0 +1,156 @@
+"""Contacts Importer: stores the contacts of a job, each once, and reports that the job is finished.
+
+A job that the importers give up is reported as failed by a service of its own, which reads what their retry policy has
+set aside. So every import ends, and neither the importers nor the store know how.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg.sql import SQL
+
+from labkit.kafka.consumer import Consumer
+from labkit.kafka.producer import POD
+from labkit.kafka.records import Record
+from labkit.kafka.topics import Topic
+from labkit.patterns.blocked_lanes import Skipped, skips_topic
+from labkit.patterns.dead_letters import DeadLetter, dead_letters_topic
+from labkit.services.connections import Connections
+from labkit.services.contacts.content import Contact
+from labkit.services.contacts.jobs import ContactsJob, Job
+
+EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
+LONGEST = 254  # characters of an e-mail
+
+TABLES = SQL("""
+create table if not exists contacts (
+    request text not null, email text not null, name text not null, phone text not null, notes text not null,
+    line int not null, job int not null, pod text, primary key (request, email));
+create table if not exists bad_rows (
+    request text not null, line int not null, reason text not null, primary key (request, line))
+""")
+# Of an e-mail that comes again in a file the last line counts, whichever job is handled first.
+STORE = """insert into contacts values (%s, %s, %s, %s, %s, %s, %s, %s) on conflict (request, email) do update
+set (name, phone, notes, line, job, pod) =
+    (excluded.name, excluded.phone, excluded.notes, excluded.line, excluded.job, excluded.pod)
+where contacts.line < excluded.line"""
+NOTE = "insert into bad_rows values (%s, %s, %s) on conflict do nothing"
+
+
+class BadRow(NamedTuple):
+    """A row that is no contact, by the line of the file on which it begins."""
+
+    line: int
+    reason: str
+
+
+class Importer:
+    """The handler of a consumer of jobs: what is good of a job's rows, and what is bad, is stored in one transaction.
+
+    Then `report` is told. A job that comes again changes nothing, and is reported again. With an `exactly once`
+    consumer what `report` sends is there once.
+    """
+
+    def __init__(self, dsn: str, report: Callable[[Job], object]) -> None:
+        self.report = report
+        self.database = Connections(dsn, TABLES)
+
+    def __call__(self, record: Record[ContactsJob]) -> None:
+        """Raises psycopg.Error while the database is away: then nothing of the job is stored."""
+        request, number, pod = record.value.request, record.value.number, os.environ.get(POD)
+        found, bad = sort_out(record.value)
+        # In order of their e-mails: two importers that have some in common never wait for each other in a ring.
+        rows = [
+            (request, email, one.name, one.phone, one.notes, line, number, pod)
+            for email, (line, one) in sorted(found.items())
+        ]
+        with self.database.one() as database, database.transaction(), database.cursor() as cursor:
+            cursor.executemany(STORE, rows)
+            cursor.executemany(NOTE, [(request, *one) for one in bad])
+        self.report(record.value.job)
+
+    def close(self) -> None:
+        """Let its connections go."""
+        self.database.close()
+
+
+def sort_out(job: ContactsJob) -> tuple[dict[str, tuple[int, Contact]], list[BadRow]]:
+    """The contacts of a job, by e-mail, each with its line; and its rows that are none."""
+    found: dict[str, tuple[int, Contact]] = {}
+    bad: list[BadRow] = []
+    columns = {name: job.columns.index(name) for name in Contact._fields if name in job.columns}
+    for row in job.rows:
+        if len(row.cells) > len(job.columns):
+            bad.append(BadRow(row.line, f"{len(row.cells)} cells in a file of {len(job.columns)} columns"))
+            continue
+        cells = [cell.strip() for cell in row.cells] + [""] * (len(job.columns) - len(row.cells))
+        contact = Contact(**{name: cells[place] for name, place in columns.items()})
+        if reason := _wrong(contact):
+            bad.append(BadRow(row.line, reason))
+        else:
+            email = contact.email.lower()
+            found[email] = row.line, contact._replace(email=email)
+    return found, bad
+
+
+def _wrong(contact: Contact) -> str:
+    """Why this is no contact; nothing if it is one."""
+    if not contact.email:
+        return "no e-mail"
+    if len(contact.email) > LONGEST or not EMAIL.fullmatch(contact.email) or not contact.email.isprintable():
+        return f"{contact.email[:LONGEST]!r} is no e-mail"
+    if any("\0" in text for text in contact):
+        return "a cell with a NUL, which no database takes for text"
+    return ""
+
+
+def failed_jobs(
+    jobs: Topic[ContactsJob], importers: str, report: Callable[[Job, bool], object], group: str = ""
+) -> Consumer:
+    """The service that reports the jobs which the importers' group gave up: its dead letters, and what it was told to
+    skip. It goes by their keys, as a value that does not decode may be why.
+    """
+    given_up: list[Topic[Any]] = [dead_letters_topic(jobs, importers), skips_topic(jobs, importers)]
+    return Consumer(given_up, partial(_report_failed, report), group)
+
+
+def _report_failed(report: Callable[[Job, bool], object], record: Record[DeadLetter | Skipped | None]) -> None:
+    if record.value is None:  # a dead letter that has left: replayed, and reported by its importer, or purged
+        return
+    try:
+        job = Job.parse(record.value.key or "")
+    except ValueError:
+        print(f"passed over: {record.place}: {record.value.key!r} is the key of no job", file=sys.stderr)  # noqa: T201
+        return
+    report(job, True)
+
+
+# -- What is stored ----------------------------------------------------------------------------------------------------
+
+
+def stored(dsn: str, request: str) -> list[Contact]:
+    """The contacts of a request, in order of their e-mails; none before there is a table."""
+    sql = "select name, email, phone, notes from contacts where request = %s order by email"
+    return [Contact(*row) for row in _read(dsn, sql, request)]
+
+
+def bad_rows(dsn: str, request: str) -> list[BadRow]:
+    """The rows of a request that are no contacts, in order of their lines."""
+    return [
+        BadRow(*row) for row in _read(dsn, "select line, reason from bad_rows where request = %s order by 1", request)
+    ]
+
+
+def _read(dsn: str, sql: str, request: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(dsn, connect_timeout=5) as database:
+        try:
+            return database.execute(sql.encode(), (request,)).fetchall()
+        except psycopg.errors.UndefinedTable:
+            return []

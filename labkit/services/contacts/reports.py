@@ -1,0 +1,83 @@
+"""How far an import has got: what the importers report, and the value that the store makes of the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from labkit.kafka.errors import LabkitError
+from labkit.kafka.topics import Topic
+from labkit.services.contacts.jobs import MOST, Job
+
+
+class JobFinished(msgspec.Struct, frozen=True):
+    """A command for the store: this job of so many is done, or was given up."""
+
+    job: int
+    total: int
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.job <= self.total <= MOST:
+            raise ValueError(f"there is no job {self.job:,} of {self.total:,}: it needs 1 ≤ job ≤ total ≤ {MOST:,}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The value of an import in the store."""
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    done_jobs: bytes = field(default=b"", repr=False)
+    """Which ones: a bit for each, so that a job that is reported twice counts once."""
+    failed_jobs: bytes = field(default=b"", repr=False)
+
+    @property
+    def completed(self) -> bool:
+        """Whether every job has ended, well or not."""
+        return self.done + self.failed == self.total
+
+
+def progress(value: Progress | None, command: JobFinished) -> Progress:
+    """The update function of the store.
+
+    A job that was given up, and is done later by a replay, is done; one that is done stays so. Raises LabkitError for a
+    command of an import with another number of jobs.
+    """
+    before = Progress(command.total) if value is None else value
+    if command.total != before.total:
+        raise LabkitError(f"job {command.job} is one of {command.total:,}, and its import has {before.total:,} jobs")
+    done, failed = int.from_bytes(before.done_jobs), int.from_bytes(before.failed_jobs)
+    bit = 1 << (command.job - 1)
+    if command.failed:
+        failed |= bit & ~done
+    else:
+        done, failed = done | bit, failed & ~bit
+    return Progress(before.total, done.bit_count(), failed.bit_count(), _bitmap(done), _bitmap(failed))
+
+
+def _bitmap(bits: int) -> bytes:
+    return bits.to_bytes((bits.bit_length() + 7) // 8)
+
+
+def import_key(request: str, total: int) -> str:
+    """The key of an import's commands, and of its value: `YYY-6`."""
+    return f"{request}-{total}"
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Reports a finished job to the store, by a command with the key of its import: one partition has them all.
+
+    Called in a handler, the command goes out with what the handler sends.
+    """
+
+    commands: Topic[JobFinished]
+    key: Callable[[str, int], object] = import_key
+    """Of request and total; its text is the key."""
+
+    def __call__(self, job: Job, failed: bool = False) -> None:
+        self.commands.send(JobFinished(job.number, job.total, failed), str(self.key(job.request, job.total)))
