@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from confluent_kafka import Consumer as Client
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from labkit.kafka.cluster import ANSWER, Cluster, inherited
@@ -95,14 +95,25 @@ def end_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int]
     return offsets(cluster, _partitions(cluster, topics), _END)
 
 
-def offsets(cluster: Cluster, partitions: Sequence[tuple[str, int]], spec: OffsetSpec) -> dict[tuple[str, int], int]:
+def stable_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int], int]:
+    """How far committed records can be read, for each (topic, partition): to the first record of an open transaction,
+    or to the end."""
+    return offsets(cluster, _partitions(cluster, topics), _END, IsolationLevel.READ_COMMITTED)
+
+
+def offsets(
+    cluster: Cluster,
+    partitions: Sequence[tuple[str, int]],
+    spec: OffsetSpec,
+    isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
+) -> dict[tuple[str, int], int]:
     """One offset of each partition. A partition whose topic is gone counts as 0."""
     if not partitions:
         return {}
     wanted = {TopicPartition(topic, number): spec for topic, number in partitions}
 
     def found(client: AdminClient) -> dict[tuple[str, int], int]:
-        futures = client.list_offsets(wanted, request_timeout=ANSWER)
+        futures = client.list_offsets(wanted, isolation_level=isolation, request_timeout=ANSWER)
         return {(one.topic, one.partition): _offset(future) for one, future in futures.items()}
 
     return cluster.ask(found)

@@ -15,13 +15,26 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from labkit.kafka.errors import ClusterUnreachable, PoisonRecord, TopicMissing
-from labkit.kafka.lag import end_offsets, start_offsets
+from labkit.kafka.lag import end_offsets, stable_offsets, start_offsets
 from labkit.kafka.records import Message, Record, T, decoder
 from labkit.kafka.topics import Topic
 
 _GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
 _BATCH = 2000  # records taken at once, if they are there
 LOOK = 0.3  # seconds to wait for how many partitions there are
+
+
+def has_records(topic: Topic[Any], partition: int, start: int, end: int, timeout: float = 5.0) -> bool:
+    """Whether anybody is handed a committed record between two offsets. Markers of transactions, and what was aborted
+    or compacted away, nobody is. True also if it cannot be told."""
+    own = {"group.id": f"labkit-reader-{uuid.uuid4().hex}", "enable.auto.commit": False, "enable.partition.eof": True}
+    client = Client(topic.cluster.config({**own, "isolation.level": "read_committed", "fetch.wait.max.ms": 100}))
+    try:
+        client.assign([TopicPartition(topic.name, partition, start)])
+        message = client.poll(timeout)  # a record, or the end: with its offset
+        return message is None or (message.offset() or -1) < end
+    finally:
+        client.close()
 
 
 class Reader(Generic[T]):
@@ -98,8 +111,7 @@ class Reader(Generic[T]):
         while self._behind(ends):
             if time.monotonic() > until:
                 raise ClusterUnreachable(
-                    f"topic {self.topic.short} could not be read to its end within {timeout:g} s: is the broker up? "
-                    "`labkit status` tells; if it is, allow more time"
+                    f"topic {self.topic.short} could not be read to its end within {timeout:g} s: {self._why_not(ends)}"
                 )
             found += self.take(0.1)
         return found
@@ -124,6 +136,14 @@ class Reader(Generic[T]):
     def _behind(self, ends: dict[tuple[str, int], int]) -> bool:
         here = self.positions()
         return any(here[place] < end for place, end in ends.items())
+
+    def _why_not(self, ends: dict[tuple[str, int], int]) -> str:
+        here, stable = self.positions(), stable_offsets(self.topic.cluster, [self.topic.name])
+        held = [place for place, end in ends.items() if stable.get(place, end) <= here[place] < end]
+        if not held:
+            return "is the broker up? `labkit status` tells; if it is, allow more time"
+        _, number = held[0]
+        return f"an open transaction holds back partition {number}: who began it has to end it, or its timeout does"
 
     def _records(self, messages: list[Message]) -> Iterator[Record[T]]:
         for message in messages:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from labkit.kafka.effects import Effect, Sent
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE, MADE_BY
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab.load import Load
 from labkit.lab.sampler import undecodable
+
+READ = 30.0  # seconds for a topic to be read to its end
 
 Content = Iterable[Effect] | Mapping[Any, Any]
 """Effects, or the value that each id has."""
@@ -57,7 +59,10 @@ def took_effect(done: Topic[Any] | Content, identify: Callable[[Any], str]) -> t
 def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Effect], str | None]:
     """What took effect in a topic, and what of it could not be read."""
     with Reader(topic) as reader:
-        records = reader.rest()
+        try:
+            records = reader.rest(READ)
+        except ClusterUnreachable as error:
+            return [], str(error)
     found = []
     for record in records:
         if record.value is None:

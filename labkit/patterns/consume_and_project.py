@@ -1,8 +1,7 @@
 """Consume and project: a view of one's own, made of a topic's records, instead of asking whoever owns the objects.
 
 A *projection* is a topic, a function from a record to rows, and a view (see `views`), which is as good after any crash
-as without one, and can be built again beside the one that is read. Offsets of commit markers are not stored: on a topic
-written in transactions a view seems a record or two behind its end.
+as without one, and can be built again beside the one that is read.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Stop, keep_trying
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, PoisonRecord, Unavailable, error_text
 from labkit.kafka.lag import end_offsets, start_offsets
+from labkit.kafka.reader import has_records
 from labkit.kafka.records import Record, T
 from labkit.kafka.topics import Topic
 from labkit.patterns.views import LARGEST_BATCH, Batch, Change, Row, View, ViewOutdated, ViewTakenBack
@@ -143,6 +143,8 @@ class Staleness:
         self._since: float | None = None  # Unix time up to which the view has everything that was in the topic
         self._seen_complete = False
         self._topic_id = ""
+        self._before: dict[int, tuple[int, int]] = {}  # by partition: what the view had and lacked at the last look
+        self._empty: dict[int, tuple[int, int]] = {}  # offsets between which there is no record
 
     def look(self) -> None:
         """Ask Kafka for the topic's end, then the view how far it is.
@@ -158,6 +160,7 @@ class Staleness:
             if topic_id != self._topic_id:
                 self._topic_id, self._seen_complete = topic_id, False
                 self._looks.clear()  # its ends were another topic's
+                self._empty.clear()
             marks = self.view.marks(self.topic.name)
             if any(mark.topic_id != topic_id for mark in marks.values()):
                 raise ViewOutdated(
@@ -181,6 +184,7 @@ class Staleness:
             number: marks[number].next_offset if number in marks else starts.get((name[0], number), 0)
             for number in ends
         }
+        reached = {number: self._past_markers(number, at, ends[number]) for number, at in reached.items()}
         self._looks.append((moment, ends))
         while self._looks and all(reached[number] >= self._looks[0][1].get(number, 0) for number in reached):
             self._since, self._seen_complete = self._looks.popleft()[0], True
@@ -191,6 +195,17 @@ class Staleness:
         if not self._seen_complete and all(number in marks for number in behind):
             # What it lacks of a partition is newer than what it has.
             self._since = min((marks[number].time for number in behind), default=moment)
+
+    def _past_markers(self, number: int, at: int, end: int) -> int:
+        """The view stores no offsets of markers, or of records that were aborted: nobody is handed those. Where it
+        stands still before the end, it is asked whether there is any record."""
+        stood, self._before[number] = self._before.get(number) == (at, end), (at, end)
+        if self._empty.get(number) == (at, end):
+            return end
+        if at < end and stood and not has_records(self.topic, number, at, end):
+            self._empty[number] = at, end
+            return end
+        return at
 
     @property
     def seconds(self) -> float | None:

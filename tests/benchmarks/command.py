@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import consuming, pictures, retrying, sending, servers, stores, transacting, views, waiting
+from benchmarks import consuming, pictures, retrying, sending, servers, stalls, stores, transacting, views, waiting
 from benchmarks.bench import Bench, say
 from benchmarks.report import Moment, Row, json_document, markdown_table, measured, text_table
 
@@ -17,6 +17,9 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "consume-modes": consuming.consume_modes,
     "send": sending.send,
     "transactions": transacting.transactions,
+    "visible": transacting.visible,
+    "stall": stalls.stall,
+    "slow-handler": stalls.slow_handler,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,

@@ -11,9 +11,10 @@ import time
 from typing import Any
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.consumer import Consumer
+from labkit.kafka.consumer import Consumer, transactional_client, transactions
 from labkit.kafka.consumer.failures import FailedRecord, SetAside, keep_trying
 from labkit.kafka.consumer.steps import Step
+from labkit.kafka.errors import PoisonRecord
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
@@ -31,19 +32,27 @@ def handle(record: Record[Any]) -> None:
         time.sleep(0.01)
 
 
+def handle_batch(batch: list[Record[Any] | PoisonRecord]) -> None:
+    for record in batch:
+        if isinstance(record, PoisonRecord):
+            raise record
+        handle(record)
+
+
 def refuse(record: Record[Any]) -> None:
     raise ConnectionError("no answer")
 
 
 def told(step: Step, subject: Any) -> None:
     """Print the step, then crash if this is the place and the time for it."""
+    passed = not isinstance(subject, dict) or max(subject.values()) > OPTIONS.get("crash_past", -1)
     if isinstance(subject, Record | FailedRecord):
         subject = [subject.topic, subject.partition, subject.offset]
     elif isinstance(subject, dict):
         subject = [[*place, offset] for place, offset in subject.items()]
     with OUTPUT:
-        print(json.dumps({"step": step.value, "subject": subject}), flush=True)
-        SEEN[step] = SEEN.get(step, 0) + 1
+        print(json.dumps({"step": step.value, "subject": subject}, default=vars), flush=True)
+        SEEN[step] = SEEN.get(step, 0) + passed
         if OPTIONS.get("crash_at") == step.value and SEEN[step] == OPTIONS.get("crash_count", 1):
             if OPTIONS.get("crash_how") == "exit":
                 os._exit(3)
@@ -61,16 +70,20 @@ def main() -> None:
         handler = handle if OPTIONS.get("mended") else refuse
         RetryingConsumer(topic, handler, OPTIONS["group"], retry=dead_letter()).run(stop, told)
         return
-    slot, aside = OPTIONS.get("slot", ""), OPTIONS.get("aside")
+    if patience := OPTIONS.get("patience"):  # seconds for an answer; a call that is lost for ever is the usual case
+        transactions.REACH = transactional_client.CALL = patience
+        transactional_client.NO_ANSWER = 3 * patience
+    slot, aside, batch = OPTIONS.get("slot", ""), OPTIONS.get("aside"), OPTIONS.get("batch")
     consumer = Consumer(
         topic,
-        refuse if aside else handle,
+        handle_batch if batch else refuse if aside else handle,
         group=OPTIONS["group"],
         guarantee="exactly once" if slot else "at least once",
         slot=slot,
-        on_failure=(lambda failed: SetAside(aside, None, failed.message.value())) if aside else keep_trying(),
+        on_failure=(lambda failed: SetAside(aside, None, str(failed.offset).encode())) if aside else keep_trying(),
         start=OPTIONS.get("start", "earliest"),
         deadline=OPTIONS.get("deadline", 60.0),
+        batch=batch,
     )
     consumer.run(stop, told)
 

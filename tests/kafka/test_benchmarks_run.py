@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from benchmarks import consuming, pictures, retrying, sending, servers, stores, transacting, views, waiting
+from benchmarks import consuming, pictures, retrying, sending, servers, stalls, stores, transacting, views, waiting
 from benchmarks.bench import Bench
 from benchmarks.command import BENCHMARKS
 
@@ -26,6 +26,7 @@ def bench() -> Iterator[Bench]:
             retrying: {"RATE": 50, "SECONDS": 1, "DELAY": 0.3, "WAITING": 50, "OUTAGE": 0.5, "SKIPS": 2},
             sending: {"RECORDS": 2_000},
             servers: {"RECORDS": 200},
+            stalls: {"KILLS": 1, "CALM": 0.5, "SLOW": 0.2, "TIMES": 2},
             stores: {"GETS": 1_000, "ENTRIES": 1_000, "PUTS": 32, "AT_ONCE": 100, "CHANGES": 10},
             transacting: {"RECORDS": 20_000, "RATE": 200, "SECONDS": 2},
             views: {"RECORDS": 2_000, "SITES": 500, "SECONDS": 1.0, "UPDATES": 100},

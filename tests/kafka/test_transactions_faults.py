@@ -136,25 +136,39 @@ def test_of_two_in_one_slot_the_older_one_ends(cluster: Cluster) -> None:
     assert values(output) == list(range(20))
 
 
-def test_a_call_that_never_comes_back_ends_the_process(cluster: Cluster) -> None:
+CALLS = [
+    *("init_transactions", "begin_transaction", "send_offsets_to_transaction"),
+    *("commit_transaction", "abort_transaction"),
+]
+
+
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, marks=() if call == "commit_transaction" else pytest.mark.long) for call in CALLS]
+)
+def test_a_call_that_never_comes_back_ends_the_process(cluster: Cluster, call: str) -> None:
     """correctness 21: librdkafka can lose one. Its successor goes on."""
     topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
     put(topic, *range(10))
     script = (
         "import sys, threading\n"
         "import labkit.kafka.consumer.transactional_client as module\n"
+        "from confluent_kafka import KafkaError, KafkaException\n"
         "from labkit.kafka.cluster import Cluster\n"
         "from labkit.kafka.consumer import Consumer\n"
         "from labkit.kafka.topics import Topic\n"
         "class Lost(module.Client):\n"
-        "    def commit_transaction(self, *_):\n"
-        "        threading.Event().wait()\n"
+        "    pass\n"
+        "def fail(*_):\n"
+        "    raise KafkaException(KafkaError(KafkaError._FAIL, 'to be aborted', txn_requires_abort=True))\n"
+        "if sys.argv[5] == 'abort_transaction':\n"
+        "    Lost.send_offsets_to_transaction = fail\n"
+        "setattr(Lost, sys.argv[5], lambda *_: threading.Event().wait())\n"
         "module.Client, module.NO_ANSWER = Lost, 0.5\n"
         "topic, output = (Topic(Cluster(sys.argv[1]), name, 1, int) for name in sys.argv[2:4])\n"
         "send = lambda record: output.send(record.value)\n"
         "Consumer(topic, send, sys.argv[4], guarantee='exactly once', slot='one').run(threading.Event())\n"
     )
-    command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, output.name, group]
+    command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, output.name, group, call]
     assert subprocess.run(command, timeout=60, check=False).returncode == client_module.EXIT_NO_ANSWER
     with Member(exactly_once(topic, Sending(output), group)) as member:
         member.wait_committed({0: 10})
@@ -215,6 +229,21 @@ def test_dead_letters_of_a_process_that_ends_in_its_transaction_are_there_once(c
             process.thaw()
             assert process.ends() == 1
     assert values(aside) == list(range(10))
+
+
+def test_a_dead_letter_from_mid_batch_is_there_once_after_a_kill_right_behind_its_transaction(cluster: Cluster) -> None:
+    """correctness 39: its offset went with it."""
+    topic, output, aside, group = (*(fresh_topic(cluster) for _ in range(3)), fresh_group())
+    put(topic, *range(7), b"poison", *range(8, 20))
+    options = {"output": output.name, "aside": aside.name, "slot": "one", "batch": 10}
+    with Process(topic, group, crash_at=Step.COMMITTED.value, crash_past=7, **options) as process:
+        assert process.ends() == -9
+    assert committed(topic, group)[0] > 7
+    assert values(aside) == [7]
+    with Process(topic, group, **options):
+        wait_until(lambda: committed(topic, group) == {0: 20}, 30, "all to be committed")
+    assert values(aside) == [7]
+    assert values(output) == [*range(7), *range(8, 20)]
 
 
 @pytest.mark.long
@@ -297,8 +326,8 @@ def test_a_broker_that_can_keep_no_transaction_log_is_told(tmp_path: Path, monke
 
 
 @pytest.mark.long
-def test_pods_have_their_names_for_slots_and_one_that_is_killed_doubles_nothing(connection: Connection) -> None:
-    """correctness 19, 21: scaled up under load, one of them killed: each order is shipped once."""
+def test_pods_that_are_scaled_and_killed_under_load_double_nothing(connection: Connection) -> None:
+    """correctness 19, 21: 1 → 3 → 2 pods, with their names for slots: each order is shipped once."""
     lab = Lab("slots")
     try:
         source, shipped = lab.topic("orders", 4, Order), lab.topic("shipped", 2, Shipped)
@@ -307,13 +336,15 @@ def test_pods_have_their_names_for_slots_and_one_that_is_killed_doubles_nothing(
             shipped.send(Shipped(record.value.id), key=record.key)
 
         pods = lab.deploy("shop", Consumer(source, ship, guarantee="exactly once"))
-        load = lab.load(source, orders(300), rate=150)
+        load = lab.load(source, orders(600), rate=150)
         wait_until(lambda: load.count >= 50, what="some orders")
-        pods.scale(2)
-        wait_until(lambda: load.count >= 150, what="more orders")
+        pods.scale(3)
+        wait_until(lambda: load.count >= 200, what="more orders")
         pods.pods[0].kill()
+        wait_until(lambda: load.count >= 350, what="still more orders")
+        pods.scale(2)
         load.wait(30)
         assert lab.settle(60)
-        assert sorted(one.id for one in values(shipped)) == list(range(300))
+        assert sorted(one.id for one in values(shipped)) == list(range(600))
     finally:
         lab._end(0)

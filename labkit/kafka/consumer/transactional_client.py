@@ -38,6 +38,10 @@ Reported = Callable[[KafkaError | None, DeliveryReport | None], None]
 class MustAbort(Exception):
     """Nothing of this transaction can take effect."""
 
+    def __init__(self, why: str, code: int = 0) -> None:
+        super().__init__(why)
+        self.code = code
+
 
 class Unanswered(Exception):
     """Not known yet: the same call again at a later turn."""
@@ -123,7 +127,7 @@ class TransactionalClient:
             if failure.fatal():
                 self.end(failure.str(), failure.code())
             reported(failure, None)
-            raise MustAbort(failure.str()) from caught
+            raise MustAbort(failure.str(), failure.code()) from caught
 
     def flush(self, wait: float) -> int:
         """How many outputs are unconfirmed after at most so many seconds."""
@@ -153,7 +157,7 @@ class TransactionalClient:
             error: KafkaError = caught.args[0]
             if not error.fatal() and error.code() not in TAKEN:  # FENCED_INSTANCE_ID says abortable, and is for ever
                 if error.txn_requires_abort():
-                    raise MustAbort(error.str()) from caught
+                    raise MustAbort(error.str(), error.code()) from caught
                 if error.retriable():
                     raise Unanswered(error.str()) from caught
             self.end(error.str(), error.code())

@@ -47,6 +47,7 @@ TOPIC_REFUSED = (
     *(KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION),
     *(KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION),
 )
+NOT_ALLOWED = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 
 class State(Enum):
@@ -101,6 +102,7 @@ class ExactlyOnce(Commits):
         self.outputs: list[tuple[Held, Output]] = []
         self.sent = 0  # how many of these are queued
         self.began: float | None = None  # the run's clock when a commit that is still to be was begun
+        self.not_allowed = ""  # why no further transaction would do better
         self.counts = {"transactions committed": 0, "transactions aborted": 0}
         self.refused: dict[int, tuple[Held, int, str]] = {}  # of whom an output was refused: the error's code and text
         self.one_by_one: set[int] = set()  # ids of Held: each is flushed by itself, to learn whose output was refused
@@ -228,11 +230,17 @@ class ExactlyOnce(Commits):
                 self._commit()
             except MustAbort as error:
                 log(f"{self.slot}: the transaction is aborted, its work goes with the next one: {error}")
+                if error.code in NOT_ALLOWED:
+                    topics = ", ".join(sorted({output.topic for _, output in self.outputs}))
+                    what = f"to read in group {self.run.spec.group}" + (f" and to write to {topics}" if topics else "")
+                    self.not_allowed = f"{error}. Allow its principal {what}"
                 self._to(State.ABORTING)
             if self.state is State.ABORTING:
                 self.sender.abort(WAIT)
                 self._to(State.CHECKING)
                 self._count("transactions aborted")
+                if self.not_allowed:
+                    self.sender.end(self.not_allowed)
             if self.state is State.CHECKING:
                 self._check_committed()
                 self._to(State.READY)
