@@ -67,7 +67,10 @@ def test_pods_that_a_group_does_not_take_are_not_ready_and_say_why(connection: C
 
 @pytest.mark.parametrize(
     ("setting", "word"),
-    [("group.max.size=1", "group.max.size"), ("group.min.session.timeout.ms=10000", "group.min.session.timeout.ms")],
+    [
+        ("group.max.size=1", "group.max.size"),
+        pytest.param("group.min.session.timeout.ms=10000", "group.min.session.timeout.ms", marks=pytest.mark.long),
+    ],
 )
 def test_what_a_broker_does_not_allow(tmp_path: Path, setting: str, word: str) -> None:
     kafka, folder = prepare(), tmp_path / "broker"

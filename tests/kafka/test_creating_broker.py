@@ -80,6 +80,7 @@ def test_no_question_about_a_topic_makes_it(creating: Cluster) -> None:
     assert topic.name not in creating.topics()
 
 
+@pytest.mark.long
 def test_what_a_closed_lab_deleted_stays_away(creating: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", creating.bootstrap)
     stock = Stock(creating)

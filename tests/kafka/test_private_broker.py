@@ -57,6 +57,7 @@ def test_a_folder_that_postgres_may_not_enter_is_told(tmp_path: Path, monkeypatc
         Postgres()
 
 
+@pytest.mark.long
 def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker: PrivateBroker) -> None:
     topic = fresh_topic(broker.cluster, 2)
     put(topic, *range(1000))

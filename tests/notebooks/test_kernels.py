@@ -112,6 +112,7 @@ def pods(state: Path) -> list[psutil.Process]:
     return [one for one in of_this_lab(state) if "labkit.lab.pod" in one.cmdline()]
 
 
+@pytest.mark.long
 def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing(tmp_path: Path) -> None:
     """correctness 30: within 5 s. This machine may stand still: test_runtime_broker.py holds the waits against that."""
     with kernel(tmp_path) as (manager, client):
