@@ -78,7 +78,7 @@ environment:
 	echo "Making the environment .venv with Python $$found (once; one to four minutes) …"; \
 	rm -rf .venv; \
 	"$$python" -m venv .venv; \
-	.venv/bin/python -I -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r requirements.lock; \
+	.venv/bin/python -I -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r requirements.lock; \
 	.venv/bin/python -I -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	printf '%s\n' "$$made_from" > .venv/made-from
 
