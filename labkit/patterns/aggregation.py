@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -35,7 +36,7 @@ K = TypeVar("K")
 C = TypeVar("C")
 V = TypeVar("V")
 
-AHEAD = 50_000  # commands of a partition that are read, and not committed, at most
+AHEAD = 100_000  # commands of a partition that are read, and not committed, at most
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class AtomicKeyValueStore(Generic[K, C, V]):
         """Send a command through the process's producer: see `Topic.send`."""
         self.commands.send(value, str(key))
 
-    def consumer(self, slot: str = "", commit_interval: float = 0.1, batch: int = 2000) -> RetryingConsumer:
+    def consumer(self, slot: str = "", commit_interval: float = 0.1, batch: int = 10_000) -> RetryingConsumer:
         """What updates it, in one process or many: each a member of the store's group. `slot` as of `Consumer`."""
         return RetryingConsumer(
             *(self.commands, self._updated, self.group),
@@ -199,6 +200,7 @@ class _Follower(Generic[K, V]):
         return {record.key: record.value}
 
 
+@lru_cache(maxsize=100_000)
 def _key(parse: Callable[[str], K], raw: bytes | None) -> K:
     """A key from its text. Two texts of one key would be two values. Raises what `parse` raises, LabkitError."""
     if raw is None:
