@@ -63,12 +63,14 @@ def test_jobs_are_counted_and_the_end_of_an_import_is_told_once(cluster: Cluster
 
 
 def test_commands_of_one_transaction_are_merged_by_key(cluster: Cluster) -> None:
-    """A thousand jobs of one import that are there at once are one record in the store, or a few."""
+    """A thousand jobs of one import that are there at once are one record in the store, or two."""
     store, notices = counting(cluster)
     report(store, ("a", 1000), jobs=1000)
     with Member(aggregator(store, commit_interval=600)) as member:
         member.journal.wait(lambda: len(member.journal.of(Step.HANDLED)) == 1000, what="all to be counted")
-    assert values(store.store) == [1000]
+    written = values(store.store)  # by the first commit, which may come at once, and by the last one
+    assert written[-1] == 1000
+    assert len(written) <= 2
     assert noticed(notices) == ["a"]
 
 

@@ -23,7 +23,7 @@ from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
 from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.spec import Spec
-from labkit.kafka.consumer.state import StateHandler
+from labkit.kafka.consumer.state import StateHandler, garbage_kept
 from labkit.kafka.consumer.steps import Report
 from labkit.kafka.consumer.transactions import ExactlyOnce
 from labkit.kafka.consumer.watchdog import EXIT_DEADLINE
@@ -119,7 +119,8 @@ class Loop:
         yield cast(list[Message], first)
         most = self.batch if self.states is None else min(self.batch, self.states.at_once)
         if first and most > 1:
-            yield cast(list[Message], self.client.consume(most - 1, 0))
+            with nullcontext() if self.states is None else garbage_kept():
+                yield cast(list[Message], self.client.consume(most - 1, 0))
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
