@@ -30,7 +30,7 @@ def test_one_record_is_waited_for_and_then_what_is_there_already(records: int, a
     """correctness 8: who asks for many at once waits until they have come."""
     loop = Loop.__new__(Loop)
     client = Client(records)
-    loop.client, loop.batch = client, 500  # type: ignore[assignment]
+    loop.client, loop.batch, loop.states = client, 500, None  # type: ignore[assignment]
     loop.workers = SimpleNamespace(next_due=lambda: None)  # type: ignore[assignment]
     loop.assignment = SimpleNamespace(newly_assigned=set())  # type: ignore[assignment]
     assert sum(map(len, loop.fetch())) == records
