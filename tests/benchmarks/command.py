@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import consuming, pictures, retrying, sending, servers, stores, transacting, views, waiting
+from benchmarks import aggregating, consuming, pictures, retrying, sending, servers, stores, transacting, views, waiting
 from benchmarks.bench import Bench, say
 from benchmarks.report import Moment, Row, json_document, markdown_table, measured, text_table
 
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "consume-modes": consuming.consume_modes,
     "send": sending.send,
     "transactions": transacting.transactions,
+    "aggregation": aggregating.aggregation,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,
