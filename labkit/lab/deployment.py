@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeAlias
 
 from labkit.kafka.consumer import EXIT_DEADLINE, EXIT_NO_ANSWER, Consumer
 from labkit.kafka.errors import LabkitError
@@ -27,6 +28,10 @@ from labkit.lab.metrics import Fault, History, clock
 from labkit.lab.pod import Runnable, message
 from labkit.lab.telemetry import PodReport, Waiting
 from labkit.runtime.child import Child
+from labkit.runtime.streams import StreamsCounter
+
+GroupMember: TypeAlias = Consumer | StreamsCounter
+"""What reads topics as a member of a group, which is of the deployment's name unless it has one."""
 
 GRACE = 10.0  # seconds a pod gets to drain before it is killed
 FIRST_RESTART, LONGEST_RESTART = 0.1, 10.0  # seconds before a dead pod is started again, doubling
@@ -345,13 +350,13 @@ class Deployment:
 
     @property
     def group(self) -> str | None:
-        """Its consumer group, if it is a consumer."""
-        return self.runnable.group if isinstance(self.runnable, Consumer) else None
+        """Its consumer group, if it has one."""
+        return self.runnable.group if isinstance(self.runnable, GroupMember) else None
 
     @property
     def topics(self) -> list[Topic[object]]:
         """The topics it consumes."""
-        return list(self.runnable.sources) if isinstance(self.runnable, Consumer) else []
+        return list(self.runnable.sources) if isinstance(self.runnable, GroupMember) else []
 
     @property
     def restarts(self) -> int:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import psutil
 
-from labkit.kafka.consumer import Consumer
 from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
@@ -26,7 +25,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab import evidence, runs
 from labkit.lab.board import Board
 from labkit.lab.control import Control
-from labkit.lab.deployment import Deployment, PodState, pane
+from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
 from labkit.lab.faults import Action, Connection, Service, Switch, Target
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
@@ -151,19 +150,19 @@ class Lab:
     def deploy(self, name: str, runnable: Runnable, replicas: int = 1) -> Deployment:
         """Keep `replicas` pods running `runnable`, under this name. One of that name is drained and replaced.
 
-        A Consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
+        A consumer without a group gets one of the deployment's name, so a replacement goes on where the one before
         stopped. Waits until that one has left, so that nothing of it acts or answers any more; not for pods to start.
         Interrupted meanwhile, that one leaves all the same, and nothing takes its place until it is deployed again.
         Raises CannotTravel when the handler uses what cannot live in another process, ClusterUnreachable when topics of
         its own cannot be made; what ran goes on then.
         """
         with self._deploying:
-            self._check_open(*(runnable.sources if isinstance(runnable, Consumer) else ()))
+            self._check_open(*(runnable.sources if isinstance(runnable, GroupMember) else ()))
             full = self.run.name(name)
-            if isinstance(runnable, Consumer):
+            if isinstance(runnable, GroupMember):
                 runnable = replace(runnable, group=runnable.group or full)
             made = Deployment(name, runnable, replicas, self._telemetry, self._history)
-            if isinstance(runnable, Consumer):
+            if isinstance(runnable, GroupMember):
                 made.runnable = runnable.prepare()  # when nothing can be refused any more
             if (before := self.deployments.get(name)) is not None:
                 self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))

@@ -19,6 +19,7 @@ from labkit.runtime.home import cache_dir, locked
 KAFKA = "4.3.1"
 MTIME = 1_000_000_000  # any fixed one: Java's AOT cache depends on it, and a jar fetched anew is still the same jar
 LIST = Path(__file__).with_name(f"kafka-{KAFKA}.jars")
+STREAMS = Path(__file__).with_name(f"kafka-streams-{KAFKA}.jars")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,23 @@ def read_list(path: Path = LIST) -> list[Jar]:
     return jars
 
 
-def jar_files(folder: Path | None = None, jars: Sequence[Jar] | None = None, fetch: Fetch | None = None) -> list[Path]:
+def streams_jars(rocksdb: bool) -> list[Path]:
+    """Kafka's jars and those of Kafka Streams. RocksDB has 73 MB, so it is fetched only if it is asked for."""
+    jars = [jar for jar in read_list(STREAMS) if rocksdb or jar.artifact != "rocksdbjni"]
+    return jar_files() + jar_files(cache_dir() / "jars" / STREAMS.stem, jars, what="Kafka Streams")
+
+
+def jar_files(
+    folder: Path | None = None,
+    jars: Sequence[Jar] | None = None,
+    fetch: Fetch | None = None,
+    what: str = "Apache Kafka",
+) -> list[Path]:
     """The jars on this disk, every one checked (0.1 s); those that are missing or not intact are fetched first.
 
     Raises LabkitError when that is impossible, saying what to do instead.
     """
-    folder = folder or cache_dir() / "jars" / f"kafka-{KAFKA}"
+    folder = folder or cache_dir() / "jars" / LIST.stem
     jars = read_list() if jars is None else jars
     paths = [folder / jar.file_name for jar in jars]
     if _broken(jars, folder):
@@ -71,7 +83,7 @@ def jar_files(folder: Path | None = None, jars: Sequence[Jar] | None = None, fet
             _quiet("jgo", "urllib3"),
         ):  # another process may be fetching them right now
             if broken := _broken(jars, folder):
-                _fetch_all(broken, folder, fetch or _maven())
+                _fetch_all(broken, folder, fetch or _maven(), what)
     return paths
 
 
@@ -81,7 +93,7 @@ def _broken(jars: Sequence[Jar], folder: Path) -> list[Jar]:
         return [jar for jar, good in zip(jars, intact, strict=True) if not good]
 
 
-def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch) -> None:
+def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch, what: str) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     def get(jar: Jar) -> None:
@@ -98,12 +110,12 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch) -> None:
     pool = ThreadPoolExecutor(8)
     try:
         with Progress(*columns, transient=True) as progress:
-            task = progress.add_task(f"Fetching Apache Kafka {KAFKA} (once)", total=len(jars))
+            task = progress.add_task(f"Fetching {what} {KAFKA} (once)", total=len(jars))
             futures = {pool.submit(get, jar): jar for jar in jars}
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, Exception):
-                    raise LabkitError(_what_to_do(futures[future], error, folder)) from error
+                    raise LabkitError(_what_to_do(futures[future], error, folder, what)) from error
                 future.result()
                 progress.advance(task)
     finally:
@@ -136,10 +148,13 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _what_to_do(jar: Jar, error: Exception, folder: Path) -> str:
+def _what_to_do(jar: Jar, error: Exception, folder: Path, what: str) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    failed = f"{what} could not be fetched: {jar.file_name} ({jar.group}): {reason}\n"
+    if what == "Kafka Streams":
+        return f"{failed}Copy the jars listed in {STREAMS} into {folder}"
     return (
-        f"Apache Kafka could not be fetched: {jar.file_name} ({jar.group}): {reason}\n"
+        f"{failed}"
         "Instead of the embedded broker you can\n"
         "  · start one with Docker: docker compose up -d\n"
         "  · name one that runs: KAFKA_BOOTSTRAP_SERVERS=host:port\n"

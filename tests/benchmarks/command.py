@@ -8,7 +8,19 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import consuming, pictures, retrying, sending, servers, stalls, stores, transacting, views, waiting
+from benchmarks import (
+    aggregating,
+    consuming,
+    pictures,
+    retrying,
+    sending,
+    servers,
+    stalls,
+    stores,
+    transacting,
+    views,
+    waiting,
+)
 from benchmarks.bench import Bench, say
 from benchmarks.report import Moment, Row, json_document, markdown_table, measured, text_table
 
@@ -20,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "visible": transacting.visible,
     "stall": stalls.stall,
     "slow-handler": stalls.slow_handler,
+    "aggregation": aggregating.aggregation,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,

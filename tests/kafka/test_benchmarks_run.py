@@ -6,7 +6,19 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from benchmarks import consuming, pictures, retrying, sending, servers, stalls, stores, transacting, views, waiting
+from benchmarks import (
+    aggregating,
+    consuming,
+    pictures,
+    retrying,
+    sending,
+    servers,
+    stalls,
+    stores,
+    transacting,
+    views,
+    waiting,
+)
 from benchmarks.bench import Bench
 from benchmarks.command import BENCHMARKS
 
@@ -21,6 +33,7 @@ def bench() -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(STATE, os.environ[STATE])  # so that it is what it was when the benchmarks are over
         for module, sizes in {
+            aggregating: {"CASES": {10: 50_000}},
             consuming: {"RECORDS": 20_000},
             pictures: {"SECONDS": 1.0},
             retrying: {"RATE": 50, "SECONDS": 1, "DELAY": 0.3, "WAITING": 50, "OUTAGE": 0.5, "SKIPS": 2},

@@ -144,7 +144,7 @@ def imported(folder: str) -> set[str]:
     return found - own - sys.stdlib_module_names - {"labkit"}
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("labkit", ["lab"]), ("tests", ["lab", "test"])])
+@pytest.mark.parametrize(("folder", "extras"), [("labkit", ["lab", "streams"]), ("tests", ["lab", "test"])])
 def test_whatever_is_imported_is_declared(project: dict[str, Any], folder: str, extras: list[str]) -> None:
     declared = names(project["project"]["dependencies"])
     for extra in extras:

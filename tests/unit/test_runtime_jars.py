@@ -12,7 +12,7 @@ import rich
 from rich.console import Console
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.jars import Jar, jar_files, read_list
+from labkit.runtime.jars import LIST, STREAMS, Jar, jar_files, read_list
 
 CONTENT = {f"lib{number}": f"jar {number}".encode() * 1000 for number in range(12)}
 JARS = [Jar("org.example", name, "1.0", "", hashlib.sha256(data).hexdigest()) for name, data in CONTENT.items()]
@@ -102,8 +102,19 @@ def test_without_a_network(
     assert "jgo" not in "".join(capfd.readouterr()).lower()
 
 
-def test_the_committed_list() -> None:
-    jars = read_list()
+def test_jars_of_streams_that_cannot_be_fetched_are_told_with_their_own_fix(tmp_path: Path) -> None:
+    repository = Repository()
+    repository.content["lib7"] = b"something else"
+    with pytest.raises(LabkitError, match=r"^Kafka Streams could not be fetched: lib7-1\.0\.jar") as error:
+        jar_files(tmp_path, JARS, repository, what="Kafka Streams")
+    assert str(STREAMS) in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "docker" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [LIST, STREAMS])
+def test_the_committed_lists(path: Path) -> None:
+    jars = read_list(path)
     assert len({jar.file_name for jar in jars}) == len(jars)
     assert all(len(bytes.fromhex(jar.sha256)) == 32 for jar in jars)
     assert {jar.version for jar in jars if jar.group == "org.apache.kafka"} == {"4.3.1"}
