@@ -349,11 +349,15 @@ def producer(cluster: Cluster, reports: bool = False, copies: bool = False) -> P
 def deliver(
     cluster: Cluster,
     topic: str,
-    records: Iterable[tuple[bytes | None, str | bytes | None, Headers | None]],
+    records: Iterable[
+        tuple[bytes | None, str | bytes | None, Headers | None]
+        | tuple[bytes | None, str | bytes | None, Headers | None, int]
+    ],
     timeout: float = 30.0,
     copies: bool = False,
 ) -> None:
-    """Send these records (value, key, headers), and wait until each of them is confirmed, whatever else is sent.
+    """Send these records (value, key, headers; and the partition, if not the key says it), and wait until each of them
+    is confirmed, whatever else is sent.
 
     `flush` is the whole process's, and tells of a refusal only whoever calls it first. `copies` as of `producer`.
     Raises DeliveryFailed when some were refused, or not confirmed within `timeout` seconds: those may still arrive.
@@ -365,8 +369,8 @@ def deliver(
         known.append(refused)
 
     sent = 0
-    for sent, (value, key, headers) in enumerate(records, 1):  # noqa: B007 - the last one counts
-        sender.send(topic, value, key, headers, on_delivery=on_delivery)
+    for sent, (value, key, headers, *to) in enumerate(records, 1):  # noqa: B007 - the last one counts
+        sender.send(topic, value, key, headers, to[0] if to else -1, on_delivery)
     until = time.monotonic() + timeout
     while len(known) < sent and time.monotonic() < until:
         sender.poll(0.005)  # what others hear may be ours

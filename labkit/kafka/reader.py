@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Generic, cast
 
@@ -27,10 +27,11 @@ LOOK = 0.3  # seconds to wait for how many partitions there are
 class Reader(Generic[T]):
     """Reads one topic from its beginning on. Not for use by several threads at once.
 
-    With `committed=False` it also sees records of transactions that are open, or were aborted.
+    With `committed=False` it also sees records of transactions that are open, or were aborted. `partitions` are those
+    that it begins with: all, if none are named.
     """
 
-    def __init__(self, topic: Topic[T], committed: bool = True) -> None:
+    def __init__(self, topic: Topic[T], committed: bool = True, partitions: Iterable[int] | None = None) -> None:
         self.topic = topic
         self.poison: list[PoisonRecord] = []
         """Records that did not decode, passed over."""
@@ -50,8 +51,8 @@ class Reader(Generic[T]):
                 }
             )
         )
-        self._partitions = 0
-        self._read(topic.partitions)
+        self._partitions: list[int] = []
+        self._read(range(topic.partitions) if partitions is None else partitions)
 
     def take(self, timeout: float) -> list[Record[T]]:
         """What is there: waits at most `timeout` seconds for a first record.
@@ -75,34 +76,42 @@ class Reader(Generic[T]):
 
         It also passes commit markers, aborted and compacted records, which no one is handed.
         """
-        whole = [TopicPartition(self.topic.name, number) for number in range(self._partitions)]
+        whole = [TopicPartition(self.topic.name, number) for number in self._partitions]
         return {(one.topic, one.partition): max(one.offset, 0) for one in self._client.position(whole)}
 
     def look(self) -> None:
         """Go on in partitions too that were added to the topic. While the broker is away, nothing is known of any."""
         with suppress(KafkaException):
-            self._read(len(self._client.list_topics(self.topic.name, LOOK).topics[self.topic.name].partitions))
+            self._read(self._client.list_topics(self.topic.name, LOOK).topics[self.topic.name].partitions)
 
     def rest(self, timeout: float = 30.0) -> list[Record[T]]:
         """Everything up to the end the topic has now, in partitions too that were added to it.
 
         Raises ClusterUnreachable when that takes too long.
         """
+        self._read(number for _, number in end_offsets(self.topic.cluster, [self.topic.name]))
+        return [record for messages in self.to_end(timeout) for record in self._records(messages)]
+
+    def to_end(self, timeout: float) -> Iterator[list[Message]]:
+        """Messages, not decoded, up to the end that its partitions have now. No list of them is waited for long: some
+        are empty.
+
+        The end is that of what is not committed, too: who got there has seen all that was committed before. Raises
+        ClusterUnreachable when that takes too long.
+        """
         ends = end_offsets(self.topic.cluster, [self.topic.name])
-        self._read(len(ends))
         starts = start_offsets(self.topic.cluster, [self.topic.name])
         # Where retention has deleted everything no record will ever come, and the position stays where it was.
-        ends = {place: end for place, end in ends.items() if end > starts.get(place, 0)}
+        here = self.positions()
+        ends = {place: end for place, end in ends.items() if place in here and end > starts.get(place, 0)}
         until = time.monotonic() + timeout
-        found: list[Record[T]] = []
         while self._behind(ends):
             if time.monotonic() > until:
                 raise ClusterUnreachable(
                     f"topic {self.topic.short} could not be read to its end within {timeout:g} s: is the broker up? "
                     "`labkit status` tells; if it is, allow more time"
                 )
-            found += self.take(0.1)
-        return found
+            yield self.messages(0.1)
 
     def close(self) -> None:
         """Let the client go."""
@@ -114,12 +123,12 @@ class Reader(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, partitions: int) -> None:
-        """Read so many partitions: those that are new, from their beginning."""
-        new = [TopicPartition(self.topic.name, number, 0) for number in range(self._partitions, partitions)]
+    def _read(self, partitions: Iterable[int]) -> None:
+        """Read these partitions: those that are new, from their beginning."""
+        new = [number for number in partitions if number not in self._partitions]
         if new:
-            self._client.incremental_assign(new)
-            self._partitions = partitions
+            self._client.incremental_assign([TopicPartition(self.topic.name, number, 0) for number in new])
+            self._partitions += new
 
     def _behind(self, ends: dict[tuple[str, int], int]) -> bool:
         here = self.positions()

@@ -1,4 +1,4 @@
-"""The patterns, fit for production: retries, projections into views, key-value stores. No Jupyter anywhere."""
+"""The patterns, fit for production: retries, projections, key-value stores, aggregation. No Jupyter anywhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from labkit.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from labkit.patterns.aggregation import AtomicKeyValueStore as AtomicKeyValueStore
+    from labkit.patterns.aggregation import Command as Command
+    from labkit.patterns.aggregation import ImportKey as ImportKey
     from labkit.patterns.blocked_lanes import BlockedLanes as BlockedLanes
     from labkit.patterns.consume_and_project import Projection as Projection
     from labkit.patterns.consume_and_project import Staleness as Staleness
@@ -30,6 +33,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "aggregation": "AtomicKeyValueStore Command ImportKey",
             "blocked_lanes": "BlockedLanes",
             "consume_and_project": "Projection Staleness",
             "dead_letters": "DeadLetters",

@@ -147,6 +147,9 @@ class DeadLetters(GroupEntries[DeadLetter]):
     def replay(self, *places: str) -> int:
         """Put these back where their retries start, all if none is named; returns how many.
 
+        They come back in the partition of the number they came from: another client may have put their key there, and a
+        handler's state is kept by that number.
+
         Each stays in the queue until it is handled. An interrupted replay may be repeated: none is lost, some may be
         handled twice. Raises LabkitError for one that is not here, DeliveryFailed.
         """
@@ -156,7 +159,11 @@ class DeadLetters(GroupEntries[DeadLetter]):
         marked = (msgspec.structs.replace(letter, replayed=now).kept() for letter in letters)
         deliver(cluster, self.store.topic.name, marked, CONFIRM, copies=True)
         try:
-            deliver(cluster, back.name, (one.original(replayed=True) for one in letters), CONFIRM, copies=True)
+            partitions = cluster.topics().get(back.name, 0)  # fewer, if some were added to the topic later
+            numbers = (one.partition if one.partition < partitions else -1 for one in letters)
+            originals = (one.original(replayed=True) for one in letters)
+            records = ((*one, number) for one, number in zip(originals, numbers, strict=True))
+            deliver(cluster, back.name, records, CONFIRM, copies=True)
         except DeliveryFailed as error:
             raise DeliveryFailed(
                 f"not all dead letters were put back ({error}): all are still here, replay again"

@@ -155,12 +155,17 @@ class RetryingConsumer(Consumer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch is not None:
+        if self.batch is not None and self.store is None:
             raise LabkitError(
                 "a RetryingConsumer takes records one by one, as each may have to wait for its time: leave out batch, "
                 "or take a Consumer, which tries the records of a batch that fails one by one"
             )
         for topic in self.mains:
+            if self.store is not None and (self.policy(topic).topics or self.policy(topic).blocks != fixed()):
+                raise LabkitError(
+                    "a handler with state depends on nothing but its arguments, so another attempt would fail as the "
+                    "first one did: retry=dead_letter()"
+                )
             self.policy(topic)
             if self.group:
                 self.own_topics(topic)  # names that are too long are told now
@@ -204,6 +209,7 @@ class RetryingConsumer(Consumer):
         One that is there may have fewer partitions than its source, to which some were added meanwhile. Raises
         TopicMismatch for one that is there in another way, ClusterUnreachable.
         """
+        super().prepare()
         there = self.cluster.topics()
         beside = {}
         for main in self.mains:
@@ -246,10 +252,12 @@ class RetryingConsumer(Consumer):
             super().run(stop, report)  # says how to name one
         ready = self.prepare()
         with _Retries(ready) as retries:
-            not_before = {**self.not_before, **retries.not_before()}
+            has_state = self.store is not None
+            not_before = {} if has_state else {**self.not_before, **retries.not_before()}
             on_change = _both(self.on_change, retries.on_change)
+            handle: Callable[..., Any] = retries.handle_with_state if has_state else retries.handle
             bound = replace(
-                ready, handler=retries.handle, on_failure=retries.decide, on_change=on_change, not_before=not_before
+                ready, handler=handle, on_failure=retries.decide, on_change=on_change, not_before=not_before
             )
             Consumer.run(bound, stop, report)
 
@@ -341,10 +349,24 @@ class _Retries:
         confirmed before the commit, so a crash in between has it handled again, and does not leave it in the queue."""
         result = self.consumer.handler(record)
         if self.stages[record.topic].own:
-            trail = parse(record.headers.get(HEADER))
-            if trail is not None and trail.replayed:
-                dead_letters_topic(self.stages[record.topic].main, self.group).send(None, trail.place)
+            self.leave_queue(record.topic, [record.headers.get(HEADER)])
         return result
+
+    def handle_with_state(self, state: Any, given: Any) -> Any:
+        """The same with a state: `given` is a record, or messages of one topic."""
+        changes = self.consumer.handler(state, given)
+        topic = given.topic if isinstance(given, Record) else given[0].topic()
+        if self.stages[topic].own:
+            raw = [given.raw_headers] if isinstance(given, Record) else map(headers_of, given)
+            self.leave_queue(topic, [dict(one).get(HEADER) for one in raw])
+        return changes
+
+    def leave_queue(self, topic: str, headers: Iterable[str | bytes | None]) -> None:
+        """Send the tombstones of the dead letters among records of one of its own topics, which have these headers."""
+        stage = self.stages[topic]
+        for trail in map(parse, headers):
+            if trail is not None and trail.replayed:
+                dead_letters_topic(stage.main, self.group).send(None, trail.place)
 
     def on_change(self, step: Step, subject: Any) -> None:
         """The consumer's `on_change`: who looks on from outside hears of what is blocked."""

@@ -19,7 +19,9 @@ from labkit.patterns.retries import Policy, RetryingConsumer
 SETTINGS: dict[str, Any] = {"guarantee": "exactly once", "slot": "one", "commit_interval": 0.05}
 
 
-def exactly_once(topic: Topic[Any], handler: Callable[[Any], Any], group: str, **options: Any) -> Consumer:
+def exactly_once(
+    topic: Topic[Any] | list[Topic[Any]], handler: Callable[..., Any], group: str, **options: Any
+) -> Consumer:
     """A consumer in slot "one", unless the options say otherwise."""
     return Consumer(topic, handler, group, **{**SETTINGS, **options})
 

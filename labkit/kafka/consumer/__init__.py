@@ -2,7 +2,7 @@
 
 `spec` is what it is told, `loop` polls, `lanes` keep order, `workers` call the handler, `failures` has the record that
 fails and what may become of it, `commits` stores offsets, `transactions` does it exactly once, `assignment` follows the
-group, `steps` are what it reports.
+group, `state` calls a handler that has one, `steps` are what it reports.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Self
 
-from labkit.kafka.consumer.loop import EXIT_DEADLINE as EXIT_DEADLINE
 from labkit.kafka.consumer.loop import Loop
 from labkit.kafka.consumer.spec import Spec
+from labkit.kafka.consumer.state import check_store
 from labkit.kafka.consumer.steps import Report
 from labkit.kafka.consumer.transactional_client import EXIT_NO_ANSWER as EXIT_NO_ANSWER
+from labkit.kafka.consumer.watchdog import EXIT_DEADLINE as EXIT_DEADLINE
 from labkit.kafka.errors import LabkitError, TopicMissing
 from labkit.kafka.producer import POD
 
@@ -30,7 +31,8 @@ class Consumer(Spec):
     """
 
     def prepare(self) -> Self:
-        """Make what it needs beside its topics, and return it as it will run."""
+        """Make what it needs beside its topics, and return it as it will run. Raises TopicMismatch, TopicMissing."""
+        check_store(self)
         return self
 
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
@@ -50,6 +52,7 @@ class Consumer(Spec):
                 raise TopicMissing(
                     f"topic {topic.short} ({topic.name}) does not exist at {self.cluster.bootstrap}: create it first"
                 )
+        check_store(self)
         spec = self
         if self.guarantee == "exactly once":
             spec = replace(self, slot=os.environ.get(POD) or self.slot)

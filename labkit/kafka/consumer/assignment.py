@@ -11,6 +11,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.lanes import Lane, Partition
 from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.state import restore
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.consumer.workers import Workers
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable, error_text
@@ -58,6 +59,7 @@ class Assignment:
         """The group has given partitions."""
         self.commits.before_assignment()
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
+        states = restore(self.run, {one.partition for one in starts})
         self.known.update(self.run.topic_ids)  # what comes later is not what the group began with
         self.commits.assign(starts)
         if not starts:
@@ -66,6 +68,7 @@ class Assignment:
         for one in starts:
             key = (one.topic, one.partition)
             self.run.partitions[key] = Partition(one.topic, one.partition, one.offset)
+            self.run.partitions[key].state = states.get(one.partition)
             self.newly_assigned.add(key)
         # "latest" means from now on: without a commit, what is produced while the member restarts would be lost.
         if fresh and not self.commits.commit_now(fresh):
@@ -187,7 +190,7 @@ class Assignment:
         else:
             return partition
         told = f"group {self.run.spec.group} is to read {topic}/{number} from offset {expected:,} on, but {why}"
-        if self.run.spec.positions is not None:
+        if self.run.spec.positions is not None or (partition.state is not None and at < expected):
             self.run.end(LabkitError(f"{told}: build anew what was made of it"))
             return partition
         log(f"{told}: it goes on with the first record there is, offset {at:,}")

@@ -10,12 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from labkit.kafka.consumer.failures import FailedRecord
 from labkit.kafka.errors import place_of
 from labkit.kafka.producer import Output
 from labkit.kafka.records import Message
+
+if TYPE_CHECKING:
+    from labkit.kafka.consumer.state import PartitionState
 
 
 class LaneState(Enum):
@@ -99,6 +102,7 @@ class Partition:
         "number",
         "paused",
         "seeking",
+        "state",
         "topic",
     )
 
@@ -115,11 +119,11 @@ class Partition:
         self.paused = False
         self.seeking = False  # the client must seek to next_offset first; what it fetches until then is dropped
         self.at_end = False  # nothing more to be fetched, as far as we know
+        self.state: PartitionState | None = None  # what its handler keeps; co-partitioned topics share it
 
     def add(self, messages: list[Message], by_key: bool) -> list[Lane]:
         """Queue fetched messages, in the order of their offsets; returns the lanes that now want a worker."""
-        if messages[0].offset() < self.next_offset:  # fetched twice (a seek, a rebalance): queued or done already
-            messages = [message for message in messages if message.offset() >= self.next_offset]
+        messages = self.unseen(messages)
         woken: list[Lane] = []
         if messages:
             self.at_end = False
@@ -131,6 +135,12 @@ class Partition:
                     self._queue(None, messages, woken)
             self.next_offset = messages[-1].offset() + 1
         return woken
+
+    def unseen(self, messages: list[Message]) -> list[Message]:
+        """These without what was fetched twice (a seek, a rebalance): that is queued, or done already."""
+        if messages[0].offset() >= self.next_offset:
+            return messages
+        return [message for message in messages if message.offset() >= self.next_offset]
 
     def _queue(self, key: bytes | None, messages: Sequence[Message], woken: list[Lane]) -> None:
         lane = self.lanes.get(key)

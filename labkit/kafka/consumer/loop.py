@@ -23,8 +23,10 @@ from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
 from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.spec import Spec
+from labkit.kafka.consumer.state import StateHandler
 from labkit.kafka.consumer.steps import Report
 from labkit.kafka.consumer.transactions import ExactlyOnce
+from labkit.kafka.consumer.watchdog import EXIT_DEADLINE
 from labkit.kafka.consumer.workers import Workers
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, place_of
 from labkit.kafka.records import Message
@@ -35,7 +37,6 @@ TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retr
 FULL = 0.1  # seconds a partition may stay full before it is paused
 FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records and this one hardly moves
 IDENTITY = 1.0  # seconds between two looks at whether its topics are still the same ones
-EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
 
 
 class Loop:
@@ -50,7 +51,8 @@ class Loop:
         self.partition_of: Callable[[Message], Any] = (
             methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
         )
-        self.batch = max(1, min(BATCH, spec.max_ahead // 2))
+        at_once = BATCH if spec.store is None else max(BATCH, spec.batch or 1)
+        self.batch = max(1, min(at_once, spec.max_ahead // 2))
         self.commits: Commits = (ExactlyOnce if spec.guarantee == "exactly once" else AtLeastOnce)(self.shared)
         self.client = Client(
             spec.cluster.config(
@@ -74,6 +76,7 @@ class Loop:
             )
         )
         self.workers = Workers(self.shared, self.commits)
+        self.states = None if spec.store is None else StateHandler(self.shared, self.commits, self.workers)
         self.assignment = Assignment(self.shared, self.commits, self.workers)
         self.closed = threading.Event()
 
@@ -115,8 +118,9 @@ class Loop:
         first = self.client.consume(1, patience)
         self.assignment.newly_assigned.clear()  # those were assigned before this record was taken
         yield cast(list[Message], first)
-        if first and self.batch > 1:
-            yield cast(list[Message], self.client.consume(self.batch - 1, 0))
+        most = self.batch if self.states is None else min(self.batch, self.states.at_once)
+        if first and most > 1:
+            yield cast(list[Message], self.client.consume(most - 1, 0))
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
@@ -147,6 +151,9 @@ class Loop:
                 partition = self.jumped(partition, batch[0].offset())
                 if shared.fatal is not None:
                     return  # what follows what is lacking must not be handled
+            if self.states is not None:
+                self.states.handle(partition, batch)
+                continue
             for lane in partition.add(batch, self.by_key):
                 self.workers.ready.put(lane)
         for end in ends:  # only after the records before it, which would look as if they were fetched twice
@@ -217,7 +224,7 @@ class Loop:
             if not partition.paused:
                 if self.is_full(partition):
                     full.append(partition)
-                starving |= not partition.lanes and not partition.at_end and not partition.seeking
+                starving |= not (partition.lanes or partition.state or partition.at_end or partition.seeking)
             elif partition.ahead() <= self.batch // 2 and not self.is_full(partition):
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
@@ -282,6 +289,8 @@ class Loop:
         self.assignment.forget(list(self.partitions.values()))
         self.workers.close()
         self.commits.close()
+        if self.states is not None:
+            self.states.close()
         leaving = threading.Thread(target=self.leave, name="leaving", daemon=True)
         leaving.start()
         leaving.join(2 * REACH)

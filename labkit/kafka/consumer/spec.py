@@ -21,7 +21,7 @@ class Spec:
     """What to read, as which group, what to do with each record, and within which bounds. See `Consumer`."""
 
     topics: Topic[Any] | Sequence[Topic[Any]]
-    handler: Callable[[Any], Any]
+    handler: Callable[..., Any]
     """A plain function that takes a record. If it raises, `on_failure` decides."""
     group: str = ""
     guarantee: Literal["at least once", "exactly once"] = "at least once"
@@ -61,6 +61,17 @@ class Spec:
     co_partitioned: Mapping[str, Sequence[Topic[Any]]] = field(default_factory=dict)
     """By topic: other topics among `sources`. The group does not assign their partitions: partition n comes and goes
     with partition n of this topic."""
+    store: Topic[Any] | None = None
+    """A compacted topic that keeps the handler's state, with as many partitions as `topics`; exactly once only.
+
+    The handler is then `handler(state, record)`. It reads `state`, a mapping of the values of this partition, and
+    returns its changes as a mapping, None for a key that is deleted; or None. They are applied when it has returned,
+    and committed with what it sent and the offset. The thread that polls calls it: it must be quick, and depend on
+    nothing but its arguments. So it is not called again for a record that it fails on: `on_failure` says SetAside, or
+    the consumer ends. Only the group's members may write to the store.
+
+    With `batch` it is `handler(state, messages)`: messages as they came, of one partition; state and changes are bytes
+    by bytes. If it raises, the halves of the batch come, down to the record that it fails on."""
     not_before: Mapping[str, Callable[[Record[Any]], float]] = field(default_factory=dict)
     """By topic: a record's time, in seconds since 1970, before which the handler is not called; its lane waits."""
 
@@ -77,6 +88,8 @@ class Spec:
             raise LabkitError(f"guarantee is 'at least once' or 'exactly once', not {self.guarantee!r}")
         if self.guarantee == "exactly once":
             self._refuse_what_has_no_transaction()
+        if self.store is not None:
+            self._refuse_what_has_no_state(self.store)
         if not callable(self.handler):
             raise LabkitError(f"the handler must be a function that takes a record, not {self.handler!r}")
         self._refuse_what_runs_nothing()
@@ -99,6 +112,20 @@ class Spec:
                 "exactly once cannot part a batch in order of keys: what it sends belongs to records before and after "
                 "the committed offset. Leave out batch, or order='key'"
             )
+
+    def _refuse_what_has_no_state(self, store: Topic[Any]) -> None:
+        if self.guarantee != "exactly once":
+            raise LabkitError('a state is committed with the offsets: a store needs guarantee="exactly once"')
+        if self.order == "key":
+            raise LabkitError("a handler with state takes its records in order of the partition: leave out order='key'")
+        if self.not_before:
+            raise LabkitError(
+                "a handler with state is called at once, no record waits for its time: leave out not_before"
+            )
+        if store.cluster != self.cluster:
+            raise LabkitError(f"store {store.short} must be on the cluster of the topics: one transaction writes both")
+        if store in self.sources:
+            raise LabkitError(f"store {store.short} cannot be read by the consumer that writes it")
 
     def _refuse_what_runs_nothing(self) -> None:
         handler = self.handler

@@ -7,8 +7,6 @@ what is open.
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from confluent_kafka import Message as DeliveryReport
 from confluent_kafka import Producer as Client
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.consumer.run import log
+from labkit.kafka.consumer.watchdog import Watchdog
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.producer import COPY_MAX_BYTES, Output
 
@@ -49,8 +47,8 @@ class TransactionalClient:
     def __init__(self, cluster: Cluster, transactional_id: str, slot: str) -> None:
         self.cluster, self.slot = cluster, slot
         self.over = False  # fenced, or fatal: nothing more may be asked of it
-        self._calls, self._inside = 0, False
-        self._closed = threading.Event()
+        self._watchdog = Watchdog(NO_ANSWER, EXIT_NO_ANSWER)
+        self._watchdog.what = f"{slot}: a call of the client does not come back"
         self._client = Client(
             cluster.config(
                 {
@@ -73,7 +71,7 @@ class TransactionalClient:
 
     def start(self, topic: str, stop: threading.Event) -> None:
         """Take over from whoever had this id before, and settle what that left open."""
-        threading.Thread(target=self._watch, name="transactional calls", daemon=True).start()
+        self._watchdog.start("transactional calls")
         until = time.monotonic() + START
         with suppress(KafkaException):  # a connection first: without one the client asks every 0.5 s only
             self._client.list_topics(topic, timeout=1.0)
@@ -143,12 +141,12 @@ class TransactionalClient:
         if is_open and not self.over:
             with suppress(Exception):
                 self.abort(1.0)
-        self._closed.set()
+        self._watchdog.close()
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._calls, self._inside = self._calls + 1, True
         try:
-            function(*arguments)
+            with self._watchdog:
+                function(*arguments)
         except KafkaException as caught:
             error: KafkaError = caught.args[0]
             if not error.fatal() and error.code() not in TAKEN:  # FENCED_INSTANCE_ID says abortable, and is for ever
@@ -157,8 +155,6 @@ class TransactionalClient:
                 if error.retriable():
                     raise Unanswered(error.str()) from caught
             self.end(error.str(), error.code())
-        finally:
-            self._inside = False
 
     def end(self, why: str, code: int = 0) -> NoReturn:
         """Raise the error with which the process ends; from now on nothing is asked of the client."""
@@ -172,15 +168,3 @@ class TransactionalClient:
             f"because this one was frozen or cut off for more than {TIMEOUT:g} s. It ends; its successor handles what "
             f"it had not committed. Give each process a slot of its own [librdkafka: {why}]"
         )
-
-    def _watch(self) -> None:
-        """End the process when a call does not come back. A process that was frozen does not age meanwhile."""
-        seen, age, before = 0, 0.0, time.monotonic()
-        while not self._closed.wait(0.2):
-            now = time.monotonic()
-            age = age + min(now - before, 1.0) if self._inside and self._calls == seen else 0.0
-            seen, before = self._calls, now
-            if age > NO_ANSWER:
-                log(f"{self.slot}: a call of the client does not come back; the process ends, nothing is lost. Stacks:")
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(EXIT_NO_ANSWER)

@@ -28,6 +28,7 @@ from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.lanes import Held, Partition
 from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.state import Changes, PartitionState, outputs_of
 from labkit.kafka.consumer.steps import Measured, Step
 from labkit.kafka.consumer.transactional_client import MustAbort, TransactionalClient, Unanswered
 from labkit.kafka.errors import DeliveryFailed, error_text, place_of
@@ -99,6 +100,7 @@ class ExactlyOnce(Commits):
         self.state = State.READY
         self.positions: dict[Partition, int] = {}  # what is in the transaction
         self.outputs: list[tuple[Held, Output]] = []
+        self.changes: dict[PartitionState, Changes] = {}  # those among them that are changes of states
         self.sent = 0  # how many of these are queued
         self.began: float | None = None  # the run's clock when a commit that is still to be was begun
         self.counts = {"transactions committed": 0, "transactions aborted": 0}
@@ -206,6 +208,11 @@ class ExactlyOnce(Commits):
         self.run.report(Step.COMMITTING, _by_place(positions))
         self.positions, self.sent = positions, 0
         self.outputs = [(held, one) for p, at in positions.items() for held in p.held_below(at) for one in held.outputs]
+        # All of a state's partitions that got on are among these: the changes are as old as the positions.
+        self.changes = {p.state: dict(p.state.changes) for p in positions if p.state is not None}
+        if (store := self.run.spec.store) is not None:
+            for state, changes in self.changes.items():
+                self.outputs += outputs_of(state, changes, store.name)
         self.began = self.run.clock if self.began is None else self.began
         if self.run.clock - self.began > PATIENCE:
             self.sender.end(f"no transaction was committed for {PATIENCE:g} s: each was aborted, and the log says why")
@@ -261,6 +268,8 @@ class ExactlyOnce(Commits):
             for partition, at in self.positions.items():
                 partition.committed = at
                 partition.drop_held(at)
+            for state, changes in self.changes.items():
+                state.committed(changes)
             self._count("transactions committed")
             self.run.report(Step.COMMITTED, _by_place(self.positions))
 

@@ -283,9 +283,9 @@ class Workers:
         handling.get().record = failed.record or Record(failed.message, None, None)  # the cause of what is set aside
         while not failed.confirmed:
             lane.began, failed.recheck = self.run.clock, False  # deciding has a deadline of its own
-            decision = failed.decision = self._decision(failed)
+            decision = failed.decision = self.decision(failed)
             if first_time:
-                self._log(failed)
+                self.log_failed(failed)
                 self.run.report(Step.FAILED, failed)
                 first_time = False
             if failed.recheck:  # somebody outside has put a command on it meanwhile
@@ -304,7 +304,7 @@ class Workers:
         self._finish(lane)
         return True
 
-    def _decision(self, failed: FailedRecord) -> Decision:
+    def decision(self, failed: FailedRecord) -> Decision:
         """The policy's, or the default's when it cannot do its work: that must neither lose the record nor spin."""
         try:
             decision = self.spec.on_failure(failed)
@@ -425,7 +425,7 @@ class Workers:
         self.run.end(error)
         return False
 
-    def _log(self, failed: FailedRecord) -> None:
+    def log_failed(self, failed: FailedRecord) -> None:
         """One line for each failed attempt; the traceback, below our own frames, once for errors of a kind that come in
         numbers."""
         error, now = failed.error, time.monotonic()

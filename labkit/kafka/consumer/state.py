@@ -1,0 +1,309 @@
+"""Handlers with state: the thread that polls calls them, and what they keep goes out with the offsets.
+
+State belongs to a partition *number*: that of the topic, and of its co-partitioned topics, which share it. It is kept
+in the same number of a compacted topic, the store, and read from there when the partition comes. The handler reads the
+state and returns its changes. They are applied after it has returned, so a failed attempt leaves nothing behind. The
+newest value of each changed key is an output of the next transaction.
+
+As one thread polls, calls the handler and commits, positions and state are one cut, and nothing is locked. The price is
+that such a handler must be quick, and has nobody to wait for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from labkit.kafka.consumer.commits import Commits
+from labkit.kafka.consumer.failures import FailedRecord, Retry, SetAside, Stop
+from labkit.kafka.consumer.lanes import Held, Partition
+from labkit.kafka.consumer.run import Run
+from labkit.kafka.consumer.spec import Spec
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, Watchdog
+from labkit.kafka.consumer.workers import Workers
+from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMismatch, error_text, place_of, safe_text
+from labkit.kafka.producer import HandlerContext, Output, handling
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Message, Record, encode, parser
+
+V = TypeVar("V")
+
+AT_ONCE = 100_000  # records, however fast the handler is
+FIRST = 8  # records that come at once in the beginning: how long they take says how many may come
+RESTORE = 120.0  # seconds for a state to be read from its store
+SLICE = 0.2  # seconds for which the handler is called before the loop polls again
+OVERHEAD = 200  # bytes of a record in a batch beside its key and value, and some more
+
+Changes = Mapping[bytes, bytes | None]
+
+
+class PartitionState:
+    """Values by key of one partition number, as they are in the store."""
+
+    __slots__ = ("changes", "held", "number", "values", "view")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.values: dict[bytes, bytes] = {}
+        self.view: Mapping[bytes, bytes] = MappingProxyType(self.values)  # what a handler gets
+        self.changes: dict[bytes, bytes | None] = {}  # not committed yet: the newest of each key, None if deleted
+        self.held: Held | None = None  # whose outputs the changes are, if the broker should refuse one: the first ones'
+
+    def apply(self, changes: Changes) -> None:
+        """A handler has returned these."""
+        self.changes.update(changes)
+        for key, value in changes.items():
+            if value is None:
+                self.values.pop(key, None)
+            else:
+                self.values[key] = value
+
+    def committed(self, changes: Changes) -> None:
+        """These are in the store. What has changed since is to be written still."""
+        for key, value in changes.items():
+            if self.changes.get(key, b"") is value:
+                del self.changes[key]
+
+
+class Values(Mapping[str, V]):
+    """A state as a handler of single records sees it: decoded anew at each look, so that changing a value changes
+    nothing."""
+
+    def __init__(self, raw: Mapping[bytes, bytes], parse: Callable[[bytes], V]) -> None:
+        self._raw, self._parse = raw, parse
+
+    def __getitem__(self, key: str) -> V:
+        return self._parse(self._raw[key.encode()])
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.decode() for key in self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+def check_store(spec: Spec) -> None:
+    """Raises TopicMismatch when the store cannot keep the state of this consumer, TopicMissing, ClusterUnreachable."""
+    store = spec.store
+    if store is None:
+        return
+    policy = store.cluster.topic_config(store.name)["cleanup.policy"]
+    if policy != "compact":
+        raise TopicMismatch(
+            f"topic {store.short} cannot keep a state: with cleanup.policy={policy} Kafka deletes what is old. Make it "
+            "with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
+        )
+    there = store.cluster.topics()
+    kept = there.get(store.name)
+    if kept and kept != store.partitions:
+        raise TopicMismatch(f"topic {store.short} has {kept} partitions, not {store.partitions}: use that number")
+    own = {topic.name for topics in spec.co_partitioned.values() for topic in topics}
+    for topic in spec.sources:
+        read = there.get(topic.name)
+        if topic.name not in own and read and kept and read != kept:
+            raise _other_number(topic.short, read, store.short, kept)
+
+
+def _other_number(topic: str, read: int, store: str, kept: int) -> TopicMismatch:
+    return TopicMismatch(
+        f"topic {topic} has {read} partitions, and its store {store} has {kept}. The state of partition n is kept in "
+        f"partition n, so both need the same number. If {topic} was given more, its keys have moved away from their "
+        "state: make both topics anew, with the new number and other names"
+    )
+
+
+def restore(run: Run, numbers: Iterable[int]) -> dict[int, PartitionState]:
+    """The states of these partition numbers, read from the store up to its end.
+
+    Called when the group has answered where the partitions begin: whatever changed that is decided by then, but its
+    marker may still be missing in the store. So the end is that of what is not committed; getting there means to wait
+    for the marker. Raises TopicMismatch, ClusterUnreachable.
+    """
+    states, store = {number: PartitionState(number) for number in numbers}, run.spec.store
+    if store is None or not states:
+        return {}
+    if max(states) >= store.partitions:  # added while it runs
+        raise _other_number(run.spec.sources[0].short, max(states) + 1, store.short, store.partitions)
+    with Reader(store, partitions=sorted(states)) as reader:
+        for messages in reader.to_end(RESTORE):
+            for message in messages:
+                key, value, values = message.key(), message.value(), states[message.partition()].values
+                if value is not None and key is not None:
+                    values[key] = value
+                elif key is not None:
+                    values.pop(key, None)
+            if run.stop.is_set() or run.fatal is not None:
+                break
+    return states
+
+
+class StateHandler:
+    """Calls the handler, in the thread that polls, with single records or with batches that are not decoded."""
+
+    def __init__(self, run: Run, commits: Commits, workers: Workers) -> None:
+        self.run, self.commits, self.workers, self.spec = run, commits, workers, run.spec
+        store = run.spec.store
+        assert store is not None  # noqa: S101
+        self.store = store
+        self.parse = parser(store.value)
+        self.most = int(store.cluster.topic_config(store.name)["max.message.bytes"]) - OVERHEAD
+        self.at_once = FIRST  # so many records are to be fetched: what the handler does in a slice, or less
+        self.context: HandlerContext
+        self.watchdog = Watchdog(run.spec.deadline, EXIT_DEADLINE)
+        self.watchdog.start("deadline of the handler")
+
+    def handle(self, partition: Partition, messages: list[Message]) -> None:
+        """Handle what was fetched. What would take too long is fetched again: meanwhile the loop polls and commits."""
+        messages = partition.unseen(messages)
+        if not messages:
+            return
+        partition.at_end = False
+        self.context = HandlerContext(self.commits.producer, refuses=self.commits.refuses)
+        token = handling.set(self.context)
+        began, done = time.monotonic(), 0
+        try:
+            while done < len(messages) and self.run.fatal is None:
+                if done and time.monotonic() - began > SLICE:  # it has become slow
+                    partition.seeking = True
+                    break
+                many = min(self.spec.batch or 1, self.at_once)
+                part = self._announced(messages[done : done + many], began + SLICE)
+                self._attempt(partition, part)
+                done += len(part)
+        finally:
+            handling.reset(token)
+        took = time.monotonic() - began
+        if took > SLICE:
+            self.at_once = max(1, int(done * SLICE / took))
+        elif took < SLICE / 4:
+            self.at_once = min(2 * self.at_once, AT_ONCE)
+
+    def close(self) -> None:
+        self.watchdog.close()
+
+    def _announced(self, messages: list[Message], until: float) -> list[Message]:
+        """Tell the hooks of records that are about to be handled; only of the first ones if the hooks take long."""
+        if self.run.hooks:
+            for number, message in enumerate(messages, 1):
+                self._tell(Step.HANDLING, message)
+                if time.monotonic() > until:
+                    return messages[:number]
+        return messages
+
+    def _tell(self, step: Step, message: Message) -> None:
+        record = Record(message, None, None)
+        if self.spec.batch is None:
+            try:
+                record = self.workers.decode[message.topic()](message)
+            except PoisonRecord:
+                return
+        for hook in self.run.hooks:
+            hook(step, record)
+
+    def _attempt(self, partition: Partition, messages: Sequence[Message]) -> None:
+        """Handle these, or, if the handler raises, the halves of them, down to the record that does it."""
+        state, context = partition.state, self.context
+        assert state is not None  # noqa: S101
+        context.record, context.collecting = None, True
+        self.watchdog.what = f"handler of {_place(messages[0])} has run for more than {self.spec.deadline:g} s"
+        changes: Changes = {}
+        failure: BaseException | None = None
+        try:
+            with self.watchdog:
+                changes = self._called(state, messages)
+        except BaseException as error:
+            failure = error
+        outputs = context.take()
+        if failure is not None:
+            self._failed(partition, messages, failure)
+            return
+        if outputs:
+            self.commits.publish(partition, messages, outputs)
+        if changes:
+            state.apply(changes)
+            state.held = state.held or Held((messages[0],), [], is_aside=True)
+        partition.next_offset = messages[-1].offset() + 1
+        if self.run.hooks:
+            for message in messages:
+                self._tell(Step.HANDLED, message)
+
+    def _called(self, state: PartitionState, messages: Sequence[Message]) -> Changes:
+        """What the handler changes, checked and as it is written."""
+        changes: Any
+        if self.spec.batch is None:
+            record = self.context.record = self.workers.decode[messages[0].topic()](messages[0])
+            changes = self._encoded(self.spec.handler(Values(state.view, self.parse), record))
+        else:
+            changes = self.spec.handler(state.view, messages)
+        for key, value in changes.items():
+            if not (isinstance(key, bytes) and (value is None or isinstance(value, bytes))):
+                raise TypeError(f"changes of a batch are bytes by bytes, not {value!r} by {key!r}")
+            if len(key) + len(value or b"") > self.most:
+                raise LabkitError(
+                    f"the value of {key!r} has {len(value or b''):,} bytes, and store {self.store.short} takes "
+                    f"{self.most:,}: keep less by one key, or give the store a larger max.message.bytes"
+                )
+        checked: Changes = changes
+        return checked
+
+    def _encoded(self, changes: Any) -> Changes:
+        if changes is None:
+            return {}
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"a handler with state returns its changes by key, or None, not {changes!r}")
+        raw: dict[bytes, bytes | None] = {}
+        for key, value in changes.items():
+            raw[key.encode()] = encoded = None if value is None else encode(value)
+            if encoded is not None:
+                self.parse(encoded)  # else no later attempt could read it
+        return raw
+
+    def _failed(self, partition: Partition, messages: Sequence[Message], error: BaseException) -> None:
+        """Which of these was it? Then set that one aside, in the transaction: another attempt would fail as well."""
+        if not isinstance(error, Exception):
+            told = f"the handler ended the process ({safe_text(error, of=repr)}) on {_place(messages[0])}"
+            self.run.end(HandlerExit(f"{told}, which is not committed"))
+            return
+        if len(messages) > 1:
+            half = len(messages) // 2
+            for part in (messages[:half], messages[half:]):
+                if self.run.fatal is None:
+                    self._attempt(partition, part)
+            return
+        (message,), record = messages, self.context.record
+        failed = FailedRecord(message, lambda _: None)
+        failed.fail(record, error)
+        failed.decision = decision = self.workers.decision(failed)
+        self.workers.log_failed(failed)
+        self.run.report(Step.FAILED, failed)
+        match decision:
+            case SetAside():
+                self.context.record = record or Record(message, None, None)  # the cause of its copy
+                self.commits.set_aside(partition, message, decision, lambda _: None)
+                partition.next_offset = message.offset() + 1
+                self.run.report(Step.RECOVERED, failed)
+            case Stop(other):
+                self.run.end(other or error)
+            case Retry():
+                self.run.end(
+                    LabkitError(
+                        f"{failed.place} failed, and a handler with state is called once for a record, as another "
+                        f"attempt would fail as well: {error_text(error)}. Let on_failure set such records aside, as "
+                        "a RetryingConsumer does"
+                    )
+                )
+
+
+def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[tuple[Held, Output]]:
+    """These changes as the transaction takes them."""
+    held = state.held
+    if held is not None:
+        for key, value in changes.items():
+            yield held, Output(store, value, key, state.number, [])
+
+
+def _place(message: Message) -> str:
+    return place_of(message.topic(), message.partition(), message.offset())

@@ -1,0 +1,51 @@
+"""An end for calls that never come back: Python cannot end a thread, so the process ends."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+
+from labkit.kafka.consumer.run import log
+
+EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
+
+
+class Watchdog:
+    """Ends the process when a call, made by one thread `with` it, takes more than `limit` seconds of the process's own
+    time: one that was frozen does not age meanwhile."""
+
+    def __init__(self, limit: float, exit_code: int) -> None:
+        self.limit, self.exit_code = limit, exit_code
+        self.what = ""
+        """What the log tells of the call that runs."""
+        self._calls, self._inside = 0, False
+        self._closed = threading.Event()
+
+    def __enter__(self) -> None:
+        self._calls, self._inside = self._calls + 1, True
+
+    def __exit__(self, *_: object) -> None:
+        self._inside = False
+
+    def start(self, name: str) -> None:
+        """Begin to look, in a thread of this name."""
+        threading.Thread(target=self._watch, name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        seen, age, before = 0, 0.0, time.monotonic()
+        while not self._closed.wait(min(0.2, self.limit / 2)):
+            now = time.monotonic()
+            age = age + min(now - before, 1.0) if self._inside and self._calls == seen else 0.0
+            seen, before = self._calls, now
+            if age > self.limit:
+                try:
+                    log(f"{self.what}; the process ends, nothing is lost. Stacks:")
+                    faulthandler.dump_traceback(all_threads=True)
+                finally:
+                    os._exit(self.exit_code)

@@ -1,0 +1,202 @@
+"""Handlers with state: single records and undecoded batches, in the thread that polls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from aggregating import stored
+from consuming import Member, fresh_group, fresh_topic, put
+from processes import wait_until
+from stores import raw, store_topic
+from transacting import exactly_once, values
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer import EXIT_DEADLINE
+from labkit.kafka.consumer.failures import FailedRecord, SetAside
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.errors import LabkitError, TopicMismatch
+from labkit.kafka.lag import lag
+from labkit.kafka.reader import Reader
+from labkit.kafka.records import Message, Record
+from labkit.patterns.dead_letters import DeadLetters
+from labkit.patterns.retries import RetryingConsumer
+
+
+def test_a_handler_reads_its_state_and_returns_its_changes(cluster: Cluster) -> None:
+    """Values are decoded anew at each look; what is sent names its cause; None deletes; a restart goes on."""
+    topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    store = store_topic(cluster, 1, list[int])
+
+    def handle(state: Mapping[str, list[int]], record: Record[int]) -> Mapping[str, list[int] | None] | None:
+        assert record.key is not None
+        before = state.get(record.key, [])
+        before.append(record.value)
+        output.send(len(before), key=record.key)
+        if record.value == 0:
+            assert sorted(state) == sorted(dict(state))
+            return {record.key: None}
+        if record.value < 0:
+            assert before[:-1] == state.get(record.key, [])
+            return None  # what was done to `before` is forgotten
+        return {record.key: before}
+
+    consumer = exactly_once(topic, handle, group, store=store)
+    put(topic, 1, 2, -3, 4, key="a")
+    put(topic, 1, 0, 5, key="b")
+    put(topic, 1, 0, key="c")
+    with Member(consumer) as member:
+        member.wait_committed({0: 9})
+    assert stored(store) == {"a": [1, 2, 4], "b": [5]}
+    put(topic, 6, key="a")
+    put(topic, 6, key="c")
+    with Member(consumer) as member:
+        member.wait_committed({0: 11})
+    assert stored(store) == {"a": [1, 2, 4, 6], "b": [5], "c": [6]}
+    assert values(output) == [1, 2, 3, 3, 1, 2, 1, 1, 2, 4, 1]
+
+
+def test_records_that_fail_are_set_aside_and_change_nothing(cluster: Cluster) -> None:
+    """A batch comes in halves, down to the record that does it; a state that is handed out cannot be written."""
+    topic, aside, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    store = store_topic(cluster, 1, int)
+    sizes: list[int] = []
+
+    def handle(state: Any, messages: Sequence[Message]) -> dict[Any, Any]:
+        sizes.append(len(messages))
+        changes: dict[Any, Any] = {}
+        for message in messages:
+            value = message.value()
+            assert value is not None
+            if value == b"3":
+                state[b"a"] = b"1"
+            changes[message.key()] = value
+            changes |= {b"5": {b"b": "5"}, b"7": {"b": b"7"}}.get(value, {})
+        return changes
+
+    def policy(failed: FailedRecord) -> SetAside:
+        return SetAside(aside.name, failed.place, failed.message.value())
+
+    put(topic, *range(40), key="a")
+    with Member(exactly_once(topic, handle, group, store=store, batch=40, on_failure=policy)) as member:
+        member.wait_committed({0: 40})
+    assert stored(store) == {"a": 39}
+    assert values(aside) == [3, 5, 7]
+    assert max(sizes) > 1
+
+
+def test_without_a_place_for_what_fails_the_consumer_ends(cluster: Cluster) -> None:
+    """It names the record; what was before it counts."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        return {"sum": state.get("sum", 0) + 10 // record.value}
+
+    put(topic, 1, 2, 0, 5)
+    member = Member(exactly_once(topic, handle, group, store=store))
+    member.__enter__()
+    error = member.ends()
+    assert isinstance(error, LabkitError)
+    assert f"{topic.name}/0/2" in str(error)
+    assert stored(store) == {"sum": 15}
+
+
+def test_topics_that_are_read_together_share_the_state_of_a_number(cluster: Cluster) -> None:
+    """Of their changes of one key the newest is what the store has."""
+    first, second, group = fresh_topic(cluster, 2), fresh_topic(cluster, 2), fresh_group()
+    store = store_topic(cluster, 2, int)
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        return {"sum": state.get("sum", 0) + record.value}
+
+    consumer = exactly_once([first, second], handle, group, store=store)
+    with Member(consumer) as member:
+        for number in range(10):
+            for topic in (first, second):
+                put(topic, number, partition=number % 2)
+        names = [first.name, second.name]
+        member.journal.wait(lambda: not sum(lag(cluster, group, names).values()), what="no lag")
+    with Reader(store) as reader:
+        assert {record.partition: record.value for record in reader.rest()} == {0: 40, 1: 50}
+    with pytest.raises(TopicMismatch):
+        exactly_once([first, fresh_topic(cluster, 3)], handle, group, store=store).prepare()
+
+
+def test_a_replayed_record_leaves_the_queue_in_its_transaction(cluster: Cluster) -> None:
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    broken = True
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        if broken and record.value == 2:
+            raise ConnectionError("no answer")
+        return {"sum": state.get("sum", 0) + record.value}
+
+    put(topic, 1, 2, 3)
+    consumer = RetryingConsumer(topic, handle, group, guarantee="exactly once", slot="one", store=store)
+    with Member(consumer) as member:
+        member.wait_committed({0: 3})
+        with DeadLetters(topic, group) as letters:
+            broken = False
+            assert letters.replay() == 1
+            wait_until(lambda: not letters, what="the letter to go")
+    assert stored(store) == {"sum": 6}
+
+
+def test_what_makes_no_sense_with_a_state_is_refused_when_it_is_made(cluster: Cluster) -> None:
+    topic, store = fresh_topic(cluster), store_topic(cluster, 1, int)
+    for options in ({"guarantee": "at least once"}, {"order": "key"}, {"not_before": {topic.name: lambda _: 0.0}}):
+        with pytest.raises(LabkitError):
+            exactly_once(topic, print, "group", store=store, **options)
+    with pytest.raises(LabkitError):
+        exactly_once(topic, print, "group", store=topic)
+
+
+def test_a_state_is_there_before_the_first_record_however_long_another_transaction_holds_it_back(
+    cluster: Cluster,
+) -> None:
+    """correctness 25: beside an open transaction on the store nobody knows yet what the state is."""
+    from confluent_kafka import Producer as Client
+
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    raw(store, (b"sum", b"1"))
+    client = Client(cluster.config({"transactional.id": fresh_group()}))
+    client.init_transactions(10)
+    client.begin_transaction()
+    client.produce(store.name, b"10", b"sum", 0)
+    assert client.flush(10) == 0
+    put(topic, 5)
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        return {"sum": state.get("sum", 0) + record.value}
+
+    with Member(exactly_once(topic, handle, group, store=store)) as member:
+        timer = threading.Timer(1.0, client.commit_transaction)
+        timer.start()
+        member.journal.wait_for(Step.HANDLED)
+        timer.join()
+        member.wait_committed({0: 1})
+    assert stored(store) == {"sum": 15}
+
+
+def test_a_handler_with_state_past_its_deadline_ends_its_process(cluster: Cluster) -> None:
+    """The thread that polls is in it: another one sees that."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    put(topic, 1)
+    script = (
+        "import sys, threading\n"
+        "from labkit.kafka.cluster import Cluster\n"
+        "from labkit.kafka.consumer import Consumer\n"
+        "from labkit.kafka.topics import Topic\n"
+        "topic, store = (Topic(Cluster(sys.argv[1]), name, 1, int) for name in sys.argv[2:4])\n"
+        "hang = lambda state, record: threading.Event().wait()\n"
+        "Consumer(topic, hang, sys.argv[4], guarantee='exactly once', slot='one', store=store, deadline=0.5)"
+        ".run(threading.Event())\n"
+    )
+    command = [sys.executable, "-c", script, cluster.bootstrap, topic.name, store.name, group]
+    ended = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
+    assert ended.returncode == EXIT_DEADLINE
+    assert f"{topic.name}/0/0" in ended.stderr
