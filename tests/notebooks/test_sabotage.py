@@ -18,6 +18,7 @@ VIEWS = "01_consume_and_project.ipynb"
 STORE = "03_in_memory_key_value_store.ipynb"
 RETRIES = "04_schedule_and_forget.ipynb"
 TRANSACTIONS = "05_events_in_transactions.ipynb"
+AGGREGATION = "06_event_aggregation.ipynb"
 SABOTAGE = Path(__file__).parent / "sabotage"
 
 
@@ -61,6 +62,9 @@ def long(*case: str) -> Any:
         long(TRANSACTIONS, "offset_before_transaction", "exactly-once-verdict", r"invalid: Delivery: .* lost [1-9]"),
         long(TRANSACTIONS, "read_uncommitted", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
         long(TRANSACTIONS, "sent_before_commit", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
+        long(AGGREGATION, "keyless_commands", "count-verdict", r"invalid: store: .* wrong [1-9]"),
+        long(AGGREGATION, "offset_before_transaction", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
+        long(AGGREGATION, "failed_attempts_stay", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
     ],
 )
 def test_a_sabotaged_labkit_fails_the_verdict(
