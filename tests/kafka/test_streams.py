@@ -102,6 +102,7 @@ def wait_counted(counts: Deployment, records: int, timeout: float = READY) -> No
     wait_until(lambda: committed() >= records, timeout, f"{records} records to be counted")
 
 
+@pytest.mark.long  # notebook 06 runs one in the first tier
 def test_counts_are_exact_and_a_notice_comes_once_though_a_pod_is_killed(
     lab: Lab, cluster: Cluster, webhook: Webhook
 ) -> None:
