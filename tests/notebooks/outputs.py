@@ -50,6 +50,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
     """Run all cells in a new kernel of this environment, at the pace of tests. Raises what nbclient raises."""
     client = NotebookClient(
         notebook,
+        coalesce_streams=True,
         timeout=CELL_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
