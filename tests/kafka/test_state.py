@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 from aggregating import stored
-from consuming import Member, fresh_group, fresh_topic, put
+from consuming import Member, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 from stores import raw, store_topic
 from transacting import exactly_once, values
@@ -18,6 +20,8 @@ from transacting import exactly_once, values
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import EXIT_DEADLINE
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
+from labkit.kafka.consumer.loop import Loop
+from labkit.kafka.consumer.state import garbage_kept
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError, TopicMismatch
 from labkit.kafka.lag import lag
@@ -102,7 +106,83 @@ def test_without_a_place_for_what_fails_the_consumer_ends(cluster: Cluster) -> N
     error = member.ends()
     assert isinstance(error, LabkitError)
     assert f"{topic.name}/0/2" in str(error)
+    wait_until(lambda: committed(topic, group) == {0: 2}, what="what was before it")
     assert stored(store) == {"sum": 15}
+
+
+def test_what_comes_behind_an_error_is_not_committed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """correctness 19: not even when the end of its partition was told in the same turn."""
+    topic, group, store = fresh_topic(cluster, 2), fresh_group(), store_topic(cluster, 2, int)
+    handled: list[int] = []
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        changes = {"last": 1 // record.value}
+        handled.append(record.partition)
+        return changes
+
+    def up_to_both_ends(loop: Loop) -> Iterator[list[Any]]:
+        found = loop.client.consume(1, 0.05)
+        loop.assignment.newly_assigned.clear()
+        while found and sum(message.error() is not None for message in found) < 2:
+            found += loop.client.consume(100, 0.05)
+        yield found
+
+    monkeypatch.setattr(Loop, "fetch", up_to_both_ends)
+    for number in range(2):
+        put(topic, 1, 0, 2, partition=number)
+    member = Member(exactly_once(topic, handle, group, store=store))
+    member.__enter__()
+    assert isinstance(member.ends(), LabkitError)
+    assert len(handled) == 1
+    wait_until(lambda: committed(topic, group) == Counter(handled), what="no more than what was handled")
+
+
+def test_a_stop_while_a_state_is_read_makes_nothing_of_half_of_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    put(topic, 1)
+    member = Member(exactly_once(topic, lambda state, record: {"sum": 1}, group, store=store))
+    whole = Reader.to_end
+
+    def stopped(reader: Reader[Any], timeout: float) -> Iterator[list[Message]]:
+        for messages in whole(reader, timeout):
+            member.stopping.set()
+            yield messages
+
+    monkeypatch.setattr(Reader, "to_end", stopped)
+    raw(store, (b"sum", b"5"))
+    with member:
+        member.ends()
+    assert member.journal.of(Step.ASSIGNED) == []
+
+
+def test_a_batch_may_change_nothing_and_what_is_no_mapping_is_set_aside(cluster: Cluster) -> None:
+    topic, aside, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
+    store = store_topic(cluster, 1, int)
+
+    def handle(state: Any, messages: Sequence[Message]) -> Any:
+        return [] if any(message.value() == b"3" for message in messages) else None
+
+    def policy(failed: FailedRecord) -> SetAside:
+        return SetAside(aside.name, failed.place, failed.message.value())
+
+    put(topic, *range(5))
+    with Member(exactly_once(topic, handle, group, store=store, batch=5, on_failure=policy)) as member:
+        member.wait_committed({0: 5})
+    assert values(aside) == [3]
+
+
+def test_the_garbage_collector_is_back_when_the_last_of_two_consumers_is_done() -> None:
+    first, second = garbage_kept(), garbage_kept()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    try:
+        assert not gc.isenabled()
+    finally:
+        second.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 def test_topics_that_are_read_together_share_the_state_of_a_number(cluster: Cluster) -> None:

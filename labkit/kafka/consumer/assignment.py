@@ -60,6 +60,8 @@ class Assignment:
         self.commits.before_assignment()
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
         states = restore(self.run, {one.partition for one in starts})
+        if self.run.spec.store is not None and (self.run.stop.is_set() or self.run.fatal is not None):
+            starts, fresh = [], {}  # what was read may be half of a state
         self.known.update(self.run.topic_ids)  # what comes later is not what the group began with
         self.commits.assign(starts)
         if not starts:

@@ -154,6 +154,8 @@ class Loop:
                     return  # what follows what is lacking must not be handled
             if self.states is not None:
                 self.states.handle(partition, batch)
+                if shared.fatal is not None:
+                    return  # what is not handled lies before the ends that were told
                 continue
             for lane in partition.add(batch, self.by_key):
                 self.workers.ready.put(lane)

@@ -12,6 +12,7 @@ that such a handler must be quick, and has nobody to wait for.
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -237,9 +238,15 @@ class StateHandler:
         changes: Any
         if self.spec.batch is None:
             record = self.context.record = self.workers.decode[messages[0].topic()](messages[0])
-            changes = self._encoded(self.spec.handler(Values(state.view, self.parse), record))
+            changes = self.spec.handler(Values(state.view, self.parse), record)
         else:
             changes = self.spec.handler(state.view, messages)
+        if changes is None:
+            return {}
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"a handler with state returns its changes by key, or None, not {changes!r}")
+        if self.spec.batch is None:
+            changes = self._encoded(changes)
         for key, value in changes.items():
             if not (isinstance(key, bytes) and (value is None or isinstance(value, bytes))):
                 raise TypeError(f"changes of a batch are bytes by bytes, not {value!r} by {key!r}")
@@ -251,11 +258,7 @@ class StateHandler:
         checked: Changes = changes
         return checked
 
-    def _encoded(self, changes: Any) -> Changes:
-        if changes is None:
-            return {}
-        if not isinstance(changes, Mapping):
-            raise TypeError(f"a handler with state returns its changes by key, or None, not {changes!r}")
+    def _encoded(self, changes: Mapping[str, Any]) -> Changes:
         raw: dict[bytes, bytes | None] = {}
         for key, value in changes.items():
             raw[key.encode()] = encoded = None if value is None else encode(value)
@@ -299,17 +302,23 @@ class StateHandler:
                 )
 
 
+_keeping = threading.Lock()
+_kept: list[bool] = []  # whether garbage was collected before, for each consumer of this process that wants none now
+
+
 @contextmanager
 def garbage_kept() -> Iterator[None]:
     """No garbage is collected meanwhile: with 10,000 messages in hand, each of which the collector looks at again and
     again, that takes half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _keeping:
+        _kept.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _keeping:
+            if _kept.pop():  # the first one's, which is the last to go, whoever leaves first
+                gc.enable()
 
 
 def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[tuple[Held, Output]]:
