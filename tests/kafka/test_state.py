@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import gc
+import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 from aggregating import stored
-from consuming import Member, committed, fresh_group, fresh_topic, put
+from consuming import Member, alter, committed, fresh_group, fresh_topic, make_anew, put
 from processes import wait_until
-from stores import raw, store_topic
+from stores import COMPACTED, raw, store_topic, transaction
 from transacting import exactly_once, values
 
+import labkit.kafka.consumer.loop as loop_module
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import EXIT_DEADLINE
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.loop import Loop
 from labkit.kafka.consumer.state import garbage_kept
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import LabkitError, TopicMismatch
+from labkit.kafka.consumer.transactions import ExactlyOnce
+from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMismatch, TopicMissing
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, Record
@@ -280,3 +284,97 @@ def test_a_handler_with_state_past_its_deadline_ends_its_process(cluster: Cluste
     ended = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
     assert ended.returncode == EXIT_DEADLINE
     assert f"{topic.name}/0/0" in ended.stderr
+
+
+def test_records_that_come_one_by_one_say_nothing_of_how_many_may_come(cluster: Cluster) -> None:
+    """However quick they were: a burst behind them is cut by time, and committed while the rest is still to come."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    commits: list[int] = []
+
+    def handle(state: Any, messages: Sequence[Message]) -> None:
+        time.sleep(sum(0.01 for message in messages if message.value() == b"1"))  # the work itself
+
+    def told(step: Step, subject: Any) -> None:
+        if step is Step.COMMITTED:
+            commits.append(subject[topic.name, 0])
+
+    with Member(exactly_once(topic, handle, group, store=store, batch=1000, on_change=told)) as member:
+        for number in range(8):
+            put(topic, 0)
+            member.journal.wait_for(Step.HANDLED, number + 1)
+        transaction(topic, *[("a", 1)] * 200)
+        member.wait_committed({0: 209})
+    assert next(at for at in commits if at > 8) < 100
+
+
+def test_values_that_fit_go_out_however_many_there_are(cluster: Cluster) -> None:
+    """Those that the client sends together must fit, too."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    store = store_topic(cluster, 1, str, {**COMPACTED, "max.message.bytes": "20000"})
+
+    def handle(state: Mapping[str, str], record: Record[int]) -> dict[str, str]:
+        return {str(record.value): secrets.token_hex(4000)}
+
+    put(topic, *range(40))
+    with Member(exactly_once(topic, handle, group, store=store, commit_interval=600)) as member:
+        member.journal.wait_for(Step.HANDLED, 40)
+    assert len(stored(store)) == 40
+
+
+def test_a_store_that_refuses_a_value_is_named(cluster: Cluster) -> None:
+    """Not the record that was the first to change the state."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, str)
+
+    def handle(state: Mapping[str, str], record: Record[int]) -> dict[str, str]:
+        return {"a": secrets.token_hex(record.value)}
+
+    member = Member(exactly_once(topic, handle, group, store=store))
+    member.__enter__()
+    put(topic, 1)
+    member.wait_committed({0: 1})
+    alter(store, {"max.message.bytes": "1000"})
+    put(topic, 5000)
+    error = member.ends()
+    assert isinstance(error, DeliveryFailed)
+    assert store.name in str(error)
+    assert topic.name not in str(error)
+
+
+def test_of_a_transaction_that_is_committed_nothing_is_kept(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a state lived on when its partition has gone to others."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    made: list[ExactlyOnce] = []
+
+    class Seen(ExactlyOnce):
+        def start(self, client: Any) -> None:
+            made.append(self)
+            super().start(client)
+
+    monkeypatch.setattr(loop_module, "ExactlyOnce", Seen)
+    put(topic, 1)
+    with Member(exactly_once(topic, lambda state, record: {"sum": 1}, group, store=store)) as member:
+        member.wait_committed({0: 1})
+    (commits,) = made
+    assert (commits.positions, commits.outputs, commits.changes) == ({}, [], {})
+
+
+def test_what_was_not_committed_of_a_topic_that_is_made_anew_is_not_written(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """correctness 32: its records are gone, and what they sent is not sent."""
+    monkeypatch.setattr(loop_module, "GONE", ())  # else the client tells it, if it looks while there is none
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        return {"sum": state.get("sum", 0) + record.value}
+
+    consumer = exactly_once(topic, handle, group, store=store, commit_interval=600, max_ahead=4)
+    member = Member(consumer)
+    member.__enter__()
+    put(topic, 1, 2)  # half of `max_ahead`: that is committed at once
+    member.wait_committed({0: 2})
+    put(topic, 4)
+    member.journal.wait_for(Step.HANDLED, 3)
+    make_anew(topic)
+    assert isinstance(member.ends(), TopicMissing)
+    assert stored(store) == {"sum": 3}

@@ -103,10 +103,13 @@ class Assignment:
         while any(lane.busy() for p in partitions for lane in list(p.lanes.values())) and time.monotonic() < until:
             self.run.wake.clear()
             self.run.wake.wait(0.01)
+        lost = {p.state for p in partitions if p.state is not None and p.topic in self.made_anew}
+        for state in lost:
+            state.changes.clear()  # nor is anything sent that was made of the old one
         positions = {
             p: 0 if p.topic in self.made_anew else at  # 0: nothing of the new one is handled
             for p in partitions
-            if (at := p.position()) > p.committed or p.topic in self.made_anew
+            if p.topic in self.made_anew or ((at := p.position()) > p.committed and p.state not in lost)
         }
         self.forget(partitions)
         if positions:

@@ -101,6 +101,8 @@ class Loop:
                 self.watch_deadlines()
                 for messages in self.fetch():
                     self.dispatch(messages)
+                if self.states is not None:
+                    self.states.adapt()
                 self.go_back()
                 self.relieve()
                 self.commits.commit(now)

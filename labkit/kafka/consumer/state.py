@@ -31,6 +31,7 @@ from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMis
 from labkit.kafka.producer import HandlerContext, Output, handling
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, Record, encode, parser
+from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
 
@@ -53,7 +54,7 @@ class PartitionState:
         self.values: dict[bytes, bytes] = {}
         self.view: Mapping[bytes, bytes] = MappingProxyType(self.values)  # what a handler gets
         self.changes: dict[bytes, bytes | None] = {}  # not committed yet: the newest of each key, None if deleted
-        self.held: Held | None = None  # whose outputs the changes are, if the broker should refuse one: the first ones'
+        self.held = Held((), [], is_aside=True)  # whose outputs the changes are, if the broker should refuse one
 
     def apply(self, changes: Changes) -> None:
         """A handler has returned these."""
@@ -110,6 +111,11 @@ def check_store(spec: Spec) -> None:
             raise _other_number(topic.short, read, store.short, kept)
 
 
+def most_bytes(store: Topic[Any]) -> int:
+    """How many bytes a key and its value may have. Raises TopicMissing, ClusterUnreachable."""
+    return max(1, int(store.cluster.topic_config(store.name)["max.message.bytes"]) - OVERHEAD)
+
+
 def _other_number(topic: str, read: int, store: str, kept: int) -> TopicMismatch:
     return TopicMismatch(
         f"topic {topic} has {read} partitions, and its store {store} has {kept}. The state of partition n is kept in "
@@ -152,8 +158,9 @@ class StateHandler:
         assert store is not None  # noqa: S101
         self.store = store
         self.parse = parser(store.value)
-        self.most = int(store.cluster.topic_config(store.name)["max.message.bytes"]) - OVERHEAD
+        self.most = most_bytes(store)
         self.at_once = FIRST  # so many records are to be fetched: what the handler does in a slice, or less
+        self.done, self.took = 0, 0.0  # records of this turn, and seconds for them
         self.context: HandlerContext
         self.watchdog = Watchdog(run.spec.deadline, EXIT_DEADLINE)
         self.watchdog.start("deadline of the handler")
@@ -178,11 +185,16 @@ class StateHandler:
                 done += len(part)
         finally:
             handling.reset(token)
-        took = time.monotonic() - began
-        if took > SLICE:
-            self.at_once = max(1, int(done * SLICE / took))
-        elif took < SLICE / 4:
+        self.done, self.took = self.done + done, self.took + time.monotonic() - began
+
+    def adapt(self) -> None:
+        """The turn is over: how many records may come in the next one? More only if this one was full: how long many
+        take, a few do not tell."""
+        if self.took > SLICE:
+            self.at_once = max(1, int(self.done * SLICE / self.took))
+        elif self.took < SLICE / 4 and self.done >= self.at_once:
             self.at_once = min(2 * self.at_once, AT_ONCE)
+        self.done, self.took = 0, 0.0
 
     def close(self) -> None:
         self.watchdog.close()
@@ -227,7 +239,6 @@ class StateHandler:
             self.commits.publish(partition, messages, outputs)
         if changes:
             state.apply(changes)
-            state.held = state.held or Held((messages[0],), [], is_aside=True)
         partition.next_offset = messages[-1].offset() + 1
         if self.run.hooks:
             for message in messages:
@@ -323,10 +334,8 @@ def garbage_kept() -> Iterator[None]:
 
 def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[tuple[Held, Output]]:
     """These changes as the transaction takes them."""
-    held = state.held
-    if held is not None:
-        for key, value in changes.items():
-            yield held, Output(store, value, key, state.number, [])
+    for key, value in changes.items():
+        yield state.held, Output(store, value, key, state.number, [])
 
 
 def _place(message: Message) -> str:
