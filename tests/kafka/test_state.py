@@ -378,3 +378,19 @@ def test_what_was_not_committed_of_a_topic_that_is_made_anew_is_not_written(
     make_anew(topic)
     assert isinstance(member.ends(), TopicMissing)
     assert stored(store) == {"sum": 3}
+
+
+def test_a_store_that_is_made_anew_ends_the_consumer(cluster: Cluster) -> None:
+    """correctness 32: what was counted is gone, and its records are committed. It says so, also who is started then."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    consumer = exactly_once(topic, lambda state, record: {"sum": state.get("sum", 0) + 1}, group, store=store)
+    running, started = Member(consumer), Member(consumer)
+    put(topic, 1)
+    running.__enter__()
+    running.wait_committed({0: 1})
+    cluster.delete_topics([store.name])
+    store.create(COMPACTED)
+    put(topic, 2)
+    assert isinstance(running.ends(), TopicMissing)
+    started.__enter__()
+    assert isinstance(started.ends(), TopicMissing)

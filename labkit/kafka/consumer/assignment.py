@@ -55,6 +55,16 @@ class Assignment:
             return TopicMissing(f"{told}, and made anew: start the consumer again to read that one from its beginning")
         return TopicMissing(f"{told}: create a topic of another name and deploy again")
 
+    def store_gone(self) -> TopicMissing:
+        """The error of a store that is not the one in which this group's state was."""
+        store, group = self.run.spec.store, self.run.spec.group
+        assert store is not None  # noqa: S101
+        return TopicMissing(
+            f"the state of group {group} is not in topic {store.short} any more, which was deleted and made anew, or "
+            "given in place of another one. What was made of records up to the group's offsets is lost: start a group "
+            "of another name with a store of another name, to handle all of them again"
+        )
+
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has given partitions."""
         self.commits.before_assignment()
@@ -171,6 +181,8 @@ class Assignment:
                     f"partition {one.partition} of the new one is read from its beginning"
                 )
                 offset = -1
+            if offset > 0 and self.commits.of_another_store(one):
+                raise self.store_gone()
             if offset < 0:
                 low, high = client.get_watermark_offsets(TopicPartition(*key), timeout=REACH)
                 latest = spec.start == "latest" and one.topic not in self.known

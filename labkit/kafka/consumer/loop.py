@@ -211,11 +211,15 @@ class Loop:
 
     def check_identity(self) -> None:
         """End the run if a topic is another one than it was. Of one that is only deleted the client tells."""
+        shared, store = self.shared, self.spec.store
         with suppress(ClusterUnreachable):
-            for topic, found in self.spec.cluster.topic_ids(self.shared.topic_ids).items():
-                if found != self.shared.topic_ids[topic]:
+            there = self.spec.cluster.topic_ids([*shared.topic_ids, *([] if store is None else [store.name])])
+            if store is not None and there.pop(store.name, shared.store_id) != shared.store_id:
+                shared.end(self.assignment.store_gone())
+            for topic, found in there.items():
+                if found != shared.topic_ids[topic]:
                     self.assignment.made_anew.add(topic)
-                    self.shared.end(self.assignment.gone(topic))
+                    shared.end(self.assignment.gone(topic))
 
     def relieve(self) -> None:
         """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
