@@ -24,7 +24,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import EXIT_DEADLINE
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.loop import Loop
-from labkit.kafka.consumer.state import garbage_kept
+from labkit.kafka.consumer.state import PartitionState, garbage_kept
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.consumer.transactions import ExactlyOnce
 from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMismatch, TopicMissing
@@ -394,3 +394,37 @@ def test_a_store_that_is_made_anew_ends_the_consumer(cluster: Cluster) -> None:
     assert isinstance(running.ends(), TopicMissing)
     started.__enter__()
     assert isinstance(started.ends(), TopicMissing)
+
+
+def test_members_that_read_different_topics_do_not_write_one_state(cluster: Cluster) -> None:
+    """One of them would have partition 0 of a topic, another one that of the other, and both its state."""
+    first, second, group = fresh_topic(cluster, 2), fresh_topic(cluster, 2), fresh_group()
+    store = store_topic(cluster, 2, int)
+    with Member(exactly_once(first, lambda state, record: None, group, store=store)) as member:
+        member.journal.wait(lambda: len(member.journal.assigned()) == 2, what="both partitions")
+        other = Member(exactly_once([first, second], lambda state, record: None, group, store=store, slot="two"))
+        other.__enter__()
+        assert isinstance(other.ends(), TopicMismatch)
+
+
+def test_who_interrupts_a_handler_with_state_is_heard(cluster: Cluster) -> None:
+    """It may run in the main thread, where Ctrl-C comes."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+
+    def handle(state: Any, record: Record[int]) -> None:
+        raise KeyboardInterrupt
+
+    put(topic, 1)
+    member = Member(exactly_once(topic, handle, group, store=store))
+    member.__enter__()
+    assert isinstance(member.ends(), KeyboardInterrupt)
+    assert committed(topic, group) == {}
+
+
+def test_changes_that_were_given_up_meanwhile_are_not_missed_by_their_commit() -> None:
+    state = PartitionState(0)
+    changes: dict[bytes, bytes | None] = {b"a": b"", b"b": None, b"c": b"1"}
+    state.apply(changes)
+    state.changes.clear()
+    state.committed(changes)
+    assert state.changes == {}

@@ -14,7 +14,15 @@ from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.state import restore
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable, error_text
+from labkit.kafka.errors import (
+    ClientRefused,
+    ClusterUnreachable,
+    LabkitError,
+    TopicMismatch,
+    TopicMissing,
+    Unavailable,
+    error_text,
+)
 from labkit.kafka.lag import committed_offsets
 
 AWAY = 30.0  # seconds to ask again and again where partitions begin
@@ -67,6 +75,7 @@ class Assignment:
 
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has given partitions."""
+        self._check_one_writer(partitions)
         self.commits.before_assignment()
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
         states = restore(self.run, {one.partition for one in starts})
@@ -87,6 +96,19 @@ class Assignment:
             for key in fresh:  # refused, say by the next rebalance: goes with the next commit
                 self.run.partitions[key].committed = self.run.partitions[key].commit_requested = -1
         self.run.report(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
+
+    def _check_one_writer(self, partitions: list[TopicPartition]) -> None:
+        """Raises TopicMismatch if another member has the same number of another topic, and so writes the same state."""
+        store = self.run.spec.store
+        if store is None:
+            return
+        ours = [one for one in partitions if one.partition < store.partitions]  # of others `restore` tells
+        given = [{one.partition for one in ours if one.topic == topic} for topic in self.subscribed()]
+        if any(numbers != given[0] for numbers in given):
+            raise TopicMismatch(
+                f"another member of group {self.run.spec.group} reads other topics, so that both would write the state "
+                "of one partition number: end those that were started with other topics first"
+            )
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group takes partitions: what runs is finished, up to a bound, and committed."""

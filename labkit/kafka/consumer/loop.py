@@ -76,8 +76,8 @@ class Loop:
             )
         )
         self.workers = Workers(self.shared, self.commits)
-        self.states = None if spec.store is None else StateHandler(self.shared, self.commits, self.workers)
         self.assignment = Assignment(self.shared, self.commits, self.workers)
+        self.states = None if spec.store is None else StateHandler(self.shared, self.commits, self.workers)
         self.closed = threading.Event()
 
     def run(self) -> None:

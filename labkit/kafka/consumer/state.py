@@ -68,7 +68,7 @@ class PartitionState:
     def committed(self, changes: Changes) -> None:
         """These are in the store. What has changed since is to be written still."""
         for key, value in changes.items():
-            if self.changes.get(key, b"") is value:
+            if key in self.changes and self.changes[key] is value:
                 del self.changes[key]
 
 
@@ -279,6 +279,9 @@ class StateHandler:
 
     def _failed(self, partition: Partition, messages: Sequence[Message], error: BaseException) -> None:
         """Which of these was it? Then set that one aside, in the transaction: another attempt would fail as well."""
+        if isinstance(error, KeyboardInterrupt):  # in the main thread: somebody wants the run to end
+            self.run.end(error)
+            return
         if not isinstance(error, Exception):
             told = f"the handler ended the process ({safe_text(error, of=repr)}) on {_place(messages[0])}"
             self.run.end(HandlerExit(f"{told}, which is not committed"))
