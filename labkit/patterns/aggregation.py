@@ -137,7 +137,8 @@ class AtomicKeyValueStore(Generic[K, C, V]):
         return KeyValueStore(self.store)
 
     def dead_letters(self) -> DeadLetters:
-        """The commands that did not count; one that is replayed counts once. Before a consumer ran: TopicMissing."""
+        """The commands that did not count. One that is replayed counts once; one that is replayed again while it is
+        still here counts again. Before a consumer ran: TopicMissing."""
         return DeadLetters(self.commands, self.group)
 
     def follow(

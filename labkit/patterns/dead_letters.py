@@ -151,7 +151,8 @@ class DeadLetters(GroupEntries[DeadLetter]):
         handler's state is kept by that number.
 
         Each stays in the queue until it is handled. An interrupted replay may be repeated: none is lost, some may be
-        handled twice. Raises LabkitError for one that is not here, DeliveryFailed.
+        handled twice. So is each that is replayed again before it is handled, exactly once, too: `replayed` says when
+        it was put back. Raises LabkitError for one that is not here, DeliveryFailed.
         """
         letters, cluster = self._chosen(places), self.topic.cluster
         now, back = time.time(), replay_topic(self.topic, self.group)

@@ -14,7 +14,15 @@ from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.state import restore
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMissing, Unavailable, error_text
+from labkit.kafka.errors import (
+    ClientRefused,
+    ClusterUnreachable,
+    LabkitError,
+    TopicMismatch,
+    TopicMissing,
+    Unavailable,
+    error_text,
+)
 from labkit.kafka.lag import committed_offsets
 
 AWAY = 30.0  # seconds to ask again and again where partitions begin
@@ -55,11 +63,24 @@ class Assignment:
             return TopicMissing(f"{told}, and made anew: start the consumer again to read that one from its beginning")
         return TopicMissing(f"{told}: create a topic of another name and deploy again")
 
+    def store_gone(self) -> TopicMissing:
+        """The error of a store that is not the one in which this group's state was."""
+        store, group = self.run.spec.store, self.run.spec.group
+        assert store is not None  # noqa: S101
+        return TopicMissing(
+            f"the state of group {group} is not in topic {store.short} any more, which was deleted and made anew, or "
+            "given in place of another one. What was made of records up to the group's offsets is lost: start a group "
+            "of another name with a store of another name, to handle all of them again"
+        )
+
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group has given partitions."""
+        self._check_one_writer(partitions)
         self.commits.before_assignment()
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
         states = restore(self.run, {one.partition for one in starts})
+        if self.run.spec.store is not None and (self.run.stop.is_set() or self.run.fatal is not None):
+            starts, fresh = [], {}  # what was read may be half of a state
         self.known.update(self.run.topic_ids)  # what comes later is not what the group began with
         self.commits.assign(starts)
         if not starts:
@@ -75,6 +96,19 @@ class Assignment:
             for key in fresh:  # refused, say by the next rebalance: goes with the next commit
                 self.run.partitions[key].committed = self.run.partitions[key].commit_requested = -1
         self.run.report(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
+
+    def _check_one_writer(self, partitions: list[TopicPartition]) -> None:
+        """Raises TopicMismatch if another member has the same number of another topic, and so writes the same state."""
+        store = self.run.spec.store
+        if store is None:
+            return
+        ours = [one for one in partitions if one.partition < store.partitions]  # of others `restore` tells
+        given = [{one.partition for one in ours if one.topic == topic} for topic in self.subscribed()]
+        if any(numbers != given[0] for numbers in given):
+            raise TopicMismatch(
+                f"another member of group {self.run.spec.group} reads other topics, so that both would write the state "
+                "of one partition number: end those that were started with other topics first"
+            )
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
         """The group takes partitions: what runs is finished, up to a bound, and committed."""
@@ -101,10 +135,13 @@ class Assignment:
         while any(lane.busy() for p in partitions for lane in list(p.lanes.values())) and time.monotonic() < until:
             self.run.wake.clear()
             self.run.wake.wait(0.01)
+        lost = {p.state for p in partitions if p.state is not None and p.topic in self.made_anew}
+        for state in lost:
+            state.changes.clear()  # nor is anything sent that was made of the old one
         positions = {
             p: 0 if p.topic in self.made_anew else at  # 0: nothing of the new one is handled
             for p in partitions
-            if (at := p.position()) > p.committed or p.topic in self.made_anew
+            if p.topic in self.made_anew or ((at := p.position()) > p.committed and p.state not in lost)
         }
         self.forget(partitions)
         if positions:
@@ -166,6 +203,8 @@ class Assignment:
                     f"partition {one.partition} of the new one is read from its beginning"
                 )
                 offset = -1
+            if offset > 0 and self.commits.of_another_store(one):
+                raise self.store_gone()
             if offset < 0:
                 low, high = client.get_watermark_offsets(TopicPartition(*key), timeout=REACH)
                 latest = spec.start == "latest" and one.topic not in self.known

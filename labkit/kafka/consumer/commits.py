@@ -32,6 +32,7 @@ from labkit.kafka.records import Message
 
 REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
 OF_TOPIC = "labkit topic.id="  # stands, with the id, in the metadata of what is committed
+OF_STORE = " store.id="  # the same behind it, for a handler with state
 
 
 class Commits(ABC):
@@ -44,7 +45,8 @@ class Commits(ABC):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.producer = producer(run.spec.cluster)  # what handlers send through it is held until they have returned
-        self.metadata = {name: OF_TOPIC + topic_id for name, topic_id in run.topic_ids.items()}
+        of_store = OF_STORE + run.store_id if run.store_id else ""
+        self.metadata = {name: OF_TOPIC + topic_id + of_store for name, topic_id in run.topic_ids.items()}
         self.pausing = False  # True while no handler may be called until `gate` is set
         self.gate = threading.Event()
         self.client: Client
@@ -121,7 +123,13 @@ class Commits(ABC):
         """Whether the group committed this in a topic of this name that was deleted since. Kafka deletes such offsets,
         but a member that has not noticed yet commits into the new topic."""
         metadata = stored.metadata or ""  # other tools leave it empty, or write what is theirs
-        return metadata.startswith(OF_TOPIC) and metadata != self.metadata[stored.topic]
+        topic_id = metadata.partition(OF_STORE)[0].removeprefix(OF_TOPIC)
+        return metadata.startswith(OF_TOPIC) and topic_id != self.run.topic_ids[stored.topic]
+
+    def of_another_store(self, stored: TopicPartition) -> bool:
+        """Whether the group committed this with what it counted in a store that is not the one of now."""
+        store_id = (stored.metadata or "").partition(OF_STORE)[2]
+        return bool(store_id and self.run.store_id) and store_id != self.run.store_id
 
     def offsets(self, positions: Mapping[tuple[str, int], int]) -> list[TopicPartition]:
         """These positions as they are committed."""

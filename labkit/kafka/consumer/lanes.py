@@ -46,17 +46,20 @@ _ALLOWED = {
 
 
 class Held(NamedTuple):
-    """What the handler of these records sent, or the copy that is kept of one, until it is committed."""
+    """What the handler of these records sent, or the copy that is kept of one, until it is committed. Of no records:
+    the changes of a state."""
 
     messages: Sequence[Message]
     outputs: list[Output]
     is_aside: bool = False
 
     @property
-    def place(self) -> str:
-        """Coordinates of its first record."""
+    def what(self) -> str:
+        """What errors call its outputs."""
+        if not self.messages:
+            return "a value of the handler's state"
         first = self.messages[0]
-        return place_of(first.topic(), first.partition(), first.offset())
+        return f"what the handler of {place_of(first.topic(), first.partition(), first.offset())} sent"
 
 
 class Lane:

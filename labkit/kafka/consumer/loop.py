@@ -76,8 +76,8 @@ class Loop:
             )
         )
         self.workers = Workers(self.shared, self.commits)
-        self.states = None if spec.store is None else StateHandler(self.shared, self.commits, self.workers)
         self.assignment = Assignment(self.shared, self.commits, self.workers)
+        self.states = None if spec.store is None else StateHandler(self.shared, self.commits, self.workers)
         self.closed = threading.Event()
 
     def run(self) -> None:
@@ -101,6 +101,8 @@ class Loop:
                 self.watch_deadlines()
                 for messages in self.fetch():
                     self.dispatch(messages)
+                if self.states is not None:
+                    self.states.adapt()
                 self.go_back()
                 self.relieve()
                 self.commits.commit(now)
@@ -154,6 +156,8 @@ class Loop:
                     return  # what follows what is lacking must not be handled
             if self.states is not None:
                 self.states.handle(partition, batch)
+                if shared.fatal is not None:
+                    return  # what is not handled lies before the ends that were told
                 continue
             for lane in partition.add(batch, self.by_key):
                 self.workers.ready.put(lane)
@@ -207,11 +211,15 @@ class Loop:
 
     def check_identity(self) -> None:
         """End the run if a topic is another one than it was. Of one that is only deleted the client tells."""
+        shared, store = self.shared, self.spec.store
         with suppress(ClusterUnreachable):
-            for topic, found in self.spec.cluster.topic_ids(self.shared.topic_ids).items():
-                if found != self.shared.topic_ids[topic]:
+            there = self.spec.cluster.topic_ids([*shared.topic_ids, *([] if store is None else [store.name])])
+            if store is not None and there.pop(store.name, shared.store_id) != shared.store_id:
+                shared.end(self.assignment.store_gone())
+            for topic, found in there.items():
+                if found != shared.topic_ids[topic]:
                     self.assignment.made_anew.add(topic)
-                    self.shared.end(self.assignment.gone(topic))
+                    shared.end(self.assignment.gone(topic))
 
     def relieve(self) -> None:
         """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.

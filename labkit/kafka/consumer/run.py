@@ -26,6 +26,7 @@ class Run:
         self._change_hooks = self.hooks if spec.on_change is None else [*self.hooks, spec.on_change]
         self.partitions: dict[tuple[str, int], Partition] = {}
         self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
+        self.store_id = "" if spec.store is None else spec.cluster.topic_id(spec.store.name)
         self.clock = 0.0  # seconds this run has been alive: a frozen process does not age
         self.fatal: BaseException | None = None
         self.wake = threading.Event()  # a lane ran empty, or cannot go on

@@ -12,6 +12,7 @@ that such a handler must be quick, and has nobody to wait for.
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMis
 from labkit.kafka.producer import HandlerContext, Output, handling
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, Record, encode, parser
+from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
 
@@ -52,7 +54,7 @@ class PartitionState:
         self.values: dict[bytes, bytes] = {}
         self.view: Mapping[bytes, bytes] = MappingProxyType(self.values)  # what a handler gets
         self.changes: dict[bytes, bytes | None] = {}  # not committed yet: the newest of each key, None if deleted
-        self.held: Held | None = None  # whose outputs the changes are, if the broker should refuse one: the first ones'
+        self.held = Held((), [], is_aside=True)  # whose outputs the changes are, if the broker should refuse one
 
     def apply(self, changes: Changes) -> None:
         """A handler has returned these."""
@@ -66,7 +68,7 @@ class PartitionState:
     def committed(self, changes: Changes) -> None:
         """These are in the store. What has changed since is to be written still."""
         for key, value in changes.items():
-            if self.changes.get(key, b"") is value:
+            if key in self.changes and self.changes[key] is value:
                 del self.changes[key]
 
 
@@ -107,6 +109,11 @@ def check_store(spec: Spec) -> None:
         read = there.get(topic.name)
         if topic.name not in own and read and kept and read != kept:
             raise _other_number(topic.short, read, store.short, kept)
+
+
+def most_bytes(store: Topic[Any]) -> int:
+    """How many bytes a key and its value may have. Raises TopicMissing, ClusterUnreachable."""
+    return max(1, int(store.cluster.topic_config(store.name)["max.message.bytes"]) - OVERHEAD)
 
 
 def _other_number(topic: str, read: int, store: str, kept: int) -> TopicMismatch:
@@ -151,8 +158,9 @@ class StateHandler:
         assert store is not None  # noqa: S101
         self.store = store
         self.parse = parser(store.value)
-        self.most = int(store.cluster.topic_config(store.name)["max.message.bytes"]) - OVERHEAD
+        self.most = most_bytes(store)
         self.at_once = FIRST  # so many records are to be fetched: what the handler does in a slice, or less
+        self.done, self.took = 0, 0.0  # records of this turn, and seconds for them
         self.context: HandlerContext
         self.watchdog = Watchdog(run.spec.deadline, EXIT_DEADLINE)
         self.watchdog.start("deadline of the handler")
@@ -177,11 +185,16 @@ class StateHandler:
                 done += len(part)
         finally:
             handling.reset(token)
-        took = time.monotonic() - began
-        if took > SLICE:
-            self.at_once = max(1, int(done * SLICE / took))
-        elif took < SLICE / 4:
+        self.done, self.took = self.done + done, self.took + time.monotonic() - began
+
+    def adapt(self) -> None:
+        """The turn is over: how many records may come in the next one? More only if this one was full: how long many
+        take, a few do not tell."""
+        if self.took > SLICE:
+            self.at_once = max(1, int(self.done * SLICE / self.took))
+        elif self.took < SLICE / 4 and self.done >= self.at_once:
             self.at_once = min(2 * self.at_once, AT_ONCE)
+        self.done, self.took = 0, 0.0
 
     def close(self) -> None:
         self.watchdog.close()
@@ -226,7 +239,6 @@ class StateHandler:
             self.commits.publish(partition, messages, outputs)
         if changes:
             state.apply(changes)
-            state.held = state.held or Held((messages[0],), [], is_aside=True)
         partition.next_offset = messages[-1].offset() + 1
         if self.run.hooks:
             for message in messages:
@@ -237,9 +249,15 @@ class StateHandler:
         changes: Any
         if self.spec.batch is None:
             record = self.context.record = self.workers.decode[messages[0].topic()](messages[0])
-            changes = self._encoded(self.spec.handler(Values(state.view, self.parse), record))
+            changes = self.spec.handler(Values(state.view, self.parse), record)
         else:
             changes = self.spec.handler(state.view, messages)
+        if changes is None:
+            return {}
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"a handler with state returns its changes by key, or None, not {changes!r}")
+        if self.spec.batch is None:
+            changes = self._encoded(changes)
         for key, value in changes.items():
             if not (isinstance(key, bytes) and (value is None or isinstance(value, bytes))):
                 raise TypeError(f"changes of a batch are bytes by bytes, not {value!r} by {key!r}")
@@ -251,11 +269,7 @@ class StateHandler:
         checked: Changes = changes
         return checked
 
-    def _encoded(self, changes: Any) -> Changes:
-        if changes is None:
-            return {}
-        if not isinstance(changes, Mapping):
-            raise TypeError(f"a handler with state returns its changes by key, or None, not {changes!r}")
+    def _encoded(self, changes: Mapping[str, Any]) -> Changes:
         raw: dict[bytes, bytes | None] = {}
         for key, value in changes.items():
             raw[key.encode()] = encoded = None if value is None else encode(value)
@@ -265,6 +279,9 @@ class StateHandler:
 
     def _failed(self, partition: Partition, messages: Sequence[Message], error: BaseException) -> None:
         """Which of these was it? Then set that one aside, in the transaction: another attempt would fail as well."""
+        if isinstance(error, KeyboardInterrupt):  # in the main thread: somebody wants the run to end
+            self.run.end(error)
+            return
         if not isinstance(error, Exception):
             told = f"the handler ended the process ({safe_text(error, of=repr)}) on {_place(messages[0])}"
             self.run.end(HandlerExit(f"{told}, which is not committed"))
@@ -299,25 +316,29 @@ class StateHandler:
                 )
 
 
+_keeping = threading.Lock()
+_kept: list[bool] = []  # whether garbage was collected before, for each consumer of this process that wants none now
+
+
 @contextmanager
 def garbage_kept() -> Iterator[None]:
     """No garbage is collected meanwhile: with 10,000 messages in hand, each of which the collector looks at again and
     again, that takes half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _keeping:
+        _kept.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _keeping:
+            if _kept.pop():  # the first one's, which is the last to go, whoever leaves first
+                gc.enable()
 
 
 def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[tuple[Held, Output]]:
     """These changes as the transaction takes them."""
-    held = state.held
-    if held is not None:
-        for key, value in changes.items():
-            yield held, Output(store, value, key, state.number, [])
+    for key, value in changes.items():
+        yield state.held, Output(store, value, key, state.number, [])
 
 
 def _place(message: Message) -> str:

@@ -26,6 +26,7 @@ TIMEOUT = 10.0  # seconds after which the broker aborts a transaction, and refus
 START = 60.0  # seconds to be let in
 CALL = 5.0  # seconds a call is given at most
 NO_ANSWER = 15.0  # seconds for a call to come back, whatever it was given: librdkafka can lose one for ever
+BATCH_BYTES = 1_000_000  # the client's own default for what goes out together
 EXIT_NO_ANSWER = 71  # exit code of a process whose call was lost
 LOG = "__transaction_state"
 TAKEN = (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID, KafkaError.INVALID_PRODUCER_EPOCH)
@@ -46,9 +47,10 @@ class Unanswered(Exception):
 
 
 class TransactionalClient:
-    """Used by one thread. `slot` names its owner in errors."""
+    """Used by one thread. `slot` names its owner in errors. What goes out together has at most `most` bytes, or is one
+    record: a broker refuses together what is too large together."""
 
-    def __init__(self, cluster: Cluster, transactional_id: str, slot: str) -> None:
+    def __init__(self, cluster: Cluster, transactional_id: str, slot: str, most: int | None = None) -> None:
         self.cluster, self.slot = cluster, slot
         self.over = False  # fenced, or fatal: nothing more may be asked of it
         self._watchdog = Watchdog(NO_ANSWER, EXIT_NO_ANSWER)
@@ -63,6 +65,7 @@ class TransactionalClient:
                     "topic.metadata.refresh.interval.ms": 1000,
                     "partitioner": "murmur2_random",
                     "linger.ms": 0,
+                    "batch.size": min(BATCH_BYTES, most or BATCH_BYTES),
                     "retry.backoff.ms": 1,  # while the last markers are written; with 100 a commit takes 100 ms
                     "retry.backoff.max.ms": 50,
                     "message.max.bytes": COPY_MAX_BYTES,  # copies are among it; `Producer.output` has checked the rest

@@ -28,7 +28,7 @@ from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.lanes import Held, Partition
 from labkit.kafka.consumer.run import Run, log
-from labkit.kafka.consumer.state import Changes, PartitionState, outputs_of
+from labkit.kafka.consumer.state import Changes, PartitionState, most_bytes, outputs_of
 from labkit.kafka.consumer.steps import Measured, Step
 from labkit.kafka.consumer.transactional_client import MustAbort, TransactionalClient, Unanswered
 from labkit.kafka.errors import DeliveryFailed, error_text, place_of
@@ -97,7 +97,8 @@ class ExactlyOnce(Commits):
         self.slot = f"slot {spec.slot} of group {spec.group}"
         self.half = max(1, spec.max_ahead // 2)
         self.next_commit = 0.0
-        self.sender = TransactionalClient(spec.cluster, f"{spec.group}.{spec.slot}", self.slot)
+        most = None if spec.store is None else most_bytes(spec.store)
+        self.sender = TransactionalClient(spec.cluster, f"{spec.group}.{spec.slot}", self.slot, most)
         self.state = State.READY
         self.positions: dict[Partition, int] = {}  # what is in the transaction
         self.outputs: list[tuple[Held, Output]] = []
@@ -252,6 +253,7 @@ class ExactlyOnce(Commits):
                 self._check_committed()
                 self._to(State.READY)
                 self._replace_refused()
+                self._clear()
         except Unanswered as error:
             if self.began is not None and self.run.clock - self.began > PATIENCE:
                 self.sender.end(f"no transaction was committed for {PATIENCE:g} s: {error}")
@@ -280,6 +282,11 @@ class ExactlyOnce(Commits):
                 state.committed(changes)
             self._count("transactions committed")
             self.run.report(Step.COMMITTED, _by_place(self.positions))
+            self._clear()
+
+    def _clear(self) -> None:
+        """It is over: states of partitions that have gone to others are not kept for it."""
+        self.positions, self.outputs, self.changes = {}, [], {}
 
     def _count(self, what: str) -> None:
         self.counts[what] += 1
@@ -328,19 +335,19 @@ class ExactlyOnce(Commits):
         refused, self.refused = self.refused, {}
         for held, code, why in refused.values():
             if code in TOPIC_REFUSED:
-                raise DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}")
+                raise DeliveryFailed(f"{held.what} was refused: {why}")
         if len(refused) > 1 and not refused.keys() <= self.one_by_one:
             self.one_by_one |= refused.keys()
             return
         for held, _, why in refused.values():
-            self._replace(held, DeliveryFailed(f"what the handler of {held.place} sent was refused: {why}"))
+            self._replace(held, DeliveryFailed(f"{held.what} was refused: {why}"))
 
     def _replace(self, held: Held, error: DeliveryFailed) -> None:
         """Ask the policy about a record whose outputs are refused. It gets no record, as no further attempt would mend
         that."""
-        message, *others = held.messages
-        if others or held.is_aside:  # of which of them the output was, nobody knows; and a dead letter has no other
-            raise error
+        if len(held.messages) != 1 or held.is_aside:
+            raise error  # of which of them the output was, nobody knows; and a dead letter, or a state, has no other
+        (message,) = held.messages
         failed = FailedRecord(message, lambda _: None)
         failed.fail(None, error)
         failed.decision = self.run.spec.on_failure(failed)
