@@ -26,6 +26,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
+from labkit.kafka.lag import lag
 from labkit.kafka.records import Record, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
@@ -221,6 +222,9 @@ class RetryingConsumer(Consumer):
             made = {topic.name for topic, _ in needs}
             # A policy may be changed while records wait in the topics of the one before.
             left = [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
+            if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
+                names = ", ".join(one.name for one in left)
+                raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
             beside[main.name] = [*own, *left]
             check_read(main, beside[main.name], there)
             check_partitions(kept, 1, "nobody could read it as a whole;", there)

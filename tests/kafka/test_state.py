@@ -32,7 +32,7 @@ from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, Record
 from labkit.patterns.dead_letters import DeadLetters
-from labkit.patterns.retries import RetryingConsumer
+from labkit.patterns.retries import RetryingConsumer, retry_topics
 
 
 def test_a_handler_reads_its_state_and_returns_its_changes(cluster: Cluster) -> None:
@@ -428,3 +428,18 @@ def test_changes_that_were_given_up_meanwhile_are_not_missed_by_their_commit() -
     state.changes.clear()
     state.committed(changes)
     assert state.changes == {}
+
+
+def test_a_state_does_not_begin_while_records_wait_in_retry_topics(cluster: Cluster) -> None:
+    """Those of the policy before lie where their key belongs: in the number of another state, maybe."""
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+
+    def refuse(record: Record[int]) -> None:
+        raise ConnectionError("no answer")
+
+    put(topic, 1)
+    with Member(RetryingConsumer(topic, refuse, group, retry=retry_topics(3600))) as member:
+        member.wait_committed({0: 1})
+    counting = RetryingConsumer(topic, print, group, guarantee="exactly once", slot="one", store=store)
+    with pytest.raises(LabkitError, match="retry1-3600s"):
+        counting.prepare()
