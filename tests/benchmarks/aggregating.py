@@ -1,4 +1,4 @@
-"""Counting commands by key, exactly once: Kafka Streams with its best settings, and a loop written by hand.
+"""Counting commands by key, exactly once: labkit, Kafka Streams with its best settings, and a loop written by hand.
 
 Each counts the same topics, which `filled` makes, and is timed by `Watch`.
 """
@@ -19,10 +19,11 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import Producer as RawProducer
 
 from benchmarks.bench import Bench, say
-from benchmarks.report import Row
+from benchmarks.report import Goal, Row
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.topics import Topic
+from labkit.patterns import AtomicKeyValueStore
 from labkit.runtime.streams import StreamsCounter, internal_topics, start_jvm
 
 CASES = {1_000: 8_000_000, 100_000: 4_000_000}
@@ -44,7 +45,7 @@ class Counted(NamedTuple):
 
 
 def aggregation(bench: Bench) -> Iterator[Row]:
-    """Counting by key, exactly once, with 1,000 and 100,000 keys: Kafka Streams at its best, and a loop by hand."""
+    """Counting by key, exactly once, with 1,000 and 100,000 keys: labkit, Kafka Streams at its best, a loop by hand."""
     for keys, records in CASES.items():
         commands, output = filled(bench, keys, records)
         # A process of its own, whose JVM stays and is warm: the first run counts for nothing.
@@ -69,16 +70,20 @@ def aggregation(bench: Bench) -> Iterator[Row]:
                 say(f"  Kafka Streams, {name}, {keys:,} keys: {found[name]}")
         best = max(found, key=lambda name: found[name].rate)
         streams = found[best]
-        own = by_hand(commands, output, bench.group(), records)
-        say(f"  by hand, {keys:,} keys: {own}")
+        ours = {
+            "labkit, 1 process": (by_labkit(commands, 1, records), Goal("≥", 1.0)),
+            "labkit, 2 processes": (by_labkit(commands, 2, records), Goal("≥", 1.5)),
+            "by hand, 1 process": (by_hand(commands, output, bench.group(), records), None),
+        }
         for topic in (commands, output):
             topic.cluster.delete_topics([topic.name])
-        note = (
-            f"peer: Kafka Streams, exactly_once_v2, {best}; {records:,} records, commits every {INTERVAL * 1000:g} ms; "
+        peer = (
+            f"peer: Kafka Streams, exactly_once_v2, {best}; {records:,} records, commits every {INTERVAL * 1000:g} ms"
         )
-        note += f"CPU a record {own.cpu:.2f} µs, peer {streams.cpu:.2f} µs; memory {own.memory:.0f} MB, peer "
-        note += f"{streams.memory:.0f} MB"
-        yield Row(f"counting {keys:,} keys, by hand, 1 process", own.rate, "records/s", streams.rate, note=note)
+        for who, (own, goal) in ours.items():
+            note = f"{peer}; CPU a record {own.cpu:.2f} µs, peer {streams.cpu:.2f} µs; memory {own.memory:.0f} MB, "
+            note += f"peer {streams.memory:.0f} MB"
+            yield Row(f"counting {keys:,} keys, {who}", own.rate, "records/s", streams.rate, goal, note)
 
 
 def filled(bench: Bench, keys: int, records: int) -> tuple[Topic[Any], Topic[Any]]:
@@ -135,6 +140,32 @@ def with_streams(counter: StreamsCounter, records: int) -> Counted:
     counter.run(stop, lambda _step, _subject: None)
     cluster.delete_topics(internal_topics(cluster, counter.group))
     return watch.counted()
+
+
+def by_labkit(commands: Topic[Any], processes: int, records: int) -> Counted:
+    """labkit's store, in so many processes. It counts in a topic of its own, whose name is its group's."""
+    store = Topic(commands.cluster, f"{commands.name}-in-{processes}", PARTITIONS, int)
+    store.create({"cleanup.policy": "compact"})
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        runs = [pool.submit(with_labkit, commands, store, f"slot-{number}", records) for number in range(processes)]
+        counted = [run.result(PATIENCE) for run in runs]
+    store.cluster.delete_topics([store.name])
+    rates, cpu, memory = zip(*counted, strict=True)
+    return Counted(min(rates), sum(cpu), sum(memory))
+
+
+def with_labkit(commands: Topic[Any], store: Topic[Any], slot: str, records: int) -> Counted:
+    """The store, in this process. The rate is that of all who count."""
+    stop, counts = threading.Event(), AtomicKeyValueStore(commands, store, _one_more)
+    watch = Watch(commands.cluster, counts.group, records, stop.set)
+    watch.start()
+    counts.consumer(slot, INTERVAL).run(stop)
+    watch.join()
+    return watch.counted()
+
+
+def _one_more(count: int | None, command: object) -> int:
+    return (count or 0) + 1
 
 
 def by_hand(commands: Topic[Any], output: Topic[Any], group: str, records: int) -> Counted:

@@ -33,7 +33,7 @@ def bench() -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(STATE, os.environ[STATE])  # so that it is what it was when the benchmarks are over
         for module, sizes in {
-            aggregating: {"CASES": {10: 50_000}},
+            aggregating: {"CASES": {10: 300_000}},
             consuming: {"RECORDS": 20_000},
             pictures: {"SECONDS": 1.0},
             retrying: {"RATE": 50, "SECONDS": 1, "DELAY": 0.3, "WAITING": 50, "OUTAGE": 0.5, "SKIPS": 2},
