@@ -134,7 +134,7 @@ def test_back_pressure_does_not_fetch_a_backlog_again_and_again(
     """A pause throws away what was fetched ahead: with slow handlers a backlog was fetched up to 100 times."""
     topic, group, fetched = fresh_topic(cluster), fresh_group(), [0]
     sender = Producer(cluster)
-    for _ in range(800):
+    for _ in range(1500):
         sender.send(topic.name, b'"%s"' % (b"x" * 20_000))
     sender.flush()
 
@@ -146,12 +146,12 @@ def test_back_pressure_does_not_fetch_a_backlog_again_and_again(
     monkeypatch.setattr(module, "Client", lambda config: client({**config, **listens}))
 
     def slow(record: Record[str]) -> None:
-        time.sleep(0.004)
+        time.sleep(0.002)
 
-    consumer = Consumer(replace(topic, value=str), slow, group, max_ahead=40, commit_interval=0.05)
+    consumer = Consumer(replace(topic, value=str), slow, group, max_ahead=200, commit_interval=0.05)
     with Member(consumer) as member:
-        member.wait_committed({0: 800})
-    assert 800 <= fetched[0] < 2 * 800
+        member.wait_committed({0: 1500})
+    assert 1500 <= fetched[0] < 3 * 1500
 
 
 def test_sixteen_blocked_partitions_of_32(cluster: Cluster) -> None:

@@ -238,10 +238,11 @@ class Loop:
                 self.client.resume([TopicPartition(partition.topic, partition.number)])
                 partition.paused = False
         shared, began, patience = self.shared, time.monotonic(), FULL_BESIDE_EMPTY if starving else FULL
-        to_do = sum(map(self.commits.ahead, full))
+        to_do = sum(partition.ahead() for partition in full)
         while full and not shared.stop.is_set() and shared.fatal is None:
             if time.monotonic() - began > patience:
-                if patience == FULL or to_do - sum(map(self.commits.ahead, full)) < max(1, self.batch // 10):
+                left = sum(partition.ahead() for partition in full)  # 0: all is handled, only a commit is waited for
+                if patience == FULL or (left and to_do - left < max(1, self.batch // 10)):
                     break
                 patience = FULL
             shared.wake.clear()

@@ -38,7 +38,7 @@ class Spec:
     their beginning. A committed offset that is out of the topic's range means the first record there is."""
     workers: int = 16
     """How many records may be handled at once."""
-    max_ahead: int = 1000
+    max_ahead: int = 4000
     """The consumer reads at most this many records beyond a partition's lowest unfinished one; exactly once, beyond its
     committed offset. This bounds what a crash redelivers, and what is held for the next transaction."""
     deadline: float = 60.0
