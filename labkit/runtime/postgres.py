@@ -27,6 +27,8 @@ unix_socket_directories = ''
 port = {port}
 max_connections = 100
 shared_buffers = 32MB
+# In its folder, which is deleted: of a server that was killed, /dev/shm would keep it for ever.
+dynamic_shared_memory_type = mmap
 # For change data capture.
 wal_level = logical
 logging_collector = off
