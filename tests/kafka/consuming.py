@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -322,3 +322,12 @@ class Process:
         for reader in self.readers:
             reader.join(10)
         return code
+
+
+def crash_points(steps: Iterable[Step], first: set[tuple[Step, str]]) -> list[Any]:
+    """Each step, with a kill -9 and with a freeze. Those that are not in `first` are of the second tier."""
+    return [
+        pytest.param(step, how, id=f"{step.value}-{how}", marks=() if (step, how) in first else pytest.mark.long)
+        for step in steps
+        for how in ("kill", "freeze")
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aggregating import aggregator, count, counting, noticed, notify, report, stored
 from confluent_kafka import Producer as Client
-from consuming import Member, Process, committed, fresh_group, fresh_topic, put
+from consuming import Member, Process, committed, crash_points, fresh_group, fresh_topic, put
 from processes import wait_until
 from stores import raw, store_topic
 from transacting import values
@@ -304,14 +304,9 @@ def test_another_service_calls_back_once(cluster: Cluster) -> None:
 
 STEPS = [Step.HANDLED, Step.COMMITTING, Step.OFFSETS_SENT, Step.FLUSHED, Step.COMMITTED]
 FIRST = {(Step.HANDLED, "kill"), (Step.FLUSHED, "kill"), (Step.COMMITTED, "kill"), (Step.FLUSHED, "freeze")}
-POINTS = [
-    pytest.param(step, how, id=f"{step.value}-{how}", marks=() if (step, how) in FIRST else pytest.mark.long)
-    for step in STEPS
-    for how in ("kill", "freeze")
-]
 
 
-@pytest.mark.parametrize(("step", "how"), POINTS)
+@pytest.mark.parametrize(("step", "how"), crash_points(STEPS, FIRST))
 def test_an_aggregator_that_is_killed_or_frozen_at_a_step_counts_each_job_once(
     cluster: Cluster, step: Step, how: str
 ) -> None:

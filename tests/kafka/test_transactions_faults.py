@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaException
-from consuming import Member, Process, committed, fresh_group, fresh_topic, members_of, put
+from consuming import Member, Process, committed, crash_points, fresh_group, fresh_topic, members_of, put
 from lab_helpers import Order, Shipped, orders
 from processes import wait_until
 from transacting import Sending, exactly_once, values, visible
@@ -182,14 +182,9 @@ FIRST = {
     *((step, "kill") for step in (Step.HANDLED, Step.OFFSETS_SENT, Step.FLUSHED, Step.COMMITTED)),
     *((step, "freeze") for step in (Step.COMMITTING, Step.OFFSETS_SENT, Step.FLUSHED)),
 }
-POINTS = [
-    pytest.param(step, how, id=f"{step.value}-{how}", marks=() if (step, how) in FIRST else pytest.mark.long)
-    for step in STEPS
-    for how in ("kill", "freeze")
-]
 
 
-@pytest.mark.parametrize(("step", "how"), POINTS)
+@pytest.mark.parametrize(("step", "how"), crash_points(STEPS, FIRST))
 def test_a_process_that_is_killed_or_frozen_at_a_step_loses_and_doubles_nothing(
     cluster: Cluster, step: Step, how: str
 ) -> None:
