@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from labkit.kafka.errors import DeliveryFailed as DeliveryFailed
     from labkit.kafka.errors import LabkitError as LabkitError
     from labkit.kafka.errors import PoisonRecord as PoisonRecord
+    from labkit.kafka.errors import RecordsDeleted as RecordsDeleted
     from labkit.kafka.errors import TopicMismatch as TopicMismatch
     from labkit.kafka.errors import TopicMissing as TopicMissing
     from labkit.kafka.errors import Unavailable as Unavailable
@@ -26,8 +27,8 @@ else:
         {
             "cluster": "Cluster",
             "consumer": "Consumer",
-            "errors": "ClientRefused ClusterUnreachable DeliveryFailed LabkitError PoisonRecord TopicMismatch"
-            " TopicMissing Unavailable",
+            "errors": "ClientRefused ClusterUnreachable DeliveryFailed LabkitError PoisonRecord RecordsDeleted"
+            " TopicMismatch TopicMissing Unavailable",
             "reader": "Reader",
             "records": "Record",
             "topics": "Topic",

@@ -48,6 +48,10 @@ class TopicMissing(LabkitError):
     """A topic that should be read or written does not exist (any more)."""
 
 
+class RecordsDeleted(LabkitError):
+    """Kafka deleted records of a topic before they were read: what is made of them has to begin anew."""
+
+
 class TopicMismatch(LabkitError):
     """A topic exists, but not as it was asked for (partitions, compaction)."""
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Generic, cast
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from labkit.kafka.errors import ClusterUnreachable, PoisonRecord, TopicMissing
+from labkit.kafka.errors import ClusterUnreachable, PoisonRecord, RecordsDeleted, TopicMissing
 from labkit.kafka.lag import end_offsets, stable_offsets, start_offsets
 from labkit.kafka.records import Message, Record, T, decoder
 from labkit.kafka.topics import Topic
@@ -42,9 +42,18 @@ class Reader(Generic[T]):
 
     With `committed=False` it also sees records of transactions that are open, or were aborted. `partitions` are those
     that it begins with: all, if none are named.
+
+    With `starts` it begins at these offsets, by partition, and not at the beginning. Then it raises RecordsDeleted when
+    Kafka deletes records before they were read.
     """
 
-    def __init__(self, topic: Topic[T], committed: bool = True, partitions: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        topic: Topic[T],
+        committed: bool = True,
+        partitions: Iterable[int] | None = None,
+        starts: Mapping[int, int] | None = None,
+    ) -> None:
         self.topic = topic
         self.poison: list[PoisonRecord] = []
         """Records that did not decode, passed over."""
@@ -55,7 +64,7 @@ class Reader(Generic[T]):
                     "group.id": f"labkit-reader-{uuid.uuid4().hex}",  # the client wants one; it joins no group
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
-                    "auto.offset.reset": "earliest",
+                    "auto.offset.reset": "earliest" if starts is None else "error",
                     "isolation.level": "read_committed" if committed else "read_uncommitted",
                     "fetch.queue.backoff.ms": 1,
                     "queued.min.messages": 300_000,  # with less, the client pauses between fetches
@@ -65,6 +74,7 @@ class Reader(Generic[T]):
             )
         )
         self._partitions: list[int] = []
+        self._starts = starts or {}
         self._read(range(topic.partitions) if partitions is None else partitions)
 
     def take(self, timeout: float) -> list[Record[T]]:
@@ -136,10 +146,11 @@ class Reader(Generic[T]):
         self.close()
 
     def _read(self, partitions: Iterable[int]) -> None:
-        """Read these partitions: those that are new, from their beginning."""
+        """Read these partitions: those that are new, from where they are to begin."""
         new = [number for number in partitions if number not in self._partitions]
         if new:
-            self._client.incremental_assign([TopicPartition(self.topic.name, number, 0) for number in new])
+            starts = [TopicPartition(self.topic.name, number, self._starts.get(number, 0)) for number in new]
+            self._client.incremental_assign(starts)
             self._partitions += new
 
     def _behind(self, ends: dict[tuple[str, int], int]) -> bool:
@@ -167,6 +178,10 @@ class Reader(Generic[T]):
             return True
         if error.code() in _GONE:
             raise TopicMissing(f"topic {self.topic.short} ({self.topic.name}) was deleted while it was read")
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise RecordsDeleted(
+                f"Kafka deleted records of topic {self.topic.short} before they were read: {error.str()}"
+            )
         if error.fatal() or error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
             raise KafkaException(error)
         return False  # a broker that is away comes back by itself

@@ -1,4 +1,4 @@
-"""The patterns, fit for production: retries, projections, key-value stores, aggregation. No Jupyter anywhere."""
+"""The patterns, fit for production: retries, projections, stores, aggregation, notifications. No Jupyter anywhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from labkit.patterns.key_value_store import KeyValueStore as KeyValueStore
     from labkit.patterns.key_value_store import StoreClosed as StoreClosed
     from labkit.patterns.key_value_store import StoreNotReady as StoreNotReady
+    from labkit.patterns.notice_window import Bounds as Bounds
+    from labkit.patterns.notifications import Notifications as Notifications
+    from labkit.patterns.notifications import Outcome as Outcome
     from labkit.patterns.retries import Policy as Policy
     from labkit.patterns.retries import RetryingConsumer as RetryingConsumer
     from labkit.patterns.retries import blocking as blocking
@@ -38,6 +41,8 @@ else:
             "consume_and_project": "Projection Staleness",
             "dead_letters": "DeadLetters",
             "key_value_store": "KeyValueStore StoreClosed StoreNotReady",
+            "notice_window": "Bounds",
+            "notifications": "Notifications Outcome",
             "retries": "Policy RetryingConsumer blocking dead_letter exponential fixed retry_topics",
             "views": "PostgresView SqliteView ViewOutdated ViewTakenBack ViewUnavailable",
         },

@@ -114,7 +114,8 @@ class _Figures:
         finally:
             self.requests += 1
             self.errors += status >= 500
-            self.latency.add(time.perf_counter() - begun)
+            if status != web.HTTPSwitchingProtocols.status_code:  # a WebSocket lasts as long as its page
+                self.latency.add(time.perf_counter() - begun)
 
     def measured(self) -> Measured:
         """What to report."""

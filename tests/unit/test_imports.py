@@ -25,7 +25,12 @@ NOTEBOOK = (
     "jgo",
 )
 FACES = ["labkit", "labkit.kafka", "labkit.patterns"]
-ROOMS = ["labkit.services.sites", "labkit.services.time_zones", "labkit.services.payments"]
+ROOMS = [
+    "labkit.services.sites",
+    "labkit.services.time_zones",
+    "labkit.services.payments",
+    "labkit.services.notifications",
+]
 
 
 def loaded(source: str, *of: str) -> list[str]:

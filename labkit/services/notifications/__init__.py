@@ -1,0 +1,13 @@
+"""Notifications reach a page through a WebSocket: channels that belong to who opened them, and the service."""
+
+from __future__ import annotations
+
+from labkit.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "channels": "Channel ChannelExpired ChannelUnknown Channels",
+        "websocket": "CloseCode NotificationService",
+    },
+)

@@ -1,0 +1,129 @@
+"""Notices, pages that listen to them, and the service that tells them, in a thread or in a process to be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from labkit.kafka.consumer.steps import Measured, Step
+from labkit.kafka.topics import Topic
+from labkit.runtime.broker import free_ports
+from labkit.services.notifications.websocket import NotificationService
+
+SECRET = "a secret of some length"
+WAIT = 60.0  # seconds that only end a hang
+
+
+class Note(msgspec.Struct, frozen=True):
+    """A notice."""
+
+    id: str
+    text: str = ""
+
+
+class Served:
+    """A service that runs in a thread, and what it last reported."""
+
+    def __init__(self, service: NotificationService) -> None:
+        self.service, self.url = service, service.url
+        self.figures: dict[str, float] = {}
+        self.ready, self.stop = threading.Event(), threading.Event()
+
+    def report(self, _step: Step, measured: Measured) -> None:
+        self.figures |= {**measured.counts, **measured.gauges}
+        self.ready.set()
+
+    def figure(self, name: str) -> float:
+        """What its notifications count."""
+        return self.figures.get(f"{self.service.topic.short} {name}", 0)
+
+
+@contextmanager
+def serving(topic: Topic[Any], **options: Any) -> Iterator[Served]:
+    """Run a service until the block ends."""
+    served = Served(NotificationService(free_ports()[0], topic, SECRET, **options))
+    thread = threading.Thread(target=served.service.run, args=(served.stop, served.report))
+    thread.start()
+    try:
+        assert served.ready.wait(WAIT)
+        yield served
+    finally:
+        served.stop.set()
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def process_serving(topic: Topic[Any]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run a service in a process, to be killed: its URL and the process."""
+    port = free_ports()[0]
+    options = {"topic": topic.name, "partitions": topic.partitions, "port": port, "secret": SECRET}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "notification_member.py"),
+        json.dumps({"bootstrap": topic.cluster.bootstrap, **options}),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.kill()
+
+
+class Page:
+    """What a page does: it opens a channel, listens, keeps its position, and comes back with it."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self.session, self.url = session, url
+        self.socket: aiohttp.ClientWebSocketResponse
+
+    async def open(self, origin: str = "") -> dict[str, Any]:
+        """Open a channel."""
+        async with self.session.post(f"{self.url}/channels", headers={"Origin": origin or self.url}) as answer:
+            assert answer.status == 201, await answer.text()
+            self.told = await answer.json()
+        self.channel, self.position = self.told["channel"], self.told["position"]
+        return self.told
+
+    async def connect(self, url: str = "") -> None:
+        """Connect, to this service or another one, without a word."""
+        url = url or self.url
+        closing = aiohttp.ClientWSTimeout(ws_close=1.0)
+        self.socket = await self.session.ws_connect(f"{url}/notifications", origin=url, timeout=closing)
+
+    async def listen(self, url: str = "") -> str:
+        """Connect and say which channel; the outcome."""
+        await self.connect(url)
+        await self.socket.send_json({"channel": self.channel, "key": self.told["key"], "position": self.position})
+        return str((await self.hear())["outcome"])
+
+    async def hear(self) -> dict[str, Any]:
+        """What is told next, other than positions."""
+        while True:
+            told: dict[str, Any] = json.loads(await self.socket.receive_str(timeout=WAIT))
+            self.position = told["position"]
+            if len(told) > 1:
+                return told
+
+    async def ids(self, count: int) -> list[str]:
+        """Of the next notices."""
+        return [(await self.hear())["id"] for _ in range(count)]
+
+    async def closed(self) -> int | None:
+        """Wait until the other side closes the connection; the code."""
+        while not self.socket.closed:
+            await self.socket.receive(timeout=WAIT)
+        return self.socket.close_code
