@@ -16,8 +16,9 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import encode
 from labkit.lab.travel import pack, unpack
 from labkit.services.contacts.content import DOMAINS, PHONES, Contact, contacts, write_csv
+from labkit.services.contacts.exports import LARGEST, CsvRefused
 from labkit.services.contacts.importer import BadRow, sort_out
-from labkit.services.contacts.jobs import LARGEST, MOST, ContactsJob, CsvRefused, Job, split
+from labkit.services.contacts.jobs import MOST, ContactsJob, Job, split
 from labkit.services.contacts.reports import JobFinished, Progress, Reports, import_key, progress
 
 FILE = Path(__file__).parents[2] / "data" / "contacts.csv"

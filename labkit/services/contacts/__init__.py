@@ -9,8 +9,12 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "baselines": "CounterService InMemory SharedRow",
         "content": "Contact contacts write_csv",
+        "exports": "CsvRefused",
+        "formatting": "Formatting FormattingFailed FormattingService",
         "importer": "Importer bad_rows failed_jobs stored",
-        "jobs": "ContactsJob CsvRefused Job send_jobs split",
+        "jobs": "ContactsJob Job send_jobs split",
+        "notices": "ImportNotice channel_of request_of",
         "reports": "JobFinished Progress Reports import_key progress",
+        "upload": "ContactsJobs",
     },
 )

@@ -24,7 +24,9 @@ from labkit.patterns.blocked_lanes import Skipped, skips_topic
 from labkit.patterns.dead_letters import DeadLetter, dead_letters_topic
 from labkit.services.connections import Connections
 from labkit.services.contacts.content import Contact
+from labkit.services.contacts.exports import layout
 from labkit.services.contacts.jobs import ContactsJob, Job
+from labkit.services.contacts.notices import ImportNotice, Notify, Stage, channel_of, tell_nobody
 
 EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
 LONGEST = 254  # characters of an e-mail
@@ -55,17 +57,28 @@ class Importer:
     """The handler of a consumer of jobs: what is good of a job's rows, and what is bad, is stored in one transaction.
 
     Then `report` is told. A job that comes again changes nothing, and is reported again. With an `exactly once`
-    consumer what `report` sends is there once.
+    consumer what `report` sends is there once. `notify` hears that a job was consumed before there is any work, and
+    of bad rows once they are stored. The contacts that Google exports go through `formatting` first.
     """
 
-    def __init__(self, dsn: str, report: Callable[[Job], object]) -> None:
-        self.report = report
+    def __init__(
+        self,
+        dsn: str,
+        report: Callable[[Job], object],
+        notify: Notify = tell_nobody,
+        formatting: Callable[[list[Contact]], list[Contact]] = list,
+    ) -> None:
+        self.report, self.notify, self.formatting = report, notify, formatting
         self.database = Connections(dsn, TABLES)
 
     def __call__(self, record: Record[ContactsJob]) -> None:
-        """Raises psycopg.Error while the database is away: then nothing of the job is stored."""
+        """Raises psycopg.Error, FormattingFailed while the one or the other is away: nothing of the job is stored."""
         request, number, pod = record.value.request, record.value.number, os.environ.get(POD)
+        self._tell("consumed", record.value.job)
         found, bad = sort_out(record.value)
+        if found and layout(tuple(record.value.columns)).maker == "Google":
+            made = self.formatting([contact for _, contact in found.values()])
+            found = {one.email: (found[one.email][0], one) for one in made}
         # In order of their e-mails: two importers that have some in common never wait for each other in a ring.
         rows = [
             (request, email, one.name, one.phone, one.notes, line, number, pod)
@@ -74,7 +87,13 @@ class Importer:
         with self.database.one() as database, database.transaction(), database.cursor() as cursor:
             cursor.executemany(STORE, rows)
             cursor.executemany(NOTE, [(request, *one) for one in bad])
+        for row in bad:
+            self._tell("failed row", record.value.job, *row)
         self.report(record.value.job)
+
+    def _tell(self, stage: Stage, job: Job, line: int = 0, reason: str = "") -> None:
+        if channel := channel_of(job.request):
+            self.notify(channel, ImportNotice(stage, job.request, job.total, job.number, line, reason))
 
     def close(self) -> None:
         """Let its connections go."""
@@ -85,13 +104,12 @@ def sort_out(job: ContactsJob) -> tuple[dict[str, tuple[int, Contact]], list[Bad
     """The contacts of a job, by e-mail, each with its line; and its rows that are none."""
     found: dict[str, tuple[int, Contact]] = {}
     bad: list[BadRow] = []
-    columns = {name: job.columns.index(name) for name in Contact._fields if name in job.columns}
+    of, width = layout(tuple(job.columns)), len(job.columns)
     for row in job.rows:
-        if len(row.cells) > len(job.columns):
-            bad.append(BadRow(row.line, f"{len(row.cells)} cells in a file of {len(job.columns)} columns"))
+        if any(row.cells[width:]):  # some books end each row with a separator, and not the header
+            bad.append(BadRow(row.line, f"{len(row.cells)} cells in a file of {width} columns"))
             continue
-        cells = [cell.strip() for cell in row.cells] + [""] * (len(job.columns) - len(row.cells))
-        contact = Contact(**{name: cells[place] for name, place in columns.items()})
+        contact = of.contact(row.cells + [""] * (width - len(row.cells)))
         if reason := _wrong(contact):
             bad.append(BadRow(row.line, reason))
         else:

@@ -7,30 +7,18 @@ say, is put into a temporary file.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import msgspec
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
-from labkit.services.contacts.content import Contact
+from labkit.services.contacts.exports import LARGEST, CsvRefused, Row, Source, read
 
-Source: TypeAlias = Path | str | BinaryIO
-"""The path of a file, or an open one that can be read twice."""
-
-NEEDED = ("name", "email")  # columns without which there are no contacts
 MOST = 100_000  # jobs of an import: whoever counts them keeps a bit for each
-LARGEST = 150_000  # bytes of a line, and characters of a job: as JSON, whatever they are, they fit in a record
 AHEAD = 50  # jobs that are sent before the first of them must be confirmed
-
-
-class CsvRefused(LabkitError):
-    """A file is no CSV of contacts. The message names the line."""
 
 
 class Job(NamedTuple):
@@ -60,13 +48,6 @@ class Job(NamedTuple):
         """Raises ValueError when there is no such job."""
         if not self.request or not 1 <= self.number <= self.total <= MOST:
             raise ValueError(f"job {self} is none: it needs a request, and 1 ≤ number ≤ total ≤ {MOST:,}")
-
-
-class Row(msgspec.Struct, frozen=True):
-    """A row of the CSV as it is there, and the line on which it begins."""
-
-    line: int
-    cells: list[str]
 
 
 class ContactsJob(msgspec.Struct, frozen=True):
@@ -116,7 +97,12 @@ def send_jobs(source: Source, jobs: Topic[ContactsJob], request: str, size: int 
     Raises CsvRefused, when nothing is sent; DeliveryFailed when some are not confirmed. Then send it again under the
     same request: a job that comes twice is stored once, and counted once.
     """
-    sent, made = 0, split(source, request, size)
+    return send(split(source, request, size), jobs)
+
+
+def send(made: Iterator[ContactsJob], jobs: Topic[ContactsJob]) -> int:
+    """Send jobs; returns how many, once all are confirmed. Raises DeliveryFailed."""
+    sent = 0
     while part := list(islice(made, AHEAD)):
         jobs.deliver((job, job.id, None) for job in part)
         sent += len(part)
@@ -135,19 +121,9 @@ def _jobs(source: Source, request: str, size: int, total: int) -> Iterator[Conta
 
 def _parts(source: Source, size: int) -> Iterator[tuple[list[str], list[Row]]]:
     """Columns and rows of each job."""
-    rows = _rows(source)
-    header = next(rows, None)
-    if header is None:
-        raise CsvRefused(f"the file is empty: its first line names the columns, {','.join(Contact._fields)} say")
-    columns = [cell.strip().lower() for cell in header.cells]
-    for name in Contact._fields:
-        if columns.count(name) > 1:
-            raise CsvRefused(f"line {header.line} names the column {name} twice: which one is meant?")
-    if missing := [name for name in NEEDED if name not in columns]:
-        found = ", ".join(columns)[:200]
-        raise CsvRefused(f"line {header.line} names no column {' and no column '.join(missing)}, but: {found}")
+    columns, rows = read(source)
     part: list[Row] = []
-    weight = empty = _weight(header)
+    weight = empty = _weight(Row(1, columns))
     for row in rows:
         own = _weight(row)
         if empty + own > LARGEST:
@@ -164,30 +140,3 @@ def _parts(source: Source, size: int) -> Iterator[tuple[list[str], list[Row]]]:
 def _weight(row: Row) -> int:
     """About how many characters it adds to a job."""
     return 40 + sum(len(cell) + 4 for cell in row.cells)
-
-
-def _rows(source: Source) -> Iterator[Row]:
-    """The rows, the header among them, without empty lines."""
-    with open(source, "rb") if isinstance(source, Path | str) else nullcontext(source) as file:
-        file.seek(0)
-        reader, line = csv.reader(_lines(file), strict=True), 1
-        try:
-            for cells in reader:
-                if cells:
-                    yield Row(line, cells)
-                line = reader.line_num + 1  # of the next row: quoted cells may span lines
-        except csv.Error as error:
-            raise CsvRefused(f"line {line}: this is no CSV: {error}") from error
-
-
-def _lines(file: BinaryIO) -> Iterator[str]:
-    """The lines of a file, none of which is longer than it may be."""
-    number = 0
-    while line := file.readline(LARGEST + 1):
-        number += 1
-        if len(line) > LARGEST:
-            raise CsvRefused(f"line {number} is longer than {LARGEST:,} bytes: this is no CSV of contacts")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise CsvRefused(f"line {number} is not UTF-8: export the contacts as a CSV in UTF-8") from error

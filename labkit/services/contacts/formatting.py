@@ -1,0 +1,122 @@
+"""The formatting service: it belongs to somebody else, is reached by HTTP, and misbehaves when told to.
+
+It brings the names and phone numbers of Google contacts into one form. Asking it twice does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import msgspec
+from aiohttp import web
+
+from labkit.kafka.errors import LabkitError
+from labkit.services.contacts.content import Contact
+from labkit.services.faults import HttpFaults, Misbehaviour
+from labkit.services.http import HttpService
+
+PATIENCE = 5.0  # seconds a client waits for an answer
+
+
+class FormatterMisbehaviour(Misbehaviour, frozen=True):
+    """What the formatting service does to those who ask."""
+
+    cut: int = 0
+    """So many connections are cut before the answer."""
+    wrong: bool = False
+    """Answers 200 with something else than the contacts."""
+
+
+class FormattingFailed(LabkitError):
+    """The formatting service did not answer, or not with the contacts: ask again later."""
+
+
+@dataclass(frozen=True)
+class FormattingService(HttpService):
+    """`POST /format` takes contacts as JSON, and answers with the same ones in its form; `PUT /faults` misbehaviour.
+
+    `takes` is how long one answer takes it, in seconds.
+    """
+
+    takes: float = 0.01
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/format", self.format), web.put("/faults", self.tell)]
+
+    @property
+    def faults(self) -> HttpFaults:
+        """How it is told to misbehave, for `lab.service`."""
+        return HttpFaults(self.url, FormatterMisbehaviour)
+
+    async def start(self, app: web.Application) -> None:
+        app[FAULTS] = [FormatterMisbehaviour()]
+
+    async def tell(self, request: web.Request) -> web.Response:
+        try:
+            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=FormatterMisbehaviour)
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        return web.Response()
+
+    async def format(self, request: web.Request) -> web.Response:
+        try:
+            contacts = msgspec.json.decode(await request.read(), type=list[Contact])
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=f"these are no contacts: {error}\n") from error
+        told = request.app[FAULTS]
+        await asyncio.sleep(self.takes + told[0].delay)
+        faults = told[0]
+        if faults.refuses():
+            return web.json_response({"error": "unavailable"}, status=faults.status)
+        if faults.wrong:
+            return web.json_response([])
+        if faults.cut and request.transport is not None:
+            told[0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
+            request.transport.abort()
+        return web.json_response(body=msgspec.json.encode([formatted(one) for one in contacts]))
+
+
+FAULTS = web.AppKey("faults", list[FormatterMisbehaviour])
+
+
+def formatted(contact: Contact) -> Contact:
+    """A name without needless spaces and capitals, and a phone number as digits in groups."""
+    name = " ".join(contact.name.split())
+    if name.isupper() or name.islower():
+        name = name.title()
+    return contact._replace(name=name, phone=" ".join(re.findall(r"\+?\d+", contact.phone)))
+
+
+@dataclass(frozen=True)
+class Formatting:
+    """Asks the service at `url` to format contacts, and waits for `patience` seconds. Plain data, so it can travel."""
+
+    url: str
+    patience: float = PATIENCE
+
+    def __call__(self, contacts: list[Contact]) -> list[Contact]:
+        """The contacts, formatted, in the same order. Raises FormattingFailed."""
+        address = urlsplit(self.url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=self.patience)
+        try:
+            connection.request("POST", "/format", msgspec.json.encode(contacts), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            status, body = answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise FormattingFailed(f"no answer from the formatting service: {type(error).__name__}") from error
+        finally:
+            connection.close()
+        if status != 200:
+            raise FormattingFailed(f"the formatting service answers {status}")
+        try:
+            found = msgspec.json.decode(body, type=list[Contact])
+        except msgspec.DecodeError as error:
+            raise FormattingFailed(f"the formatting service answers with no contacts: {error}") from error
+        if [one.email for one in found] != [one.email for one in contacts]:
+            raise FormattingFailed(f"asked for {len(contacts)} contacts, the formatting service answers with others")
+        return found

@@ -1,0 +1,149 @@
+"""Contacts Jobs over HTTP: takes the CSV of a browser, answers at once, and sends the jobs behind the answer.
+
+An upload goes to a temporary file, so its size is no matter of memory. A file that is no CSV of contacts is refused in
+the answer. An answer of 202 says that the file is here and good; it is the notices that tell how far the import is.
+If the process is killed before all jobs are sent, the import stays incomplete, and its page shows that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import IO
+
+from aiohttp import web
+
+from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.topics import Topic
+from labkit.services.contacts.jobs import ContactsJob, send, split
+from labkit.services.contacts.notices import ImportNotice, Notify, request_of, tell_nobody
+from labkit.services.http import HttpService
+
+PIECE = 1 << 16  # bytes of an upload in memory
+AGAIN = 1.0  # seconds from one attempt to send the jobs to the next
+
+
+def is_a_name(channel: str) -> bool:
+    """Whether it looks like a channel. Who makes channels knows better which ones there are."""
+    return re.fullmatch(r"[\w.~:=-]{1,200}", channel, re.ASCII) is not None
+
+
+@dataclass(frozen=True)
+class ContactsJobs(HttpService):
+    """`POST /channels/{channel}/imports` with a CSV as its body is answered with an empty 202.
+
+    Otherwise with the reason: 400 (no CSV of contacts, or it broke off), 403 (no such channel), 408 (it stalls), 413,
+    503 (too many at once, or Kafka is away). The requests of its jobs begin with the channel: see `channel_of`.
+    """
+
+    jobs: Topic[ContactsJob]
+    notify: Notify = tell_nobody
+    """Returns when the notice is safe, or raises DeliveryFailed."""
+    permits: Callable[[str], bool] = is_a_name
+    """Whether there is such a channel."""
+    size: int = 100
+    """Rows of a job."""
+    largest: int = 1 << 28
+    """Bytes of a file."""
+    patience: float = 20.0
+    """Seconds for each 64 KiB of an upload: what is slower has stalled."""
+    at_once: int = 4
+    """Imports that one process receives or sends at the same time."""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/channels/{channel}/imports", self.take)]
+
+    async def start(self, app: web.Application) -> None:
+        app[FREE], app[STOPPING], app[SENDING] = asyncio.Semaphore(self.at_once), asyncio.Event(), set()
+
+    async def finish(self, app: web.Application) -> None:
+        """The files that were accepted are sent: once more, when Kafka does not confirm."""
+        app[STOPPING].set()
+        await asyncio.gather(*app[SENDING])
+
+    async def take(self, request: web.Request) -> web.Response:
+        channel = request.match_info["channel"]
+        if not self.permits(channel):
+            raise web.HTTPForbidden(text="there is no such channel: open one, and upload again\n")
+        if (request.content_length or 0) > self.largest:
+            raise self._too_large(request.content_length or 0)
+        if request.app[FREE].locked():
+            text = f"{self.at_once} imports are under way: upload again in a second\n"
+            raise web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
+        await request.app[FREE].acquire()
+        with ExitStack() as held:
+            held.callback(request.app[FREE].release)
+            file = held.enter_context(tempfile.TemporaryFile())
+            await self._receive(request, file)
+            name = request_of(channel, uuid.uuid4().hex)
+            try:
+                total, made = await asyncio.to_thread(self._split, file, name)
+            except LabkitError as error:
+                raise web.HTTPBadRequest(text=f"{error}\n") from error
+            try:
+                await asyncio.to_thread(self.notify, channel, ImportNotice("accepted", name, total))
+            except DeliveryFailed as error:
+                raise web.HTTPServiceUnavailable(text=f"Kafka is away, upload again later: {error}\n") from error
+            sending = asyncio.create_task(self._send(request.app, file, name, made, held.pop_all()))
+        request.app[SENDING].add(sending)
+        sending.add_done_callback(request.app[SENDING].discard)
+        return web.Response(status=202)
+
+    async def _receive(self, request: web.Request, file: IO[bytes]) -> None:
+        size, more = 0, True
+        while more:
+            try:
+                async with asyncio.timeout(self.patience):
+                    piece = await request.content.readexactly(PIECE)
+            except asyncio.IncompleteReadError as end:
+                piece, more = end.partial, False
+            except TimeoutError as error:
+                text = f"the upload stalls: {PIECE:,} bytes must come within {self.patience:g} s\n"
+                raise web.HTTPRequestTimeout(text=text) from error
+            except (OSError, web.RequestPayloadError) as error:
+                raise web.HTTPBadRequest(text="the upload broke off\n") from error
+            size += len(piece)
+            if size > self.largest:
+                raise self._too_large(size)
+            await asyncio.to_thread(file.write, piece)
+
+    def _too_large(self, size: int) -> web.HTTPException:
+        text = f"the file is larger than {self.largest:,} bytes: split it\n"
+        return web.HTTPRequestEntityTooLarge(self.largest, size, text=text)
+
+    def _split(self, file: IO[bytes], request: str) -> tuple[int, Iterator[ContactsJob]]:
+        """The number of jobs, and the jobs."""
+        made = split(file, request, self.size)
+        first = next(made)
+        return first.total, chain((first,), made)
+
+    async def _send(
+        self, app: web.Application, file: IO[bytes], request: str, made: Iterator[ContactsJob], held: ExitStack
+    ) -> None:
+        """Send the jobs; while Kafka does not confirm them, again from the file. A job that comes twice counts once."""
+        with held:
+            while True:
+                last = app[STOPPING].is_set()
+                try:
+                    await asyncio.to_thread(send, made, self.jobs)
+                    return
+                except LabkitError as error:
+                    then = "it stays incomplete" if last else "it is sent again"
+                    print(f"import {request}: {then}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                if last:
+                    return
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(app[STOPPING].wait(), AGAIN)
+                made = split(file, request, self.size)
+
+
+FREE = web.AppKey("free", asyncio.Semaphore)
+STOPPING = web.AppKey("stopping", asyncio.Event)
+SENDING = web.AppKey("sending", set[asyncio.Task[None]])
