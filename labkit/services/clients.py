@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,9 @@ class Clients:
                     raise ended
 
 
-def ask(url: str, method: str = "GET", body: Any = None, patience: float = 5.0) -> tuple[int, Any]:
+def ask(
+    url: str, method: str = "GET", body: Any = None, patience: float = 5.0, headers: Mapping[str, str] | None = None
+) -> tuple[int, Any]:
     """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON.
 
     While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as
@@ -125,7 +127,7 @@ def ask(url: str, method: str = "GET", body: Any = None, patience: float = 5.0) 
     until = time.monotonic() + patience
     while True:
         try:
-            with direct(urllib.request.Request(url, data, method=method), timeout=PATIENCE) as answer:  # noqa: S310
+            with direct(urllib.request.Request(url, data, headers or {}, method=method), timeout=PATIENCE) as answer:  # noqa: S310
                 text = answer.read()
                 is_json = answer.headers.get_content_subtype() == "json"
                 return answer.status, msgspec.json.decode(text) if is_json else text.decode()

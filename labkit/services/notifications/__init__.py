@@ -8,6 +8,7 @@ __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "channels": "Channel ChannelExpired ChannelUnknown Channels",
+        "page": "Page Shown",
         "websocket": "CloseCode NotificationService",
     },
 )
