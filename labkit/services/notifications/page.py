@@ -1,0 +1,152 @@
+"""A page without a screen: what a browser does with its channel, for tests, for load, and for those who count."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import aiohttp
+import msgspec
+
+from labkit.kafka.errors import LabkitError
+from labkit.services.clients import ask
+
+AGAIN = 0.05, 2.0  # seconds from one attempt to connect to the next: at first, and at most
+QUIET = 25.0  # seconds without a word after which a connection counts as dead: more than two beats
+FINAL = (4400, 4403, 4410, 4429)  # close codes after which another attempt would not do better
+
+
+class Shown(NamedTuple):
+    """One notice on the screen."""
+
+    id: str
+    notice: dict[str, Any]
+    at: float
+    """When it came, in seconds since 1970."""
+
+
+class Page:
+    """Opens a channel at the WebSocket service at `url`, and listens until it is closed.
+
+    A connection that is lost is made again, with the last position. Each id is shown once. As a browser does, it tells
+    of which `origin` it is.
+    """
+
+    def __init__(self, url: str, origin: str = "") -> None:
+        status, told = ask(f"{url}/channels", "POST", headers={"Origin": origin or url})
+        if status != 201:
+            raise LabkitError(f"{url} opens no channel: it answers {status} {told}")
+        self.url, self.origin = url, origin or url
+        self.channel: str = told["channel"]
+        self.key: str = told["key"]
+        self.position: str = told["position"]
+        self.screen: list[Shown] = []
+        self.repeated = 0
+        """Notices that came and were on the screen already."""
+        self.outcomes: list[str] = []
+        """What each connection began with."""
+        self.connected = threading.Event()
+        self.ended = ""
+        """Why it does not connect again."""
+        self._ids: set[str] = set()
+        self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._online = asyncio.Event()
+        self._online.set()
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._task = self._loop.create_task(self._listen())
+        self._thread = threading.Thread(target=self._run, name=f"page of {self.channel[:6]}", daemon=True)
+        self._thread.start()
+
+    def go_offline(self) -> None:
+        """Cut the connection, and make no other one."""
+        self._loop.call_soon_threadsafe(self._cut)
+
+    def go_online(self) -> None:
+        """Connect again."""
+        self._loop.call_soon_threadsafe(self._online.set)
+
+    def shown(self, stage: str, request: str = "") -> list[Shown]:
+        """What is on the screen of a stage, of all imports or of one."""
+        found = [one for one in list(self.screen) if one.notice.get("stage") == stage]
+        return [one for one in found if not request or one.notice.get("request") == request]
+
+    def wait(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+        """Wait until something is true of the screen. Raises LabkitError, saying what was waited for."""
+        with self._changed:
+            if not self._changed.wait_for(condition, timeout):
+                raise LabkitError(
+                    f"the page has waited {timeout:g} s for {what}: {self.ended or f'{len(self.screen)} notices came'}"
+                )
+
+    def close(self) -> None:
+        """Leave. May be called again."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join(10.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(asyncio.gather(self._task, return_exceptions=True))
+        finally:
+            self._loop.close()
+
+    def _cut(self) -> None:
+        self._online.clear()
+        if self._socket is not None and (transport := self._socket._response.connection) is not None:
+            transport.close()  # without a good-bye, as a lid that is closed
+
+    async def _listen(self) -> None:
+        pause = AGAIN[0]
+        async with aiohttp.ClientSession() as session:
+            while True:
+                await self._online.wait()
+                try:
+                    async with session.ws_connect(f"{self.url}/notifications", origin=self.origin) as socket:
+                        self._socket = socket
+                        await self._hear(socket)
+                        if self.connected.is_set():
+                            pause = AGAIN[0]
+                        if socket.close_code in FINAL:
+                            self.ended = f"closed with {socket.close_code}: another attempt would not do better"
+                            return
+                except (aiohttp.ClientError, OSError, TimeoutError):
+                    pass  # nobody is there now: the next attempt may find another instance
+                finally:
+                    self._socket = None
+                    self.connected.clear()
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - not all pages at the same moment
+                pause = min(2 * pause, AGAIN[1])
+
+    async def _hear(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        await socket.send_json({"channel": self.channel, "key": self.key, "position": self.position})
+        while True:
+            said = await socket.receive(QUIET)
+            if said.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                return
+            told = msgspec.json.decode(said.data)
+            with self._changed:
+                self._take(told)
+                self._changed.notify_all()
+
+    def _take(self, told: dict[str, Any]) -> None:
+        self.position = told["position"]
+        if outcome := told.get("outcome"):
+            self.outcomes.append(outcome)
+            self.connected.set()
+        if "notice" in told:
+            if told["id"] in self._ids:
+                self.repeated += 1
+            else:
+                self._ids.add(told["id"])
+                self.screen.append(Shown(told["id"], told["notice"], time.time()))
