@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
+import msgspec
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import Message as Report
 from confluent_kafka import Producer as Client
@@ -36,8 +37,8 @@ OnDelivery: TypeAlias = Callable[[str | None, int, int], None]
 """Called once it is known what became of a record: why it was refused (None: it was not), its partition and offset."""
 
 
-class Output(NamedTuple):
-    """A record that a handler has sent, held until the handler has returned."""
+class Output(msgspec.Struct, eq=False, gc=False):
+    """A record that a handler has sent, held until the handler has returned, or until the commit."""
 
     topic: str
     value: bytes | None
@@ -209,12 +210,12 @@ class Producer:
 
     def release(self, output: Output, on_delivery: OnDelivery | None = None) -> None:
         """Queue what was held. Raises DeliveryFailed."""
-        topic, value, key, partition, headers = output
+        o, topic = output, output.topic
         report = self._report if on_delivery is None else partial(_tell, on_delivery)
         for wait in (0.1, 1.0, 10.0, 0.0):
             try:
                 # By position (value, key, partition, on_delivery, timestamp, headers): names cost a tenth of a send.
-                self._client.produce(topic, value, key, partition, report, None, 0, headers)  # type: ignore[arg-type]
+                self._client.produce(topic, o.value, o.key, o.partition, report, None, 0, o.headers)  # type: ignore[arg-type]
                 return
             except BufferError:
                 self._client.poll(wait)

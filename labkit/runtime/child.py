@@ -50,7 +50,8 @@ class Child:
         self._told, told_write = os.pipe()
         # A child whose object is forgotten ends too. What it told is readable for as long as somebody may wait for it.
         self._release = weakref.finalize(self, os.close, self._owner)
-        weakref.finalize(self, os.close, self._told)
+        forget_told = weakref.finalize(self, os.close, self._told)
+        self._release.atexit = forget_told.atexit = False  # the exit closes both: who cleans up there needs them yet
         stdin_read, stdin_write = os.pipe()
         self.stdin: BinaryIO = os.fdopen(stdin_write, "wb")
         self.output: BinaryIO | None = None
@@ -127,7 +128,8 @@ class Child:
     def close(self) -> None:
         """End it at once, wait until it is gone, and close its pipes. May be called again."""
         with self._lock:
-            self._release()
+            if self._release.detach():  # a call of it would do nothing any more when Python ends
+                os.close(self._owner)
         self._supervisor.wait()
         self.poll()
         for pipe in (self.stdin, self.output):

@@ -156,12 +156,17 @@ def by_labkit(commands: Topic[Any], processes: int, records: int) -> Counted:
 
 def with_labkit(commands: Topic[Any], store: Topic[Any], slot: str, records: int) -> Counted:
     """The store, in this process. The rate is that of all who count."""
-    stop, counts = threading.Event(), AtomicKeyValueStore(commands, store, _one_more)
+    stop, counts = threading.Event(), counting(commands, store)
     watch = Watch(commands.cluster, counts.group, records, stop.set)
     watch.start()
     counts.consumer(slot, INTERVAL).run(stop)
     watch.join()
     return watch.counted()
+
+
+def counting(commands: Topic[Any], store: Topic[Any]) -> AtomicKeyValueStore[str, Any, int]:
+    """The store of all these benchmarks."""
+    return AtomicKeyValueStore(commands, store, _one_more)
 
 
 def _one_more(count: int | None, command: object) -> int:

@@ -18,6 +18,7 @@ from benchmarks import (
     stalls,
     stores,
     transacting,
+    updating,
     views,
     waiting,
 )
@@ -33,6 +34,9 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "stall": stalls.stall,
     "slow-handler": stalls.slow_handler,
     "aggregation": aggregating.aggregation,
+    "aggregation-latency": updating.latency,
+    "aggregation-kill": updating.kill,
+    "aggregation-restore": updating.restore,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,
@@ -47,7 +51,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Exits with code 2 for what it does not know, naming what there is."""
-    about = "\n".join(f"  {name:14} {benchmark.__doc__}" for name, benchmark in BENCHMARKS.items())
+    about = "\n".join(f"  {name:19} {benchmark.__doc__}" for name, benchmark in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="make bench",
         description=f"Measure labkit. Through make: make bench ARGS='--json consume'\n\nbenchmarks:\n{about}",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any, NamedTuple, Self
+from unittest.mock import patch
 
 from confluent_kafka import Consumer as Client
 
@@ -85,6 +88,9 @@ def _bare(lab: Lab) -> list[Gaps]:
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload([__name__])
     processes: dict[str, Any] = {}
+    # The fork server does not know our sys.path, and passes over what it cannot import: each child would import it all.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
 
     def start(slot: str) -> None:
         processes[slot] = forking.Process(target=ship, args=(source, output, lab.run.name("bare"), slot), daemon=True)

@@ -30,6 +30,7 @@ def bench() -> Iterator[Bench]:
             "stalls": {"KILLS": 1, "CALM": 0.5, "SLOW": 0.2, "TIMES": 2},
             "stores": {"GETS": 1_000, "ENTRIES": 1_000, "PUTS": 32, "AT_ONCE": 100, "CHANGES": 10},
             "transacting": {"RECORDS": 20_000, "RATE": 200, "SECONDS": 2},
+            "updating": {"RATE": 100, "SECONDS": 1, "WARM": 1, "KILLS": 1, "CALM": 0.5, "ENTRIES": 10_000},
             "views": {"RECORDS": 2_000, "SITES": 500, "SECONDS": 1.0, "UPDATES": 100},
             "waiting": {"RECORDS": len(WAITS), "WAITS": WAITS},
         }.items():

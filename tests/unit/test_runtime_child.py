@@ -54,6 +54,16 @@ def supervisor_of(pid: int) -> int:
     return psutil.Process(pid).ppid()
 
 
+def test_whoever_cleans_up_at_exit_can_still_close_a_child(owner: Owner) -> None:
+    process = owner("""
+        import atexit
+        atexit.register(lambda: (child.close(), print(child.poll(), flush=True)))  # first, as a lab's: so it runs last
+        child = Child([sys.executable, "-c", FOREVER])
+    """)
+    said, _ = process.communicate(timeout=60)
+    assert said.strip() == f"-{signal.SIGKILL:d}"
+
+
 def test_exit_codes(tmp_path: Path) -> None:
     with Child([sys.executable, "-c", "raise SystemExit(7)"]) as child:
         assert child.wait(10) == 7

@@ -10,11 +10,10 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from labkit.kafka.consumer.failures import FailedRecord
-from labkit.kafka.errors import place_of
-from labkit.kafka.producer import Output
+from labkit.kafka.consumer.held import Held
 from labkit.kafka.records import Message
 
 if TYPE_CHECKING:
@@ -43,23 +42,6 @@ _ALLOWED = {
     (LaneState.SETTING_ASIDE, LaneState.RUNNING),
     (LaneState.SETTING_ASIDE, LaneState.BACKING_OFF),
 }
-
-
-class Held(NamedTuple):
-    """What the handler of these records sent, or the copy that is kept of one, until it is committed. Of no records:
-    the changes of a state."""
-
-    messages: Sequence[Message]
-    outputs: list[Output]
-    is_aside: bool = False
-
-    @property
-    def what(self) -> str:
-        """What errors call its outputs."""
-        if not self.messages:
-            return "a value of the handler's state"
-        first = self.messages[0]
-        return f"what the handler of {place_of(first.topic(), first.partition(), first.offset())} sent"
 
 
 class Lane:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from labkit.kafka.consumer.commits import Commits
 from labkit.kafka.consumer.failures import FailedRecord, Retry, SetAside, Stop
-from labkit.kafka.consumer.lanes import Held, Partition
+from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Step
@@ -47,14 +47,13 @@ Changes = Mapping[bytes, bytes | None]
 class PartitionState:
     """Values by key of one partition number, as they are in the store."""
 
-    __slots__ = ("changes", "held", "number", "values", "view")
+    __slots__ = ("changes", "number", "values", "view")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.values: dict[bytes, bytes] = {}
         self.view: Mapping[bytes, bytes] = MappingProxyType(self.values)  # what a handler gets
         self.changes: dict[bytes, bytes | None] = {}  # not committed yet: the newest of each key, None if deleted
-        self.held = Held((), [], is_aside=True)  # whose outputs the changes are, if the broker should refuse one
 
     def apply(self, changes: Changes) -> None:
         """A handler has returned these."""
@@ -335,10 +334,10 @@ def garbage_kept() -> Iterator[None]:
                 gc.enable()
 
 
-def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[tuple[Held, Output]]:
+def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[Output]:
     """These changes as the transaction takes them."""
     for key, value in changes.items():
-        yield state.held, Output(store, value, key, state.number, [])
+        yield Output(store, value, key, state.number, [])
 
 
 def _place(message: Message) -> str:

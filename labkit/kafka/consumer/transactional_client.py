@@ -117,9 +117,9 @@ class TransactionalClient:
 
     def produce(self, output: Output, reported: Reported) -> None:
         """Queue an output. `reported` hears of its refusal, and in a later call only."""
-        topic, value, key, partition, headers = output
+        o = output
         try:
-            self._client.produce(topic, value, key, partition, reported, None, 0, headers)  # type: ignore[arg-type]
+            self._client.produce(o.topic, o.value, o.key, o.partition, reported, None, 0, o.headers)  # type: ignore[arg-type]
         except BufferError as error:
             self._client.poll(0.1)
             raise Unanswered("the buffer of unsent records is full") from error

@@ -17,16 +17,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from confluent_kafka import Message as DeliveryReport
 
 from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
-from labkit.kafka.consumer.lanes import Held, Partition
+from labkit.kafka.consumer.held import TOPIC_REFUSED, Held, Refusals
+from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.state import Changes, PartitionState, most_bytes, outputs_of
 from labkit.kafka.consumer.steps import Measured, Step
@@ -39,15 +38,6 @@ PATIENCE = 60.0  # seconds of this run without a commit that is to be, after whi
 SETTLE = 20.0  # seconds for an open transaction to be settled when partitions come
 WAIT = 0.5  # seconds for one answer, in the thread that polls
 
-# Refusals that another attempt would not mend: of a record, and of a topic.
-RECORD_REFUSED = (
-    *(KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD),
-    *(KafkaError.INVALID_MSG, KafkaError.INVALID_TIMESTAMP, KafkaError.POLICY_VIOLATION),
-)
-TOPIC_REFUSED = (
-    *(KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION),
-    *(KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION),
-)
 NOT_ALLOWED = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 
@@ -101,13 +91,15 @@ class ExactlyOnce(Commits):
         self.sender = TransactionalClient(spec.cluster, f"{spec.group}.{spec.slot}", self.slot, most)
         self.state = State.READY
         self.positions: dict[Partition, int] = {}  # what is in the transaction
-        self.outputs: list[tuple[Held, Output]] = []
+        self.outputs: list[Output] = []
+        self.owners: list[Held] = []  # whose each of them is
         self.changes: dict[PartitionState, Changes] = {}  # those among them that are changes of states
         self.sent = 0  # how many of these are queued
         self.began: float | None = None  # the run's clock when a commit that is still to be was begun
         self.not_allowed = ""  # why no further transaction would do better
         self.counts = {"transactions committed": 0, "transactions aborted": 0}
-        self.refused: dict[int, tuple[Held, int, str]] = {}  # of whom an output was refused: the error's code and text
+        self.refused: Refusals = {}
+        self.of_states = Held((), [], self.refused, is_aside=True)  # the owner of what is written of states
         self.one_by_one: set[int] = set()  # ids of Held: each is flushed by itself, to learn whose output was refused
 
     @property
@@ -134,14 +126,14 @@ class ExactlyOnce(Commits):
 
     def publish(self, partition: Partition, messages: Sequence[Message], outputs: list[Output]) -> None:
         with partition.lock:
-            partition.held.append(Held(messages, outputs))
+            partition.held.append(Held(messages, outputs, self.refused))
 
     def set_aside(
         self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
     ) -> None:
         copy = self._copy(aside)
         with partition.lock:
-            partition.held.append(Held((message,), [copy], is_aside=True))
+            partition.held.append(Held((message,), [copy], self.refused, is_aside=True))
         answered(None)
 
     def _copy(self, aside: SetAside) -> Output:
@@ -210,12 +202,15 @@ class ExactlyOnce(Commits):
             return
         self.run.report(Step.COMMITTING, _by_place(positions))
         self.positions, self.sent = positions, 0
-        self.outputs = [(held, one) for p, at in positions.items() for held in p.held_below(at) for one in held.outputs]
+        held = [one for partition, at in positions.items() for one in partition.held_below(at)]
+        self.outputs = [output for one in held for output in one.outputs]
+        self.owners = [one for one in held for _ in one.outputs]
         # All of a state's partitions that got on are among these: the changes are as old as the positions.
         self.changes = {p.state: dict(p.state.changes) for p in positions if p.state is not None}
         if (store := self.run.spec.store) is not None:
             for state, changes in self.changes.items():
                 self.outputs += outputs_of(state, changes, store.name)
+                self.owners += [self.of_states] * (len(self.outputs) - len(self.owners))
         self.began = self.run.clock if self.began is None else self.began
         if self.run.clock - self.began > PATIENCE:
             self.sender.end(f"no transaction was committed for {PATIENCE:g} s: each was aborted, and the log says why")
@@ -239,7 +234,7 @@ class ExactlyOnce(Commits):
             except MustAbort as error:
                 log(f"{self.slot}: the transaction is aborted, its work goes with the next one: {error}")
                 if error.code in NOT_ALLOWED:
-                    topics = ", ".join(sorted({output.topic for _, output in self.outputs}))
+                    topics = ", ".join(sorted({output.topic for output in self.outputs}))
                     what = f"to read in group {self.run.spec.group}" + (f" and to write to {topics}" if topics else "")
                     self.not_allowed = f"{error}. Allow its principal {what}"
                 self._to(State.ABORTING)
@@ -286,7 +281,7 @@ class ExactlyOnce(Commits):
 
     def _clear(self) -> None:
         """It is over: states of partitions that have gone to others are not kept for it."""
-        self.positions, self.outputs, self.changes = {}, [], {}
+        self.positions, self.outputs, self.owners, self.changes = {}, [], [], {}
 
     def _count(self, what: str) -> None:
         self.counts[what] += 1
@@ -294,12 +289,12 @@ class ExactlyOnce(Commits):
 
     def _produce(self) -> None:
         """Queue what is not queued yet."""
-        before = None if self.sent == 0 else self.outputs[self.sent - 1][0]
+        before = None if self.sent == 0 else self.owners[self.sent - 1]
         while self.sent < len(self.outputs):
-            held, output = self.outputs[self.sent]
+            held = self.owners[self.sent]
             if self.one_by_one and held is not before and not self.one_by_one.isdisjoint((id(held), id(before))):
                 self._flush(REACH)  # what goes out together is refused together
-            self.sender.produce(output, partial(self._on_delivery, held))
+            self.sender.produce(self.outputs[self.sent], held)
             self.sent, before = self.sent + 1, held
 
     def _flush(self, wait: float) -> None:
@@ -324,15 +319,11 @@ class ExactlyOnce(Commits):
 
     # -- outputs that the broker refuses
 
-    def _on_delivery(self, held: Held, error: KafkaError | None, message: DeliveryReport | None) -> None:
-        if error is not None and error.code() in RECORD_REFUSED + TOPIC_REFUSED:
-            topic = "" if message is None else f"{message.topic()}: "
-            self.refused[id(held)] = held, error.code(), f"{topic}{error.str()}"
-
     def _replace_refused(self) -> None:
         """Let dead letters take the place of outputs that the broker does not take, once it is clear whose those are:
         the client sends several together, which are then refused together."""
-        refused, self.refused = self.refused, {}
+        refused = self.refused.copy()
+        self.refused.clear()
         for held, code, why in refused.values():
             if code in TOPIC_REFUSED:
                 raise DeliveryFailed(f"{held.what} was refused: {why}")
@@ -360,7 +351,7 @@ class ExactlyOnce(Commits):
         finally:
             handling.reset(token)
         for partition in self.positions:
-            partition.replace_held(held, Held((message,), [copy], is_aside=True))
+            partition.replace_held(held, Held((message,), [copy], self.refused, is_aside=True))
         self.run.report(Step.FAILED, failed)
         self.run.report(Step.RECOVERED, failed)
 

@@ -1,0 +1,55 @@
+"""What goes out with a commit, exactly once: what handlers sent, and the copies of what was set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import msgspec
+from confluent_kafka import KafkaError
+from confluent_kafka import Message as DeliveryReport
+
+from labkit.kafka.errors import place_of
+from labkit.kafka.producer import Output
+from labkit.kafka.records import Message
+
+# Refusals that another attempt would not mend: of a record, and of a topic.
+RECORD_REFUSED = (
+    *(KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD),
+    *(KafkaError.INVALID_MSG, KafkaError.INVALID_TIMESTAMP, KafkaError.POLICY_VIOLATION),
+)
+TOPIC_REFUSED = (
+    *(KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION),
+    *(KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION),
+)
+
+Refusals: TypeAlias = "dict[int, tuple[Held, int, str]]"
+"""Of whom an output was refused, by id: the error's code and text."""
+
+
+class Held(msgspec.Struct, eq=False, gc=False):
+    """What the handler of these records sent, or the copy that is kept of one, until it is committed. Of no records:
+    the changes of a state.
+
+    It is also what the client calls when one of its outputs is refused. There are thousands of them at a time: so
+    Python's garbage collector is not to look at them (an object more for each output cost a tenth of the speed).
+    """
+
+    messages: Sequence[Message]
+    outputs: list[Output]
+    refusals: Refusals
+    is_aside: bool = False
+
+    @property
+    def what(self) -> str:
+        """What errors call its outputs."""
+        if not self.messages:
+            return "a value of the handler's state"
+        first = self.messages[0]
+        return f"what the handler of {place_of(first.topic(), first.partition(), first.offset())} sent"
+
+    def __call__(self, error: KafkaError | None, message: DeliveryReport | None) -> None:
+        """Note a refusal."""
+        if error is not None and error.code() in RECORD_REFUSED + TOPIC_REFUSED:
+            topic = "" if message is None else f"{message.topic()}: "
+            self.refusals[id(self)] = self, error.code(), f"{topic}{error.str()}"
