@@ -7,8 +7,10 @@ from labkit.lazy import lazy_names
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "browser": "Browser Shown",
         "channels": "Channel ChannelExpired ChannelUnknown Channels",
-        "page": "Page Shown",
-        "websocket": "CloseCode NotificationService",
+        "direct": "DirectNotices DirectNotificationService",
+        "pages": "CloseCode",
+        "websocket": "NotificationService",
     },
 )

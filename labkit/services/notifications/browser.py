@@ -1,4 +1,4 @@
-"""A page without a screen: what a browser does with its channel, for tests, for load, and for those who count."""
+"""A browser without a screen: it does what a page does with its channel, for tests, for load, and to count."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Shown(NamedTuple):
     """When it came, in seconds since 1970."""
 
 
-class Page:
+class Browser:
     """Opens a channel at the WebSocket service at `url`, and listens until it is closed.
 
     A connection that is lost is made again, with the last position. Each id is shown once. As a browser does, it tells
@@ -45,7 +45,7 @@ class Page:
         self.key: str = told["key"]
         self.position: str = told["position"]
         self.screen: list[Shown] = []
-        self.repeated = 0
+        self.repeated: list[Shown] = []
         """Notices that came and were on the screen already."""
         self.outcomes: list[str] = []
         """What each connection began with."""
@@ -59,7 +59,7 @@ class Page:
         self._online.set()
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._task = self._loop.create_task(self._listen())
-        self._thread = threading.Thread(target=self._run, name=f"page of {self.channel[:6]}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"browser of {self.channel[:6]}", daemon=True)
         self._thread.start()
 
     def go_offline(self) -> None:
@@ -80,7 +80,7 @@ class Page:
         with self._changed:
             if not self._changed.wait_for(condition, timeout):
                 raise LabkitError(
-                    f"the page has waited {timeout:g} s for {what}: {self.ended or f'{len(self.screen)} notices came'}"
+                    f"the browser has waited {timeout:g} s for {what}: {self.ended or f'{len(self.screen)} notices came'}"
                 )
 
     def close(self) -> None:
@@ -145,8 +145,6 @@ class Page:
             self.outcomes.append(outcome)
             self.connected.set()
         if "notice" in told:
-            if told["id"] in self._ids:
-                self.repeated += 1
-            else:
-                self._ids.add(told["id"])
-                self.screen.append(Shown(told["id"], told["notice"], time.time()))
+            shown = Shown(told["id"], told["notice"], time.time())
+            (self.repeated if shown.id in self._ids else self.screen).append(shown)
+            self._ids.add(shown.id)
