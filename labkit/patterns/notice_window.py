@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-POSITION = re.compile(r"([\w-]{1,40})\.(\d{1,6})\.((?:\d{1,6}:\d{1,18},){0,9999}\d{1,6}:\d{1,18})", re.ASCII)
+POSITION = re.compile(r"([\w+/-]{1,40})\.(\d{1,6})\.((?:\d{1,6}:\d{1,18},){0,9999}\d{1,6}:\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, ClassVar, TypeAlias
 
 from aiohttp import web
@@ -114,7 +115,7 @@ class _Figures:
         finally:
             self.requests += 1
             self.errors += status >= 500
-            if status != web.HTTPSwitchingProtocols.status_code:  # a WebSocket lasts as long as its page
+            if status != HTTPStatus.SWITCHING_PROTOCOLS:  # a WebSocket lasts as long as its page
                 self.latency.add(time.perf_counter() - begun)
 
     def measured(self) -> Measured:

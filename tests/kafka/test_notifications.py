@@ -422,7 +422,7 @@ def test_a_page_that_never_reads_is_dropped_and_served_again(cluster: Cluster) -
         await lazy.listen()
         await busy.listen()
         for number in itertools.count():
-            await asyncio.to_thread(put, topic, *[{"id": "big", "text": text}] * 200, key=lazy.channel)
+            await asyncio.to_thread(put, topic, *[{"id": "big", "text": text}] * 20, key=lazy.channel)
             await send(topic, busy.channel, number)
             assert await busy.ids(1) == [str(number)]
             if served.figure("dropped"):

@@ -73,6 +73,9 @@ def test_a_position_is_read_as_it_was_written() -> None:
     made = window({0: 5, 1: 3}, "a")
     assert Position.parse(str(made.position())) == made.position()
     assert str(made.position({1: 9})) == "topic.2.0:6,1:9"  # a page that has seen more than this window
+    for topic_id in ("o/rTywtOSOyPlWuJ0IGN+g", "MOipOR-4QFakCyNpuXYEaA", "_" * 22):  # as clients write them
+        position = Window(topic_id, {0: 0}, PLENTY).position()
+        assert Position.parse(str(position)) == position
 
 
 @pytest.mark.parametrize("bounds", [Bounds(window=3), Bounds(window_bytes=39)])

@@ -128,12 +128,12 @@ class NotificationService(HttpService):
             await page.prepare(request)
             if (line := page.get_extra_info("socket")) is not None:
                 line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
-            await self._serve(request, page)
+            await self._subscribe(request, page)
         finally:
             sockets.discard(page)
         return page
 
-    async def _serve(self, request: web.Request, page: web.WebSocketResponse) -> None:
+    async def _subscribe(self, request: web.Request, page: web.WebSocketResponse) -> None:
         try:
             hello = await self._hello(page)
             if hello is None:
