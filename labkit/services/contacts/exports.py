@@ -132,9 +132,7 @@ def read(source: Source) -> tuple[list[str], Iterator[Row]]:
         try:
             header = next(_rows(source, separator), None)
             if header is None:
-                raise CsvRefused(
-                    f"the file is empty: its first line names the columns, as {','.join(Contact._fields)}"
-                )
+                raise CsvRefused(f"the file is empty: its first line names the columns, as {','.join(Contact._fields)}")
             columns = [cell.strip().lower() for cell in header.cells]
             layout(tuple(columns), header.line)
             found.append((separator, columns))

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.topics import Topic
+from labkit.services.contacts import page
 from labkit.services.contacts.jobs import ContactsJob, send, split
 from labkit.services.contacts.notices import ImportNotice, Notify, request_of, tell_nobody
 from labkit.services.http import HttpService
@@ -56,9 +57,11 @@ class ContactsJobs(HttpService):
     """Seconds for each 64 KiB of an upload: what is slower has stalled."""
     at_once: int = 4
     """Imports that one process receives or sends at the same time."""
+    notifications_port: int = 0
+    """Of the WebSocket service: where its page, at `GET /`, hears how far an import is."""
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/channels/{channel}/imports", self.take)]
+        return [*page.routes(self.notifications_port), web.post("/channels/{channel}/imports", self.take)]
 
     async def start(self, app: web.Application) -> None:
         app[FREE], app[STOPPING], app[SENDING] = asyncio.Semaphore(self.at_once), asyncio.Event(), set()
@@ -94,7 +97,7 @@ class ContactsJobs(HttpService):
             sending = asyncio.create_task(self._send(request.app, file, name, made, held.pop_all()))
         request.app[SENDING].add(sending)
         sending.add_done_callback(request.app[SENDING].discard)
-        return web.Response(status=202)
+        return web.Response(status=202, headers={"Import-Request": name})
 
     async def _receive(self, request: web.Request, file: IO[bytes]) -> None:
         size, more = 0, True
