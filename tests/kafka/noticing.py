@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
+from processes import wait_until
 
 from labkit.kafka.consumer.steps import Measured, Step
 from labkit.kafka.topics import Topic
 from labkit.runtime.broker import free_ports
+from labkit.services.http import HttpService
+from labkit.services.notifications.pages import CloseCode
 from labkit.services.notifications.websocket import NotificationService
 
 SECRET = "a secret of some length"
@@ -34,7 +38,7 @@ class Note(msgspec.Struct, frozen=True):
 class Served:
     """A service that runs in a thread, and what it last reported."""
 
-    def __init__(self, service: NotificationService) -> None:
+    def __init__(self, service: HttpService) -> None:
         self.service, self.url = service, service.url
         self.figures: dict[str, float] = {}
         self.ready, self.stop = threading.Event(), threading.Event()
@@ -45,13 +49,23 @@ class Served:
 
     def figure(self, name: str) -> float:
         """What its notifications count."""
+        assert isinstance(self.service, NotificationService)
         return self.figures.get(f"{self.service.topic.short} {name}", 0)
+
+    async def has_read(self, notices: int) -> None:
+        """Wait until so many are in its window."""
+        await asyncio.to_thread(wait_until, lambda: self.figure("window") == notices, what=f"{notices} notices")
+
+
+def serving(topic: Topic[Any], **options: Any) -> AbstractContextManager[Served]:
+    """Run a service of notifications until the block ends."""
+    return running(NotificationService(free_ports()[0], topic, SECRET, **options))
 
 
 @contextmanager
-def serving(topic: Topic[Any], **options: Any) -> Iterator[Served]:
+def running(service: HttpService) -> Iterator[Served]:
     """Run a service until the block ends."""
-    served = Served(NotificationService(free_ports()[0], topic, SECRET, **options))
+    served = Served(service)
     thread = threading.Thread(target=served.service.run, args=(served.stop, served.report))
     thread.start()
     try:
@@ -81,6 +95,16 @@ def process_serving(topic: Topic[Any]) -> Iterator[tuple[str, subprocess.Popen[s
             yield f"http://127.0.0.1:{port}", process
         finally:
             process.kill()
+
+
+def browse(what: Callable[[aiohttp.ClientSession], Awaitable[None]]) -> None:
+    """Do this with a browser."""
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as session:
+            await what(session)
+
+    asyncio.run(run())
 
 
 class Page:
@@ -114,7 +138,7 @@ class Page:
         """What is told next, other than positions."""
         while True:
             told: dict[str, Any] = json.loads(await self.socket.receive_str(timeout=WAIT))
-            self.position = told["position"]
+            self.position = told.get("position", self.position)
             if len(told) > 1:
                 return told
 
@@ -123,7 +147,12 @@ class Page:
         return [(await self.hear())["id"] for _ in range(count)]
 
     async def closed(self) -> int | None:
-        """Wait until the other side closes the connection; the code."""
+        """Wait until the other side closes the connection; the code, which its last message says too."""
+        last: dict[str, Any] = {}
         while not self.socket.closed:
-            await self.socket.receive(timeout=WAIT)
+            said = await self.socket.receive(timeout=WAIT)
+            if said.type is aiohttp.WSMsgType.TEXT:
+                last = json.loads(said.data)
+        if self.socket.close_code in [*CloseCode]:
+            assert last["code"] == self.socket.close_code
         return self.socket.close_code

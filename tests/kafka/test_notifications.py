@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]
 from consuming import fresh_topic, make_anew, put, trim
-from noticing import Note, Page, process_serving, serving
+from noticing import Note, Page, browse, process_serving, serving
 from processes import wait_until
 from stores import raw, transaction
 
@@ -25,9 +25,9 @@ from labkit.kafka.topics import Topic
 from labkit.patterns import notifications as followed
 from labkit.patterns.notice_window import Bounds
 from labkit.patterns.notifications import Notifications, Outcome, Subscription
-from labkit.services.notifications import websocket
+from labkit.services.notifications import pages as paged
 from labkit.services.notifications.channels import Channels
-from labkit.services.notifications.websocket import CloseCode
+from labkit.services.notifications.pages import CloseCode
 
 BEGAN = "topic.1.0:0"  # the position of a page of another topic
 
@@ -247,16 +247,6 @@ def test_a_quiet_channel_keeps_its_place_in_the_window(cluster: Cluster) -> None
 # -- The WebSocket service ---------------------------------------------------------------------------------------------
 
 
-def browse(what: Callable[[aiohttp.ClientSession], Awaitable[None]]) -> None:
-    """Do this with a browser."""
-
-    async def run() -> None:
-        async with aiohttp.ClientSession() as session:
-            await what(session)
-
-    asyncio.run(run())
-
-
 async def send(topic: Topic[Any], channel: str, *ids: object) -> None:
     await asyncio.to_thread(put, topic, *notes(*ids), key=channel)
 
@@ -276,6 +266,7 @@ def test_a_page_is_told_its_own_and_comes_back_to_another_instance(cluster: Clus
         assert await other.ids(3) == ["other 0", "other 1", "other 2"]
         await one.socket.close()
         await send(topic, one.channel, "one 3", "one 4")
+        await there.has_read(8)
         assert await one.listen(there.url) == "missed"
         assert await one.ids(2) == ["one 3", "one 4"]
         await one.socket.close()
@@ -317,7 +308,7 @@ def test_a_channel_that_is_unknown_forged_foreign_or_expired(cluster: Cluster) -
 
 
 def test_a_channel_expires_while_a_page_listens(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket, "BEAT", 0.1)
+    monkeypatch.setattr(paged, "BEAT", 0.1)
     topic = fresh_topic(cluster, 1, Note)
 
     async def pages(session: aiohttp.ClientSession) -> None:
@@ -325,7 +316,7 @@ def test_a_channel_expires_while_a_page_listens(cluster: Cluster, monkeypatch: p
         await page.open()
         assert await page.listen() == "nothing missed"
         later = SimpleNamespace(time=lambda: time.time() + 601, monotonic=time.monotonic)
-        monkeypatch.setattr(websocket, "time", later)
+        monkeypatch.setattr(paged, "time", later)
         assert await page.closed() == CloseCode.EXPIRED
 
     with serving(topic, lifetime=600.0) as served:
@@ -355,7 +346,7 @@ def test_what_a_page_may_not_say_closes_its_connection_alone(cluster: Cluster, m
             for _ in range(100):
                 await bad.socket.send_str("{}")
         assert await bad.closed() == CloseCode.TOO_MANY
-        monkeypatch.setattr(websocket, "HELLO", 0.1)
+        monkeypatch.setattr(paged, "HELLO", 0.1)
         await bad.connect()  # and says nothing
         assert await bad.closed() == CloseCode.BAD_MESSAGE
         await send(topic, good.channel, 1)
@@ -378,10 +369,14 @@ def test_a_page_of_another_origin_gets_nothing(cluster: Cluster) -> None:
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
                 await session.ws_connect(f"{served.url}/notifications", headers=headers)
             assert refused.value.status == 403
-        for origin in (served.url, f"http://localhost:{port}", "https://lab.example.org"):
-            await Page(session, served.url).open(origin)
+        own, other = (served.url, f"http://localhost:{port}"), ("https://lab.example.org", "http://127.0.0.1:1")
+        for origin in (*own, *other, "http://localhost:1"):
+            async with session.post(f"{served.url}/channels", headers={"Origin": origin}) as answer:
+                assert answer.status == 201
+                assert answer.headers.getall("Access-Control-Allow-Origin") == [origin]
+                assert answer.headers["Vary"] == "Origin"
 
-    with serving(topic, origins=("https://lab.example.org",)) as served:
+    with serving(topic, origins=("https://lab.example.org/user/x/lab", "http://127.0.0.1:1")) as served:
         browse(pages)
 
 
@@ -396,6 +391,7 @@ def test_connections_and_new_channels_are_limited(cluster: Cluster) -> None:
         while 429 not in statuses:  # one more each second
             async with session.post(f"{served.url}/channels", headers={"Origin": served.url}) as answer:
                 statuses.add(answer.status)
+                assert answer.headers["Access-Control-Allow-Origin"] == served.url  # else a page sees no status
         assert statuses <= {201, 429}
         await first.listen()
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
@@ -451,6 +447,7 @@ def test_an_instance_that_is_killed_and_one_that_ends(cluster: Cluster) -> None:
             process.kill()
             await page.closed()
         await send(topic, page.channel, 2, 3)
+        await there.has_read(3)
         assert await page.listen(there.url) == "missed"
         assert await page.ids(2) == ["2", "3"]
         there.stop.set()

@@ -8,6 +8,8 @@ __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "channels": "Channel ChannelExpired ChannelUnknown Channels",
-        "websocket": "CloseCode NotificationService",
+        "direct": "DirectNotices DirectNotificationService",
+        "pages": "CloseCode",
+        "websocket": "NotificationService",
     },
 )
