@@ -13,8 +13,9 @@ __all__, __getattr__, __dir__ = lazy_names(
         "formatting": "Formatting FormattingFailed FormattingService",
         "importer": "Importer bad_rows failed_jobs stored",
         "jobs": "ContactsJob Job send_jobs split",
-        "notices": "ImportNotice channel_of request_of",
+        "notices": "ImportNotice Notices channel_of request_of",
         "reports": "JobFinished Progress Reports import_key progress",
+        "state": "ImportState",
         "upload": "ContactsJobs",
     },
 )

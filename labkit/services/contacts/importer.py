@@ -57,8 +57,8 @@ class Importer:
     """The handler of a consumer of jobs: what is good of a job's rows, and what is bad, is stored in one transaction.
 
     Then `report` is told. A job that comes again changes nothing, and is reported again. With an `exactly once`
-    consumer what `report` sends is there once. `notify` hears that a job was consumed before there is any work, and
-    of bad rows once they are stored. The contacts that Google exports go through `formatting` first.
+    consumer what `report` sends is there once. `notify` hears of a job before there is any work, each time that it is
+    handled, and of its bad rows once they are stored. The contacts that Google exports go through `formatting` first.
     """
 
     def __init__(
@@ -166,9 +166,22 @@ def bad_rows(dsn: str, request: str) -> list[BadRow]:
     ]
 
 
-def _read(dsn: str, sql: str, request: str) -> list[tuple[Any, ...]]:
+def first_bad_rows(dsn: str, requests: list[str], most: int) -> dict[str, tuple[int, list[BadRow]]]:
+    """Of each of these requests that has some: how many, and the first ones."""
+    sql = """select request, line, reason, total from (
+        select request, line, reason, count(*) over (partition by request) as total,
+            row_number() over (partition by request order by line) as number
+        from bad_rows where request = any(%s)) as numbered
+    where number <= %s order by request, line"""
+    found: dict[str, tuple[int, list[BadRow]]] = {}
+    for request, line, reason, total in _read(dsn, sql, requests, most):
+        found.setdefault(request, (total, []))[1].append(BadRow(line, reason))
+    return found
+
+
+def _read(dsn: str, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
     with psycopg.connect(dsn, connect_timeout=5) as database:
         try:
-            return database.execute(sql.encode(), (request,)).fetchall()
-        except psycopg.errors.UndefinedTable:
+            return database.execute(sql.encode(), parameters).fetchall()
+        except psycopg.errors.UndefinedTable:  # no importer has begun yet
             return []

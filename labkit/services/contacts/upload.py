@@ -8,47 +8,56 @@ If the process is killed before all jobs are sent, the import stays incomplete, 
 from __future__ import annotations
 
 import asyncio
-import re
+import secrets
 import sys
 import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import IO
 
+import msgspec
+import psycopg
 from aiohttp import web
 
-from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.errors import DeliveryFailed, LabkitError, Unavailable
 from labkit.kafka.topics import Topic
+from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.contacts import page
 from labkit.services.contacts.jobs import ContactsJob, send, split
-from labkit.services.contacts.notices import ImportNotice, Notify, request_of, tell_nobody
+from labkit.services.contacts.notices import ImportNotice, Notify, request_of
+from labkit.services.contacts.reports import Progress
+from labkit.services.contacts.state import states
 from labkit.services.http import HttpService
+from labkit.services.notifications.channels import ChannelExpired, Channels, ChannelUnknown
 
 PIECE = 1 << 16  # bytes of an upload in memory
 AGAIN = 1.0  # seconds from one attempt to send the jobs to the next
 
 
-def is_a_name(channel: str) -> bool:
-    """Whether it looks like a channel. Who makes channels knows better which ones there are."""
-    return re.fullmatch(r"[\w.~:=-]{1,200}", channel, re.ASCII) is not None
-
-
 @dataclass(frozen=True)
 class ContactsJobs(HttpService):
-    """`POST /channels/{channel}/imports` with a CSV as its body is answered with an empty 202.
+    """`GET /` is the page of imports. `POST /channels/{channel}/imports` with a CSV as its body is answered with an
+    empty 202, whose header Import-Request tells how its notices name it.
 
-    Otherwise with the reason: 400 (no CSV of contacts, or it broke off), 403 (no such channel), 408 (it stalls), 413,
-    503 (too many at once, or Kafka is away). The requests of its jobs begin with the channel: see `channel_of`.
+    Otherwise with the reason: 400 (no CSV of contacts, or it broke off), 403 (no such channel), 408 (it stalls), 410
+    (the channel's time is over), 413, 503 (too many at once, or Kafka is away). `GET` of the same, with the channel's
+    key in the header Channel-Key, tells how far its imports are, as a JSON list: see `ImportState`.
     """
 
     jobs: Topic[ContactsJob]
-    notify: Notify = tell_nobody
+    notify: Notify
     """Returns when the notice is safe, or raises DeliveryFailed."""
-    permits: Callable[[str], bool] = is_a_name
-    """Whether there is such a channel."""
+    secret: str = field(repr=False)
+    """Signs channels: the one of the notification service."""
+    imports: Topic[Progress]
+    """The store in which the importers' reports are counted."""
+    dsn: str
+    """The database of the importers."""
+    notifications_port: int
+    """Of the notification service: where the page hears how far an import is."""
     size: int = 100
     """Rows of a job."""
     largest: int = 1 << 28
@@ -57,24 +66,32 @@ class ContactsJobs(HttpService):
     """Seconds for each 64 KiB of an upload: what is slower has stalled."""
     at_once: int = 4
     """Imports that one process receives or sends at the same time."""
-    notifications_port: int = 0
-    """Of the WebSocket service: where its page, at `GET /`, hears how far an import is."""
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [*page.routes(self.notifications_port), web.post("/channels/{channel}/imports", self.take)]
+        path = "/channels/{channel}/imports"
+        return [*page.routes(self.notifications_port), web.post(path, self.take), web.get(path, self.tell)]
 
     async def start(self, app: web.Application) -> None:
         app[FREE], app[STOPPING], app[SENDING] = asyncio.Semaphore(self.at_once), asyncio.Event(), set()
+        app[CHANNELS] = Channels(self.secret)
+        app[IMPORTS] = await asyncio.to_thread(KeyValueStore(self.imports).wait_ready)
 
     async def finish(self, app: web.Application) -> None:
         """The files that were accepted are sent: once more, when Kafka does not confirm."""
         app[STOPPING].set()
         await asyncio.gather(*app[SENDING])
+        await asyncio.to_thread(app[IMPORTS].close)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        channel = self._channel(request, request.headers.get("Channel-Key", ""))
+        try:
+            found = await asyncio.to_thread(states, request.app[IMPORTS], self.dsn, channel)
+        except (Unavailable, psycopg.Error) as error:
+            raise web.HTTPServiceUnavailable(text=f"the state cannot be read now: {error}\n") from error
+        return web.json_response(body=msgspec.json.encode(found), headers={"Cache-Control": "no-store"})
 
     async def take(self, request: web.Request) -> web.Response:
-        channel = request.match_info["channel"]
-        if not self.permits(channel):
-            raise web.HTTPForbidden(text="there is no such channel: open one, and upload again\n")
+        channel = self._channel(request)
         if (request.content_length or 0) > self.largest:
             raise self._too_large(request.content_length or 0)
         if request.app[FREE].locked():
@@ -85,7 +102,7 @@ class ContactsJobs(HttpService):
             held.callback(request.app[FREE].release)
             file = held.enter_context(tempfile.TemporaryFile())
             await self._receive(request, file)
-            name = request_of(channel, uuid.uuid4().hex)
+            name = request_of(channel, f"{time.time_ns():016x}{secrets.token_hex(4)}")  # in the order of their begin
             try:
                 total, made = await asyncio.to_thread(self._split, file, name)
             except LabkitError as error:
@@ -98,6 +115,20 @@ class ContactsJobs(HttpService):
         request.app[SENDING].add(sending)
         sending.add_done_callback(request.app[SENDING].discard)
         return web.Response(status=202, headers={"Import-Request": name})
+
+    def _channel(self, request: web.Request, key: str | None = None) -> str:
+        """The channel that is named; with a key, if it is the channel's."""
+        channel, channels = request.match_info["channel"], request.app[CHANNELS]
+        try:
+            if key is None:
+                channels.check(channel)
+            else:
+                channels.check_owner(channel, key)
+        except ChannelUnknown as error:
+            raise web.HTTPForbidden(text=f"{error}\n") from error
+        except ChannelExpired as error:
+            raise web.HTTPGone(text=f"{error}\n") from error
+        return channel
 
     async def _receive(self, request: web.Request, file: IO[bytes]) -> None:
         size, more = 0, True
@@ -150,3 +181,5 @@ class ContactsJobs(HttpService):
 FREE = web.AppKey("free", asyncio.Semaphore)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 SENDING = web.AppKey("sending", set[asyncio.Task[None]])
+CHANNELS = web.AppKey("channels", Channels)
+IMPORTS: web.AppKey[KeyValueStore[Progress]] = web.AppKey("imports", KeyValueStore)

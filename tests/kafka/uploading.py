@@ -1,0 +1,122 @@
+"""Imports over HTTP: topics that nobody has used, services in threads, and senders that do as they like."""
+
+from __future__ import annotations
+
+import re
+import select
+import socket
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consuming import fresh_topic
+from stores import store_topic
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.reader import Reader
+from labkit.kafka.topics import Topic
+from labkit.patterns.aggregation import AtomicKeyValueStore, Command, ImportKey
+from labkit.runtime.broker import free_ports
+from labkit.services import contacts
+from labkit.services.clients import ask
+from labkit.services.contacts import ContactsJob, ContactsJobs, ImportNotice, JobFinished, Notices, Progress, Reports
+from labkit.services.http import HOST, HttpService
+from labkit.services.notifications import Channel, Channels
+
+FILE = Path(__file__).parents[2] / "data" / "contacts.csv"
+HEADER = b"name,email\n"
+SECRET = "a secret of some length"
+MINE, YOURS = Channels(SECRET).make(3600), Channels(SECRET).make(3600)
+OPTIONS: dict[str, Any] = {"largest": 100_000, "at_once": 1}
+
+
+class Served(ExitStack):
+    """Services in threads, until the block ends."""
+
+    def serve(self, service: HttpService) -> None:
+        stop, up = threading.Event(), threading.Event()
+        thread = threading.Thread(target=service.run, args=(stop, lambda *_: up.set()))
+        thread.start()
+        self.callback(thread.join, 60)
+        self.callback(stop.set)
+        assert up.wait(60)
+
+
+def advance(value: Progress | None, command: Command[ImportKey, JobFinished]) -> Progress:
+    """The update function of the store."""
+    assert command.value is not None
+    return contacts.progress(value, command.value)
+
+
+class Imports(Served):
+    """The topics of imports, and Contacts Jobs."""
+
+    def __init__(self, cluster: Cluster, dsn: str = "") -> None:
+        super().__init__()
+        self.dsn = dsn
+        self.jobs: Topic[ContactsJob] = fresh_topic(cluster, 1, ContactsJob)
+        self.notices: Topic[ImportNotice] = fresh_topic(cluster, 1, ImportNotice)
+        self.commands: Topic[JobFinished] = fresh_topic(cluster, 1, JobFinished)
+        self.told, self.reports = Notices(self.notices), Reports(self.commands)
+        self.store = AtomicKeyValueStore(
+            self.commands, store_topic(cluster, 1, Progress), advance, ImportKey.parse, self.told.counted
+        )
+
+    def front(self, **options: Any) -> ContactsJobs:
+        """A service for small files, one at a time."""
+        service = ContactsJobs(
+            *(free_ports()[0], self.jobs, self.told, SECRET, self.store.store, self.dsn, free_ports()[0])
+        )
+        service = replace(service, **OPTIONS | options)
+        self.serve(service)
+        return service
+
+    def heard(self) -> list[tuple[str | None, ImportNotice]]:
+        """Channels and notices so far."""
+        with Reader(self.notices) as reader:
+            return [(record.key, record.value) for record in reader.rest()]
+
+    def ended(self) -> list[str]:
+        """The requests that were told to be completed, in order."""
+        return [notice.request for _, notice in self.heard() if notice.stage == "completed"]
+
+
+def upload(service: ContactsJobs, data: bytes, channel: Channel = MINE) -> tuple[int, str]:
+    """Status and text of the answer; again while another upload is being sent."""
+    while True:
+        answer = ask(f"{service.url}/channels/{channel.id}/imports", "POST", data)
+        if answer[0] != 503:
+            return answer
+
+
+class Sender:
+    """An upload by hand: it says what it likes of its length, and sends what it likes."""
+
+    def __init__(self, service: ContactsJobs, *headers: str) -> None:
+        self.socket = socket.create_connection((HOST, service.port), timeout=60)
+        start = f"POST /channels/{MINE.id}/imports HTTP/1.1"
+        self.send("\r\n".join((start, "Host: labkit", *headers, "", "")).encode())
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def answered(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0.02)[0])
+
+    def status(self) -> int:
+        """Of the first answer, whatever comes of the connection."""
+        found = re.match(rb"HTTP/1\.1 (\d+) ", self.socket.recv(100))
+        assert found
+        return int(found[1])
+
+    def statuses(self) -> list[int]:
+        """Of all answers, until the service closes the connection."""
+        data = b""
+        while piece := self.socket.recv(65536):
+            data += piece
+        return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+)", data)]
+
+    def close(self) -> None:
+        self.socket.close()
