@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from labkit.lab.lab import Lab as Lab
+    from labkit.lab.pages import Page as Page
     from labkit.lab.panels import panel as panel
     from labkit.lab.widgets import exercise as exercise
     from labkit.lab.widgets import hint as hint
@@ -23,6 +24,7 @@ else:
         __name__,
         {
             "lab.lab": "Lab",
+            "lab.pages": "Page",
             "lab.panels": "panel",
             "lab.widgets": "exercise hint predict solution",
         },
