@@ -14,7 +14,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "importer": "Importer bad_rows failed_jobs stored",
         "jobs": "ContactsJob Job send_jobs split",
         "newsletter": "Newsletter subscribers",
-        "notices": "ImportNotice Notices channel_of request_of",
+        "notices": "Counted ImportNotice Notices channel_of request_of",
         "polling": "DownstreamService PolledFront PollingBrowsers ReportsDownstream",
         "reports": "JobFinished Progress Reports import_key progress",
         "state": "ImportState",

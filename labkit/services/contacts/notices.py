@@ -81,7 +81,20 @@ class Notices:
             self.topic.send(notice, channel)
 
     def counted(self, key: ImportKey, before: Progress | None, after: Progress) -> None:
-        """Tells how many jobs have ended, in the transaction that counts them; and once, that all have."""
+        """See Counted."""
+        Counted(self)(key, before, after)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The callback of the store: tells how many jobs of an import have ended, and once, that all have.
+
+    What it tells through a topic is in the transaction that counts them. Plain data, so it can travel.
+    """
+
+    notify: Notify
+
+    def __call__(self, key: ImportKey, before: Progress | None, after: Progress) -> None:
         channel = channel_of(key.request)
         ended = (0, 0) if before is None else (before.done, before.failed)
         if not channel or ended == (after.done, after.failed):
@@ -90,4 +103,5 @@ class Notices:
         if sum(ended) < after.total <= after.done + after.failed:
             stages.append("completed")
         for stage in stages:
-            self(channel, ImportNotice(stage, key.request, after.total, done=after.done, failed=after.failed))
+            notice = ImportNotice(stage, key.request, after.total, done=after.done, failed=after.failed)
+            self.notify(channel, notice)
