@@ -15,6 +15,7 @@ from consuming import fresh_topic
 from stores import store_topic
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.patterns.aggregation import AtomicKeyValueStore, Command, ImportKey
@@ -35,9 +36,14 @@ OPTIONS: dict[str, Any] = {"largest": 100_000, "at_once": 1}
 class Served(ExitStack):
     """Services in threads, until the block ends."""
 
-    def serve(self, service: HttpService) -> None:
+    def serve(self, service: HttpService, report: Report = lambda *_: None) -> None:
         stop, up = threading.Event(), threading.Event()
-        thread = threading.Thread(target=service.run, args=(stop, lambda *_: up.set()))
+
+        def tell(step: Step, subject: Any) -> None:
+            report(step, subject)
+            up.set()
+
+        thread = threading.Thread(target=service.run, args=(stop, tell))
         thread.start()
         self.callback(thread.join, 60)
         self.callback(stop.set)

@@ -7,7 +7,6 @@ set aside. So every import ends, and neither the importers nor the store know ho
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ import psycopg
 from psycopg.sql import SQL
 
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import POD
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
@@ -24,12 +24,10 @@ from labkit.patterns.blocked_lanes import Skipped, skips_topic
 from labkit.patterns.dead_letters import DeadLetter, dead_letters_topic
 from labkit.services.connections import Connections
 from labkit.services.contacts.content import Contact
+from labkit.services.contacts.emails import email_address
 from labkit.services.contacts.exports import layout
 from labkit.services.contacts.jobs import ContactsJob, Job
 from labkit.services.contacts.notices import ImportNotice, Notify, Stage, channel_of, tell_nobody
-
-EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
-LONGEST = 254  # characters of an e-mail
 
 TABLES = SQL("""
 create table if not exists contacts (
@@ -110,23 +108,16 @@ def sort_out(job: ContactsJob) -> tuple[dict[str, tuple[int, Contact]], list[Bad
             bad.append(BadRow(row.line, f"{len(row.cells)} cells in a file of {width} columns"))
             continue
         contact = of.contact(row.cells + [""] * (width - len(row.cells)))
-        if reason := _wrong(contact):
-            bad.append(BadRow(row.line, reason))
-        else:
-            email = contact.email.lower()
+        try:
+            if not contact.email:
+                raise LabkitError("no e-mail")
+            email = email_address(contact.email)
+            if any("\0" in text for text in contact):
+                raise LabkitError("a cell with a NUL, which no database takes for text")
             found[email] = row.line, contact._replace(email=email)
+        except LabkitError as error:
+            bad.append(BadRow(row.line, str(error)))
     return found, bad
-
-
-def _wrong(contact: Contact) -> str:
-    """Why this is no contact; nothing if it is one."""
-    if not contact.email:
-        return "no e-mail"
-    if len(contact.email) > LONGEST or not EMAIL.fullmatch(contact.email) or not contact.email.isprintable():
-        return f"{contact.email[:LONGEST]!r} is no e-mail"
-    if any("\0" in text for text in contact):
-        return "a cell with a NUL, which no database takes for text"
-    return ""
 
 
 def failed_jobs(

@@ -1,0 +1,219 @@
+"""The baseline of telling progress: everybody asks, again and again.
+
+The browser asks a front service, which keeps a table of progress; and the front service asks the service downstream, to
+which the importers report. What it costs is counted: requests and queries, most of which say that nothing has changed;
+and the time from a change until the browser sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+import psycopg
+from aiohttp import web
+from psycopg.sql import SQL
+
+from labkit.kafka.consumer.steps import Measured, Report, Step
+from labkit.services.clients import PATIENCE, ask
+from labkit.services.connections import Connections
+from labkit.services.contacts.jobs import Job
+from labkit.services.http import TELL, HttpService
+from labkit.services.latency import Latency
+
+TABLE = SQL(
+    "create table if not exists import_progress "
+    "(request text primary key, total int not null, finished int not null, changed float8 not null)"
+)
+READ = "select total, finished, changed from import_progress where request = %s"
+ADD = "insert into import_progress values (%s, %s, 0, 0) on conflict do nothing"
+UNFINISHED = "select request from import_progress where finished < total"
+CHANGE = "update import_progress set finished = %s, changed = %s where request = %s"
+
+
+class Polled(msgspec.Struct, frozen=True):
+    """How many jobs have finished, and when the last of them did, in seconds since 1970."""
+
+    finished: int = 0
+    changed: float = 0.0
+
+
+class PolledProgress(Polled, frozen=True, kw_only=True):
+    """The same, out of how many."""
+
+    total: int
+
+
+class DownstreamService(HttpService):
+    """Importers report each job that has finished by `POST /imports/YYY`; `GET` tells how many. In one process."""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/imports/{request:.+}", self.add), web.get("/imports/{request:.+}", self.tell)]
+
+    async def start(self, app: web.Application) -> None:
+        app[FINISHED] = {}
+
+    async def add(self, request: web.Request) -> web.Response:
+        jobs = request.app[FINISHED].setdefault(request.match_info["request"], {})
+        jobs.setdefault(await request.text(), time.time())
+        return web.Response()
+
+    async def tell(self, request: web.Request) -> web.Response:
+        jobs = request.app[FINISHED].get(request.match_info["request"], {})
+        return _json(Polled(len(jobs), max(jobs.values(), default=0.0)))
+
+
+FINISHED: web.AppKey[dict[str, dict[str, float]]] = web.AppKey("finished", dict)
+
+
+@dataclass(frozen=True)
+class ReportsDownstream:
+    """The `report` of importers: to the service at `url`."""
+
+    url: str
+
+    def __call__(self, job: Job, failed: bool = False) -> None:
+        """Raises OSError while nobody answers."""
+        ask(f"{self.url}/imports/{job.request}", "POST", str(job.number).encode())
+
+
+@dataclass(frozen=True)
+class PolledFront(HttpService):
+    """`PUT /imports/YYY/100` begins an import of so many jobs; `GET /imports/YYY` tells its progress, from the table.
+
+    Reports the count `queries` beside that of its requests.
+    """
+
+    dsn: str
+    downstream: str
+    """The URL of the service that is asked for each unfinished import."""
+    every: float = 1.0
+    """Seconds from one look at it to the next."""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.put(r"/imports/{request:.+}/{total:\d+}", self.begin), web.get("/imports/{request:.+}", self.tell)]
+
+    async def start(self, app: web.Application) -> None:
+        app[TABLES] = _Table(self.dsn)
+        app[LOOKING] = asyncio.create_task(self._look(app[TABLES]))
+
+    async def finish(self, app: web.Application) -> None:
+        app[LOOKING].cancel()
+        with suppress(asyncio.CancelledError):
+            await app[LOOKING]
+        app[TABLES].connections.close()
+
+    def measured(self, app: web.Application) -> Iterable[Measured]:
+        return [Measured({"queries": app[TABLES].queries}, {})]
+
+    async def begin(self, request: web.Request) -> web.Response:
+        await asyncio.to_thread(
+            request.app[TABLES].ask, ADD, request.match_info["request"], request.match_info["total"]
+        )
+        return web.Response(status=202)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        found = await asyncio.to_thread(request.app[TABLES].ask, READ, request.match_info["request"])
+        if not found:
+            raise web.HTTPNotFound(text="there is no such import\n")
+        total, finished, changed = found[0]
+        return _json(PolledProgress(finished, changed, total=total))
+
+    async def _look(self, table: _Table) -> None:
+        """Ask downstream for what is not finished, and write down what has changed."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+            known: dict[str, int] = {}
+            while True:
+                with suppress(aiohttp.ClientError, TimeoutError, psycopg.Error):  # the next look may do
+                    for (request,) in await asyncio.to_thread(table.ask, UNFINISHED):
+                        async with session.get(f"{self.downstream}/imports/{request}") as answer:
+                            found = msgspec.json.decode(await answer.read(), type=Polled)
+                        if known.get(request) != found.finished:
+                            await asyncio.to_thread(table.ask, CHANGE, found.finished, found.changed, request)
+                            known[request] = found.finished
+                await asyncio.sleep(self.every)
+
+
+class _Table:
+    """The table of progress, and how often it was asked."""
+
+    def __init__(self, dsn: str) -> None:
+        self.connections = Connections(dsn, TABLE)
+        self.queries = 0
+
+    def ask(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+        self.queries += 1
+        with self.connections.one() as database:
+            cursor = database.execute(sql.encode(), parameters)
+            return cursor.fetchall() if cursor.description else []
+
+
+TABLES: web.AppKey[_Table] = web.AppKey("tables", _Table)
+LOOKING: web.AppKey[asyncio.Task[None]] = web.AppKey("looking", asyncio.Task)
+
+
+@dataclass(frozen=True)
+class PollingBrowsers:
+    """Browsers that ask the front service at `url`, one for each of these imports, until it is completed.
+
+    Reports the counts `requests` and `changes` (what was new in an answer), and as gauges how old the newest change was
+    when it was seen. Changes before it, of the same answer, are older.
+    """
+
+    url: str
+    requests: tuple[str, ...]
+    every: float = 1.0
+    """Seconds from one question to the next."""
+
+    def run(self, stop: threading.Event, report: Report) -> None:
+        """Ask until `stop` is set, or all imports are completed."""
+        asyncio.run(self._run(stop, report))
+
+    async def _run(self, stop: threading.Event, report: Report) -> None:
+        seen = _Seen()
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+            asking = [asyncio.create_task(self._ask(session, request, seen)) for request in self.requests]
+            while not stop.is_set() and not all(one.done() for one in asking):
+                report(Step.MEASURED, seen.measured())
+                await asyncio.sleep(TELL)
+            for one in asking:
+                one.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        report(Step.MEASURED, seen.measured())
+
+    async def _ask(self, session: aiohttp.ClientSession, request: str, seen: _Seen) -> None:
+        finished = 0
+        while True:
+            with suppress(aiohttp.ClientError, TimeoutError, msgspec.DecodeError):  # it asks again
+                seen.requests += 1
+                async with session.get(f"{self.url}/imports/{request}") as answer:
+                    found = msgspec.json.decode(await answer.read(), type=PolledProgress)
+                if found.finished > finished:
+                    seen.changes += 1
+                    seen.age.add(time.time() - found.changed)
+                    finished = found.finished
+                if finished == found.total:
+                    return
+            await asyncio.sleep(self.every)
+
+
+class _Seen:
+    """What browsers have asked and seen."""
+
+    def __init__(self) -> None:
+        self.requests = self.changes = 0
+        self.age = Latency()
+
+    def measured(self) -> Measured:
+        return Measured({"requests": self.requests, "changes": self.changes}, self.age.gauges())
+
+
+def _json(value: msgspec.Struct) -> web.Response:
+    return web.json_response(body=msgspec.json.encode(value))
