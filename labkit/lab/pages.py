@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 HEIGHT = 560  # pixels of a frame: the form, and an import with some bad rows
-LOCAL = ("127.0.0.1", "localhost")
+HOST = "127.0.0.1"
 ELSEWHERE = (
     "If JupyterLab runs on another machine, your browser does not reach this address: install jupyter-server-proxy "
     "there, and start JupyterLab again."
@@ -33,20 +33,19 @@ class Page:
     def url(self) -> str:
         """Its address; behind JupyterLab's proxy without the host, which is the browser's to know."""
         server = proxying_server()
-        return f"{server['base_url']}proxy/{self.port}/" if server else f"http://{LOCAL[0]}:{self.port}/"
+        return f"{server['base_url']}proxy/{self.port}/" if server else f"http://{HOST}:{self.port}/"
 
     @property
     def origins(self) -> tuple[str, ...]:
-        """What the browser may say where this page is from, for services that ask for that.
+        """The addresses at which a browser may have found it, for a service that serves only pages of such `origins`.
 
-        One thing cannot be known here: another name under which JupyterLab is reached, as that of a JupyterHub. Add it.
+        One cannot be known here: another name under which JupyterLab is reached, as that of a JupyterHub. Add it.
         """
-        origins = [f"http://{host}:{self.port}" for host in LOCAL]
-        if server := proxying_server():
-            address = urlsplit(server["url"])
-            names = dict.fromkeys([str(address.hostname), *LOCAL])
-            origins += [f"{address.scheme}://{name}:{server['port']}" for name in names]
-        return tuple(origins)
+        direct = f"http://{HOST}:{self.port}"
+        if (server := proxying_server()) is None:
+            return (direct,)
+        tunnel = f"{urlsplit(server['url']).scheme}://{HOST}:{server['port']}"
+        return direct, server["url"], tunnel
 
     def __repr__(self) -> str:
         return f"the page at {self.url}"

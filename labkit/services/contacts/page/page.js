@@ -5,6 +5,8 @@
 // do no harm.
 
 const SHOWN = 1000; // bad rows of an import that are listed; the others are counted
+const TOLD = 20; // imports of a channel that Contacts Jobs tells after a reload
+const FRAME = 50; // ms from one picture to the next
 const SILENCE = 25_000; // ms: the service says something every 10 s; if it does not, the connection is dead
 const SHORTEST = 300, LONGEST = 15_000; // ms from one attempt to connect to the next
 const OPEN_ANOTHER = new Set([4403, 4410]); // the channel is not ours, or its time is over
@@ -14,6 +16,7 @@ const state = {
   news: "", // what happened last, for the status line, which screen readers read out
   uploads: [], // {file, sent, problem, status}: under way, waiting, or not taken
   imports: new Map(), // request → import
+  gaps: false, // this page may not have been told all there was
 };
 
 // -- What a tab keeps through a reload ---------------------------------------------------------------------------------
@@ -68,16 +71,19 @@ function hearNotice({ stage, request, total, job, line, reason, done = 0, failed
   if (stage === "consumed") one.begun.add(job);
   if (stage === "failed row") addBadRow(one, { line, reason });
   if (stage === "processed" || stage === "completed") progressed(one, done, failed);
+  if (stage === "completed" && state.gaps) readState();
+  if (completed(one) && (stage === "completed" || stage === "failed row"))
+    state.news = `${one.name}: ${progressText(one)}. ${badRowsText(one)}`;
 }
 
 function progressed(one, done, failed) {
   // A job that failed may be done later; nothing else goes back. So of two figures this tells which is the newer one.
   if (done + failed < ended(one) || (done + failed === ended(one) && done <= one.done)) return;
-  const quarter = Math.floor((4 * ended(one)) / one.total);
+  const quarters = () => Math.floor((4 * ended(one)) / one.total);
+  const before = quarters();
   [one.done, one.failed] = [done, failed];
   one.unheard = Math.max(one.unheard, ended(one) - one.begun.size);
-  if (completed(one)) state.news = `${one.name}: ${progressText(one)}. ${badRowsText(one)}`;
-  else if (Math.floor((4 * ended(one)) / one.total) > quarter) state.news = `${one.name}: ${progressText(one)}.`;
+  if (quarters() > before) state.news = `${one.name}: ${progressText(one)}.`; // not each job: it is read out
 }
 
 function addBadRow(one, row) {
@@ -92,8 +98,9 @@ function addBadRow(one, row) {
 
 const badRowsOf = (one) => Math.max(one.lines.size, one.badRows);
 
-/** Read the state of all imports of this channel, as Contacts Jobs tells it: again until there is an answer. */
+/** Read the state of the imports of this channel, as Contacts Jobs tells it: again until there is an answer. */
 async function readState() {
+  state.gaps = true;
   const { channel, key } = kept;
   const url = `channels/${channel}/imports`;
   const ask = () => fetch(url, { headers: { "Channel-Key": key } }).then((answer) => answer.ok && answer.json());
@@ -110,6 +117,7 @@ async function readState() {
     for (const row of bad_rows) addBadRow(one, row);
     one.badRows = Math.max(one.badRows, bad_row_count);
   }
+  show(state);
 }
 
 // -- The connection ----------------------------------------------------------------------------------------------------
@@ -170,8 +178,10 @@ class Connection {
         socket.send(JSON.stringify({ channel, key, position }));
       };
       socket.onmessage = ({ data }) => {
+        const told = JSON.parse(data);
         wait();
-        this.#hear(JSON.parse(data));
+        if (told.code) end(told); // before it closes: a proxy may keep the code for itself
+        else this.#hear(told);
       };
       socket.onclose = end;
     });
@@ -193,7 +203,8 @@ class Connection {
 
   async #startOver() {
     await readState();
-    if (state.imports.size) state.news = "Too much was missed: the state was read again.";
+    if (!state.imports.size) return; // there was nothing to miss
+    state.news = "Too much was missed: the state was read again.";
     show(state);
   }
 
@@ -223,7 +234,7 @@ async function findService() {
 }
 
 function forgetChannel() {
-  Object.assign(kept, { channel: "", key: "", position: "" });
+  Object.assign(kept, { channel: "", key: "", position: "", names: {} });
   keep();
   for (const one of state.imports.values()) one.over = true;
 }
@@ -253,6 +264,7 @@ async function sendUploads() {
     if (status === 202) {
       state.uploads.splice(state.uploads.indexOf(upload), 1);
       kept.names[request] = upload.file.name;
+      Object.keys(kept.names).slice(0, -TOLD).forEach((old) => delete kept.names[old]);
       keep();
       importOf(request).name = upload.file.name; // it is here before its first notice, or after that
     } else {
@@ -316,11 +328,11 @@ function uploadText({ file, sent, problem }) {
 
 let waiting = false;
 
-/** Show the state, at most once a frame, however much happens. */
+/** Show the state soon: however much happens, some times in a second. */
 function show(state) {
   if (waiting) return;
   waiting = true;
-  requestAnimationFrame(() => {
+  setTimeout(() => {
     waiting = false;
     const line = byId("connection");
     line.dataset.line = state.connection.line;
@@ -328,7 +340,7 @@ function show(state) {
     write(byId("news"), state.news);
     arrange(byId("uploads"), state.uploads, "upload", showUpload);
     arrange(byId("imports"), [...state.imports.values()].reverse(), "import", showImport);
-  });
+  }, FRAME);
 }
 
 function showUpload(element, upload) {
@@ -364,14 +376,20 @@ function showBadRows(element, one) {
   write(element.querySelector("h3"), badRowsText(one));
   element.querySelector(".rows").setAttribute("aria-label", `Bad rows of ${one.name}`);
   write(element.querySelector(".more"), many > one.bad.length ? `and ${number.format(many - one.bad.length)} more` : "");
-  if (element.dataset.shown === String(one.lines.size)) return;
-  element.dataset.shown = one.lines.size;
-  const rows = one.bad.map(({ line, reason }) => {
-    const row = document.createElement("tr");
-    row.append(cell(number.format(line)), cell(reason));
-    return row;
-  });
-  element.querySelector("tbody").replaceChildren(...rows);
+  const body = element.querySelector("tbody");
+  let next = body.firstElementChild; // rows that are there stay: only new ones are put between them
+  for (const row of one.bad) {
+    if (next?.dataset.line === String(row.line)) next = next.nextElementSibling;
+    else body.insertBefore(tableRow(row), next);
+  }
+  while (body.children.length > one.bad.length) body.lastElementChild.remove();
+}
+
+function tableRow({ line, reason }) {
+  const made = document.createElement("tr");
+  made.dataset.line = line;
+  made.append(cell(number.format(line)), cell(reason));
+  return made;
 }
 
 function cell(text) {
@@ -425,5 +443,8 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 show(state);
-if (kept.channel) readState().then(() => show(state)); // after a reload
+if (kept.channel) {
+  Object.keys(kept.names).forEach(importOf); // after a reload
+  readState();
+}
 new Connection().run();
