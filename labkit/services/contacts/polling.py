@@ -173,14 +173,14 @@ class PollingBrowsers:
     """Seconds from one question to the next."""
 
     def run(self, stop: threading.Event, report: Report) -> None:
-        """Ask until `stop` is set, or all imports are completed."""
+        """Ask until all imports are completed; tell what that took until `stop` is set."""
         asyncio.run(self._run(stop, report))
 
     async def _run(self, stop: threading.Event, report: Report) -> None:
         seen = _Seen()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
             asking = [asyncio.create_task(self._ask(session, request, seen)) for request in self.requests]
-            while not stop.is_set() and not all(one.done() for one in asking):
+            while not stop.is_set():
                 report(Step.MEASURED, seen.measured())
                 await asyncio.sleep(TELL)
             for one in asking:
