@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FIRST = "00_start_here.ipynb"
 VIEWS = "01_consume_and_project.ipynb"
+END_TO_END = "02_event_driven_end_to_end.ipynb"
 STORE = "03_in_memory_key_value_store.ipynb"
 RETRIES = "04_schedule_and_forget.ipynb"
 TRANSACTIONS = "05_events_in_transactions.ipynb"
@@ -51,6 +52,9 @@ def long(*case: str) -> Any:
         long(VIEWS, "lossy_produce", "crash-verdict", r"invalid: view: .* (lost|wrong) [1-9]"),
         long(VIEWS, "early_commit", "table-verdict", r"invalid: MetaSite's table: .* wrong [1-9]"),
         long(VIEWS, "no_version_check", "verdict", r"invalid: view: .* (wrong|unexpected) [1-9]"),
+        long(END_TO_END, "lossy_notices", "calm-verdict", r"invalid: one browser: .* wrong [1-9]"),
+        long(END_TO_END, "doubling_notices", "calm-verdict", r"came twice: "),
+        long(END_TO_END, "keyless_notices", "calm-verdict", r"invalid: one browser: .* lost [1-9]"),
         long(STORE, "ignored_tombstones", "verdict", r"invalid: a new store: .* unexpected [1-9]"),
         long(STORE, "ready_too_early", "verdict", r"invalid: a new store: .* lost [1-9]"),
         long(STORE, "keyless_put", "verdict", r"the write to store countries was refused: "),

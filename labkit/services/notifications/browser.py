@@ -79,9 +79,8 @@ class Browser:
         """Wait until something is true of the screen. Raises LabkitError, saying what was waited for."""
         with self._changed:
             if not self._changed.wait_for(condition, timeout):
-                raise LabkitError(
-                    f"the browser has waited {timeout:g} s for {what}: {self.ended or f'{len(self.screen)} notices came'}"
-                )
+                there = self.ended or f"{len(self.screen)} notices came"
+                raise LabkitError(f"the browser has waited {timeout:g} s for {what}: {there}")
 
     def close(self) -> None:
         """Leave. May be called again."""
