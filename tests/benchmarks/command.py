@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from benchmarks import (
     aggregating,
     consuming,
+    notifying,
     pictures,
     retrying,
     sending,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "board": pictures.board,
     "view": views.view,
     "reader": views.reader,
+    "notifications": notifying.notifications,
     "start": servers.start,
     "kill": servers.kill,
     "pod": servers.pod,
