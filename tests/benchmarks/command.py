@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from benchmarks import (
     aggregating,
     consuming,
+    importing,
     notifying,
     pictures,
     retrying,
@@ -38,6 +39,8 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "aggregation-latency": updating.latency,
     "aggregation-kill": updating.kill,
     "aggregation-restore": updating.restore,
+    "imports": importing.imports,
+    "progress": importing.progress,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,

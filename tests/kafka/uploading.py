@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -30,7 +31,16 @@ from labkit.patterns.aggregation import AtomicKeyValueStore, Command, ImportKey
 from labkit.runtime.broker import free_ports
 from labkit.services import contacts
 from labkit.services.clients import direct
-from labkit.services.contacts import ContactsJob, ContactsJobs, ImportNotice, JobFinished, Notices, Progress, Reports
+from labkit.services.contacts import (
+    ContactsJob,
+    ContactsJobs,
+    Counted,
+    ImportNotice,
+    JobFinished,
+    Notices,
+    Progress,
+    Reports,
+)
 from labkit.services.http import HOST, HttpService
 from labkit.services.notifications import Channel, Channels
 
@@ -81,7 +91,7 @@ class Imports(Served):
         self.commands: Topic[JobFinished] = fresh_topic(cluster, 1, JobFinished)
         self.told, self.reports = Notices(self.notices), Reports(self.commands)
         self.store = AtomicKeyValueStore(
-            self.commands, store_topic(cluster, 1, Progress), advance, ImportKey.parse, self.told.counted
+            self.commands, store_topic(cluster, 1, Progress), advance, ImportKey.parse, Counted(self.told)
         )
 
     def service(self, **options: Any) -> ContactsJobs:
@@ -125,13 +135,14 @@ def in_process(service: HttpService) -> Iterator[tuple[Any, psutil.Process]]:
 def upload(service: ContactsJobs, data: bytes, channel: Channel = MINE, charset: str = "utf-8") -> tuple[int, str]:
     """Status and text of the answer; again while another upload is being sent."""
     url, headers = f"{service.url}/channels/{channel.id}/imports", {"Content-Type": f"text/csv; charset={charset}"}
+    until = time.monotonic() + 120  # only ends a hang
     while True:
         try:
             with direct(urllib.request.Request(url, data, headers), timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refused:
             with refused:
-                if refused.code != 503:
+                if refused.code != 503 or time.monotonic() > until:
                     return refused.code, refused.read().decode()
 
 

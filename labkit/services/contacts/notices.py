@@ -60,9 +60,8 @@ def channel_of(request: str) -> str:
 
 @dataclass(frozen=True)
 class Notices:
-    """Tells channels through a topic. It is the `notify` of Contacts Jobs and of importers; its `counted` is the
-    callback of the store that counts their reports. Plain data, so it can travel.
-    """
+    """Tells channels through a topic: the `notify` of Contacts Jobs, of importers, and of `Counted`. Plain data, so it
+    can travel."""
 
     topic: Topic[ImportNotice]
 
@@ -79,10 +78,6 @@ class Notices:
             Context().run(self.topic.send, notice, channel)
         else:
             self.topic.send(notice, channel)
-
-    def counted(self, key: ImportKey, before: Progress | None, after: Progress) -> None:
-        """See Counted."""
-        Counted(self)(key, before, after)
 
 
 @dataclass(frozen=True)
