@@ -21,19 +21,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
+import msgspec
+
 from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import (
     ClientRefused,
     ClusterUnreachable,
     LabkitError,
-    PoisonRecord,
     RecordsDeleted,
     TopicMissing,
     Unavailable,
 )
 from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Message, decoder, encode
+from labkit.kafka.records import Message, parser
 from labkit.kafka.topics import Topic
 from labkit.patterns.notice_window import Bounds, Entry, Position, Window
 
@@ -43,6 +44,7 @@ LOOK = 3.0  # seconds from one look at the topic to the next
 SHORT = 2  # looks in which the topic may end before what was read
 AGAIN = 0.5  # seconds until the window is read again after a failure
 
+ENCODE = msgspec.json.Encoder().encode
 log = logging.getLogger(__name__)
 
 
@@ -168,7 +170,7 @@ class Notifications(Generic[N]):
     def __init__(self, topic: Topic[N], bounds: Bounds = Bounds()) -> None:  # noqa: B008 - it never changes
         self.topic, self.bounds = topic, bounds
         self.ignored = self.dropped = self.told = 0
-        self._decode = decoder(topic.value)
+        self._parse = parser(topic.value)
         self._lock = threading.Lock()  # of the window and of all subscriptions
         self._window: Window | None = None
         self._channels: dict[str, list[Subscription]] = {}
@@ -309,15 +311,19 @@ class Notifications(Generic[N]):
         """What is notices, with their channels."""
         found = []
         for message in messages:
+            channel, value = message.key(), message.value()
+            if channel is None or value is None:
+                self.ignored += 1
+                continue
             try:
-                record = self._decode(message)
-                if record.key is None or record.value is None:
-                    raise LabkitError("no channel, or no notice")
-                notice = encode(record.value)  # not as it came: what nobody decoded may be no UTF-8
-                if len(notice) > self.bounds.largest:
-                    raise LabkitError("too large")
-                found.append((record.key, Entry(record.partition, record.offset, str(record.value.id), notice)))
-            except (LabkitError, PoisonRecord):
+                notice = self._parse(value)
+                text = ENCODE(notice)  # not as it came: what nobody decoded may be no UTF-8
+                entry = Entry(message.partition(), message.offset(), str(notice.id), text)
+                if len(text) > self.bounds.largest:
+                    self.ignored += 1
+                else:
+                    found.append((channel.decode(), entry))
+            except Exception:  # a type's own checks, and its `id`, may raise anything
                 self.ignored += 1
         return found
 

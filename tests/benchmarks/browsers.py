@@ -24,6 +24,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.notice_window import Bounds
 from labkit.services.notifications.websocket import NotificationService
 
+encode = msgspec.json.Encoder().encode
 HOST = "127.0.0.1"
 STAMP = re.compile(rb"~(\d+)~")  # nanoseconds of the monotonic clock: of this machine, and so of all its processes
 PLENTY = 10**9
@@ -79,8 +80,8 @@ def bare(port: int, notices: int) -> None:
 
     async def tell(_: web.Request) -> web.Response:
         began = time.monotonic()
-        for number, text in enumerate(texts):
-            await sockets[number % len(sockets)].send_str(text)
+        for number, told in enumerate(notices_told):
+            await sockets[number % len(sockets)].send_str(encode(told).decode())
         return web.json_response({"began": began})
 
     async def serve() -> None:
@@ -94,10 +95,10 @@ def bare(port: int, notices: int) -> None:
         say("ready")
         await asyncio.Event().wait()
 
-    texts = []
+    notices_told = []
     for number in range(notices):
         told = {"position": f"{'x' * 22}.4.1:{number}", "id": note(number, 0).id, "notice": note(number, 0)}
-        texts.append(msgspec.json.encode(told).decode())
+        notices_told.append(told)
     uvloop.run(serve())
 
 

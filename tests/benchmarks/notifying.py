@@ -76,9 +76,9 @@ def notifications(bench: Bench) -> Iterator[Row]:
     for pages in PAGES:
         found = bench.alternate({"notifications": lambda p=pages: ours(bench, p), "bare": lambda p=pages: theirs(p)})
         rate, peer = found["notifications"].rate, found["bare"].rate
-        text = f"peer: a bare aiohttp server that has the messages in memory; {NOTICES:,} of {len(encode(note(0, 0)))} "
-        text += "bytes, spread over the pages, written to Kafka while the service is stopped, then from its first "
-        text += "turn until a client by hand has the last"
+        text = "peer: a bare aiohttp server that has the notices in memory, and encodes and sends them; "
+        text += f"{NOTICES:,} of {len(encode(note(0, 0)))} bytes, spread over the pages, written to Kafka while the "
+        text += "service is stopped, then from its first turn until a client by hand has the last"
         named = f"notifications: {pages:,} page{'s' if pages > 1 else ''}"
         yield Row(named, rate, "notices/s", peer, goal=Goal("≥", 0.8), note=text)
     runs = [delays(bench) for _ in range(bench.rounds)]

@@ -169,7 +169,9 @@ class Pages(Generic[L]):
         self._origin(request)
         if len(self._sockets) >= self.connections:
             raise web.HTTPServiceUnavailable(text=f"{self.connections} pages are connected: try again later\n")
-        page = web.WebSocketResponse(heartbeat=DEAD, compress=False, max_msg_size=LONGEST, timeout=CLOSING)
+        page = web.WebSocketResponse(
+            heartbeat=DEAD, compress=False, max_msg_size=LONGEST, timeout=CLOSING, writer_limit=0
+        )
         self._sockets.add(page)
         try:
             await page.prepare(request)
@@ -272,11 +274,18 @@ class _Connection:
             if not told and (beat := self.subscription.beat()) is not None:
                 told = [beat]
             while told:
-                for one in told:
-                    await self._page.send_frame(_text(one), WSMsgType.TEXT)
+                await self._write([_text(one) for one in told])
                 await asyncio.sleep(0)  # a page that reads fast leaves time to the others
                 told = self.subscription.take()
         await _close(self._page, CloseCode.EXPIRED, "the time of this channel is over: open another one")
+
+    async def _write(self, texts: list[bytes]) -> None:
+        """All but the last go in one write, which takes a tenth of the time of as many calls of aiohttp. At the last
+        it says that the page is gone, or waits for it to read: always, as its writer's limit is 0."""
+        transport = self._request.transport
+        if len(texts) > 1 and transport is not None and not transport.is_closing():
+            transport.write(b"".join(map(_frame, texts[:-1])))
+        await self._page.send_frame(texts[-1], WSMsgType.TEXT)
 
 
 class Rate:
@@ -295,6 +304,16 @@ class Rate:
             return False
         self._left -= 1
         return True
+
+
+def _frame(text: bytes) -> bytes:
+    """As a WebSocket has a text that a server says."""
+    size = len(text)
+    if size < 126:
+        return b"\x81%c%b" % (size, text)
+    if size < 1 << 16:
+        return b"\x81\x7e%b%b" % (size.to_bytes(2, "big"), text)
+    return b"\x81\x7f%b%b" % (size.to_bytes(8, "big"), text)
 
 
 def _text(told: Told) -> bytes:
