@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from consuming import put
 from processes import wait_until
 
 from labkit.kafka.consumer.steps import Measured, Step
@@ -28,11 +29,24 @@ SECRET = "a secret of some length"
 WAIT = 60.0  # seconds that only end a hang
 
 
+BEGAN = "topic.1.0:0"  # the position of a page of another topic
+
+
 class Note(msgspec.Struct, frozen=True):
     """A notice."""
 
     id: str
     text: str = ""
+
+
+def notes(*ids: object) -> list[dict[str, str]]:
+    """Notices with these ids, as JSON."""
+    return [{"id": str(one)} for one in ids]
+
+
+async def send(topic: Topic[Any], channel: str, *ids: object) -> None:
+    """Send notices with these ids, and see them confirmed."""
+    await asyncio.to_thread(put, topic, *notes(*ids), key=channel)
 
 
 class Served:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
+from io import BytesIO
 
 import pytest
 from consuming import Member, fresh_group, fresh_topic
+from processes import wait_until
 from uploading import FILE, Served
 
 from labkit.kafka.cluster import Cluster
@@ -26,11 +27,16 @@ from labkit.services.contacts import (
     FormattingFailed,
     FormattingService,
     Importer,
+    Job,
 )
 from labkit.services.http import HOST
 
-GOOGLE = b"First Name,Last Name,E-mail 1 - Value,Phone 1 - Value\nADA,AMBERWICK,a@example.org,+1 (202) 555-0101\n"
+GOOGLE = (
+    b"First Name,Last Name,E-mail 1 - Value,Phone 1 - Value\n"
+    b"ADA,AMBERWICK,a@example.org,+1 (202) 555-0101\nbea,,b@example.org,\n"
+)
 FOR_EVER = blocking(exponential(0.01, cap=0.1))
+BEA = Contact("Bea", "b@example.org")
 ADA = Contact("Ada Amberwick", "a@example.org", "+1 202 555 0101")
 
 
@@ -70,24 +76,29 @@ def test_every_fault_of_the_formatting_service_is_told(formatter: FormattingServ
     assert ask(f"{formatter.url}/format", "POST", b"{")[0] == 400
 
 
-def test_google_contacts_are_formatted_as_soon_as_the_service_is_back_and_stored_once(
-    formatter: FormattingService, jobs: Topic[ContactsJob], dsn: str, tmp_path: Path
+def test_while_the_service_is_down_others_go_on_and_afterwards_all_is_stored_once(
+    jobs: Topic[ContactsJob], dsn: str
 ) -> None:
-    (tmp_path / "google.csv").write_bytes(GOOGLE)
-    formatter.faults.tell("formatting", {"errors": 1.0})
-    reported: list[contacts.Job] = []
+    """At first nobody listens, then somebody refuses. Each job has a key of its own, so it is all that waits."""
+    service = FormattingService(free_ports()[0], takes=0)
+    reported: list[Job] = []
     with (
-        closing(Importer(dsn, reported.append, formatting=Formatting(formatter.url))) as importer,
-        Member(RetryingConsumer(jobs, importer, fresh_group(), retry=FOR_EVER)) as member,
+        Served() as served,
+        closing(Importer(dsn, reported.append, formatting=Formatting(service.url))) as importer,
+        Member(RetryingConsumer(jobs, importer, fresh_group(), retry=FOR_EVER, order="key")) as member,
     ):
-        contacts.send_jobs(tmp_path / "google.csv", jobs, "YYY")
-        member.journal.wait_for(Step.FAILED, 2)
-        assert contacts.stored(dsn, "YYY") == []
-        assert not reported
-        formatter.faults.tell("formatting", {})
-        member.wait_committed({0: 1})
-    assert contacts.stored(dsn, "YYY") == [ADA]
-    assert len(reported) == 1
+        contacts.send_jobs(BytesIO(GOOGLE), jobs, "google", size=1)
+        contacts.send_jobs(FILE, jobs, "plain")
+        wait_until(lambda: sum(job.request == "plain" for job in reported) == 10, 30, "those who need no formatting")
+        served.serve(service)
+        service.faults.tell("formatting", {"errors": 1.0})
+        failed = len(member.journal.of(Step.FAILED))
+        member.journal.wait_for(Step.FAILED, failed + 4)
+        assert contacts.stored(dsn, "google") == []
+        service.faults.tell("formatting", {})
+        member.wait_committed({0: 12})
+    assert contacts.stored(dsn, "google") == [ADA, BEA]
+    assert sorted(job.number for job in reported if job.request == "google") == [1, 2]
 
 
 def test_other_contacts_need_no_formatting_service(jobs: Topic[ContactsJob], dsn: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,8 +10,11 @@ from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
+import aiohttp
+import msgspec
 import pytest
 from consuming import Member, fresh_group, put
+from noticing import Page, serving
 from processes import wait_until
 from transacting import SETTINGS, values
 from uploading import FILE, HEADER, MINE, YOURS, Imports, upload
@@ -22,7 +26,8 @@ from labkit.lab.travel import pack, unpack
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, blocking
 from labkit.services import contacts
-from labkit.services.contacts import Contact, ContactsJob, Importer, ImportNotice, Job
+from labkit.services.contacts import Contact, ContactsJob, ContactsJobs, Importer, ImportNotice, Job
+from labkit.services.notifications import Channel
 
 GUARANTEES = pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["at least once", "exactly once"])
 
@@ -118,6 +123,48 @@ def test_an_import_is_completed_once_though_a_job_of_it_is_done_later(imports: I
     progress = [(notice.done, notice.failed) for _, notice in imports.heard() if notice.stage == "processed"]
     assert progress[-2:] == [(2, 1), (3, 0)]
     assert len(set(progress)) == len(progress)
+
+
+def test_an_import_completes_without_its_browser_and_the_result_waits_for_it(imports: Imports) -> None:
+    """The page goes when one of three jobs has ended. What it has missed it is told when it is back."""
+    gone = threading.Event()
+
+    def report(job: Job) -> None:
+        assert job.number == 1 or gone.wait(60)
+        imports.reports(job)
+
+    async def browse(service: ContactsJobs, notifications: str) -> list[ImportNotice]:
+        async with aiohttp.ClientSession() as session:
+            page = Page(session, notifications)
+            told = await page.open()
+            assert await page.listen() == "nothing missed"
+            rows = HEADER + b"Ada,a@example.org\nBea,none\nCy,c@example.org\n"
+            channel = Channel(told["channel"], told["key"], 0)
+            assert (await asyncio.to_thread(upload, service, rows, channel))[0] == 202
+            found = [await heard(page)]
+            while found[-1].stage != "processed":
+                found.append(await heard(page))
+            await page.socket.close()
+            gone.set()
+            await asyncio.to_thread(wait_until, imports.ended, 30, "the end of the import")
+            assert await page.listen() == "missed"
+            while found[-1].stage != "completed":
+                found.append(await heard(page))
+            return found
+
+    async def heard(page: Page) -> ImportNotice:
+        return msgspec.convert((await page.hear())["notice"], ImportNotice)
+
+    with (
+        closing(Importer(imports.dsn, report, imports.told)) as importer,
+        Member(Consumer(imports.jobs, importer, fresh_group())),
+        Member(imports.store.consumer("one")),
+        serving(imports.notices) as notifications,
+    ):
+        found = asyncio.run(browse(imports.front(size=1), notifications.url))
+    assert (found[0].stage, found[-1].done) == ("accepted", 3)
+    assert [notice.line for notice in found if notice.stage == "failed row"] == [3]
+    assert len({notice.id for notice in found}) == len(found)
 
 
 def test_what_tells_travels(imports: Imports) -> None:

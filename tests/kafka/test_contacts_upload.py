@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import threading
 import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from consuming import Member, fresh_group
 from processes import wait_until
 from transacting import values
-from uploading import FILE, HEADER, MINE, SECRET, YOURS, Imports, Sender, upload
+from uploading import FILE, HEADER, MINE, SECRET, YOURS, Imports, Sender, in_process, upload
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.lag import end_offsets
 from labkit.services import contacts
 from labkit.services.clients import ask, direct
 from labkit.services.contacts import ContactsJob, ContactsJobs, Importer, Job
@@ -95,6 +99,24 @@ def test_what_is_no_csv_of_contacts_is_refused_in_the_answer(imports: Imports, d
     assert upload(service, ADA) == (202, "")
     sent(imports, 1)
     assert len(imports.heard()) == 1
+
+
+def test_a_code_page_is_believed_where_it_is_named_and_never_guessed(imports: Imports) -> None:
+    """The letters are others in another one, or none."""
+    service = imports.front(largest=1 << 28)
+    data = b"name,email\n" + "Łukasz,l@example.org\nŇura,z@example.org\n".encode("cp1250")
+    data += b"x,x@example.org\n" * 10_000  # several pieces
+    for charset, status in {
+        "": 400,
+        "utf-8": 400,
+        "Windows-1250": 202,
+        "windows-1253": 400,
+        "iso-8859-99": 400,
+    }.items():
+        assert upload(service, data, charset=charset)[0] == status
+    jobs = sent(imports, 101)
+    assert [row.cells[0] for row in jobs[0].rows[:2]] == ["Łukasz", "Ňura"]
+    assert sum(len(job.rows) for job in jobs) == 10_002
 
 
 def test_an_upload_that_stalls_or_drips_ends_and_leaves_nothing(imports: Imports) -> None:
@@ -182,6 +204,46 @@ def test_a_large_upload_is_sent_in_bounded_memory(imports: Imports) -> None:
     tracemalloc.stop()
     assert most < 20_000_000 < length
     assert sum(len(job.rows) for job in values(imports.jobs)) == count
+
+
+def test_a_formula_is_stored_as_the_text_that_it_is(cluster: Cluster, dsn: str) -> None:
+    names = ['=HYPERLINK("http://example.org")', "@SUM(1+1)", "+1-1", "-2+3", "=cmd|' /C calc'!A0"]
+    rows = (f'"{name.replace(chr(34), chr(34) * 2)}",p{number}@example.org\n' for number, name in enumerate(names))
+    with Imports(cluster, dsn) as imports:
+        assert upload(imports.front(), HEADER + "".join(rows).encode()) == (202, "")
+        with (
+            closing(Importer(dsn, lambda job: None)) as importer,
+            Member(Consumer(imports.jobs, importer, fresh_group())) as member,
+        ):
+            member.wait_committed({0: 1})
+        ((_, accepted),) = imports.heard()
+    assert [one.name for one in contacts.stored(dsn, accepted.request)] == names
+
+
+@pytest.mark.long
+def test_a_million_rows_are_sent_in_100_mb_and_the_first_jobs_are_there_long_before_the_last(
+    imports: Imports, tmp_path: Path
+) -> None:
+    path = tmp_path / "million.csv"
+    contacts.write_csv(path, contacts.contacts(1_000_000))
+    most = 0
+
+    def grown(process: psutil.Process) -> None:
+        nonlocal most
+        most = max(most, process.memory_info().rss)
+
+    with in_process(imports.service(largest=1 << 28)) as (service, process), open(path, "rb") as file:
+        request = urllib.request.Request(f"{service.url}/channels/{MINE.id}/imports", file.read(), method="POST")
+        uploading = threading.Thread(target=lambda: direct(request, timeout=300).close())
+        uploading.start()
+        seen: list[int] = []
+        while not seen or seen[-1] < 10_000:
+            grown(process)
+            seen.append(sum(end_offsets(imports.jobs.cluster, [imports.jobs.name]).values()))
+        uploading.join(60)
+    assert [notice.total for _, notice in imports.heard()] == [10_000]
+    assert len({one for one in seen if 0 < one < 10_000}) > 10
+    assert most < 100_000_000
 
 
 # -- the state and the page --------------------------------------------------------------------------------------------

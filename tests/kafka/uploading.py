@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import socket
+import subprocess
+import sys
 import threading
-from contextlib import ExitStack
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from consuming import fresh_topic
 from stores import store_topic
 
@@ -18,10 +25,11 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
+from labkit.lab.travel import pack
 from labkit.patterns.aggregation import AtomicKeyValueStore, Command, ImportKey
 from labkit.runtime.broker import free_ports
 from labkit.services import contacts
-from labkit.services.clients import ask
+from labkit.services.clients import direct
 from labkit.services.contacts import ContactsJob, ContactsJobs, ImportNotice, JobFinished, Notices, Progress, Reports
 from labkit.services.http import HOST, HttpService
 from labkit.services.notifications import Channel, Channels
@@ -31,6 +39,12 @@ HEADER = b"name,email\n"
 SECRET = "a secret of some length"
 MINE, YOURS = Channels(SECRET).make(3600), Channels(SECRET).make(3600)
 OPTIONS: dict[str, Any] = {"largest": 100_000, "at_once": 1}
+
+RUN = """
+import sys, threading
+from labkit.lab.travel import unpack
+unpack(sys.stdin.buffer.read()).run(threading.Event(), lambda *_: print("ready", flush=True))
+"""
 
 
 class Served(ExitStack):
@@ -70,12 +84,15 @@ class Imports(Served):
             self.commands, store_topic(cluster, 1, Progress), advance, ImportKey.parse, self.told.counted
         )
 
+    def service(self, **options: Any) -> ContactsJobs:
+        """One for small files, one at a time."""
+        port, notifications = free_ports()
+        made = ContactsJobs(port, self.jobs, self.told, SECRET, self.store.store, self.dsn, notifications)
+        return replace(made, **OPTIONS | options)
+
     def front(self, **options: Any) -> ContactsJobs:
-        """A service for small files, one at a time."""
-        service = ContactsJobs(
-            *(free_ports()[0], self.jobs, self.told, SECRET, self.store.store, self.dsn, free_ports()[0])
-        )
-        service = replace(service, **OPTIONS | options)
+        """The same, which is served."""
+        service = self.service(**options)
         self.serve(service)
         return service
 
@@ -89,12 +106,33 @@ class Imports(Served):
         return [notice.request for _, notice in self.heard() if notice.stage == "completed"]
 
 
-def upload(service: ContactsJobs, data: bytes, channel: Channel = MINE) -> tuple[int, str]:
+@contextmanager
+def in_process(service: HttpService) -> Iterator[tuple[Any, psutil.Process]]:
+    """The service in a process of its own, which is killed in the end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen([sys.executable, "-c", RUN], stdin=-1, stdout=-1, env=environment) as popen:
+        try:
+            assert popen.stdin is not None
+            assert popen.stdout is not None
+            popen.stdin.write(pack(service))
+            popen.stdin.close()
+            assert popen.stdout.readline() == b"ready\n"
+            yield service, psutil.Process(popen.pid)
+        finally:
+            popen.kill()
+
+
+def upload(service: ContactsJobs, data: bytes, channel: Channel = MINE, charset: str = "utf-8") -> tuple[int, str]:
     """Status and text of the answer; again while another upload is being sent."""
+    url, headers = f"{service.url}/channels/{channel.id}/imports", {"Content-Type": f"text/csv; charset={charset}"}
     while True:
-        answer = ask(f"{service.url}/channels/{channel.id}/imports", "POST", data)
-        if answer[0] != 503:
-            return answer
+        try:
+            with direct(urllib.request.Request(url, data, headers), timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as refused:
+            with refused:
+                if refused.code != 503:
+                    return refused.code, refused.read().decode()
 
 
 class Sender:

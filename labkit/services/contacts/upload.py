@@ -8,6 +8,8 @@ If the process is killed before all jobs are sent, the import stays incomplete, 
 from __future__ import annotations
 
 import asyncio
+import codecs
+import re
 import secrets
 import sys
 import tempfile
@@ -34,13 +36,15 @@ from labkit.services.http import HttpService
 from labkit.services.notifications.channels import ChannelExpired, Channels, ChannelUnknown
 
 PIECE = 1 << 16  # bytes of an upload in memory
+CODE_PAGE = re.compile(r"(windows-125\d|iso-8859-\d{1,2})", re.IGNORECASE)
 AGAIN = 1.0  # seconds from one attempt to send the jobs to the next
 
 
 @dataclass(frozen=True)
 class ContactsJobs(HttpService):
     """`GET /` is the page of imports. `POST /channels/{channel}/imports` with a CSV as its body is answered with an
-    empty 202, whose header Import-Request tells how its notices name it.
+    empty 202, whose header Import-Request tells how its notices name it. The CSV is UTF-8 or UTF-16, or in the code
+    page that the request names: `Content-Type: text/csv; charset=windows-1252`.
 
     Otherwise with the reason: 400 (no CSV of contacts, or it broke off), 403 (no such channel), 408 (it stalls), 410
     (the channel's time is over), 413, 503 (too many at once, or Kafka is away). `GET` of the same, with the channel's
@@ -132,6 +136,7 @@ class ContactsJobs(HttpService):
 
     async def _receive(self, request: web.Request, file: IO[bytes]) -> None:
         size, more = 0, True
+        decoder = _decoder(request)
         while more:
             try:
                 async with asyncio.timeout(self.patience):
@@ -146,6 +151,8 @@ class ContactsJobs(HttpService):
             size += len(piece)
             if size > self.largest:
                 raise self._too_large(size)
+            if decoder is not None:
+                piece = _as_utf_8(decoder, piece, not more)
             await asyncio.to_thread(file.write, piece)
 
     def _too_large(self, size: int) -> web.HTTPException:
@@ -176,6 +183,22 @@ class ContactsJobs(HttpService):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(app[STOPPING].wait(), AGAIN)
                 made = split(file, request, self.size)
+
+
+def _decoder(request: web.Request) -> codecs.IncrementalDecoder | None:
+    """Of the code page that the request names. UTF-8 and UTF-16 are told by the file."""
+    page = CODE_PAGE.fullmatch(request.charset or "")
+    try:
+        return codecs.getincrementaldecoder(page[0])() if page else None
+    except LookupError as error:
+        raise web.HTTPBadRequest(text=f"{error}\n") from error
+
+
+def _as_utf_8(decoder: codecs.IncrementalDecoder, piece: bytes, final: bool) -> bytes:
+    try:
+        return decoder.decode(piece, final).encode()
+    except UnicodeDecodeError as error:
+        raise web.HTTPBadRequest(text=f"the file is of another code page than it says: {error}\n") from error
 
 
 FREE = web.AppKey("free", asyncio.Semaphore)

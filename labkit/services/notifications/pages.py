@@ -178,6 +178,8 @@ class Pages(Generic[L]):
             await self._subscribe(request, page)
         finally:
             self._sockets.discard(page)
+            if (transport := request.transport) is not None and transport.get_write_buffer_size():
+                transport.abort()  # else the connection would stay until the page has read all of it
         return page
 
     async def end(self) -> None:
