@@ -66,34 +66,36 @@ const completed = (one) => one.total > 0 && ended(one) === one.total;
 
 function hearNotice({ stage, request, total, job, line, reason, done = 0, failed = 0 }) {
   const one = importOf(request);
+  if (stage === "accepted" && !one.total) state.news = `${one.name} was accepted: ${count(total, "job")}.`;
   one.total = total;
-  if (stage === "accepted") state.news = `${one.name} was accepted: ${count(total, "job")}.`;
   if (stage === "consumed") one.begun.add(job);
-  if (stage === "failed row") addBadRow(one, { line, reason });
-  if (stage === "processed" || stage === "completed") progressed(one, done, failed);
-  if (stage === "completed" && state.gaps) readState();
-  if (completed(one) && (stage === "completed" || stage === "failed row"))
-    state.news = `${one.name}: ${progressText(one)}. ${badRowsText(one)}`;
+  const hasMoreBadRows = stage === "failed row" && addBadRow(one, { line, reason });
+  const goesOn = (stage === "processed" || stage === "completed") && progressed(one, done, failed);
+  if (!completed(one) || !(hasMoreBadRows || goesOn)) return;
+  state.news = `${one.name}: ${progressText(one)}. ${badRowsText(one)}`;
+  if (goesOn && state.gaps) readState();
 }
 
+/** Whether these figures are newer than what was known. A job that failed may be done later; nothing else goes back. */
 function progressed(one, done, failed) {
-  // A job that failed may be done later; nothing else goes back. So of two figures this tells which is the newer one.
-  if (done + failed < ended(one) || (done + failed === ended(one) && done <= one.done)) return;
+  if (done + failed < ended(one) || (done + failed === ended(one) && done <= one.done)) return false;
   const quarters = () => Math.floor((4 * ended(one)) / one.total);
   const before = quarters();
   [one.done, one.failed] = [done, failed];
   one.unheard = Math.max(one.unheard, ended(one) - one.begun.size);
   if (quarters() > before) state.news = `${one.name}: ${progressText(one)}.`; // not each job: it is read out
+  return true;
 }
 
+/** Whether this row was not known. */
 function addBadRow(one, row) {
-  if (one.lines.has(row.line)) return;
+  if (one.lines.has(row.line)) return false;
   one.lines.add(row.line);
   let at = one.bad.length; // jobs end in any order, and mostly in that of the file
   while (at > 0 && one.bad[at - 1].line > row.line) at -= 1;
-  if (at === SHOWN) return;
   one.bad.splice(at, 0, row);
-  if (one.bad.length > SHOWN) one.bad.pop();
+  one.bad.length = Math.min(one.bad.length, SHOWN);
+  return true;
 }
 
 const badRowsOf = (one) => Math.max(one.lines.size, one.badRows);
