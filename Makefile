@@ -51,7 +51,8 @@ notebooks: environment
 	@exec .venv/bin/python tests/notebooks/outputs.py $(ARGS)
 
 # Makes .venv once; again when the dependencies changed, the folder moved, PYTHON= names another version, or the last
-# attempt was cut short: .venv/made-from is written last and says from what it was made.
+# attempt was cut short: .venv/made-from is written last and says from what it was made. All is compiled at once, by all
+# cores: where PYTHONDONTWRITEBYTECODE is set, each pod would compile all that it imports, at each of its starts.
 environment:
 	@set -eu; \
 	wanted='$(PYTHON)'; \
@@ -80,6 +81,7 @@ environment:
 	"$$python" -m venv .venv; \
 	.venv/bin/python -I -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r requirements.lock; \
 	.venv/bin/python -I -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	.venv/bin/python -I -m compileall -q -j 0 .venv/lib labkit >/dev/null || true; \
 	printf '%s\n' "$$made_from" > .venv/made-from
 
 # uv lives in an environment of its own for this: nothing else needs it.
