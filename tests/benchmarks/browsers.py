@@ -22,6 +22,7 @@ from aiohttp import web
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.topics import Topic
 from labkit.patterns.notice_window import Bounds
+from labkit.services.notifications.pages import allow_files
 from labkit.services.notifications.websocket import NotificationService
 
 encode = msgspec.json.Encoder().encode
@@ -57,12 +58,13 @@ def service(port: int, bootstrap: str, topic: str, partitions: int) -> None:
             ready.set()
             say("ready")
 
-    served = NotificationService(port, notices, "not a secret at all", bounds=bounds, connections=PLENTY, openings=1e9)
+    served = NotificationService(port, notices, "not a secret at all", bounds=bounds, connections=10_000, openings=1e9)
     served.run(threading.Event(), report)
 
 
 def bare(port: int, notices: int) -> None:
     """What one would write by hand, without Kafka: it sends what it has to who is there."""
+    allow_files(10_000)
     sockets: list[web.WebSocketResponse] = []
     numbers = count()
 
@@ -143,6 +145,7 @@ class Page(asyncio.Protocol):
 
 async def listen(url: str, pages: int, notices: int) -> None:
     """Open channels, which are told; connect; count what comes; and tell how long it took from its stamp."""
+    allow_files(pages + 100)
     loop = asyncio.get_running_loop()
     times: list[int] = []
     async with aiohttp.ClientSession() as session:

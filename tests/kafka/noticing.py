@@ -92,10 +92,10 @@ def running(service: HttpService) -> Iterator[Served]:
 
 
 @contextmanager
-def process_serving(topic: Topic[Any]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run a service in a process, to be killed: its URL and the process."""
+def process_serving(topic: Topic[Any], files: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run a service in a process, to be killed: its URL and the process. `files` is how many its shell lets it open."""
     port = free_ports()[0]
-    options = {"topic": topic.name, "partitions": topic.partitions, "port": port, "secret": SECRET}
+    options = {"topic": topic.name, "partitions": topic.partitions, "port": port, "secret": SECRET, "files": files}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [
         sys.executable,
@@ -115,7 +115,7 @@ def browse(what: Callable[[aiohttp.ClientSession], Awaitable[None]]) -> None:
     """Do this with a browser."""
 
     async def run() -> None:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             await what(session)
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import threading
 
@@ -16,6 +17,8 @@ from labkit.services.notifications.websocket import NotificationService
 def main() -> None:
     options = json.loads(sys.argv[1])
     topic = Topic(Cluster(options["bootstrap"]), options["topic"], options["partitions"], Note)
+    if options["files"]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (options["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     service = NotificationService(options["port"], topic, options["secret"])
     ready = threading.Event()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]
 from consuming import fresh_topic, make_anew, put, trim
@@ -173,6 +174,30 @@ def test_what_is_no_notice_is_passed_over_and_counted(cluster: Cluster) -> None:
         raw(topic, *wrong, (b"a", b'{"id": "good", "unknown": "\xff"}'))
         page.wait("good")
         assert here.ignored == len(wrong)
+
+
+def test_a_notice_that_raises_stops_nobody(cluster: Cluster) -> None:
+    class Computed(msgspec.Struct):
+        text: str = ""
+
+        @property
+        def id(self) -> str:
+            if self.text == "checked":
+                raise RuntimeError("no id")
+            return self.text
+
+    class Checked(Note, frozen=True):
+        def __post_init__(self) -> None:
+            if self.text == "checked":
+                raise RuntimeError("no notice")
+
+    for value in (Computed, Checked):
+        topic = fresh_topic(cluster, 1, value)
+        with Notifications(topic) as here:
+            page = Listener(here, "a", here.position())
+            put(topic, {"id": "1", "text": "checked"}, {"id": "2", "text": "2"}, key="a")
+            page.wait(2)
+            assert here.ignored == 1
 
 
 def test_notices_of_a_transaction_are_told_when_it_is_committed(cluster: Cluster) -> None:

@@ -60,6 +60,23 @@ def test_a_page_is_told_its_own_and_comes_back_to_another_instance(cluster: Clus
         browse(pages)
 
 
+def test_notices_of_any_size_come_whole(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster, 1, Note)
+    texts = ["", "é" * 10, "x" * 126, "x" * 1000, "x" * 65_536, "x" * 100_000, "the last"]
+
+    async def pages(session: aiohttp.ClientSession) -> None:
+        page = Page(session, served.url)
+        await page.open()
+        sent = [{"id": str(number), "text": text} for number, text in enumerate(texts)]
+        await asyncio.to_thread(put, topic, *sent, key=page.channel)
+        await served.has_read(len(texts))
+        assert await page.listen() == "missed"  # so they come together
+        assert [(await page.hear())["notice"]["text"] for _ in texts] == texts
+
+    with serving(topic, bounds=Bounds(largest=200_000)) as served:
+        browse(pages)
+
+
 def test_a_channel_that_is_unknown_forged_foreign_or_expired(cluster: Cluster) -> None:
     topic = fresh_topic(cluster, 1, Note)
 
@@ -183,6 +200,23 @@ def test_connections_and_new_channels_are_limited(cluster: Cluster) -> None:
                 break
 
     with serving(topic, connections=1, openings=2.0) as served:
+        browse(pages)
+
+
+def test_more_pages_than_a_shell_allows_files(cluster: Cluster) -> None:
+    topic = fresh_topic(cluster, 1, Note)
+
+    async def pages(session: aiohttp.ClientSession) -> None:
+        others = [Page(session, url) for _ in range(200)]
+        for page in others:
+            await asyncio.wait_for(page.connect(), 20)
+        page = Page(session, url)
+        await page.open()
+        assert await page.listen() == "nothing missed"
+        for page in others:
+            await page.socket.close()
+
+    with process_serving(topic, files=150) as (url, _):
         browse(pages)
 
 

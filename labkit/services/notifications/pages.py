@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -39,6 +40,7 @@ DEAD = 30.0  # seconds from one ping to the next; a page that does not answer is
 CLOSING = 2.0  # seconds for a page to say good-bye too
 UNSENT = 65_536  # bytes that the kernel holds for a page that does not read
 
+OTHER_FILES = 500  # that a process opens, beside its pages
 CONNECTIONS = 2000  # pages of one instance. One more is refused
 OPENINGS = 100.0  # channels that one instance opens in a second
 LIFETIME = 24 * 3600.0  # seconds for which a channel is good
@@ -149,6 +151,7 @@ class Pages(Generic[L]):
         self.connections, self.lifetime = connections, lifetime
         self._openings = Rate(openings)
         self._sockets: set[web.WebSocketResponse] = set()
+        allow_files(connections + OTHER_FILES)
 
     def open(self, request: web.Request) -> web.Response:
         """Open a channel."""
@@ -324,6 +327,15 @@ def _text(told: Told) -> bytes:
     if told.outcome is not None:
         return b'{"outcome":"%b","position":"%b"}' % (told.outcome.value.encode(), position)
     return b'{"position":"%b"}' % position
+
+
+def allow_files(wanted: int) -> None:
+    """A connection is a file, and many shells let a process open 1,024, unless it asks for more."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY:
+        wanted = min(wanted, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _close(page: web.WebSocketResponse, code: CloseCode, why: str) -> None:
