@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from benchmarks import (
     aggregating,
     consuming,
+    importing,
     pictures,
     retrying,
     sending,
@@ -33,6 +34,8 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "stall": stalls.stall,
     "slow-handler": stalls.slow_handler,
     "aggregation": aggregating.aggregation,
+    "imports": importing.imports,
+    "progress": importing.progress,
     "wait": waiting.wait,
     "store": stores.store,
     "retries": retrying.retries,

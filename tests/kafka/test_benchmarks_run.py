@@ -23,6 +23,7 @@ def bench() -> Iterator[Bench]:
         for module, sizes in {
             "aggregating": {"CASES": {10: 300_000}},
             "consuming": {"RECORDS": 20_000},
+            "importing": {"CONTACTS": 2_000, "PAGES": 3, "JOBS": 4, "RATE": 20, "EVERY": 0.1},
             "pictures": {"SECONDS": 1.0},
             "retrying": {"RATE": 50, "SECONDS": 1, "DELAY": 0.3, "WAITING": 50, "OUTAGE": 0.5, "SKIPS": 2},
             "sending": {"RECORDS": 2_000},

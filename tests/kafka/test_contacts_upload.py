@@ -278,7 +278,9 @@ def test_who_starts_over_reads_how_far_the_imports_of_its_channel_are(
             wait_until(lambda: len(imports.ended()) == 4, 20, "the end of all imports")
         assert state(service, MINE, YOURS.key)[0] == state(service, MINE, "")[0] == 403
         status, (old, new) = state(service, MINE)
+        _, foreign = state(service, YOURS)
     assert status == 200
+    assert [one["request"] for one in foreign] == [requests["foreign"]]
     figures = {"total": 1, "done": 1, "failed": 0, "completed": True, "bad_rows": [], "bad_row_count": 0}
     assert old == {"request": requests["old"], **figures}
     assert (new["request"], new["total"], new["done"], new["completed"]) == (requests["new"], 3, 3, True)

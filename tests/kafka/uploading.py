@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -125,13 +126,14 @@ def in_process(service: HttpService) -> Iterator[tuple[Any, psutil.Process]]:
 def upload(service: ContactsJobs, data: bytes, channel: Channel = MINE, charset: str = "utf-8") -> tuple[int, str]:
     """Status and text of the answer; again while another upload is being sent."""
     url, headers = f"{service.url}/channels/{channel.id}/imports", {"Content-Type": f"text/csv; charset={charset}"}
+    until = time.monotonic() + 120  # only ends a hang
     while True:
         try:
             with direct(urllib.request.Request(url, data, headers), timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refused:
             with refused:
-                if refused.code != 503:
+                if refused.code != 503 or time.monotonic() > until:
                     return refused.code, refused.read().decode()
 
 

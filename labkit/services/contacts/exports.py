@@ -92,8 +92,12 @@ class Layout(NamedTuple):
 
 
 def _first(cells: Sequence[str], places: tuple[int, ...], joined: str = "") -> str:
-    values = (value for place in places for value in (cells[place].split(joined) if joined else [cells[place]]))
-    return next((value.strip() for value in values if value.strip()), "")
+    for place in places:
+        cell = cells[place]
+        for value in cell.split(joined) if joined and joined in cell else (cell,):
+            if value := value.strip():
+                return value
+    return ""
 
 
 @lru_cache
