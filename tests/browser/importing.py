@@ -8,15 +8,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from consuming import fresh_group
-from uploading import SECRET, Imports
+from uploading import SECRET, Imports, advance
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.lab.travel import pack
-from labkit.services.contacts import ContactsJobs, Importer, Job
+from labkit.patterns.aggregation import Command, ImportKey
+from labkit.services.contacts import ContactsJobs, Importer, Job, JobFinished, Progress
 from labkit.services.notifications import NotificationService
 
 RUN = """
@@ -27,7 +29,7 @@ unpack(sys.stdin.buffer.read()).run(threading.Event(), lambda *_: print("ready",
 
 
 class Gate:
-    """Importers wait here with each job, when its rows are stored, and before that is reported."""
+    """Jobs wait here."""
 
     def __init__(self) -> None:
         self._changed, self._free = threading.Condition(), float("inf")
@@ -49,16 +51,28 @@ class Gate:
 
 
 class World(Imports):
-    """All services of the story in threads, until the block ends. Jobs wait at the gate."""
+    """All services of the story in threads, until the block ends."""
 
     def __init__(self, cluster: Cluster, dsn: str) -> None:
         super().__init__(cluster, dsn)
         self.gate = Gate()
+        """Where importers wait with each job, when its rows are stored, and before that is reported."""
+        self.counting = Gate()
+        """Where the store waits with each report."""
+        self.store = replace(self.store, update=self.count)
         importer = self.enter_context(closing(Importer(dsn, self.report, self.told)))
         self.serve(Consumer(self.jobs, importer, fresh_group(), order="key"))
         self.serve(self.store.consumer("one", commit_interval=0.02))
         self.main = self.front()
-        self.callback(self.gate.let)
+        self.callback(self.open_gates)
+
+    def open_gates(self) -> None:
+        self.gate.let()
+        self.counting.let()
+
+    def count(self, value: Progress | None, command: Command[ImportKey, JobFinished]) -> Progress:
+        self.counting.wait()
+        return advance(value, command)
 
     def report(self, job: Job) -> None:
         self.gate.wait()

@@ -57,7 +57,7 @@ def opened(chromium: Browser, world: World) -> Iterator[Callable[..., Page]]:
             return page
 
         yield open_page
-        world.gate.let()
+        world.open_gates()
     assert problems == []
 
 
@@ -264,6 +264,19 @@ def test_a_reload_in_mid_import_goes_on_where_it_is(
         expect(page.locator("#imports tbody tr")).to_have_count(len(stored_bad_rows(world, page)))
         assert bad_rows(page) == stored_bad_rows(world, page)
         page.reload()
+
+
+def test_bad_rows_that_were_told_before_any_job_was_counted_are_there_after_a_reload(world: World, page: Page) -> None:
+    world.counting.hold()
+    upload(page, HEADER + b"Ada,none\n")
+    expect(page.locator(".bad h3")).to_have_text("1 row is not imported")
+    page.reload()
+    connected(page)
+    shown(page, "Uploaded")
+    world.counting.let()
+    shown(page, "Completed, 1 job")
+    expect(page.locator(".bad h3")).to_have_text("1 row is not imported")
+    assert bad_rows(page) == stored_bad_rows(world, page)
 
 
 def test_a_channel_that_is_unknown_to_the_service_is_replaced(page: Page) -> None:
