@@ -185,7 +185,7 @@ def _restored(bench: Bench, count: Count) -> float:
 
     with running(count, commands, store, store.name):
         wait(lambda: not behind())
-    client = RawProducer(cluster.config())
+    client = RawProducer(cluster.config({}))
     for partition in range(PARTITIONS):
         client.produce(commands.name, b"job completed", b"request 0-1", partition)
     client.flush()
