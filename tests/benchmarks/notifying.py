@@ -136,6 +136,8 @@ def delays(bench: Bench) -> dict[str, float]:
     notices = int(RATE * SECONDS)
     with process, Process("pages", url=url, pages=LISTENING, notices=notices) as browser:
         channels = browser.first
+        topic.send(note(0, 0), "nobody's channel")  # the producer connects, and knows the topic
+        topic.flush()
         began = time.monotonic()
         for number in range(notices):
             due = began + number / RATE

@@ -27,6 +27,7 @@ from labkit.services.notifications.websocket import NotificationService
 
 SECRET = "a secret of some length"
 WAIT = 60.0  # seconds that only end a hang
+SOCKETS: list[aiohttp.ClientWebSocketResponse] = []  # of the browser's pages
 
 
 BEGAN = "topic.1.0:0"  # the position of a page of another topic
@@ -116,7 +117,12 @@ def browse(what: Callable[[aiohttp.ClientSession], Awaitable[None]]) -> None:
 
     async def run() -> None:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            await what(session)
+            try:
+                await what(session)
+            finally:
+                for connected in SOCKETS:  # aiohttp keeps the connection of one that ended without a good-bye
+                    connected._response.close()
+                SOCKETS.clear()
 
     asyncio.run(run())
 
@@ -141,6 +147,7 @@ class Page:
         url = url or self.url
         closing = aiohttp.ClientWSTimeout(ws_close=1.0)
         self.socket = await self.session.ws_connect(f"{url}/notifications", origin=url, timeout=closing)
+        SOCKETS.append(self.socket)
 
     async def listen(self, url: str = "") -> str:
         """Connect and say which channel; the outcome."""

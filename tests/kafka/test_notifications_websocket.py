@@ -213,8 +213,6 @@ def test_more_pages_than_a_shell_allows_files(cluster: Cluster) -> None:
         page = Page(session, url)
         await page.open()
         assert await page.listen() == "nothing missed"
-        for page in others:
-            await page.socket.close()
 
     with process_serving(topic, files=150) as (url, _):
         browse(pages)
