@@ -123,10 +123,13 @@ class Loop:
         first = self.client.consume(1, patience)
         self.assignment.newly_assigned.clear()  # those were assigned before this record was taken
         yield cast(list[Message], first)
+        self.shared.more = False
         most = self.batch if self.states is None else min(self.batch, self.states.at_once)
         if first and most > 1:
             with nullcontext() if self.states is None else garbage_kept():
-                yield cast(list[Message], self.client.consume(most - 1, 0))
+                rest = self.client.consume(most - 1, 0)
+                self.shared.more = self.states is not None and len(rest) == most - 1
+                yield cast(list[Message], rest)
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
