@@ -200,7 +200,7 @@ class RetryingConsumer(Consumer):
 
     def own_topics(self, topic: Topic[Any]) -> list[Topic[Any]]:
         """Where replayed records of this topic come back, then its retry topics in order: as many partitions."""
-        names = [f"retry{n}-{_written(seconds)}" for n, seconds in enumerate(self.policy(topic).topics, 1)]
+        names = [f"retry{n}-{written(seconds)}" for n, seconds in enumerate(self.policy(topic).topics, 1)]
         retries = [replace(topic, name=own_topic(topic.name, self.group, name)) for name in names]
         return [replay_topic(topic, self.group), *retries]
 
@@ -257,7 +257,7 @@ class RetryingConsumer(Consumer):
         ready = self.prepare()
         with _Retries(ready) as retries:
             has_state = self.store is not None
-            not_before = {} if has_state else {**self.not_before, **retries.not_before()}
+            not_before = self.not_before if has_state else {**self.not_before, **retries.not_before()}
             on_change = _both(self.on_change, retries.on_change)
             handle: Callable[..., Any] = retries.handle_with_state if has_state else retries.handle
             bound = replace(
@@ -266,7 +266,7 @@ class RetryingConsumer(Consumer):
             Consumer.run(bound, stop, report)
 
 
-def _written(seconds: float) -> str:
+def written(seconds: float) -> str:
     """A delay in a topic's name, where no dot may be: whole seconds or milliseconds."""
     return f"{seconds:.0f}s" if seconds == int(seconds) else f"{seconds * 1000:.0f}ms"
 
