@@ -257,7 +257,7 @@ class RetryingConsumer(Consumer):
         ready = self.prepare()
         with _Retries(ready) as retries:
             has_state = self.store is not None
-            not_before = self.not_before if has_state else {**self.not_before, **retries.not_before()}
+            not_before = ready.not_before if has_state else {**ready.not_before, **retries.not_before()}
             on_change = _both(self.on_change, retries.on_change)
             handle: Callable[..., Any] = retries.handle_with_state if has_state else retries.handle
             bound = replace(
