@@ -136,6 +136,19 @@ def test_of_two_in_one_slot_the_older_one_ends(cluster: Cluster) -> None:
     assert values(output) == list(range(20))
 
 
+def test_of_two_in_one_slot_the_older_one_ends_though_it_is_idle(cluster: Cluster) -> None:
+    """correctness 21: its group tells it, as it makes no transaction that could."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    older = Member(exactly_once(topic, Sending(topic), group))
+    older.__enter__()
+    older.journal.wait_for(Step.ASSIGNED)
+    with Member(exactly_once(topic, Sending(topic), group)) as newer:
+        newer.journal.wait_for(Step.ASSIGNED)
+        error = older.ends()
+    assert isinstance(error, LabkitError)
+    assert "slot one" in str(error)
+
+
 CALLS = [
     *("init_transactions", "begin_transaction", "send_offsets_to_transaction"),
     *("commit_transaction", "abort_transaction"),

@@ -36,6 +36,8 @@ BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 FULL = 0.1  # seconds a partition may stay full before it is paused
 FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records and this one hardly moves
+# A member that was replaced hears of it by the second one, which says in its text that it is the first one.
+FENCED = (KafkaError.FENCED_INSTANCE_ID, KafkaError._FATAL)
 IDENTITY = 1.0  # seconds between two looks at whether its topics are still the same ones
 
 
@@ -194,9 +196,13 @@ class Loop:
         elif code in NOT_JOINED:
             why = NOT_JOINED[code].format(strategy=self.commits.settings["partition.assignment.strategy"])
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {why}"))
-        elif code == KafkaError.FENCED_INSTANCE_ID and isinstance(self.commits, ExactlyOnce):
+        elif code in FENCED and isinstance(self.commits, ExactlyOnce):
             self.shared.end(self.commits.sender.taken(error.str()))
-        elif error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
+        elif error.fatal() or code in (
+            KafkaError._FATAL,
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+        ):
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
 
