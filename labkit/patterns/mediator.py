@@ -38,11 +38,9 @@ from labkit.patterns.mediator_states import (
     Result,
     StepCommand,
     StepReply,
-    StepTimeout,
     answered,
     begin,
     came_again,
-    timed_out,
 )
 from labkit.patterns.own_topics import check, create, waiting
 from labkit.patterns.retries import MILLISECOND, RetryingConsumer, dead_letter, written
@@ -101,9 +99,9 @@ class Mediator(Generic[E]):
         """The consumer group of the mediators."""
         return self.store.name
 
-    def timeouts(self, seconds: float) -> Topic[StepTimeout]:
+    def timeouts(self, seconds: float) -> Topic[StepReply]:
         """Where timeouts of so many seconds wait: one topic for each duration, so that the first one is due first."""
-        return replace(self.store, name=f"{self.store.name}-timeouts-{written(seconds)}", value=StepTimeout)  # type: ignore[return-value, arg-type]
+        return replace(self.replies, name=f"{self.store.name}-timeouts-{written(seconds)}")
 
     def consumer(self, slot: str = "", commit_interval: float = 0.05) -> RetryingConsumer:
         """What orchestrates, in one process or many: each a member of the store's group. `slot` as of `Consumer`."""
@@ -166,7 +164,10 @@ class _Orchestrating(RetryingConsumer):
     mediator: Mediator[Any] | None = None
 
     def prepare(self) -> Self:
-        """Make the topics of timeouts, too, and read those that an earlier definition has left."""
+        """Make the topics of timeouts, too, and read those that an earlier definition has left.
+
+        The group does not share them out: they go with the replies. (A static member that comes back with other topics
+        is given what it had before.)"""
         mediator = self.mediator
         assert mediator is not None  # noqa: S101
         there = self.cluster.topics()
@@ -183,12 +184,12 @@ class _Orchestrating(RetryingConsumer):
                 create(topic, waiting(delay), {})
             topics.append(topic)
             not_before[name] = partial(_due, delay)
-        mains = (*self.mains[:2], *topics)
-        return super(_Orchestrating, replace(self, topics=mains, not_before=not_before)).prepare()
+        beside = {mediator.replies.name: topics}
+        return super(_Orchestrating, replace(self, co_partitioned=beside, not_before=not_before)).prepare()
 
 
 def _delay(name: str) -> float:
-    """The seconds for which timeouts wait in a topic of this name."""
+    """The seconds for which timeouts wait in a topic of this name; 0 in any other one."""
     found = TIMEOUTS.search(name)
     return 0.0 if found is None else int(found[1]) / (1 if found[2] == "s" else 1000)
 
@@ -207,8 +208,8 @@ class _Handler:
     def __call__(self, states: Mapping[str, ProcessState], record: Record[Any]) -> Mapping[str, ProcessState]:
         value = record.value
         if value is None:
-            raise LabkitError("an initial event, a reply and a timeout have a value")
-        instance = value.id if isinstance(value, StepReply | StepTimeout) else record.key
+            raise LabkitError("an initial event, and a reply, have a value")
+        instance = value.id if isinstance(value, StepReply) else record.key
         if not instance:
             raise LabkitError("an initial event has a key: the id of its instance")
         before = states.get(instance)
@@ -224,7 +225,7 @@ class _Handler:
     def next(self, state: ProcessState | None, instance: str, record: Record[Any]) -> ProcessState:
         """What this record makes of a state. Raises LabkitError: then it makes nothing of it."""
         value = record.value
-        if not isinstance(value, StepReply | StepTimeout):
+        if not isinstance(value, StepReply):
             parser(self.mediator.initial.value)(encode(value))  # what no processor could read begins nothing
             if state is not None:
                 return came_again(state, instance, value)
@@ -234,9 +235,10 @@ class _Handler:
                 f"no instance {instance!r} is known in partition {record.partition}: either it never began, or this "
                 "lies in the wrong partition. A reply goes to the partition number that its command says"
             )
-        if isinstance(value, StepTimeout):
-            return timed_out(state, value, self.mediator.asks, record.timestamp)
-        return answered(self.process(state, instance), state, value, record.timestamp)
+        if value.result == "no answer" and not state.awaits(value.number):
+            return state  # it was answered in time
+        now = record.timestamp + _delay(record.topic)  # of a timeout: when its time was over, not when it was sent
+        return answered(self.process(state, instance), state, value, self.mediator.asks, now)
 
     def process(self, state: ProcessState, instance: str) -> Process:
         """The version by which an instance goes. Raises LabkitError."""
@@ -254,7 +256,7 @@ class _Handler:
         step.commands.send(
             StepCommand(instance, step.name, asked.action, state.number, state.value, partition), key=instance
         )
-        timeout = StepTimeout(instance, step.name, asked.action, state.number)
+        timeout = StepReply(instance, step.name, asked.action, state.number, "no answer")
         self.mediator.timeouts(step.timeout).send(timeout, key=instance, partition=partition)
 
     def call_a_person(self, instance: str, state: ProcessState, record: Record[Any]) -> None:

@@ -24,7 +24,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.retries import FOREVER, Policy, blocking, exponential
 
 Action: TypeAlias = Literal["do", "cancel", "undo"]
-Result: TypeAlias = Literal["done", "failed", "cancelled", "unknown", "undone", "ask again"]
+Result: TypeAlias = Literal["done", "failed", "cancelled", "unknown", "undone", "no answer", "ask again"]
 Status: TypeAlias = Literal["running", "cancelling", "compensating", "completed", "compensated", "needs a person"]
 
 ANSWERS: Mapping[Action, tuple[Result, ...]] = {
@@ -103,7 +103,8 @@ class StepCommand(msgspec.Struct, frozen=True):
 
 
 class StepReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A processor's answer. A person's, who replays a dead letter, is "ask again"."""
+    """A processor's answer. A timeout's is "no answer": the reply that comes when its time is over, if no other has
+    come. A person's, who replays a dead letter, is "ask again"."""
 
     id: str
     step: str
@@ -111,15 +112,6 @@ class StepReply(msgspec.Struct, frozen=True, omit_defaults=True):
     number: int
     result: Result
     detail: Any = None
-
-
-class StepTimeout(msgspec.Struct, frozen=True):
-    """The time for an answer is over."""
-
-    id: str
-    step: str
-    action: Action
-    number: int
 
 
 # -- The state ---------------------------------------------------------------------------------------------------------
@@ -170,6 +162,10 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
         """Whether nothing more will come."""
         return self.status in ("completed", "compensated")
 
+    def awaits(self, number: int) -> bool:
+        """Whether an answer to this question would decide something."""
+        return number == self.number and self.questions[-1].answer in (None, "unknown")
+
     @property
     def done(self) -> dict[str, float]:
         """The steps that were done, and when that was known."""
@@ -203,7 +199,7 @@ def begin(process: Process, value: Any, now: float) -> ProcessState:
     return ProcessState(process.version, "running", value, (first,))
 
 
-def answered(process: Process, state: ProcessState, reply: StepReply, now: float) -> ProcessState:
+def answered(process: Process, state: ProcessState, reply: StepReply, asks: int, now: float) -> ProcessState:
     """A reply has come. Raises LabkitError for one that answers nothing that was asked."""
     asked = state.questions[reply.number - 1] if 1 <= reply.number <= state.number else None
     if asked is None or (asked.step, asked.action) != (reply.step, reply.action):
@@ -211,13 +207,15 @@ def answered(process: Process, state: ProcessState, reply: StepReply, now: float
             f"{reply.id} has not asked step {reply.step} to {reply.action} with number {reply.number}: the reply is of "
             "another processor, or of another mediator's instance. A processor repeats what its command says"
         )
-    last = reply.number == state.number
     if reply.result == "ask again":
-        waits = last and state.status == "needs a person"
+        waits = reply.number == state.number and state.status == "needs a person"
         return _ask(state, asked.step, asked.action, now) if waits else _ignored(state)
+    if reply.result == "no answer":
+        waits = state.awaits(reply.number) and state.status != "needs a person"
+        return _timed_out(state, asks, now) if waits else state
     if reply.result not in ANSWERS[reply.action]:
         raise LabkitError(f"{reply.id}: to {reply.action} is answered {ANSWERS[reply.action]}, not {reply.result!r}")
-    if not last or asked.answer not in (None, "unknown"):
+    if not state.awaits(reply.number):
         return _ignored(state)
     answer = replace(asked, answer=reply.result, answered=now, detail=reply.detail)
     state = replace(state, questions=(*state.questions[:-1], answer))
@@ -235,20 +233,6 @@ def answered(process: Process, state: ProcessState, reply: StepReply, now: float
     return state  # unknown: it is asked again when the time for an answer is over
 
 
-def timed_out(state: ProcessState, timeout: StepTimeout, asks: int, now: float) -> ProcessState:
-    """The time for an answer is over. That proves nothing: a step may be done all the same, so it is asked to cancel,
-    and its answer decides."""
-    last = state.questions[-1]
-    if timeout.number != state.number or state.status != WAITS[last.action] or last.answer not in (None, "unknown"):
-        return state  # it was answered in time
-    if last.action == "do":
-        return _ask(state, last.step, "cancel", now)
-    if state.times_asked < asks:
-        return _ask(state, last.step, last.action, now)
-    why = f"{last.step} was asked {state.times_asked} times to {last.action}, without an answer that decides"
-    return replace(state, status="needs a person", trouble=why)
-
-
 def came_again(state: ProcessState, instance: str, value: Any) -> ProcessState:
     """An initial event of an id that is there. Raises LabkitError when it is another event."""
     if value != state.value:
@@ -259,6 +243,17 @@ def came_again(state: ProcessState, instance: str, value: Any) -> ProcessState:
 def _ask(state: ProcessState, step: str, action: Action, now: float) -> ProcessState:
     questions = (*state.questions, Question(step, action, now))
     return replace(state, status=WAITS[action], questions=questions, trouble="")
+
+
+def _timed_out(state: ProcessState, asks: int, now: float) -> ProcessState:
+    """A timeout proves nothing: the step may be done all the same. So it is asked to cancel, and its answer decides."""
+    last = state.questions[-1]
+    if last.action == "do":
+        return _ask(state, last.step, "cancel", now)
+    if state.times_asked < asks:
+        return _ask(state, last.step, last.action, now)
+    why = f"{last.step} was asked {state.times_asked} times to {last.action}, without an answer that decides"
+    return replace(state, status="needs a person", trouble=why)
 
 
 def _ignored(state: ProcessState) -> ProcessState:

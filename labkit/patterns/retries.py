@@ -187,7 +187,12 @@ class RetryingConsumer(Consumer):
         return [
             *own,
             *(topic for topic in self.co_partitioned.get(main.name, ()) if self.is_left(main, topic.name, names)),
+            *self._given(main),
         ]
+
+    def _given(self, main: Topic[Any]) -> list[Topic[Any]]:
+        """Topics beside this one that it was given: those whose records wait for a time that it was told."""
+        return [topic for topic in self.co_partitioned.get(main.name, ()) if topic.name in self.not_before]
 
     def policy(self, topic: Topic[Any]) -> Policy:
         """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
@@ -225,7 +230,7 @@ class RetryingConsumer(Consumer):
             if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
                 names = ", ".join(one.name for one in left)
                 raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
-            beside[main.name] = [*own, *left]
+            beside[main.name] = [*own, *left, *self._given(main)]
             check_read(main, beside[main.name], there)
             check_partitions(kept, 1, "nobody could read it as a whole;", there)
             for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in left)):

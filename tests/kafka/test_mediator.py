@@ -5,16 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-from consuming import Member
-from mediating import STEPS, Orders
+from confluent_kafka.admin import NewPartitions
+from consuming import Member, Process, crash_points, fresh_group, fresh_topic
+from mediating import LONG, STEPS, Orders, process
 from processes import wait_until
 from stores import raw
 
-from labkit.kafka.cluster import Cluster
+from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.consumer.steps import Step
+from labkit.kafka.errors import LabkitError, TopicMismatch, TopicMissing
 from labkit.patterns.dead_letters import DeadLetters
-from labkit.patterns.mediator_states import StepReply
+from labkit.patterns.mediator_states import ProcessState, StepReply
 
 
 @contextmanager
@@ -222,3 +228,184 @@ def test_a_processor_that_is_away_for_long_is_waited_for(hasty: Orders) -> None:
         letters.replay()
         wait_until(lambda: not letters, what="the letter to go")
     hasty.check({"l1"}, of="l1")
+
+
+# -- killed, frozen, fenced
+
+
+STEPS_OF_A_TRANSACTION = [Step.HANDLED, Step.COMMITTING, Step.OFFSETS_SENT, Step.FLUSHED, Step.COMMITTED]
+FIRST = {(Step.HANDLED, "kill"), (Step.FLUSHED, "kill"), (Step.COMMITTED, "kill"), (Step.FLUSHED, "freeze")}
+
+
+class MemberProcess(Process):
+    script = "mediator_member.py"
+
+
+def crashing(orders: Orders, **options: Any) -> MemberProcess:
+    """A mediator, or a step's processor, in a process of its own."""
+    return MemberProcess(orders.mediator.initial, orders.mediator.group, **orders.options(), **options)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("step", "how"), crash_points(STEPS_OF_A_TRANSACTION, FIRST))
+def test_a_mediator_that_is_killed_or_frozen_at_a_step_loses_and_doubles_nothing(
+    cluster: Cluster, tmp_path: Path, step: Step, how: str, count: int
+) -> None:
+    """correctness 19: at its first event, and at replies. Some orders are compensated."""
+    orders = Orders(cluster, tmp_path)
+    orders.services["reserve"].refuses = {"m2"}
+    orders.place("m1", "m2")
+    with orders.processors(), crashing(orders, crash_at=step.value, crash_how=how, crash_count=count) as crashed:
+        crashed.wait_for(step, count)
+        if how == "kill":
+            assert crashed.ends() == -9
+        with Member(orders.consumer()):
+            orders.place("m3")
+            orders.wait(m1="completed", m2="compensated", m3="completed")
+        if how == "freeze":
+            crashed.thaw()
+            assert crashed.ends() == 1
+    orders.check({"m1", "m3"}, {"m2": {"charge"}})
+
+
+@pytest.mark.parametrize(
+    ("step", "how"), crash_points([Step.HANDLED, Step.FLUSHED, Step.COMMITTED], {(Step.HANDLED, "kill")})
+)
+def test_a_processor_that_is_killed_or_frozen_at_a_step_has_each_effect_once(
+    cluster: Cluster, tmp_path: Path, step: Step, how: str
+) -> None:
+    """Its effect is there and its reply is not, or both."""
+    orders = Orders(cluster, tmp_path)
+    orders.place("n1", "n2")
+    options = {"step": "reserve", "crash_at": step.value, "crash_how": how}
+    with running(orders, "charge", "ship"), crashing(orders, **options) as crashed:
+        crashed.wait_for(step)
+        if how == "kill":
+            assert crashed.ends() == -9
+        with Member(orders.processor("reserve")):
+            orders.wait(n1="completed", n2="completed")
+        if how == "freeze":
+            crashed.thaw()
+            assert crashed.ends() == 1
+    orders.check({"n1", "n2"})
+
+
+def test_a_timeout_outlives_the_mediator(cluster: Cluster, tmp_path: Path) -> None:
+    """correctness 11, 42: the mediator is killed while it waits for a step that is down; nothing is lost, nor early."""
+    orders = Orders(cluster, tmp_path, timeout=1.0)
+    orders.place("o1")
+    with orders.processors("charge", "ship"):
+        with crashing(orders) as killed:
+            orders.wait(o1="running")
+            wait_until(lambda: orders.states()["o1"].step == "reserve", what="the step that is down")
+            killed.popen.kill()
+        with Member(orders.consumer()) as member:
+            member.journal.wait(lambda: orders.states()["o1"].status == "cancelling", what="the timeout")
+            with Member(orders.processor("reserve")):
+                orders.wait(o1="completed")
+    do, cancel = orders.states()["o1"].questions[1:3]
+    assert (do.step, do.action, cancel.step, cancel.action) == ("reserve", "do", "reserve", "cancel")
+    assert cancel.asked >= do.asked + 1.0
+    orders.check({"o1"})
+
+
+def test_of_two_mediators_in_one_slot_the_older_one_ends(cluster: Cluster, tmp_path: Path) -> None:
+    orders = Orders(cluster, tmp_path)
+    with orders.processors(), crashing(orders) as older:
+        orders.place("p1")
+        orders.wait(p1="completed")
+        with Member(orders.consumer()):
+            orders.place("p2", "p3")
+            assert older.ends(60) == 1
+            orders.wait(p2="completed", p3="completed")
+    orders.check({"p1", "p2", "p3"})
+
+
+# -- definitions and topics that change
+
+
+def test_orders_under_way_go_on_by_the_version_they_began_with(cluster: Cluster, tmp_path: Path) -> None:
+    """Another order of steps, another timeout. Without the old version, replies to it are dead letters, and count once
+    it is back and they are replayed."""
+    orders = Orders(cluster, tmp_path)
+    old = orders.mediator
+    new = process(dict(reversed(orders.commands.items())), version=2, timeout=LONG / 2)
+    with orders.processors("charge"):
+        with Member(orders.consumer()):
+            orders.place("q1")
+            orders.wait(q1="running")
+            wait_until(lambda: orders.states()["q1"].step == "reserve", what="the second step")
+        orders.mediator = replace(old, processes=[new])
+        with orders.processors("reserve", "ship"), Member(orders.consumer()):
+            orders.place("q2")
+            orders.wait(q2="completed")
+            with orders.mediator.dead_letters() as letters:
+                wait_until(lambda: letters_of(letters) == ["q1"], what="a letter of the old version")
+        orders.mediator = replace(old, processes=[*old.processes, new])
+        with running(orders, "reserve", "ship"), orders.mediator.dead_letters() as letters:
+            letters.replay()
+            orders.wait(q1="completed")
+            wait_until(lambda: not letters, what="the letter to go")
+    orders.check({"q1", "q2"})
+    assert list(orders.states()["q1"].done) == ["charge", "reserve", "ship"]
+    assert list(orders.states()["q2"].done) == ["ship", "reserve", "charge"]
+
+
+def test_a_timeout_of_an_earlier_definition_is_heard(cluster: Cluster, tmp_path: Path) -> None:
+    """The duration was changed in place: what waits in the topic of the old one is read."""
+    orders = Orders(cluster, tmp_path, timeout=1.0)
+    orders.place("r1")
+    with Member(orders.consumer()):
+        orders.wait(r1="running")
+    orders.mediator = replace(orders.mediator, processes=[process(orders.commands, timeout=LONG)])
+    with running(orders):
+        orders.wait(r1="completed")
+    orders.check({"r1"})
+
+
+def test_partitions_added_to_the_initial_events_end_the_mediator(cluster: Cluster, tmp_path: Path) -> None:
+    """Ids have moved away from their state: it says so, also to who starts it again."""
+    orders = Orders(cluster, tmp_path)
+    orders.place("s1")
+    member = Member(orders.consumer())
+    member.__enter__()
+    orders.wait(s1="running")
+    (future,) = admin(cluster).create_partitions([NewPartitions(orders.mediator.initial.name, 2)]).values()
+    future.result(10)
+    assert isinstance(member.ends(60), TopicMismatch)
+    with pytest.raises(TopicMismatch, match="same number"):
+        orders.consumer().prepare()
+
+
+def test_what_cannot_be_orchestrated_is_refused_with_the_fix(cluster: Cluster, tmp_path: Path) -> None:
+    orders = Orders(cluster, tmp_path)
+    mediator, charge = orders.mediator, orders.commands["charge"]
+    with pytest.raises(TopicMismatch, match="same number"):
+        replace(mediator, replies=fresh_topic(cluster, 2, StepReply)).consumer("one").prepare()
+    with pytest.raises(TopicMismatch, match="compact"):
+        replace(mediator, store=fresh_topic(cluster, 1, ProcessState)).consumer("one").prepare()
+    with pytest.raises(TopicMissing):
+        replace(mediator, store=replace(mediator.store, name=fresh_group())).consumer("one").prepare()
+    newest = mediator.newest
+    for wrong in (
+        {"processes": []},
+        {"processes": [newest, newest]},
+        {"processes": [newest, replace(newest, name="other", version=2)]},
+        {"replies": mediator.store},
+        {"store": mediator.replies},
+        {"asks": 0},
+    ):
+        with pytest.raises(LabkitError):
+            replace(mediator, **wrong)
+    for steps in ((), ("charge", "charge")):
+        with pytest.raises(LabkitError):
+            replace(newest, steps=tuple(newest.step(one) for one in steps))
+    with pytest.raises(LabkitError):
+        replace(newest.step("charge"), timeout=0.0)
+    with pytest.raises(LabkitError):
+        replace(mediator, processes=[process({"charge": replace(charge, value=int)})])
+    service = orders.services["charge"]
+    with pytest.raises(LabkitError, match="undo"):
+        mediator.processor("charge", service.do, service.cancel)
+    with pytest.raises(LabkitError, match="no step"):
+        mediator.processor("bake", service.do, service.cancel, service.undo)
