@@ -1,7 +1,7 @@
 """The mediator topology, also called saga orchestration: one process knows the steps of a business event.
 
     order = Process("order", 1, (Step("charge", charges), Step("reserve", reservations), Step("invoice", invoices)))
-    mediator = Mediator(orders, replies, states, [order])
+    mediator = Mediator(orders, replies, store, [order])      # topics: initial events, StepReply, ProcessState
     lab.deploy("mediator", mediator.consumer(), replicas=2)
     lab.deploy("charge", mediator.processor("charge", do=charge, cancel=cancel_charge, undo=refund))
     mediator.states().get("17")                               # where is order 17? A local read
@@ -58,7 +58,7 @@ class Refused(LabkitError):
 class Mediator(Generic[E]):
     """Orchestrates the instances of a process: plain data, so it can travel to a pod.
 
-    `initial` has the initial events. `replies` and `states`, which is compacted, have as many partitions. `processes`
+    `initial` has the initial events. `replies` and `store`, which is compacted, have as many partitions. `processes`
     are the versions of the process: new instances begin with the newest one, each goes on by its own.
 
     What cannot go on by itself has the status "needs a person": a compensation that fails for good, and a question that

@@ -150,6 +150,7 @@ class RetryingConsumer(Consumer):
 
     `retry` is one policy, or one for each topic by its name or short name. Lag counts what waits in retry topics too.
     When it is changed, what waits in topics of the policy before is handled as well, each record when it was to be.
+    Of `co_partitioned` it takes the topics for which `not_before` tells a time.
     """
 
     retry: Policy | Mapping[str, Policy] = field(default_factory=dead_letter)
@@ -184,15 +185,8 @@ class RetryingConsumer(Consumer):
     def _beside(self, main: Topic[Any]) -> list[Topic[Any]]:
         own = self.own_topics(main)
         names = {topic.name for topic in own}
-        return [
-            *own,
-            *(topic for topic in self.co_partitioned.get(main.name, ()) if self.is_left(main, topic.name, names)),
-            *self._given(main),
-        ]
-
-    def _given(self, main: Topic[Any]) -> list[Topic[Any]]:
-        """Topics beside this one that it was given: those whose records wait for a time that it was told."""
-        return [topic for topic in self.co_partitioned.get(main.name, ()) if topic.name in self.not_before]
+        others = self.co_partitioned.get(main.name, ())
+        return [*own, *(one for one in others if one.name in self.not_before or self.is_left(main, one.name, names))]
 
     def policy(self, topic: Topic[Any]) -> Policy:
         """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
@@ -230,7 +224,8 @@ class RetryingConsumer(Consumer):
             if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
                 names = ", ".join(one.name for one in left)
                 raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
-            beside[main.name] = [*own, *left, *self._given(main)]
+            given = [one for one in self.co_partitioned.get(main.name, ()) if one.name in self.not_before]
+            beside[main.name] = [*own, *left, *given]
             check_read(main, beside[main.name], there)
             check_partitions(kept, 1, "nobody could read it as a whole;", there)
             for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in left)):

@@ -243,7 +243,7 @@ class MemberProcess(Process):
 
 def crashing(orders: Orders, **options: Any) -> MemberProcess:
     """A mediator, or a step's processor, in a process of its own."""
-    return MemberProcess(orders.mediator.initial, orders.mediator.group, **orders.options(), **options)
+    return MemberProcess(orders.mediator.initial, orders.mediator.group, **{**orders.options(), **options})
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
@@ -319,6 +319,38 @@ def test_of_two_mediators_in_one_slot_the_older_one_ends(cluster: Cluster, tmp_p
             assert older.ends(60) == 1
             orders.wait(p2="completed", p3="completed")
     orders.check({"p1", "p2", "p3"})
+
+
+@pytest.mark.long
+def test_500_orders_while_mediators_are_killed_and_scaled(cluster: Cluster, tmp_path: Path) -> None:
+    """Each ends, with each effect once; timeouts come meanwhile."""
+    orders = Orders(cluster, tmp_path, partitions=4, asks=50, timeout=2.0)
+    ids = {f"t{number}" for number in range(500)}
+    refused = {f"t{number}" for number in range(0, 500, 10)}
+    orders.services["ship"].refuses = refused
+    with orders.processors(), orders.mediator.states() as states, ExitStack() as stack:
+        states.wait_ready()
+
+        def begin(slot: str) -> MemberProcess:
+            return stack.enter_context(crashing(orders, slot=slot))
+
+        def over(many: int) -> None:
+            wait_until(lambda: sum(one.over for one in states.values()) >= many, 120, f"{many} orders")
+
+        one, two = begin("one"), begin("two")
+        orders.place(*ids)
+        for many in (50, 150, 250):
+            over(many)
+            one.popen.kill()
+            one = begin("one")
+        begin("three")
+        over(300)
+        two.popen.terminate()
+        over(400)
+        one.popen.kill()
+        begin("one")
+        over(500)
+    orders.check(ids - refused, {one: {"charge", "reserve"} for one in refused})
 
 
 # -- definitions and topics that change
