@@ -33,6 +33,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters, dead_letters_topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.patterns.mediator_states import (
+    ANSWERS,
     Process,
     ProcessState,
     Result,
@@ -295,7 +296,10 @@ class _Processor(Generic[E]):
     def result(self, command: StepCommand) -> tuple[Result, Any]:
         """What became of it, and details. Raises what the step's own function does."""
         if command.action == "cancel":
-            return self.cancel(command.id), None
+            answer = self.cancel(command.id)
+            if answer not in ANSWERS["cancel"]:
+                raise LabkitError(f"cancel of {self.step} returns one of {ANSWERS['cancel']}, not {answer!r}")
+            return answer, None
         function = self.do if command.action == "do" else self.undo
         if function is None:
             raise LabkitError(f"the processor of {self.step} has no undo=…: give it one")

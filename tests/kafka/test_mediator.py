@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 from confluent_kafka.admin import NewPartitions
 from consuming import Member, Process, crash_points, fresh_group, fresh_topic
-from mediating import LONG, STEPS, Orders, process
+from mediating import LONG, STEPS, Ledger, Orders, Service, process
 from processes import wait_until
 from stores import raw
 
+from labkit import Lab
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError, TopicMismatch, TopicMissing
 from labkit.patterns.dead_letters import DeadLetters
-from labkit.patterns.mediator_states import ProcessState, StepReply
+from labkit.patterns.mediator import Mediator
+from labkit.patterns.mediator_states import ProcessState, StepCommand, StepReply
+from labkit.runtime.connect import Connection
 
 
 @contextmanager
@@ -439,5 +442,35 @@ def test_what_cannot_be_orchestrated_is_refused_with_the_fix(cluster: Cluster, t
     service = orders.services["charge"]
     with pytest.raises(LabkitError, match="undo"):
         mediator.processor("charge", service.do, service.cancel)
+    silent = mediator.processor("charge", service.do, lambda _: None, service.undo)
+    with pytest.raises(LabkitError, match="cancel"):
+        silent.handler.result(StepCommand("1", "charge", "cancel", 2, {}, 0))
     with pytest.raises(LabkitError, match="no step"):
         mediator.processor("bake", service.do, service.cancel, service.undo)
+
+
+def test_a_mediator_and_its_processors_run_in_pods(connection: Connection, tmp_path: Path) -> None:
+    """One of the mediators is killed meanwhile."""
+    lab = Lab("mediator")
+    try:
+        commands = {name: lab.topic(name, 1, StepCommand) for name in STEPS}
+        mediator = Mediator(
+            lab.topic("orders", 2, dict[str, int]),
+            lab.topic("replies", 2, StepReply),
+            lab.topic("states", 2, ProcessState, compacted=True),
+            [process(commands)],
+        )
+        mediators = lab.deploy("mediator", mediator.consumer(), replicas=2)
+        ledger = Ledger(tmp_path / "ledger")
+        for name in STEPS:
+            service = Service(name, ledger)
+            lab.deploy(name, mediator.processor(name, service.do, service.cancel, service.undo))
+        for number in range(20):
+            mediator.initial.send({"cents": number}, key=f"u{number}")
+        mediators.pods[0].kill()
+        with mediator.states() as states:
+            states.wait_ready()
+            wait_until(lambda: [one.status for one in states.values()] == ["completed"] * 20, 60, "all orders")
+        assert len(ledger.effects()) == len(set(ledger.effects())) == 60
+    finally:
+        lab._end(0)
