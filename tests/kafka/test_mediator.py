@@ -236,6 +236,7 @@ def test_a_processor_that_is_away_for_long_is_waited_for(hasty: Orders) -> None:
 # -- killed, frozen, fenced
 
 
+PATIENCE = 80.0  # seconds for a process to get somewhere: what it needs is a second or two
 STEPS_OF_A_TRANSACTION = [Step.HANDLED, Step.COMMITTING, Step.OFFSETS_SENT, Step.FLUSHED, Step.COMMITTED]
 FIRST = {(Step.HANDLED, "kill"), (Step.FLUSHED, "kill"), (Step.COMMITTED, "kill"), (Step.FLUSHED, "freeze")}
 
@@ -259,15 +260,15 @@ def test_a_mediator_that_is_killed_or_frozen_at_a_step_loses_and_doubles_nothing
     orders.services["reserve"].refuses = {"m2"}
     orders.place("m1", "m2")
     with orders.processors(), crashing(orders, crash_at=step.value, crash_how=how, crash_count=count) as crashed:
-        crashed.wait_for(step, count)
+        crashed.wait_for(step, count, PATIENCE)
         if how == "kill":
-            assert crashed.ends() == -9
+            assert crashed.ends(PATIENCE) == -9
         with Member(orders.consumer()):
             orders.place("m3")
             orders.wait(m1="completed", m2="compensated", m3="completed")
         if how == "freeze":
             crashed.thaw()
-            assert crashed.ends() == 1
+            assert crashed.ends(PATIENCE) == 1
     orders.check({"m1", "m3"}, {"m2": {"charge"}})
 
 
@@ -282,14 +283,14 @@ def test_a_processor_that_is_killed_or_frozen_at_a_step_has_each_effect_once(
     orders.place("n1", "n2")
     options = {"step": "reserve", "crash_at": step.value, "crash_how": how}
     with running(orders, "charge", "ship"), crashing(orders, **options) as crashed:
-        crashed.wait_for(step)
+        crashed.wait_for(step, 1, PATIENCE)
         if how == "kill":
-            assert crashed.ends() == -9
+            assert crashed.ends(PATIENCE) == -9
         with Member(orders.processor("reserve")):
             orders.wait(n1="completed", n2="completed")
         if how == "freeze":
             crashed.thaw()
-            assert crashed.ends() == 1
+            assert crashed.ends(PATIENCE) == 1
     orders.check({"n1", "n2"})
 
 
@@ -319,7 +320,7 @@ def test_of_two_mediators_in_one_slot_the_older_one_ends(cluster: Cluster, tmp_p
         orders.wait(p1="completed")
         with Member(orders.consumer()):
             orders.place("p2", "p3")
-            assert older.ends(60) == 1
+            assert older.ends(PATIENCE) == 1
             orders.wait(p2="completed", p3="completed")
     orders.check({"p1", "p2", "p3"})
 
