@@ -35,15 +35,18 @@ class Topic(Generic[T]):
         """Make the topic unless it is there. Raises TopicMismatch when it is there in another way."""
         self.cluster.create_topic(self.name, self.partitions, config)
 
-    def send(self, value: T | None, key: str | None = None, headers: Headers | None = None) -> None:
-        """Queue one record through the process's producer; `flush` confirms it. A `None` value is a tombstone.
+    def send(
+        self, value: T | None, key: str | None = None, headers: Headers | None = None, partition: int = -1
+    ) -> None:
+        """Queue one record through the process's producer; `flush` confirms it. A `None` value is a tombstone. The key
+        says which partition it goes to, unless `partition` does.
 
         In a handler the record is held until the handler has returned, and is confirmed before the commit: no flush is
         needed; exactly once, it goes out in one transaction with the record's offset. What cannot be sent raises here,
         as the handler's own failure. If the broker refuses a record later, the consumer ends with DeliveryFailed and
         commits nothing of it: nobody knows any more whose record it was. (Exactly once its record is set aside.)
         """
-        producer(self.cluster).send(self.name, None if value is None else encode(value), key, headers)
+        producer(self.cluster).send(self.name, None if value is None else encode(value), key, headers, partition)
 
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until everything this process sent is confirmed. Raises DeliveryFailed."""

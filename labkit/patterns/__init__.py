@@ -1,4 +1,4 @@
-"""The patterns, fit for production: retries, projections, stores, aggregation, notifications. No Jupyter anywhere."""
+"""The patterns, fit for production: retries, views, stores, aggregation, mediator, notices. No Jupyter anywhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from labkit.patterns.key_value_store import KeyValueStore as KeyValueStore
     from labkit.patterns.key_value_store import StoreClosed as StoreClosed
     from labkit.patterns.key_value_store import StoreNotReady as StoreNotReady
+    from labkit.patterns.mediator import Mediator as Mediator
+    from labkit.patterns.mediator import Refused as Refused
+    from labkit.patterns.mediator_states import Process as Process
+    from labkit.patterns.mediator_states import ProcessState as ProcessState
+    from labkit.patterns.mediator_states import Step as Step
+    from labkit.patterns.mediator_states import StepCommand as StepCommand
+    from labkit.patterns.mediator_states import StepReply as StepReply
     from labkit.patterns.notice_window import Bounds as Bounds
     from labkit.patterns.notifications import Notifications as Notifications
     from labkit.patterns.notifications import Outcome as Outcome
@@ -41,6 +48,8 @@ else:
             "consume_and_project": "Projection Staleness",
             "dead_letters": "DeadLetters",
             "key_value_store": "KeyValueStore StoreClosed StoreNotReady",
+            "mediator": "Mediator Refused",
+            "mediator_states": "Process ProcessState Step StepCommand StepReply",
             "notice_window": "Bounds",
             "notifications": "Notifications Outcome",
             "retries": "Policy RetryingConsumer blocking dead_letter exponential fixed retry_topics",

@@ -150,6 +150,7 @@ class RetryingConsumer(Consumer):
 
     `retry` is one policy, or one for each topic by its name or short name. Lag counts what waits in retry topics too.
     When it is changed, what waits in topics of the policy before is handled as well, each record when it was to be.
+    Of `co_partitioned` it takes the topics for which `not_before` tells a time.
     """
 
     retry: Policy | Mapping[str, Policy] = field(default_factory=dead_letter)
@@ -184,10 +185,8 @@ class RetryingConsumer(Consumer):
     def _beside(self, main: Topic[Any]) -> list[Topic[Any]]:
         own = self.own_topics(main)
         names = {topic.name for topic in own}
-        return [
-            *own,
-            *(topic for topic in self.co_partitioned.get(main.name, ()) if self.is_left(main, topic.name, names)),
-        ]
+        others = self.co_partitioned.get(main.name, ())
+        return [*own, *(one for one in others if one.name in self.not_before or self.is_left(main, one.name, names))]
 
     def policy(self, topic: Topic[Any]) -> Policy:
         """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
@@ -200,7 +199,7 @@ class RetryingConsumer(Consumer):
 
     def own_topics(self, topic: Topic[Any]) -> list[Topic[Any]]:
         """Where replayed records of this topic come back, then its retry topics in order: as many partitions."""
-        names = [f"retry{n}-{_written(seconds)}" for n, seconds in enumerate(self.policy(topic).topics, 1)]
+        names = [f"retry{n}-{written(seconds)}" for n, seconds in enumerate(self.policy(topic).topics, 1)]
         retries = [replace(topic, name=own_topic(topic.name, self.group, name)) for name in names]
         return [replay_topic(topic, self.group), *retries]
 
@@ -225,7 +224,8 @@ class RetryingConsumer(Consumer):
             if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
                 names = ", ".join(one.name for one in left)
                 raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
-            beside[main.name] = [*own, *left]
+            given = [one for one in self.co_partitioned.get(main.name, ()) if one.name in self.not_before]
+            beside[main.name] = [*own, *left, *given]
             check_read(main, beside[main.name], there)
             check_partitions(kept, 1, "nobody could read it as a whole;", there)
             for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in left)):
@@ -257,7 +257,7 @@ class RetryingConsumer(Consumer):
         ready = self.prepare()
         with _Retries(ready) as retries:
             has_state = self.store is not None
-            not_before = {} if has_state else {**self.not_before, **retries.not_before()}
+            not_before = ready.not_before if has_state else {**ready.not_before, **retries.not_before()}
             on_change = _both(self.on_change, retries.on_change)
             handle: Callable[..., Any] = retries.handle_with_state if has_state else retries.handle
             bound = replace(
@@ -266,7 +266,7 @@ class RetryingConsumer(Consumer):
             Consumer.run(bound, stop, report)
 
 
-def _written(seconds: float) -> str:
+def written(seconds: float) -> str:
     """A delay in a topic's name, where no dot may be: whole seconds or milliseconds."""
     return f"{seconds:.0f}s" if seconds == int(seconds) else f"{seconds * 1000:.0f}ms"
 

@@ -232,7 +232,7 @@ def test_a_replayed_record_leaves_the_queue_in_its_transaction(cluster: Cluster)
 
 def test_what_makes_no_sense_with_a_state_is_refused_when_it_is_made(cluster: Cluster) -> None:
     topic, store = fresh_topic(cluster), store_topic(cluster, 1, int)
-    for options in ({"guarantee": "at least once"}, {"order": "key"}, {"not_before": {topic.name: lambda _: 0.0}}):
+    for options in ({"guarantee": "at least once"}, {"order": "key"}):
         with pytest.raises(LabkitError):
             exactly_once(topic, print, "group", store=store, **options)
     with pytest.raises(LabkitError):

@@ -141,6 +141,12 @@ class Partition:
         self.next_offset = max(self.next_offset, end)
         self.at_end = True
 
+    def finish(self, message: Message) -> None:
+        """A handler with state is done with this record, and with all before it."""
+        self.next_offset = max(self.next_offset, message.offset() + 1)
+        if lane := self.lanes.get(None):  # it has waited for its time there
+            lane.queue.popleft()
+
     def rest(self, lane: Lane) -> bool:
         """Let a worker give up a lane that is empty, or whose partition is gone. False when there is more to do."""
         with self.lock:

@@ -94,13 +94,16 @@ class Loop:
                 on_revoke=self.guarded(self.assignment.revoked),
                 on_lost=self.guarded(self.assignment.lost),
             )
-            self.workers.start()
+            if self.states is None:
+                self.workers.start()
             threading.Thread(target=self.watch_identity, name="identity of topics", daemon=True).start()
             while not shared.stop.is_set() and shared.fatal is None:
                 now = time.monotonic()
                 shared.clock += min(now - before, 1.0)
                 before = now
                 self.workers.resume(now)
+                if self.states is not None:
+                    self.states.go_on()
                 self.watch_deadlines()
                 for messages in self.fetch():
                     self.dispatch(messages)

@@ -73,7 +73,8 @@ class Spec:
     With `batch` it is `handler(state, messages)`: messages as they came, of one partition; state and changes are bytes
     by bytes. If it raises, the halves of the batch come, down to the record that it fails on."""
     not_before: Mapping[str, Callable[[Record[Any]], float]] = field(default_factory=dict)
-    """By topic: a record's time, in seconds since 1970, before which the handler is not called; its lane waits."""
+    """By topic: a record's time, in seconds since 1970, before which the handler is not called; its lane waits. With a
+    store the lane is the partition."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -118,10 +119,6 @@ class Spec:
             raise LabkitError('a state is committed with the offsets: a store needs guarantee="exactly once"')
         if self.order == "key":
             raise LabkitError("a handler with state takes its records in order of the partition: leave out order='key'")
-        if self.not_before:
-            raise LabkitError(
-                "a handler with state is called at once, no record waits for its time: leave out not_before"
-            )
         if store.cluster != self.cluster:
             raise LabkitError(f"store {store.short} must be on the cluster of the topics: one transaction writes both")
         if store in self.sources:

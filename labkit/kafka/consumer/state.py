@@ -7,6 +7,9 @@ newest value of each changed key is an output of the next transaction.
 
 As one thread polls, calls the handler and commits, positions and state are one cut, and nothing is locked. The price is
 that such a handler must be quick, and has nobody to wait for.
+
+A record that is to wait for its time (`not_before`) waits in its partition's lane, uncommitted, and holds up what is
+behind it there. Other partitions go on, those of the same number too.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from labkit.kafka.consumer.commits import Commits
 from labkit.kafka.consumer.failures import FailedRecord, Retry, SetAside, Stop
-from labkit.kafka.consumer.lanes import Partition
+from labkit.kafka.consumer.lanes import Lane, Partition
 from labkit.kafka.consumer.run import Run
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Step
@@ -158,6 +162,7 @@ class StateHandler:
         self.store = store
         self.parse = parser(store.value)
         self.most = most_bytes(store)
+        self.due = {name: (of, workers.decode[name]) for name, of in run.spec.not_before.items()}
         self.at_once = FIRST  # so many records are to be fetched: what the handler does in a slice, or less
         self.done, self.took = 0, 0.0  # records of this turn, and seconds for them
         self.context: HandlerContext
@@ -166,25 +171,63 @@ class StateHandler:
 
     def handle(self, partition: Partition, messages: list[Message]) -> None:
         """Handle what was fetched. What would take too long is fetched again: meanwhile the loop polls and commits."""
+        if partition.topic in self.spec.not_before:
+            for lane in partition.add(messages, by_key=False):
+                self._handle_due(lane)
+            return
         messages = partition.unseen(messages)
         if not messages:
             return
         partition.at_end = False
-        self.context = HandlerContext(self.commits.producer, refuses=self.commits.refuses)
-        token = handling.set(self.context)
-        began, done = time.monotonic(), 0
-        try:
+        with self._called_in() as until:
+            done = 0
             while done < len(messages) and self.run.fatal is None:
-                if done and time.monotonic() - began > SLICE:  # it has become slow
+                if done and time.monotonic() > until:  # it has become slow
                     partition.seeking = True
                     break
                 many = min(self.spec.batch or 1, self.at_once)
-                part = self._announced(messages[done : done + many], began + SLICE)
+                part = self._announced(messages[done : done + many], until)
                 self._attempt(partition, part)
                 done += len(part)
+            self.done += done
+
+    def go_on(self) -> None:
+        """Handle what has waited for its time, and what is behind it."""
+        ready = self.workers.ready
+        for _ in range(ready.qsize()):  # a lane that wants more comes back at the next turn
+            with suppress(Empty):
+                if (lane := ready.get_nowait()) is not None:
+                    self._handle_due(lane)
+
+    def _handle_due(self, lane: Lane) -> None:
+        """Handle the records of a lane one by one, until the next one is to wait."""
+        partition, (not_before, decode) = lane.partition, self.due[lane.partition.topic]
+        with self._called_in() as until:
+            while self.run.fatal is None and not partition.rest(lane):
+                message = lane.queue[0]
+                try:
+                    if self.workers.waits(lane, not_before(decode(message))):
+                        return
+                except Exception as error:  # of who tells the time, too
+                    self.context.record = None
+                    self._failed(partition, (message,), error)
+                else:
+                    self._attempt(partition, self._announced([message], until))
+                self.done += 1
+                if time.monotonic() > until:
+                    self.workers.ready.put(lane)
+                    return
+
+    @contextmanager
+    def _called_in(self) -> Iterator[float]:
+        """What the handler is called in; until when, as time.monotonic() counts, the loop lets it be called."""
+        self.context = HandlerContext(self.commits.producer, refuses=self.commits.refuses)
+        token, began = handling.set(self.context), time.monotonic()
+        try:
+            yield began + SLICE
         finally:
             handling.reset(token)
-        self.done, self.took = self.done + done, self.took + time.monotonic() - began
+        self.took += time.monotonic() - began
 
     def adapt(self) -> None:
         """The turn is over: how many records may come in the next one? More only if this one was full: how long many
@@ -238,7 +281,7 @@ class StateHandler:
             self.commits.publish(partition, messages, outputs)
         if changes:
             state.apply(changes)
-        partition.next_offset = messages[-1].offset() + 1
+        partition.finish(messages[-1])
         if self.run.hooks:
             for message in messages:
                 self._tell(Step.HANDLED, message)
@@ -301,7 +344,7 @@ class StateHandler:
             case SetAside():
                 self.context.record = record or Record(message, None, None)  # the cause of its copy
                 self.commits.set_aside(partition, message, decision, lambda _: None)
-                partition.next_offset = message.offset() + 1
+                partition.finish(message)
                 self.run.report(Step.RECOVERED, failed)
             case Stop(other):
                 self.run.end(other or error)

@@ -135,7 +135,7 @@ class Workers:
             message, record = queue[0], None
             try:
                 record = context.record = decode(message)  # what its handler sends names it as the cause
-                if not_before is not None and self._waits(lane, not_before(record)):
+                if not_before is not None and self.waits(lane, not_before(record)):
                     return False
                 if hooks:
                     context.collecting = False  # what a hook sends is no output of the record
@@ -394,7 +394,7 @@ class Workers:
                 lane.to(LaneState.RUNNING)
                 self.ready.put(lane)
 
-    def _waits(self, lane: Lane, due: float) -> bool:
+    def waits(self, lane: Lane, due: float) -> bool:
         """Whether its first record is not due yet (seconds since 1970); then the lane waits, and nothing has failed."""
         left = due - time.time()
         if left <= 0:
