@@ -32,6 +32,7 @@ def test_one_record_is_waited_for_and_then_what_is_there_already(records: int, a
     client = Client(records)
     loop.client, loop.batch, loop.states = client, 500, None  # type: ignore[assignment]
     loop.workers = SimpleNamespace(next_due=lambda: None)  # type: ignore[assignment]
+    loop.shared = SimpleNamespace(more=False)  # type: ignore[assignment]
     loop.assignment = SimpleNamespace(newly_assigned=set())  # type: ignore[assignment]
     assert sum(map(len, loop.fetch())) == records
     assert client.asked == asked
