@@ -76,6 +76,21 @@ broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
 """
 
+# The controller alone, on the data of a broker that was killed: it misses the broker after half a second.
+CONTROLLER = f"""\
+process.roles=controller
+node.id={NODE}
+controller.quorum.voters={NODE}@{HOST}:{{controller_port}}
+listeners=CONTROLLER://{HOST}:{{controller_port}}
+controller.listener.names=CONTROLLER
+listener.security.protocol.map=CONTROLLER:PLAINTEXT
+log.dirs=../data
+broker.session.timeout.ms=500
+broker.heartbeat.interval.ms=250
+"""
+# What a controller logs that misses a broker: that it does, and then that this is written.
+FENCING, FENCED = "Fencing broker", "fenced=1"
+
 LOGGING = """\
 status=error
 appender.c.type=Console
@@ -84,6 +99,12 @@ appender.c.layout.type=PatternLayout
 appender.c.layout.pattern=%d{yyyy-MM-dd HH:mm:ss.SSS} %p %c{1} %m%n
 rootLogger.level=WARN
 rootLogger.appenderRef.c.ref=c
+"""
+
+
+LOGGING_FENCED = """\
+logger.f.name=org.apache.kafka.controller
+logger.f.level=INFO
 """
 
 
@@ -269,6 +290,34 @@ class Broker:
     def write_settings(self) -> None:
         text = PROPERTIES.format(port=self.port, controller_port=self.controller_port)
         (self.folder / "server.properties").write_text(text + self.extra)
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether it ran, and did not end in good order."""
+        return self.log.exists() and not (self.folder / "data" / ".kafka_cleanshutdown").exists()
+
+    def fence(self, kafka: Kafka) -> None:
+        """Let the controller miss a broker that was killed, before it starts again: 2 s. Raises LabkitError.
+
+        Kafka loads transactions as soon as it starts, when it still believes in the leaders of before. Soon it misses
+        them. Then Kafka 4.3 takes the partitions of a transaction that was being committed for deleted ones, and says
+        it is committed, but no partition has the marker: readers of committed records wait there for ever. With no
+        leaders to begin with, it loads transactions when there are leaders again.
+        """
+        folder = self.folder / "fencing"
+        folder.mkdir(exist_ok=True)
+        (folder / "server.properties").write_text(CONTROLLER.format(controller_port=self.controller_port))
+        (folder / "log4j2.properties").write_text(LOGGING + LOGGING_FENCED)
+        log = folder / "controller.log"
+        log.write_text("")
+        deadline = time.monotonic() + START_SECONDS
+        with Child(kafka.command(folder), cwd=folder, output=log) as controller:
+            while FENCED not in log.read_text(errors="replace").partition(FENCING)[2]:
+                if controller.poll() is not None or time.monotonic() > deadline:
+                    raise LabkitError(f"Kafka's controller did not start after a kill. Its log says:\n{log_tail(log)}")
+                time.sleep(0.01)  # nothing tells when another process writes
+            controller.terminate()
+            controller.wait(START_SECONDS)
 
     def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:
         """Wait until the broker answers metadata requests; `lives` tells whether its process still runs.

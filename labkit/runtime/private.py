@@ -53,6 +53,8 @@ class PrivateBroker(Server):
         self._broker.write_settings()
 
     def _launch(self) -> Child:
+        if self._broker.was_killed:
+            self._broker.fence(self._kafka)
         return Child(self._kafka.command(self.folder), cwd=self.folder, output=self._broker.log)
 
     def _wait_until_ready(self, child: Child) -> None:

@@ -159,6 +159,8 @@ def _start(kafka: Kafka, home: Path) -> Lease:
     (folder / "users").mkdir(exist_ok=True)
     facts = {"cluster_id": broker.cluster_id, "port": broker.port, "controller_port": broker.controller_port}
     (folder / "broker.json").write_text(json.dumps(facts))
+    if broker.was_killed:
+        broker.fence(kafka)
     lease = Lease(broker)  # before there is a supervisor, which is not to see a moment without a user
     try:
         with (folder / "supervisor").open("wb") as lock, broker.log.open("ab") as log:

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from consuming import Member, fresh_group, fresh_topic, put
 from processes import is_alive, processes_of, wait_until
@@ -74,6 +76,39 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
     assert broker.state is ServerState.RUNNING
     with Reader(topic) as reader:
         assert sorted(record.value for record in reader.rest()) == list(range(1000))
+
+
+@pytest.mark.long
+@pytest.mark.long
+def test_killed_amid_commits_it_writes_their_markers_when_it_is_back(broker: PrivateBroker) -> None:
+    """Else whoever reads committed records waits for ever, and so does a group for its offsets."""
+    topic = fresh_topic(broker.cluster, 40)
+    committed, stop = threading.Event(), threading.Event()
+
+    def commit(name: int) -> None:
+        settings = {"transactional.id": f"producer-{name}", "transaction.timeout.ms": 5000, "retry.backoff.ms": 1}
+        client = Producer(broker.cluster.config({**settings, "delivery.timeout.ms": 5000}))
+        client.init_transactions(30)
+        with suppress(KafkaException):  # of a client whose broker is killed
+            while not stop.is_set():
+                client.begin_transaction()
+                for partition in range(topic.partitions):
+                    client.produce(topic.name, b"1", partition=partition)
+                client.commit_transaction(30)
+                committed.set()
+
+    committing = [threading.Thread(target=commit, args=(name,), daemon=True) for name in range(8)]
+    for thread in committing:
+        thread.start()
+    assert committed.wait(30)
+    broker.kill()
+    stop.set()
+    broker.restart()
+    for thread in committing:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in committing)
+    with Reader(topic) as reader:
+        assert reader.rest()
 
 
 @pytest.mark.long
