@@ -21,12 +21,7 @@ class GroupEntries(Mapping[str, V]):
 
     def __init__(self, topic: Topic[Any], group: str, kept: Topic[Any]) -> None:
         self.topic, self.group = topic, group
-        self.store: KeyValueStore[Any] = KeyValueStore(kept)
-        try:
-            self.store.wait_ready()
-        except BaseException:
-            self.store.close()
-            raise
+        self.store: KeyValueStore[Any] = KeyValueStore(kept).__enter__()  # loaded, or closed again
 
     @abstractmethod
     def _now(self) -> dict[str, V]:

@@ -35,7 +35,7 @@ PORTS = range(20_000, 29_000)
 TRIES = 5  # to find ports that nobody else takes meanwhile
 NODE = 1
 DAY = 86_400.0
-START_SECONDS = 60.0  # for a slow machine without the AOT cache; 0.6 s is usual
+START_SECONDS = 120.0  # for a slow machine without the AOT cache, or a busy one after kill -9; 0.6 s is usual
 
 PROPERTIES = f"""\
 process.roles=broker,controller

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from typing import Any
 
 from consuming import fresh_group
-from uploading import SECRET, Imports, advance
+from uploading import SECRET, Imports, advance, in_process
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
-from labkit.lab.travel import pack
 from labkit.patterns.aggregation import Command, ImportKey
 from labkit.services.contacts import ContactsJobs, Importer, Job, JobFinished, Progress
 from labkit.services.notifications import NotificationService
-
-RUN = """
-import sys, threading
-from labkit.lab.travel import unpack
-unpack(sys.stdin.buffer.read()).run(threading.Event(), lambda *_: print("ready", flush=True))
-"""
 
 
 class Gate:
@@ -82,19 +71,6 @@ class World(Imports):
         """Another service with a page."""
         return super().front(**{"largest": 2_000_000, "at_once": 4, **options})
 
-    @contextmanager
-    def notifying(self, front: ContactsJobs, **options: Any) -> Iterator[None]:
+    def notifying(self, front: ContactsJobs, **options: Any) -> AbstractContextManager[Any]:
         """The WebSocket service of that page, in a process, which is killed when the block ends."""
-        service = NotificationService(front.notifications_port, self.notices, SECRET, (front.url,), **options)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-c", RUN]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-            try:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write(pack(service))
-                process.stdin.close()
-                assert process.stdout.readline() == b"ready\n"
-                yield
-            finally:
-                process.kill()
+        return in_process(NotificationService(front.notifications_port, self.notices, SECRET, (front.url,), **options))

@@ -7,6 +7,7 @@ from contextlib import closing
 from io import BytesIO
 
 import pytest
+from aiohttp import web
 from consuming import Member, fresh_group, fresh_topic
 from processes import wait_until
 from uploading import FILE, Served
@@ -29,6 +30,7 @@ from labkit.services.contacts import (
     Importer,
     Job,
 )
+from labkit.services.contacts.formatting import FAULTS, FormatterMisbehaviour
 from labkit.services.http import HOST
 
 GOOGLE = (
@@ -38,6 +40,13 @@ GOOGLE = (
 FOR_EVER = blocking(exponential(0.01, cap=0.1))
 BEA = Contact("Bea", "b@example.org")
 ADA = Contact("Ada Amberwick", "a@example.org", "+1 202 555 0101")
+
+
+class Refusing(FormattingService):
+    """From its start, until it is told otherwise: told later, it would already have answered somebody."""
+
+    async def start(self, app: web.Application) -> None:
+        app[FAULTS] = [FormatterMisbehaviour(errors=1.0)]
 
 
 @pytest.fixture
@@ -80,7 +89,7 @@ def test_while_the_service_is_down_others_go_on_and_afterwards_all_is_stored_onc
     jobs: Topic[ContactsJob], dsn: str
 ) -> None:
     """At first nobody listens, then somebody refuses. Each job has a key of its own, so it is all that waits."""
-    service = FormattingService(free_ports()[0], takes=0)
+    service = Refusing(free_ports()[0], takes=0)
     reported: list[Job] = []
     with (
         Served() as served,
@@ -91,7 +100,6 @@ def test_while_the_service_is_down_others_go_on_and_afterwards_all_is_stored_onc
         contacts.send_jobs(FILE, jobs, "plain")
         wait_until(lambda: sum(job.request == "plain" for job in reported) == 10, 30, "those who need no formatting")
         served.serve(service)
-        service.faults.tell("formatting", {"errors": 1.0})
         failed = len(member.journal.of(Step.FAILED))
         member.journal.wait_for(Step.FAILED, failed + 4)
         assert contacts.stored(dsn, "google") == []

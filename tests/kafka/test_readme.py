@@ -1,4 +1,4 @@
-"""What the README says that a reader can type in."""
+"""What the README and docs/patterns.md say that a reader can type in."""
 
 from __future__ import annotations
 
@@ -10,30 +10,46 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from consuming import fresh_topic
 from stores import store_topic
 
 from labkit.kafka.cluster import Cluster
 from labkit.patterns import AtomicKeyValueStore, ImportKey, KeyValueStore
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+
+
+def programs(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+FIRST_LINES, *PATTERNS = programs("docs/patterns.md")
+
+
+def check(program: str, cluster: Cluster, folder: Path) -> None:
+    """It prints what it says, against a Kafka that has nothing yet, and once more against what it left there."""
+    says = re.findall(r"print\(.*\)  # (.*\n)", program)
+    assert len(says) == program.count("print(") > 0
+    env = {**os.environ, "KAFKA_BOOTSTRAP_SERVERS": cluster.bootstrap}
+    for _ in range(2):
+        command = [sys.executable, "-W", "error", "-c", program]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stdout) == (0, "".join(says)), done.stderr
 
 
 def test_the_program_in_the_readme_runs_as_it_stands(cluster: Cluster, tmp_path: Path) -> None:
-    """Against a Kafka that has nothing yet, and once more against what it left there."""
-    program, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    file = tmp_path / "program.py"
-    file.write_text(program)
-    env = {**os.environ, "KAFKA_BOOTSTRAP_SERVERS": cluster.bootstrap}
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", str(file)], env=env, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert (done.returncode, done.stdout) == (0, "Order(customer='ada', cents=2900)\n"), done.stderr
+    program, _ = programs("README.md")
+    check(program, cluster, tmp_path)
+
+
+@pytest.mark.parametrize("lines", PATTERNS, ids=[f"pattern {number}" for number, _ in enumerate(PATTERNS, 1)])
+def test_the_lines_of_each_pattern_run_as_they_stand(lines: str, cluster: Cluster, tmp_path: Path) -> None:
+    check(FIRST_LINES + lines, cluster, tmp_path)
 
 
 def test_the_lines_that_count_in_the_readme_count(cluster: Cluster) -> None:
-    _, lines = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    _, lines = programs("README.md")
     commands, counts = fresh_topic(cluster, 2), store_topic(cluster, 2, int)
     stop = threading.Event()
     with KeyValueStore(counts) as store, store.subscribe(lambda key, old, new: stop.set()):

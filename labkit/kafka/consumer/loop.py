@@ -36,8 +36,9 @@ BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 FULL = 0.1  # seconds a partition may stay full before it is paused
 FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records and this one hardly moves
-# A member that was replaced hears of it by the second one, which says in its text that it is the first one.
-FENCED = (KafkaError.FENCED_INSTANCE_ID, KafkaError._FATAL)
+FINAL = (KafkaError._FATAL, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
+# A fatal error comes as a message with the code _FATAL; only its text says which one it is.
+FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
 IDENTITY = 1.0  # seconds between two looks at whether its topics are still the same ones
 
 
@@ -125,10 +126,13 @@ class Loop:
         first = self.client.consume(1, patience)
         self.assignment.newly_assigned.clear()  # those were assigned before this record was taken
         yield cast(list[Message], first)
+        self.shared.more = False
         most = self.batch if self.states is None else min(self.batch, self.states.at_once)
         if first and most > 1:
             with nullcontext() if self.states is None else garbage_kept():
-                yield cast(list[Message], self.client.consume(most - 1, 0))
+                rest = self.client.consume(most - 1, 0)
+                self.shared.more = self.states is not None and len(rest) == most - 1
+                yield cast(list[Message], rest)
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
@@ -196,13 +200,9 @@ class Loop:
         elif code in NOT_JOINED:
             why = NOT_JOINED[code].format(strategy=self.commits.settings["partition.assignment.strategy"])
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot join its group: {why}"))
-        elif code in FENCED and isinstance(self.commits, ExactlyOnce):
+        elif isinstance(self.commits, ExactlyOnce) and (code == KafkaError.FENCED_INSTANCE_ID or FENCED in error.str()):
             self.shared.end(self.commits.sender.taken(error.str()))
-        elif error.fatal() or code in (
-            KafkaError._FATAL,
-            KafkaError.TOPIC_AUTHORIZATION_FAILED,
-            KafkaError.GROUP_AUTHORIZATION_FAILED,
-        ):
+        elif error.fatal() or code in FINAL:
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
         # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
 

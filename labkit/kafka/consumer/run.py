@@ -28,6 +28,7 @@ class Run:
         self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
         self.store_id = "" if spec.store is None else spec.cluster.topic_id(spec.store.name)
         self.clock = 0.0  # seconds this run has been alive: a frozen process does not age
+        self.more = False  # the thread that polls handles records itself, and more of them are there already
         self.fatal: BaseException | None = None
         self.wake = threading.Event()  # a lane ran empty, or cannot go on
 

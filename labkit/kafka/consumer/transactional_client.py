@@ -64,7 +64,7 @@ class TransactionalClient:
                     "topic.metadata.propagation.max.ms": 3000,  # else a missing topic is told after 10 s only
                     "topic.metadata.refresh.interval.ms": 1000,
                     "partitioner": "murmur2_random",
-                    "linger.ms": 0,
+                    "linger.ms": 5,  # a commit waits for nothing; with 0 each output wakes the thread that sends
                     "batch.size": min(BATCH_BYTES, most or BATCH_BYTES),
                     "retry.backoff.ms": 1,  # while the last markers are written; with 100 a commit takes 100 ms
                     "retry.backoff.max.ms": 50,

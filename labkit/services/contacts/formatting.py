@@ -6,21 +6,18 @@ It brings the names and phone numbers of Google contacts into one form. Asking i
 from __future__ import annotations
 
 import asyncio
-import http.client
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
+from labkit.services.calls import PATIENCE, post
 from labkit.services.contacts.content import Contact
 from labkit.services.faults import HttpFaults, Misbehaviour
 from labkit.services.http import HttpService
-
-PATIENCE = 5.0  # seconds a client waits for an answer
 
 
 class FormatterMisbehaviour(Misbehaviour, frozen=True):
@@ -101,22 +98,14 @@ class Formatting:
 
     def __call__(self, contacts: list[Contact]) -> list[Contact]:
         """The contacts, formatted, in the same order. Raises FormattingFailed."""
-        address = urlsplit(self.url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=self.patience)
-        try:
-            connection.request("POST", "/format", msgspec.json.encode(contacts), {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            status, body = answer.status, answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise FormattingFailed(f"no answer from the formatting service: {type(error).__name__}") from error
-        finally:
-            connection.close()
+        who = "the formatting service"
+        status, body = post(f"{self.url}/format", contacts, who, FormattingFailed, self.patience)
         if status != 200:
-            raise FormattingFailed(f"the formatting service answers {status}")
+            raise FormattingFailed(f"{who} answers {status}")
         try:
             found = msgspec.json.decode(body, type=list[Contact])
         except msgspec.DecodeError as error:
-            raise FormattingFailed(f"the formatting service answers with no contacts: {error}") from error
+            raise FormattingFailed(f"{who} answers with no contacts: {error}") from error
         if [one.email for one in found] != [one.email for one in contacts]:
-            raise FormattingFailed(f"asked for {len(contacts)} contacts, the formatting service answers with others")
+            raise FormattingFailed(f"asked for {len(contacts)} contacts, {who} answers with others")
         return found

@@ -102,8 +102,8 @@ class Browser:
 
     def _cut(self) -> None:
         self._online.clear()
-        if self._socket is not None and (transport := self._socket._response.connection) is not None:
-            transport.close()  # without a good-bye, as a lid that is closed
+        if self._socket is not None:
+            self._socket._response.close()  # without a good-bye, as a lid that is closed
 
     async def _listen(self) -> None:
         pause = AGAIN[0]
@@ -122,6 +122,8 @@ class Browser:
                 except (aiohttp.ClientError, OSError, TimeoutError):
                     pass  # nobody is there now: the next attempt may find another instance
                 finally:
+                    if self._socket is not None:  # aiohttp keeps the connection of one that ended without a good-bye
+                        self._socket._response.close()
                     self._socket = None
                     self.connected.clear()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - not all pages at the same moment

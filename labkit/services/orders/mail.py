@@ -5,22 +5,18 @@ It belongs to somebody else and is reached by HTTP. All it offers against a seco
 
 from __future__ import annotations
 
-import http.client
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 import psycopg
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
+from labkit.services.calls import IDEMPOTENCY_KEY, post
 from labkit.services.http import HttpService
-
-KEY = "Idempotency-Key"
-PATIENCE = 5.0  # seconds a client waits for an answer
 
 TABLE = """create table if not exists mails (
     id serial primary key, order_id text not null, recipient text not null, idempotency_key text unique,
@@ -70,7 +66,7 @@ class MailService(HttpService):
         cursor = await request.app[OUTBOX].execute(
             "insert into mails (order_id, recipient, idempotency_key, at) values (%s, %s, %s, %s) "
             "on conflict (idempotency_key) do nothing",
-            (mail.order, mail.to, request.headers.get(KEY), time.time()),
+            (mail.order, mail.to, request.headers.get(IDEMPOTENCY_KEY), time.time()),
         )
         return web.json_response({"sent": mail.order, "again": not cursor.rowcount})
 
@@ -83,19 +79,10 @@ def send_mail(url: str, order: str, to: str, idempotency_key: str | None = None)
 
     Raises MailFailed.
     """
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
-    headers = {"Content-Type": "application/json"} | ({} if idempotency_key is None else {KEY: idempotency_key})
-    try:
-        connection.request("POST", "/mails", msgspec.json.encode(Mail(order, to)), headers)
-        answer = connection.getresponse()
-        status, said = answer.status, answer.read().decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException) as error:
-        raise MailFailed(f"no answer from the mail service: {type(error).__name__}") from error
-    finally:
-        connection.close()
+    mail, who = Mail(order, to), "the mail service"
+    status, said = post(f"{url}/mails", mail, who, MailFailed, idempotency_key=idempotency_key)
     if status != 200:
-        raise MailFailed(f"the mail service answers {status}: {said}")
+        raise MailFailed(f"{who} answers {status}: {said.decode(errors='replace').strip()}")
 
 
 def mails(dsn: str) -> list[Sent]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
 from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
-
-PATIENCE = 5.0  # seconds a client waits for an answer
+from labkit.services.calls import post
 
 
 class Renewal(msgspec.Struct, frozen=True):
@@ -41,20 +38,8 @@ def charge(url: str, renewal: Renewal, idempotency_key: str | None = None) -> di
 
     Raises ProviderFailed, CardDeclined.
     """
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
-    headers = {"Content-Type": "application/json"}
-    if idempotency_key is not None:
-        headers["Idempotency-Key"] = idempotency_key
-    try:
-        connection.request("POST", "/charges", msgspec.json.encode(renewal), headers)
-        answer = connection.getresponse()
-        status, body = answer.status, answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ProviderFailed(f"no answer from the payment provider: {type(error).__name__}") from error
-    finally:
-        connection.close()
-    return receipt_of(status, body)
+    who = "the payment provider"
+    return receipt_of(*post(f"{url}/charges", renewal, who, ProviderFailed, idempotency_key=idempotency_key))
 
 
 def receipt_of(status: int, body: bytes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import msgspec
 import psycopg
 from aiohttp import web
 
+from labkit.services.calls import IDEMPOTENCY_KEY
 from labkit.services.faults import HttpFaults, Misbehaviour
 from labkit.services.http import HttpService
 from labkit.services.payments.ledger import Renewal
@@ -105,7 +106,7 @@ class PaymentsProvider(HttpService):
         cursor = await request.app[LEDGER].execute(
             "insert into charges (renewal, customer, cents, idempotency_key, at) values (%s, %s, %s, %s, %s) "
             "on conflict (idempotency_key) do nothing returning id",
-            (renewal.id, renewal.customer, renewal.cents, request.headers.get("Idempotency-Key"), time.time()),
+            (renewal.id, renewal.customer, renewal.cents, request.headers.get(IDEMPOTENCY_KEY), time.time()),
         )
         row = await cursor.fetchone()
         return ("charged" if row else "repeated"), web.json_response({"charge": renewal.id})
