@@ -27,7 +27,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.mediator import Refused
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, exponential
 from labkit.patterns.trails import taken_apart
-from labkit.services.orders.steps import OrderPlaced, OrderStep
+from labkit.services.orders.processors import OrderPlaced, OrderStep
 
 
 class OrderEvent(msgspec.Struct, frozen=True, omit_defaults=True):
