@@ -1,4 +1,8 @@
-"""Orders of a shop: what was paid for becomes parcels, stock movements and invoices, each in a database of its own."""
+"""Orders of a shop.
+
+What was paid for becomes parcels, stock movements and invoices, each in a database of its own (`checkout`,
+`downstream`). And an order that is placed goes through the same steps in two topologies (`processors`, `event_chain`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "checkout": "CartItem CartUnknown Carts OrderCheckoutCompleted OrderPurchaseCompleted purchases",
         "downstream": "GUARDS Booking Downstream delivery inventory invoices",
+        "event_chain": "OrderEvent event_processor",
         "locks": "Costs",
         "mail": "MailService mails send_mail",
+        "messages": "Journey Whereabouts journeys topics_of where_is",
+        "processors": "Done OrderPlaced OrderStep placed_orders steps",
     },
 )

@@ -1,0 +1,164 @@
+"""What the event processors of an order do: charge, reserve, ship, invoice. Each has tables of its own.
+
+A step remembers what has become of each order, in the transaction of its effect. So it may be asked again, by whoever
+was killed in between, and has its effect once. It knows nothing of who asks: a mediator, or an event (see
+`event_chain`).
+
+    charge = steps(dsn)["charge"]
+    mediator.processor("charge", do=charge.do, cancel=charge.cancel, undo=charge.undo)
+    event_processor(charge, placed, charged, failed, undone)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import psycopg
+from psycopg.sql import SQL, Composed, Identifier
+
+from labkit.kafka.effects import Effect
+from labkit.kafka.producer import POD
+from labkit.patterns.mediator import Refused
+from labkit.services.connections import Connections
+from labkit.services.orders.checkout import CartItem, cart
+from labkit.services.orders.downstream import cents, pieces, taken
+
+TABLES = """
+create table if not exists {effects} (
+    number serial primary key, order_id text not null, what text not null, amount bigint not null, pod text,
+    at double precision not null);
+create table if not exists {memory} (order_id text primary key, state text not null)
+"""
+FIRST = "insert into {memory} values (%s, %s) on conflict do nothing"  # waits for whoever is about to do the same
+UNDO = "update {memory} set state = 'undone' where order_id = %s and state = 'done'"
+LOOK = "select state from {memory} where order_id = %s"
+EFFECT = "insert into {effects} (order_id, what, amount, pod, at) values (%s, %s, %s, %s, %s)"
+DONE = "select order_id, what, amount, pod, at from {effects} order by number"
+
+What = Literal["done", "undone"]
+
+
+class OrderPlaced(msgspec.Struct, frozen=True):
+    """The initial event: a customer has placed this order."""
+
+    id: str
+    customer: str
+    items: list[CartItem]
+
+
+def placed_orders(numbers: Iterable[int]) -> Iterator[OrderPlaced]:
+    """Orders of these numbers, the same for everybody."""
+    for number in numbers:
+        yield OrderPlaced(f"order-{number}", f"customer {number % 50}", cart(number))
+
+
+class Done(NamedTuple):
+    """An effect of a step."""
+
+    order: str
+    what: What
+    amount: int
+    pod: str | None
+    at: float
+
+
+def nothing(order: OrderPlaced) -> bool:
+    """What a step refuses that takes every order."""
+    return False
+
+
+@dataclass(frozen=True)
+class OrderStep:
+    """One step of an order, in two tables of a PostgreSQL, named after it. Plain data, so it can travel to a pod.
+
+    `amount` is what an item of an order counts. `refuses` says for which orders the step fails for good.
+    """
+
+    name: str
+    dsn: str
+    amount: Callable[[CartItem], int] = pieces
+    refuses: Callable[[OrderPlaced], bool] = nothing
+
+    def do(self, order_id: str, order: OrderPlaced) -> None:
+        """Do it, unless it was done. Raises Refused when it is never to be done: refused, cancelled, or undone since;
+        psycopg.Error while the database is away."""
+        refused = self.refuses(order)
+        state = self._first(order_id, "cancelled") if refused else self._first(order_id, "done", self._amount(order))
+        if state != "done":
+            raise Refused(f"{self.name} does not take {order_id}" if refused else f"{self.name} is {state}")
+
+    def cancel(self, order_id: str) -> Literal["done", "cancelled"]:
+        """Never do it, unless it was done."""
+        return "done" if self._first(order_id, "cancelled") == "done" else "cancelled"
+
+    def undo(self, order_id: str, order: OrderPlaced) -> None:
+        """Take its effect back, if there is one."""
+        with self._connections.one() as database, database.transaction():
+            if self._run(database, UNDO, order_id).rowcount:
+                self._add(database, order_id, "undone", -self._amount(order))
+
+    def state(self, order_id: str) -> str | None:
+        """What has become of an order: done, cancelled, undone, or nothing yet."""
+        with self._connections.one() as database:
+            return self._look(database, order_id)
+
+    def all(self) -> list[Done]:
+        """All its effects, in order: one that was had twice is there twice."""
+        with self._connections.one() as database:
+            return [Done(*row) for row in self._run(database, DONE).fetchall()]
+
+    def effects(self) -> list[Effect]:
+        """What stands, for a verdict: an effect that was taken back has its own and that of the undoing less."""
+        found: dict[str, list[Effect]] = {}
+        for number, one in enumerate(self.all()):
+            if one.what == "done":
+                place = f"{self.name}/{number}"
+                found.setdefault(one.order, []).append(Effect(one.order, None, place, one.at, None, one.pod))
+            else:
+                found[one.order].pop()
+        return [effect for effects in found.values() for effect in effects]
+
+    def close(self) -> None:
+        """Let its connections go. It can be used again."""
+        self._connections.close()
+
+    # -- inside
+
+    def _first(self, order_id: str, state: str, amount: int | None = None) -> str | None:
+        """Remember this of an order, with the effect of so much, if nothing is remembered. Returns what is, then."""
+        with self._connections.one() as database, database.transaction():
+            if self._run(database, FIRST, order_id, state).rowcount and amount is not None:
+                self._add(database, order_id, "done", amount)
+            return self._look(database, order_id)
+
+    def _amount(self, order: OrderPlaced) -> int:
+        return sum(map(self.amount, order.items))
+
+    def _add(self, database: psycopg.Connection[Any], order_id: str, what: What, amount: int) -> None:
+        self._run(database, EFFECT, order_id, what, amount, os.environ.get(POD), time.time())
+
+    def _look(self, database: psycopg.Connection[Any], order_id: str) -> str | None:
+        row = self._run(database, LOOK, order_id).fetchone()
+        return row[0] if row else None
+
+    def _run(self, database: psycopg.Connection[Any], sql: str, *parameters: Any) -> psycopg.Cursor[Any]:
+        return database.execute(self._sql(sql), parameters)
+
+    def _sql(self, text: str) -> Composed:
+        return SQL(text).format(effects=Identifier(self.name), memory=Identifier(f"{self.name}_orders"))
+
+    @cached_property
+    def _connections(self) -> Connections:
+        return Connections(self.dsn, self._sql(TABLES))
+
+
+def steps(dsn: str) -> dict[str, OrderStep]:
+    """The steps of an order, in their order: they charge and invoice cents, reserve from stock, ship pieces."""
+    amounts = {"charge": cents, "reserve": taken, "ship": pieces, "invoice": cents}
+    return {name: OrderStep(name, dsn, amount) for name, amount in amounts.items()}
