@@ -88,8 +88,8 @@ log.dirs=../data
 broker.session.timeout.ms=500
 broker.heartbeat.interval.ms=250
 """
-# What a controller logs that misses a broker: that it does, and then that this is written.
-FENCING, FENCED = "Fencing broker", "fenced=1"
+# What a controller logs: that it is in charge, and, of each broker, what is written of it.
+ACTIVE, FENCED, UNFENCED = "Becoming the active controller", ("fenced=true", "fenced=1"), ("fenced=false", "fenced=-1")
 
 LOGGING = """\
 status=error
@@ -312,7 +312,7 @@ class Broker:
         log.write_text("")
         deadline = time.monotonic() + START_SECONDS
         with Child(kafka.command(folder), cwd=folder, output=log) as controller:
-            while FENCED not in log.read_text(errors="replace").partition(FENCING)[2]:
+            while not _is_fenced(log.read_text(errors="replace")):
                 if controller.poll() is not None or time.monotonic() > deadline:
                     raise LabkitError(f"Kafka's controller did not start after a kill. Its log says:\n{log_tail(log)}")
                 time.sleep(0.01)  # nothing tells when another process writes
@@ -346,6 +346,12 @@ class Broker:
             f"the embedded Kafka broker did not answer at {self.cluster.bootstrap} within {seconds:g} s. "
             f"Its log says:\n{log_tail(self.log)}"
         )
+
+
+def _is_fenced(log: str) -> bool:
+    """Whether a controller that logs this is in charge, and has no broker that it believes in: it missed that one, or
+    it was killed before it was let in."""
+    return ACTIVE in log and max(map(log.rfind, FENCED)) >= max(map(log.rfind, UNFENCED))
 
 
 def mark_of(folder: Path) -> str:

@@ -20,7 +20,7 @@ listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:
 
 
 class PrivateBroker(Server):
-    """One embedded broker (0.9 s once everything is prepared; again in some 4 s after a `restart`).
+    """One embedded broker (0.9 s once everything is prepared; again in some 7 s after a kill).
 
     `cluster` reaches it directly, `proxy.cluster` by a connection that can be broken.
     """

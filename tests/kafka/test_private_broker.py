@@ -79,6 +79,23 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_killed_again_before_it_is_let_back_in_it_comes_back(broker: PrivateBroker) -> None:
+    """Its controller then misses nobody: it has nothing to wait for."""
+    topic = fresh_topic(broker.cluster)
+    put(topic, 1)
+    broker.kill()
+    restarting = threading.Thread(target=broker.restart, daemon=True)  # it raises when the broker ends
+    before = broker.pid
+    restarting.start()
+    wait_until(lambda: broker.pid != before, what="the second start")
+    os.kill(broker.pid, signal.SIGKILL)
+    restarting.join(60)
+    broker.restart()
+    with Reader(topic) as reader:
+        assert [record.value for record in reader.rest()] == [1]
+
+
 @pytest.mark.long
 def test_killed_amid_commits_it_writes_their_markers_when_it_is_back(broker: PrivateBroker) -> None:
     """Else whoever reads committed records waits for ever, and so does a group for its offsets."""
