@@ -104,7 +104,7 @@ def _late(bench: Bench, count: Count) -> list[float]:
     with running(count, commands, store, store.name):
         sending.start()
         first, until = 0.0, time.monotonic() + 300
-        while time.monotonic() < until and not (first and time.monotonic() > began + SECONDS):
+        while time.monotonic() < until and not (late and time.monotonic() > began + SECONDS):
             message = client.poll(0.1)
             if message is None or message.error() is not None:
                 continue
