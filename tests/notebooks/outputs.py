@@ -1,4 +1,4 @@
-"""`make notebooks`: run the notebooks and rewrite the outputs they are committed with.
+"""`make notebooks`: run the notebooks and rewrite the outputs they are committed with, and the README's pictures.
 
 Committed are the outputs of verdict cells, which tests compare, and one picture for readers on the web. All else would
 change with every run.
@@ -7,6 +7,7 @@ change with every run.
 from __future__ import annotations
 
 import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PACE = "10"  # as in conftest.py: saved outputs are those of a test's run
 VERDICT = "NBVAL_CHECK_OUTPUT"
 PICTURE = "image/png"
 PICTURE_BYTES = 40_000
+PICTURES = ROOT / "docs" / "pictures"
+SMALL = (440, 140)  # pixels of a picture in the README's table, where it is half as wide: a board's first row of panels
 CELL_SECONDS = 120
 WIDGETS = "application/vnd.jupyter.widget"  # the start of every media type that only a living kernel can draw
 CELL_METADATA = {"tags", "jupyter", "slideshow", "editable", "deletable"}
@@ -44,6 +48,7 @@ def main(names: list[str]) -> None:
         temporary = path.with_name(f".{path.name}.new")
         nbformat.write(notebook, temporary)
         os.replace(temporary, path)
+        (PICTURES / f"{name[:2]}.png").write_bytes(small(notebook))
 
 
 def execute(notebook: NotebookNode, folder: Path) -> None:
@@ -77,6 +82,17 @@ def clean(notebook: NotebookNode, name: str) -> None:
                 raise ValueError(f"{name}: the picture has {size:,} bytes, and {PICTURE_BYTES:,} are allowed")
             kept.append(picture)
         cell.outputs = [output for output in kept if output.output_type == "stream" or output.get("data")]
+
+
+def small(notebook: NotebookNode) -> bytes:
+    """The first row of a notebook's committed picture, for the README's table."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    (picture,) = (output["data"][PICTURE] for output in outputs if PICTURE in output.get("data", {}))
+    board = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    made = io.BytesIO()
+    row = (0, 0, board.width, min(board.height, board.width * SMALL[1] // SMALL[0]))
+    board.resize(SMALL, Image.Resampling.LANCZOS, row).quantize(32).save(made, "PNG", optimize=True)
+    return made.getvalue()
 
 
 def _still(output: Any) -> Any:

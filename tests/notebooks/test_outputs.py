@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 from typing import Any
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from outputs import KERNEL, PICTURE, PICTURE_BYTES, WIDGETS, clean
+from outputs import KERNEL, PICTURE, PICTURE_BYTES, PICTURES, ROOT, SMALL, WIDGETS, clean, small
+from PIL import Image
 
 VERDICT = "# NBVAL_CHECK_OUTPUT\nprint(verdict)"
 
@@ -57,3 +59,12 @@ def test_widgets_and_times_go() -> None:
     assert notebook.metadata == KERNEL
     assert notebook.cells[0].metadata == {"tags": ["verdict"]}
     assert [output.data for output in notebook.cells[0].outputs] == [{"text/plain": "Radio"}]
+
+
+def test_the_readme_shows_a_small_picture_of_each_notebook() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        made = Image.open(io.BytesIO(small(nbformat.read(path, as_version=4))))
+        there = Image.open(io.BytesIO((PICTURES / f"{path.stem[:2]}.png").read_bytes()))
+        assert made.size == there.size == SMALL
+        assert f"docs/pictures/{path.stem[:2]}.png" in readme, path.stem
