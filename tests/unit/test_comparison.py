@@ -182,3 +182,9 @@ def test_rows_of_this_checkout_are_neither_committed_nor_copied_to_learners(tmp_
         if ignored.returncode == 128:
             pytest.skip("this is no git clone")
         assert ignored.returncode == 0
+
+
+def test_each_notebook_but_the_first_writes_its_row() -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]:
+        sources = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
+        assert f'lab.compare(\n    "{path.name[:2]} ' in sources.get("compare", ""), path.name
