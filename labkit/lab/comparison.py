@@ -49,8 +49,8 @@ COLUMNS = {
     "polls": "polls",
     "locks": "locks",
     "lines": "lines of code",
-    "failed": "others that fail when one fails",
-    "consumer": "one more consumer costs the producer",
+    "failed": "others that fail",
+    "consumer": "one more consumer",
 }
 
 
