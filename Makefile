@@ -95,5 +95,5 @@ lock: environment
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o requirements.lock
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache notebooks/comparison
 	find labkit tests -type d -name __pycache__ -prune -exec rm -rf {} +

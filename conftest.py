@@ -22,11 +22,13 @@ state = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what this process and its children do in a state folder of their own. The cache stays the user's."""
+    """Keep what this process and its children do in a state folder of their own, the rows that notebooks write too. The
+    cache stays the user's."""
     for name in OUTSIDE:
         os.environ.pop(name, None)
     folder = config.stash[state] = Path(tempfile.mkdtemp(prefix="labkit-test-"))
     os.environ |= {"LABKIT_STATE": str(folder), "JUPYTER_PREFER_ENV_PATH": "1"}
+    os.environ["LABKIT_COMPARISON"] = str(folder / "comparison")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -12,6 +12,8 @@ from labkit.lazy import lazy_names
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from labkit.lab.comparison import Way as Way
+    from labkit.lab.comparison import lines_of as lines_of
     from labkit.lab.lab import Lab as Lab
     from labkit.lab.pages import Page as Page
     from labkit.lab.panels import panel as panel
@@ -23,6 +25,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "lab.comparison": "Way lines_of",
             "lab.lab": "Lab",
             "lab.pages": "Page",
             "lab.panels": "panel",

@@ -9,8 +9,10 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from labkit.lab.comparison import FOLDER
+
 RECORD = ".copied.json"
-ELSEWHERE = {"solutions", ".ipynb_checkpoints"}  # read from notebooks/ itself, or of no use
+ELSEWHERE = {"solutions", ".ipynb_checkpoints", FOLDER}  # read from notebooks/ itself, or of no use
 
 
 @dataclass

@@ -22,8 +22,9 @@ from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import evidence, runs
+from labkit.lab import comparison, evidence, runs
 from labkit.lab.board import Board
+from labkit.lab.comparison import Way
 from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
 from labkit.lab.faults import Action, Connection, Service, Switch, Target
@@ -437,6 +438,17 @@ class Lab:
             for deployment in self.deployments:
                 self.logs(deployment)
         return found
+
+    def compare(self, title: str, *ways: Way) -> pd.DataFrame:
+        """Show what each way costs, the pattern last, and keep it as this notebook's row for `comparison`.
+
+        `title` begins with the notebook's number, and ends with what the figures are for: "06 Aggregation: an import".
+        """
+        return comparison.write(runs.plain(self.notebook, "notebook"), title, ways)
+
+    def comparison(self) -> pd.DataFrame:
+        """The rows that notebooks beside this one have kept; a line says whose is missing."""
+        return comparison.read()
 
     def records(self, topic: Topic[Any], last: int = 10) -> pd.DataFrame:
         """The newest records of a topic as a table: partition, offset, key, value, time (UTC).

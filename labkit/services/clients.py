@@ -138,3 +138,11 @@ def ask(
             if time.monotonic() > until:
                 raise
             time.sleep(0.05)  # between two attempts: nothing tells when somebody listens
+
+
+def answers(url: str) -> bool:
+    """Whether somebody answers a GET there now, with 200."""
+    try:
+        return ask(url, patience=0)[0] == 200
+    except OSError:
+        return False

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from labkit.services.clients import ask
+from labkit.services.clients import answers, ask
 from labkit.services.faults import HttpFaults, Misbehaviour
 from labkit.services.payments.job_scheduler import Progress, Schedule, finished, schedule
 from labkit.services.payments.ledger import Renewal, charge
@@ -31,9 +31,9 @@ class Service(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"] or 0))
-        self.send_response(200)
+        self.send_response(200 if self.path in ANSWERS else 404)
         self.end_headers()
-        self.wfile.write(msgspec.json.encode(ANSWERS[self.path]))
+        self.wfile.write(msgspec.json.encode(ANSWERS.get(self.path)))
 
     do_POST = do_PUT = do_GET  # noqa: N815
 
@@ -66,3 +66,9 @@ CALLS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_no_call_goes_to_a_proxy(url: str, call: Callable[[str], object]) -> None:
     call(url)
+
+
+def test_answers_tells_whether_somebody_is_there_and_has_it(url: str) -> None:
+    assert answers(f"{url}/faults")
+    assert not answers(f"{url}/nothing")
+    assert not answers("http://127.0.0.1:9/faults")
