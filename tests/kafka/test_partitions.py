@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Producer as Client
-from confluent_kafka.admin import NewPartitions
 from consuming import Member, alter, fresh_group, fresh_topic, put
 from lab_helpers import Order, Shipped, orders
 from processes import wait_until
 from stores import store_topic
 
 from labkit import Lab
-from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import PoisonRecord, TopicMismatch
 from labkit.kafka.producer import Producer
@@ -29,12 +28,6 @@ from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
 from labkit.runtime.connect import Connection
-
-
-def add_partitions(topic: Topic[Any], to: int) -> None:
-    """Give a topic more partitions, and see that they are there."""
-    admin(topic.cluster).create_partitions([NewPartitions(topic.name, to)])[topic.name].result(10)
-    wait_until(lambda: topic.cluster.topics()[topic.name] == to, what=f"{to} partitions")
 
 
 def send(topic: Topic[Any], values: dict[int, Any]) -> None:
@@ -74,7 +67,7 @@ def test_own_topics_with_more_partitions_than_their_source_are_refused_with_the_
     with Member(consumer) as member:
         assert isinstance(member.ends(), TopicMismatch)
     assert {name for name in cluster.topics() if topic.name in name} == {topic.name, own.name}  # it has made nothing
-    add_partitions(topic, 5)
+    cluster.add_partitions(topic.name, 5)
     with Member(consumer) as member:
         member.journal.wait(lambda: sorted(done) == [0, 1, 2, 3, 4], what="all that waited")
 
@@ -86,7 +79,7 @@ def test_partitions_added_to_a_retry_topic_end_its_consumer_at_the_next_rebalanc
         first.journal.wait_for(Step.ASSIGNED)
         with Member(consumer) as second:
             second.journal.wait_for(Step.ASSIGNED)
-            add_partitions(own_topics(consumer)["retry"], 3)
+            cluster.add_partitions(own_topics(consumer)["retry"].name, 3)
         error = first.ends()
     assert isinstance(error, TopicMismatch)
 
@@ -160,7 +153,7 @@ def test_partitions_added_to_a_topic_that_a_lab_reads_are_read(lab: Lab) -> None
 
     ship(range(20), 1)
     wait_until(lambda: lab.figure("completed", "shipped") == 20, what="what is there so far")
-    add_partitions(shipped, 4)
+    lab.add_partitions(shipped, 4)
     ship(range(20, 40), 2)
     ship(range(40, 60), 3)
     assert len(lab.records(shipped, last=100)) == 60
@@ -175,7 +168,7 @@ def test_a_reader_goes_on_in_the_others_when_partitions_are_added(cluster: Clust
     put(topic, 0, 1)
     with Reader(topic) as reader:
         assert [record.value for record in reader.rest()] == [0, 1]
-        add_partitions(topic, 3)
+        cluster.add_partitions(topic.name, 3)
         send(topic, {0: 2, 2: 3})
         assert sorted(record.value for record in reader.rest()) == [2, 3]  # the others not once more
         assert reader.positions() == {(topic.name, 0): 3, (topic.name, 1): 0, (topic.name, 2): 1}
