@@ -22,6 +22,7 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import PoisonRecord, TopicMismatch
 from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
+from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letters_topic
@@ -72,16 +73,46 @@ def test_own_topics_with_more_partitions_than_their_source_are_refused_with_the_
         member.journal.wait(lambda: sorted(done) == [0, 1, 2, 3, 4], what="all that waited")
 
 
-def test_partitions_added_to_a_retry_topic_end_its_consumer_at_the_next_rebalance(cluster: Cluster) -> None:
+def test_partitions_added_to_a_retry_topic_end_its_consumer(cluster: Cluster) -> None:
+    """The next one reads them, or says why it does not: here there are more than the source has."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
     consumer = RetryingConsumer(topic, print, group, retry=retry_topics(0.1))
-    with Member(consumer) as first:
-        first.journal.wait_for(Step.ASSIGNED)
-        with Member(consumer) as second:
-            second.journal.wait_for(Step.ASSIGNED)
-            cluster.add_partitions(own_topics(consumer)["retry"].name, 3)
-        error = first.ends()
-    assert isinstance(error, TopicMismatch)
+    with Member(consumer) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        cluster.add_partitions(own_topics(consumer)["retry"].name, 3)
+        assert isinstance(member.ends(), TopicMismatch)
+    with pytest.raises(TopicMismatch, match=f"Give {topic.name} as many"):
+        consumer.prepare()
+
+
+def test_partitions_added_to_a_source_and_then_to_its_retry_topic_are_read_by_the_next_consumer(
+    cluster: Cluster,
+) -> None:
+    """The one that runs does not have them, and its records would wait there: it ends, and a pod starts again."""
+    topic, group = fresh_topic(cluster), fresh_group()
+    failed: set[int] = set()
+    done: list[int] = []
+
+    def fails_once(record: Record[int]) -> None:
+        if record.value not in failed:
+            failed.add(record.value)
+            raise ConnectionError("no answer")
+        done.append(record.value)
+
+    consumer = RetryingConsumer(topic, fails_once, group, retry=retry_topics(0.1))
+    with Member(consumer) as member:
+        member.journal.wait_for(Step.ASSIGNED)
+        cluster.add_partitions(topic.name, 2)
+        member.journal.wait(lambda: (topic.name, 1) in member.journal.assigned(), what="the new partition")
+        cluster.add_partitions(own_topics(consumer)["retry"].name, 2)
+        assert isinstance(member.ends(), TopicMismatch)
+    sender = Producer(cluster)
+    for value in range(8):
+        sender.send(topic.name, str(value).encode(), f"k{value}")
+    sender.flush()
+    with Member(consumer) as member:
+        member.journal.wait(lambda: sorted(done) == list(range(8)), what="all, through the retry topic")
+        assert {number for name, number in member.journal.assigned() if "retry" in name} == {0, 1}
 
 
 @pytest.mark.parametrize(
