@@ -12,7 +12,13 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, TopicDescription  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    TopicDescription,
+)
 
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
 from labkit.kafka.refusal import explain, is_final
@@ -139,6 +145,44 @@ class Cluster:
                 raise TopicMismatch(
                     f"topic {name} exists with cleanup.policy {has}, not {cleanup}: ask for that or use another name"
                 )
+
+    def add_partitions(self, name: str, to: int) -> bool:
+        """Give a topic more partitions, so that it has `to`; False if it has as many already.
+
+        Its keys belong elsewhere from then on. Returns once the broker lists the new partitions. Raises TopicMismatch
+        when it has more, as Kafka takes none away; TopicMissing; LabkitError when Kafka refuses; ClusterUnreachable.
+        """
+        has = self.topics().get(name)
+        if has is None:
+            raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}")
+        if has > to:
+            raise TopicMismatch(
+                f"topic {name} has {has} partitions, not {to}, and Kafka takes none away: use a topic of another name"
+            )
+        if has == to:
+            return False
+        refused: list[str] = []
+
+        def add(client: AdminClient) -> None:
+            try:
+                asked = client.create_partitions(
+                    [NewPartitions(name, to)], operation_timeout=ANSWER, request_timeout=ANSWER
+                )
+                asked[name].result(ANSWER + 1)
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code in PASSING or code == KafkaError._TIMED_OUT:
+                    raise
+                refused.append(_reason(error))  # maybe since the partitions are there: by a call without an answer
+
+        self.ask(add, about=f"topic {name}: ")
+        until = time.monotonic() + (1.0 if refused else ANSWER)
+        while self.topics().get(name) != to:  # the controller has answered; the broker hears of it a moment later
+            if time.monotonic() > until:
+                why = ", ".join(refused) or "they are not listed"
+                raise LabkitError(f"topic {name} was not given {to} partitions: {why}")
+            time.sleep(0.02)
+        return True
 
     def topic_config(self, name: str) -> dict[str, str]:
         """All settings of a topic, defaults included, by name. Raises TopicMissing, ClusterUnreachable."""

@@ -390,10 +390,11 @@ class Deployment:
         for pod in gone:
             pod.retire()
 
-    def ready(self, beside: Iterable[Deployment] = ()) -> bool:
+    def ready(self, beside: Iterable[Deployment] = (), there: Mapping[str, int] | None = None) -> bool:
         """Whether every pod runs, and listens if it is a service; consumers share all partitions: no rebalance follows.
 
-        `beside` are other deployments that are members of its group.
+        `beside` are other deployments that are members of its group. `there` has how many partitions topics have now:
+        some may have been added since it was deployed.
         """
         if self._leaving:
             return False
@@ -408,9 +409,10 @@ class Deployment:
         shares = [report.assigned for report in reports]
         held = [place for share in shares for place in share]
         shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
-        every = {f"{topic.name}/{number}" for topic in shared for number in range(topic.partitions)}
+        counts = {topic.name: (there or {}).get(topic.name, topic.partitions) for topic in shared}
+        every = {f"{name}/{number}" for name, count in counts.items() for number in range(count)}
         # The first pod of a group has all partitions until the next one asks for its share.
-        holders = min(len(pods), sum(topic.partitions for topic in shared))
+        holders = min(len(pods), len(every))
         return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 
     def note(self, pod: str, text: str) -> None:

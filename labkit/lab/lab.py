@@ -136,8 +136,7 @@ class Lab:
         CannotTravel for a type that pods cannot have.
         """
         self._check_open()
-        if not isinstance(partitions, int) or not 1 <= partitions <= 1000:
-            raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
+        _check_partitions(partitions)
         pack(value)
         try:
             decoder(value)
@@ -147,6 +146,25 @@ class Lab:
         topic.create({**({"cleanup.policy": "compact"} if compacted else {}), **(config or {})})
         self.topics[name] = topic
         return topic
+
+    def add_partitions(self, topic: Topic[T], partitions: int) -> Topic[T]:
+        """Give a topic of this run more partitions, so that it has this many, while it is written and read. Returns it
+        as it is now. Who reads it notices within a second or two: `wait_ready` waits for that.
+
+        New records of a key may lie in another partition than its old ones, and be handled before them. Where order
+        counts, let loads end and the lab settle first. What keeps a state or a store by partition ends, and says so.
+
+        Raises TopicMismatch when it has more: Kafka takes none away.
+        """
+        self._check_open(topic)
+        _check_partitions(partitions)
+        grown = replace(topic, partitions=partitions)
+        if self.cluster.add_partitions(topic.name, partitions):
+            now = time.time()
+            text = f"{topic.short}: {partitions} partitions"
+            self._history.begin(Fault(now, now, "add partitions", topic.short, text))
+        self.topics[topic.short] = grown
+        return grown
 
     def deploy(self, name: str, runnable: Runnable, replicas: int = 1) -> Deployment:
         """Keep `replicas` pods running `runnable`, under this name. One of that name is drained and replaced.
@@ -251,14 +269,18 @@ class Lab:
         return self.run.folder
 
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
-        """Wait until every pod of these runs and consumers share all partitions of their topics; see `wait_until`."""
+        """Wait until every pod of these runs and consumers share all partitions of their topics, those too that were
+        added; see `wait_until`."""
         everyone = self.deployments.values()
+        there: dict[str, int] = {}
+        with suppress(LabkitError):  # while Kafka is away: those with which they were deployed
+            there = self.cluster.topics()
         beside = {
             one.name: [it for it in everyone if it is not one and it.group == one.group is not None]
             for one in deployments
         }
         what = f"{', '.join(beside)} to be ready"
-        self.wait_until(lambda: all(one.ready(beside[one.name]) for one in deployments), what, timeout)
+        self.wait_until(lambda: all(one.ready(beside[one.name], there) for one in deployments), what, timeout)
 
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this lab is closed, before Kafka is let go."""
@@ -621,6 +643,11 @@ _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
     "embedded": "embedded Apache Kafka",
     "private": "an embedded Apache Kafka of its own",
 }
+
+
+def _check_partitions(partitions: int) -> None:
+    if not isinstance(partitions, int) or not 1 <= partitions <= 1000:
+        raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
 
 
 def _memory(deployments: Iterable[Deployment]) -> int:

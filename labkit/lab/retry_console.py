@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, islice, takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ipywidgets
@@ -131,8 +132,10 @@ class RetryConsole:
             return f"Retries of {self.name}: {error}"
 
     def _depth(self, topic: Topic[Any]) -> float:
-        """What waits there, as the lab saw it last."""
-        return sum(self._lab.figure("lag", f"{topic.short}/{number}") for number in range(topic.partitions))
+        """What waits there, as the lab saw it last: in the partitions it has, which may be fewer than its source's."""
+        figures = (self._lab.figure("lag", f"{topic.short}/{number}") for number in count())
+        known = list(takewhile(math.isfinite, figures))
+        return sum(known) if known else math.nan
 
     def _refresh(self) -> None:
         while not self._closed.wait(REFRESH):

@@ -384,14 +384,12 @@ class _Retries:
 
     def look_for_others(self) -> None:
         """Another member may have run with another policy, and left records in topics that were not there when this one
-        began; or partitions were added to its own topics. Raises LabkitError, which ends this run: the next one reads
-        them too, or says why it does not."""
+        began. Raises LabkitError, which ends this run: the next one reads them too."""
         try:
             there = self.consumer.cluster.topics()
         except ClusterUnreachable:
             return
         for main in self.consumer.mains:
-            check_read(main, self.consumer.co_partitioned[main.name], there)
             if others := [name for name in there if self.consumer.is_left(main, name, self.stages)]:
                 raise LabkitError(
                     f"another member of {self.group} retries in {', '.join(others)}: start again, to read that too"

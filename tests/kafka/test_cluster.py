@@ -14,8 +14,8 @@ from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]
 from consuming import fresh_topic
 
 import labkit.kafka.cluster as module
-from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch
+from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.topics import Topic
 
@@ -133,3 +133,28 @@ def test_a_topic_that_is_there_in_another_way_is_told(
     name = fresh_topic(cluster, 2).name
     with pytest.raises(TopicMismatch, match=f"topic {name} {message}"):
         cluster.create_topic(name, partitions, config)
+
+
+def test_partitions_are_added_once_and_none_is_taken_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = fresh_topic(cluster, 2).name
+    assert cluster.add_partitions(name, 3)
+    assert cluster.topics()[name] == 3
+    assert not cluster.add_partitions(name, 3)
+    with pytest.raises(TopicMismatch, match="3 partitions, not 2, and Kafka takes none away"):
+        cluster.add_partitions(name, 2)
+    with pytest.raises(TopicMissing):
+        cluster.add_partitions(f"{name}.nowhere", 2)
+    real = admin(cluster).create_partitions
+
+    def unanswered(*given: Any, **options: Any) -> dict[str, Future[Any]]:
+        real(*given, **options)[name].result(10)
+        monkeypatch.undo()
+        return Away(KafkaException(KafkaError(KafkaError._TRANSPORT))).fail(name)
+
+    monkeypatch.setattr(admin(cluster), "create_partitions", unanswered)
+    assert cluster.add_partitions(name, 5)  # asked again: they are there
+    assert cluster.topics()[name] == 5
+    refused = Away(KafkaException(KafkaError(KafkaError.POLICY_VIOLATION)))
+    monkeypatch.setattr(admin(cluster), "create_partitions", lambda *_, **__: refused.fail(name))
+    with pytest.raises(LabkitError, match=f"{name} was not given 6 partitions"):
+        cluster.add_partitions(name, 6)

@@ -54,6 +54,7 @@ def lab(earlier: Handles) -> Iterator[Lab]:
 # Each is given what cells made in this run, and a handle, which may be of this run or of an earlier one.
 USES: dict[str, tuple[str, Callable[[Lab, Handles, Handles], object]]] = {
     "deploy": ("topic", lambda lab, now, kept: lab.deploy("shop", Consumer(kept.topic, print), replicas=0)),
+    "add partitions": ("topic", lambda lab, now, kept: lab.add_partitions(kept.topic, 2)),
     "load": ("topic", lambda lab, now, kept: lab.load(kept.topic, orders(1))),
     "board, lag": ("shop", lambda lab, now, kept: lab.board(lag=kept.shop)),
     "board, retries": ("shop", lambda lab, now, kept: lab.board(lag=now.shop, retries=kept.shop)),

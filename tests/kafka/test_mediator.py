@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import NewPartitions
 from consuming import Member, Process, crash_points, fresh_group, fresh_topic
 from mediating import LONG, STEPS, Ledger, Orders, Service, process
 from processes import wait_until
 from stores import raw
 
 from labkit import Lab
-from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError, TopicMismatch, TopicMissing
+from labkit.kafka.reader import Reader
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.mediator import Mediator
 from labkit.patterns.mediator_states import ProcessState, StepCommand, StepReply
@@ -399,18 +401,48 @@ def test_a_timeout_of_an_earlier_definition_is_heard(cluster: Cluster, tmp_path:
     orders.check({"r1"})
 
 
-def test_partitions_added_to_the_initial_events_end_the_mediator(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("topic", ["initial", "replies"])
+def test_partitions_added_to_a_mediators_topic_end_it(cluster: Cluster, tmp_path: Path, topic: str) -> None:
     """Ids have moved away from their state: it says so, also to who starts it again."""
     orders = Orders(cluster, tmp_path)
     orders.place("s1")
     member = Member(orders.consumer())
     member.__enter__()
     orders.wait(s1="running")
-    (future,) = admin(cluster).create_partitions([NewPartitions(orders.mediator.initial.name, 2)]).values()
-    future.result(10)
+    cluster.add_partitions(getattr(orders.mediator, topic).name, 2)
     assert isinstance(member.ends(60), TopicMismatch)
     with pytest.raises(TopicMismatch, match="same number"):
         orders.consumer().prepare()
+
+
+@pytest.mark.long
+def test_partitions_added_to_a_steps_commands_double_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    """correctness 42: while commands wait, ids move, and whether a step was done is asked before it is told to do it.
+    Then it was cancelled, and never does it."""
+    orders = Orders(cluster, tmp_path, asks=1000, timeout=1.0)
+    reserve, service = orders.commands["reserve"], orders.services["reserve"]
+    ids = {f"v{number}" for number in range(8)}
+
+    def asked() -> dict[int, list[str]]:
+        with Reader(reserve) as reader:
+            found = [(record.partition, record.key or "") for record in reader.rest()]
+        return {number: [key for at, key in found if at == number] for number in range(3)}
+
+    with orders.processors("charge", "ship"), Member(orders.consumer()):
+        orders.place(*ids)
+        wait_until(lambda: set(asked()[0]) == ids, 60, "all commands to wait")
+        cluster.add_partitions(reserve.name, 3)
+        wait_until(lambda: asked()[1] and asked()[2], 30, "questions in the new partitions")
+        before = Counter(chain(*asked().values()))
+        wait_until(
+            lambda: all(Counter(chain(*asked().values()))[one] > before[one] for one in ids), 30, "one more each"
+        )
+        moved = {*asked()[1], *asked()[2]}
+        service.hold("do", asked()[0][0], lambda: all(service.calls["cancel", one] for one in moved))
+        with orders.processors("reserve"):
+            statuses = {**dict.fromkeys(ids, "completed"), **dict.fromkeys(moved, "compensated")}
+            orders.wait(60, **statuses)
+    orders.check(ids - moved, {one: {"charge"} for one in moved})
 
 
 def test_what_cannot_be_orchestrated_is_refused_with_the_fix(cluster: Cluster, tmp_path: Path) -> None:

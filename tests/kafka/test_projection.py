@@ -29,8 +29,9 @@ from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.lag import end_offsets, lag
+from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Record
+from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import Projection, Staleness
 from labkit.patterns.key_value_store import StoreNotReady
@@ -304,6 +305,38 @@ def test_a_key_that_is_in_two_partitions_has_its_newest_rows_once(view: View) ->
     assert not newer.is_alive()
     assert view.content() == {"a": [("v6",)]}
     other.close()
+
+
+def test_partitions_added_under_a_view_are_projected_by_the_writer_that_runs(cluster: Cluster, view: View) -> None:
+    """Keys move. An older version that comes later, from the partition of before, changes nothing; how stale the view
+    is counts the new partitions too."""
+    topic = fresh_topic(cluster, 1, Site)
+    keys = "abcdefgh"
+    send(topic, *(site(key, 1, "stores") for key in keys))
+    with build(view, topic) as member:
+        catch_up(member, view, topic)
+        staleness = Staleness(topic, view)
+        staleness.look()
+        cluster.add_partitions(topic.name, 3)
+        sender = Producer(cluster)  # one that knows the topic as it is now
+        for key in keys:
+            sender.send(topic.name, encode(Site(3, ["forum"])), key, partition=1 + ord(key) % 2)
+        sender.send(topic.name, None, "a", {"version": "4"}, partition=1)
+        sender.flush()
+        staleness.look()
+        assert staleness.records is not None
+        catch_up(member, view, topic)
+        for key in keys:
+            sender.send(topic.name, encode(Site(2, ["events"])), key, partition=0)
+        sender.flush()
+        catch_up(member, view, topic)
+        assert {number for _, number in member.journal.assigned()} == {0, 1, 2}
+    assert view.content() == {key: [("forum",)] for key in keys[1:]}
+    assert {number: mark.next_offset for number, mark in view.marks(topic.name).items()} == {0: 16, 1: 5, 2: 4}
+    sender.send(topic.name, encode(Site(5, ["stores"])), "b", partition=2)
+    sender.flush()
+    staleness.look()
+    assert staleness.records == 1  # nobody writes the view now
 
 
 def test_a_view_is_made_of_one_topic(cluster: Cluster, in_file: SqliteView) -> None:

@@ -4,6 +4,7 @@ by the client, in the middle of a `consume`."""
 from __future__ import annotations
 
 import time
+from itertools import chain
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
@@ -62,6 +63,18 @@ class Assignment:
         if topic in self.made_anew:
             return TopicMissing(f"{told}, and made anew: start the consumer again to read that one from its beginning")
         return TopicMissing(f"{told}: create a topic of another name and deploy again")
+
+    def grown(self) -> TopicMismatch | None:
+        """The error of a co-partitioned topic that was given more partitions: the group does not share those out.
+        Raises ClusterUnreachable."""
+        there = self.run.spec.cluster.topics() if self.own else {}
+        for name, count in chain(*self.co_partitioned.values()):
+            if there.get(name, 0) > count:
+                return TopicMismatch(
+                    f"topic {name} was given more partitions, {there[name]} instead of {count}, while group "
+                    f"{self.run.spec.group} was reading it: start the consumer again, to read them too"
+                )
+        return None
 
     def store_gone(self) -> TopicMissing:
         """The error of a store that is not the one in which this group's state was."""

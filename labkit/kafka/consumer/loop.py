@@ -219,7 +219,8 @@ class Loop:
             self.check_identity()
 
     def check_identity(self) -> None:
-        """End the run if a topic is another one than it was. Of one that is only deleted the client tells."""
+        """End the run if a topic is another one than it was, or partitions were added that it would never read. Of a
+        topic that is only deleted the client tells."""
         shared, store = self.shared, self.spec.store
         with suppress(ClusterUnreachable):
             there = self.spec.cluster.topic_ids([*shared.topic_ids, *([] if store is None else [store.name])])
@@ -229,6 +230,8 @@ class Loop:
                 if found != shared.topic_ids[topic]:
                     self.assignment.made_anew.add(topic)
                     shared.end(self.assignment.gone(topic))
+            if grown := self.assignment.grown():
+                shared.end(grown)
 
     def relieve(self) -> None:
         """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
