@@ -307,6 +307,31 @@ def test_what_is_cancelled_or_refused_is_never_done(dsn: str) -> None:
     strict.close()
 
 
+def test_to_which_end_orders_have_come(dsn: str) -> None:
+    """What a verdict goes by: an effect that is missing, or there twice, shows by the names of the steps."""
+    steps = {name: OrderStep(name, dsn) for name in ("charge", "ship")}
+    charge, ship = steps.values()
+    placed = list(orders.placed_orders(range(7)))
+    whole, half, twice, refused, undone, _unknown, other = placed
+    for one in (whole, half, twice, undone, other):
+        charge.do(one.id, one)
+    for one in (whole, twice, other):
+        ship.do(one.id, one)
+    with psycopg.connect(dsn) as database:  # nothing keeps who forgets from it
+        database.execute("insert into ship (order_id, what, amount, at) values (%s, 'done', 1, 0)", (twice.id,))
+    charge.cancel(refused.id)
+    charge.undo(undone.id, undone)
+    assert orders.outcomes(steps, [one.id for one in placed if one is not other]) == {
+        whole.id: "completed",
+        half.id: "charge",
+        twice.id: "charge, ship 2 times",
+        refused.id: "taken back",
+        undone.id: "taken back",
+    }
+    for step in steps.values():
+        step.close()
+
+
 @pytest.mark.parametrize("done", [True, False])
 def test_a_step_that_is_done_and_cancelled_at_once(dsn: str, done: bool) -> None:
     """Somebody else is in the middle of doing it, which he then commits or not: whoever cancels waits for that."""

@@ -20,6 +20,7 @@ STORE = "03_in_memory_key_value_store.ipynb"
 RETRIES = "04_schedule_and_forget.ipynb"
 TRANSACTIONS = "05_events_in_transactions.ipynb"
 AGGREGATION = "06_event_aggregation.ipynb"
+TOPOLOGIES = "07_topologies.ipynb"
 SABOTAGE = Path(__file__).parent / "sabotage"
 
 
@@ -69,6 +70,11 @@ def long(*case: str) -> Any:
         long(AGGREGATION, "keyless_commands", "count-verdict", r"invalid: store: .* lost [1-9]"),
         long(AGGREGATION, "offset_before_transaction", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
         long(AGGREGATION, "failed_attempts_stay", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
+        long(TOPOLOGIES, "cancel_forgets", "up-verdict", r"invalid: by the mediator: .* wrong [1-9]"),
+        long(TOPOLOGIES, "failures_unheard", "refused-verdict", r"invalid: by events: .* wrong [1-9]"),
+        long(
+            TOPOLOGIES, "offset_before_transaction", "kill-verdict", r"invalid: by the mediator: .* (lost|wrong) [1-9]"
+        ),
     ],
 )
 def test_a_sabotaged_labkit_fails_the_verdict(

@@ -17,6 +17,6 @@ __all__, __getattr__, __dir__ = lazy_names(
         "locks": "Costs",
         "mail": "MailService mails send_mail",
         "messages": "Journey Whereabouts journeys topics_of where_is",
-        "processors": "Done OrderPlaced OrderStep placed_orders steps",
+        "processors": "Done OrderPlaced OrderStep outcomes placed_orders steps",
     },
 )

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -40,6 +41,7 @@ UNDO = "update {memory} set state = 'undone' where order_id = %s and state = 'do
 LOOK = "select state from {memory} where order_id = %s"
 EFFECT = "insert into {effects} (order_id, what, amount, pod, at) values (%s, %s, %s, %s, %s)"
 DONE = "select order_id, what, amount, pod, at from {effects} order by number"
+KNOWN = "select order_id from {memory}"
 
 What = Literal["done", "undone"]
 
@@ -124,6 +126,11 @@ class OrderStep:
                 found[one.order].pop()
         return [effect for effects in found.values() for effect in effects]
 
+    def known(self) -> set[str]:
+        """The orders of which it remembers something."""
+        with self._connections.one() as database:
+            return {order for (order,) in self._run(database, KNOWN)}
+
     def close(self) -> None:
         """Let its connections go. It can be used again."""
         self._connections.close()
@@ -162,3 +169,20 @@ def steps(dsn: str) -> dict[str, OrderStep]:
     """The steps of an order, in their order: they charge and invoice cents, reserve from stock, ship pieces."""
     amounts = {"charge": cents, "reserve": taken, "ship": pieces, "invoice": cents}
     return {name: OrderStep(name, dsn, amount) for name, amount in amounts.items()}
+
+
+def outcomes(steps: Mapping[str, OrderStep], ids: Iterable[str]) -> dict[str, str]:
+    """To which end these orders have come, by id: "completed" when each of the steps has had its effect once, "taken
+    back" when none stands; otherwise which do ("charge, ship 2 times"). An order that no step has heard of has none."""
+    standing = {name: Counter(effect.id for effect in step.effects()) for name, step in steps.items()}
+    known = {order for step in steps.values() for order in step.known()}.union(*standing.values())
+    found = {}
+    for order in known.intersection(ids):
+        times = {name: counts[order] for name, counts in standing.items() if counts[order]}
+        if not times:
+            found[order] = "taken back"
+        elif times == dict.fromkeys(steps, 1):
+            found[order] = "completed"
+        else:
+            found[order] = ", ".join(name if many == 1 else f"{name} {many} times" for name, many in times.items())
+    return found
