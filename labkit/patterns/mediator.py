@@ -236,8 +236,8 @@ class _Handler:
                 f"no instance {instance!r} is known in partition {record.partition}: either it never began, or this "
                 "lies in the wrong partition. A reply goes to the partition number that its command says"
             )
-        if value.result == "no answer" and not state.awaits(value.number):
-            return state  # it was answered in time
+        if value.result == "no answer" and (value.number < state.number or not state.awaits(value.number)):
+            return state  # it was answered in time, or that time was over before
         now = record.timestamp + _delay(record.topic)  # of a timeout: when its time was over, not when it was sent
         return answered(self.process(state, instance), state, value, self.mediator.asks, now)
 

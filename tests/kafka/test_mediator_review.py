@@ -13,30 +13,6 @@ from processes import wait_until
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import TopicMissing
 from labkit.patterns.dead_letters import DeadLetters
-from labkit.patterns.mediator_states import ProcessState, Question, StepReply, answered, begin
-
-
-def test_an_answer_that_comes_one_question_late_decides(cluster: Cluster, tmp_path: Path) -> None:
-    """A busy step: each answer takes 8 s, and is waited for 5 s. The order is done when `done` is here."""
-    orders = Orders(cluster, tmp_path, timeout=5.0)
-    made = orders.mediator.newest
-    state: ProcessState = begin(made, {}, 0.0)
-    due: list[tuple[float, StepReply]] = []
-
-    def put(number: int, asked: Question) -> None:
-        late = StepReply("1", asked.step, asked.action, number, "done")
-        due.append((asked.asked + 5.0, StepReply("1", asked.step, asked.action, number, "no answer")))
-        due.append((asked.asked + 8.0, late))
-
-    put(1, state.questions[0])
-    while state.step == "charge" and due:
-        due.sort(key=lambda one: one[0])
-        now, reply = due.pop(0)
-        before, state = state, answered(made, state, reply, 5, now)
-        if state.number > before.number:
-            put(state.number, state.questions[-1])
-        assert state.status != "needs a person", f"after {now:g} s, {state.ignored} answers ignored: {state}"
-    assert state.step == "reserve"
 
 
 def test_a_timeout_that_is_a_sum_of_delays_has_a_topic(cluster: Cluster, tmp_path: Path) -> None:
