@@ -409,8 +409,10 @@ class Deployment:
         held = [place for share in shares for place in share]
         shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
         every = {f"{topic.name}/{number}" for topic in shared for number in range(topic.partitions)}
-        # The first pod of a group has all partitions until the next one asks for its share.
-        holders = min(len(pods), sum(topic.partitions for topic in shared))
+        # The first pod of a group has all partitions until the next one asks for its share. (Exactly once, the same
+        # numbers of several topics go to one pod.)
+        spread = max if getattr(self.runnable, "guarantee", "") == "exactly once" else sum
+        holders = min(len(pods), spread(topic.partitions for topic in shared))
         return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 
     def note(self, pod: str, text: str) -> None:

@@ -45,9 +45,10 @@ class Step:
 
     name: str
     commands: Topic[StepCommand]
-    timeout: float = 5.0
-    """Seconds to wait for an answer. They should be more than the delays of `retry` together: otherwise steps that
-    would succeed with another attempt are cancelled."""
+    timeout: float = 10.0
+    """Seconds to wait for an answer: more than the delays of `retry` together. Then the step is asked to cancel. Behind
+    a `do` that blocks, that is read after it, and all it costs are questions, and at last a person. But `retry_topics`
+    let it pass: a step is cancelled that the next attempt would have done."""
     retry: Policy = field(default_factory=lambda: blocking(exponential(0.2, cap=5.0, times=5)))
     """What its processor does when a call fails: see `retries`."""
     compensated: bool = True

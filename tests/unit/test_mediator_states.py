@@ -20,6 +20,7 @@ from labkit.patterns.mediator_states import (
     answered,
     begin,
 )
+from labkit.patterns.retries import exponential
 
 NAMES = ("charge", "reserve", "ship", "invoice")
 ASKS = 3
@@ -173,3 +174,11 @@ def test_a_compensation_that_was_asked_again_is_undone_by_its_first_answer() -> 
     state = answered(process(), state, StepReply("1", "charge", "undo", 3, "undone"), ASKS, 9.0)
     assert state.status == "compensated"
     assert str(state) == "compensated (reserve failed: None): done charge; undone charge"
+
+
+def test_a_step_is_waited_for_longer_than_it_is_tried_again() -> None:
+    """Both by default."""
+    step = process().steps[0]
+    assert isinstance(step.retry.blocks, exponential)
+    delays = [step.retry.blocks.delay(attempt) or 0.0 for attempt in range(1, 100)]
+    assert 0 < sum(delays) < step.timeout
