@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -26,6 +26,24 @@ def safe_text(value: object, most: int = 500, of: Callable[[Any], str] = str) ->
     except Exception as broken:
         text = f"(its text cannot be had: {type(broken).__name__})"
     return text[:most].encode(errors="replace").decode()
+
+
+def told_in(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it says are in it: which it was raised `from`, or which it groups.
+
+    Not its `__context__`: Python notes there whatever was being dealt with when this one came, wanted or not.
+    """
+    found, left = set[int](), [error]
+    while left:
+        one = left.pop()
+        if id(one) in found:  # a chain may be a ring
+            continue
+        found.add(id(one))
+        yield one
+        if one.__cause__ is not None:
+            left.append(one.__cause__)
+        if isinstance(one, BaseExceptionGroup):
+            left.extend(one.exceptions)
 
 
 class LabkitError(Exception):

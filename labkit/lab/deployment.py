@@ -411,8 +411,10 @@ class Deployment:
         shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
         counts = {topic.name: (there or {}).get(topic.name, topic.partitions) for topic in shared}
         every = {f"{name}/{number}" for name, count in counts.items() for number in range(count)}
-        # The first pod of a group has all partitions until the next one asks for its share.
-        holders = min(len(pods), len(every))
+        # The first pod of a group has all partitions until the next one asks for its share. (Exactly once, the same
+        # numbers of several topics go to one pod.)
+        spread = max if getattr(self.runnable, "guarantee", "") == "exactly once" else sum
+        holders = min(len(pods), spread(counts.values()))
         return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 
     def note(self, pod: str, text: str) -> None:

@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from labkit.kafka.errors import LabkitError, TopicMissing
+from labkit.kafka.consumer.state import check_store
+from labkit.kafka.errors import LabkitError, TopicMissing, error_text
 from labkit.kafka.producer import producer
-from labkit.kafka.records import Record, encode, parser
+from labkit.kafka.records import UNDECODABLE, Record, encode, parser
 from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters, dead_letters_topic
 from labkit.patterns.key_value_store import KeyValueStore
@@ -37,6 +38,7 @@ from labkit.patterns.mediator_states import (
     Process,
     ProcessState,
     Result,
+    Step,
     StepCommand,
     StepReply,
     answered,
@@ -44,7 +46,7 @@ from labkit.patterns.mediator_states import (
     came_again,
 )
 from labkit.patterns.own_topics import check, create, waiting
-from labkit.patterns.retries import MILLISECOND, RetryingConsumer, dead_letter, written
+from labkit.patterns.retries import MILLISECOND, Policy, RetryingConsumer, dead_letter, written
 
 E = TypeVar("E")
 
@@ -66,7 +68,8 @@ class Mediator(Generic[E]):
     was asked `asks` times without an answer that decides. It is among the `dead_letters`; one that is replayed has its
     last question asked again. A reply that fits no question is there too.
 
-    A state is kept for good, some 500 bytes a step, in the memory of the mediators and of who reads `states`.
+    A state is kept for good, some 500 bytes a step, in the memory of the mediators and of who reads `states`. Timeouts
+    are kept for a week after they are due: mediators that are all away for longer do not hear those.
     """
 
     initial: Topic[E]
@@ -82,8 +85,14 @@ class Mediator(Generic[E]):
             raise LabkitError("a mediator takes one process: all of its versions that are under way, each once")
         if self.asks < 1:
             raise LabkitError(f"a step is asked at least once, not {self.asks!r} times")
+        pairs = {(step.name, step.commands.name) for step in self.steps}
+        if any(len(set(each)) < len(pairs) for each in zip(*pairs, strict=True)):
+            raise LabkitError(
+                f"over all versions a step has one topic of commands, and a topic one step, not {sorted(pairs)}: give"
+                " a step that has changed a new name and a new topic"
+            )
         values: list[tuple[Topic[Any], type]] = [(self.replies, StepReply), (self.store, ProcessState)]
-        values += [(step.commands, StepCommand) for process in self.processes for step in process.steps]
+        values += [(step.commands, StepCommand) for step in self.steps]
         for topic, value in values:
             if topic.value is not value:
                 raise LabkitError(f"topic {topic.short} is to have values of {value.__name__}: {topic!r}")
@@ -96,12 +105,19 @@ class Mediator(Generic[E]):
         return max(self.processes, key=lambda one: one.version)
 
     @property
+    def steps(self) -> list[Step]:
+        """Those of all versions, the newest first."""
+        versions = sorted(self.processes, key=lambda one: one.version, reverse=True)
+        return [step for process in versions for step in process.steps]
+
+    @property
     def group(self) -> str:
         """The consumer group of the mediators."""
         return self.store.name
 
     def timeouts(self, seconds: float) -> Topic[StepReply]:
-        """Where timeouts of so many seconds wait: one topic for each duration, so that the first one is due first."""
+        """Where timeouts of so many seconds wait, in whole milliseconds: one topic for each duration, so that the first
+        one is due first."""
         return replace(self.replies, name=f"{self.store.name}-timeouts-{written(seconds)}")
 
     def consumer(self, slot: str = "", commit_interval: float = 0.05) -> RetryingConsumer:
@@ -129,24 +145,25 @@ class Mediator(Generic[E]):
 
         Each takes the instance's id, and may be called again for it: it remembers, together with its effect, what has
         become of that id. `do(id, value)` and `undo(id, value)` return details for the reply, or raise Refused to fail
-        for good; any other error is the business of the step's `retry`. `cancel(id)` says "done" if it was done, or
-        "cancelled", and then no later `do` may have an effect: it raises Refused. Or "unknown", to be asked again.
+        for good, or an error that the step's `retry` names as `non_retriable`; any other one is the business of that.
+        `cancel(id)` says "done" if it was done, or "cancelled", and then no later `do` may have an effect: it raises
+        Refused. Or "unknown", to be asked again.
 
         Records of one partition are handled in order. `replace(…, order="key")` does it for those of one instance.
         """
-        found = [one for one in self.processes if step in [each.name for each in one.steps]]
+        found = [one for one in self.steps if one.name == step]
         if not found:
             raise LabkitError(f"process {self.newest.name} has no step {step!r}")
-        if undo is None and any(one.step(step).compensated for one in found):
+        if undo is None and any(one.compensated for one in found):
             raise LabkitError(f"step {step} may have to be undone: give its processor undo=…, or it compensated=False")
-        newest = max(found, key=lambda one: one.version).step(step)
+        newest = found[0]
         return RetryingConsumer(
-            *(newest.commands, _Processor(step, self.replies, self.initial.value, do, cancel, undo)),
+            *(newest.commands, _Processor(step, self.replies, self.initial.value, do, cancel, undo, newest.retry)),
             newest.commands.name,
             guarantee="exactly once",
             slot=slot,
             commit_interval=0.05,
-            retry=newest.retry,
+            retry=replace(newest.retry, non_retriable=(*newest.retry.non_retriable, _Unusable)),
         )
 
     def states(self) -> KeyValueStore[ProcessState]:
@@ -154,7 +171,8 @@ class Mediator(Generic[E]):
         return KeyValueStore(self.store)
 
     def dead_letters(self) -> DeadLetters:
-        """What needs a person, and replies that fit no question. Before a mediator ran: TopicMissing."""
+        """What needs a person, and replies that fit no question. Before a mediator ran: TopicMissing. Initial events
+        that began nothing are in `DeadLetters(mediator.initial, mediator.group)`."""
         return DeadLetters(self.replies, self.group)
 
 
@@ -172,16 +190,20 @@ class _Orchestrating(RetryingConsumer):
         mediator = self.mediator
         assert mediator is not None  # noqa: S101
         there = self.cluster.topics()
-        if self.store is not None and self.store.name not in there:
-            raise TopicMissing(f"topic {self.store.short} does not exist: create it first, compacted")
-        names = {mediator.timeouts(step.timeout).name for process in mediator.processes for step in process.steps}
+        for topic in (mediator.initial, mediator.replies, mediator.store, *(step.commands for step in mediator.steps)):
+            if topic.name not in there:
+                compacted = ", compacted" if topic is mediator.store else ""
+                raise TopicMissing(f"topic {topic.short} ({topic.name}) does not exist: create it first{compacted}")
+        check_store(self)
+        names = {mediator.timeouts(step.timeout).name for step in mediator.steps}
         names |= {name for name in there if name == mediator.timeouts(_delay(name)).name}
         topics, not_before = [], {}
         for name in sorted(names):
-            topic, delay = mediator.timeouts(_delay(name)), _delay(name)
-            if name in there:
+            delay = _delay(name)
+            topic = replace(mediator.timeouts(delay), partitions=there[mediator.replies.name])
+            if there.get(name) == topic.partitions:
                 check(topic, waiting(delay))
-            else:
+            else:  # it is refused if it is there with another number
                 create(topic, waiting(delay), {})
             topics.append(topic)
             not_before[name] = partial(_due, delay)
@@ -236,8 +258,8 @@ class _Handler:
                 f"no instance {instance!r} is known in partition {record.partition}: either it never began, or this "
                 "lies in the wrong partition. A reply goes to the partition number that its command says"
             )
-        if value.result == "no answer" and not state.awaits(value.number):
-            return state  # it was answered in time
+        if value.result == "no answer" and (value.number < state.number or not state.awaits(value.number)):
+            return state  # it was answered in time, or that time was over before
         now = record.timestamp + _delay(record.topic)  # of a timeout: when its time was over, not when it was sent
         return answered(self.process(state, instance), state, value, self.mediator.asks, now)
 
@@ -262,16 +284,20 @@ class _Handler:
 
     def call_a_person(self, instance: str, state: ProcessState, record: Record[Any]) -> None:
         """Leave a dead letter whose replay has the last question asked again, in the transaction of the state."""
-        mediator, asked = self.mediator, state.questions[-1]
+        mediator, asked, now = self.mediator, state.questions[-1], record.timestamp + _delay(record.topic)
         again = StepReply(instance, asked.step, asked.action, state.number, "ask again")
         letter = DeadLetter(
             *(record.topic, record.partition, record.offset, record.timestamp, mediator.group, instance),
-            *(encode(again).decode(), {}, state.times_asked, (record.timestamp,), state.trouble, record.timestamp),
+            *(encode(again).decode(), {}, state.times_asked, (now,), state.trouble, now),
         )
         value, place, headers = letter.kept()
         producer(mediator.initial.cluster).send(
             dead_letters_topic(mediator.replies, mediator.group).name, value, place, headers
         )
+
+
+class _Unusable(LabkitError):
+    """A command that its processor cannot serve, however often it tries."""
 
 
 @dataclass(frozen=True)
@@ -284,17 +310,18 @@ class _Processor(Generic[E]):
     do: Callable[[str, E], Any]
     cancel: Callable[[str], Any]
     undo: Callable[[str, E], Any] | None
+    retry: Policy
 
     def __call__(self, record: Record[StepCommand]) -> None:
         command: StepCommand | None = record.value
         if command is None or command.step != self.step:
-            raise LabkitError(f"the processor of {self.step} takes commands of that step, not {command!r}")
+            raise _Unusable(f"the processor of {self.step} takes commands of that step, not {command!r}")
         result, detail = self.result(command)
         reply = StepReply(command.id, command.step, command.action, command.number, result, detail)
         self.replies.send(reply, key=command.id, partition=command.partition)
 
     def result(self, command: StepCommand) -> tuple[Result, Any]:
-        """What became of it, and details. Raises what the step's own function does."""
+        """What became of it, and details. Raises what the step's own function does, for its policy to decide."""
         if command.action == "cancel":
             answer = self.cancel(command.id)
             if answer not in ANSWERS["cancel"]:
@@ -302,10 +329,17 @@ class _Processor(Generic[E]):
             return answer, None
         function = self.do if command.action == "do" else self.undo
         if function is None:
-            raise LabkitError(f"the processor of {self.step} has no undo=…: give it one")
-        value = parser(self.value)(encode(command.value))
+            raise _Unusable(f"the processor of {self.step} has no undo=…: give it one")
+        try:
+            value = parser(self.value)(encode(command.value))
+        except UNDECODABLE as error:
+            raise _Unusable(f"the processor of {self.step} cannot read the event of {command.id}: {error}") from error
         try:
             detail = function(command.id, value)
         except Refused as error:
             return "failed", str(error)
+        except Exception as error:
+            if not self.retry.is_final(error):
+                raise
+            return "failed", error_text(error)
         return ("done" if command.action == "do" else "undone"), detail

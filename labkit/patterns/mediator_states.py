@@ -1,7 +1,8 @@
 """What a mediator knows of one instance of a process, and how it goes on: pure functions, from a state to the next one.
 
-A state keeps every question that was put to a step, with its answer. Its last question is the one that is awaited; the
-number of a question is its place among them. So the state alone tells what is late, repeated, or was never asked.
+A state keeps every question that was put to a step, with its answer. The number of a question is its place among them.
+Its last question is awaited, and those before it to the same step, as long as nothing is decided: a late answer is one,
+too. So the state alone tells what is late, repeated, or was never asked.
 
     running ── done ─→ … ─→ completed
        │ failed ──────────→ compensating ── undone ─→ … ─→ compensated
@@ -44,9 +45,10 @@ class Step:
 
     name: str
     commands: Topic[StepCommand]
-    timeout: float = 5.0
-    """Seconds to wait for an answer. They should be more than the delays of `retry` together: otherwise steps that
-    would succeed with another attempt are cancelled."""
+    timeout: float = 10.0
+    """Seconds to wait for an answer: more than the delays of `retry` together. Then the step is asked to cancel. Behind
+    a `do` that blocks, that is read after it, and all it costs are questions, and at last a person. But `retry_topics`
+    let it pass: a step is cancelled that the next attempt would have done."""
     retry: Policy = field(default_factory=lambda: blocking(exponential(0.2, cap=5.0, times=5)))
     """What its processor does when a call fails: see `retries`."""
     compensated: bool = True
@@ -163,8 +165,11 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.status in ("completed", "compensated")
 
     def awaits(self, number: int) -> bool:
-        """Whether an answer to this question would decide something."""
-        return number == self.number and self.questions[-1].answer in (None, "unknown")
+        """Whether an answer to this question would decide something: it is the last one, or an earlier one to the same
+        step, and nothing was decided since."""
+        since = self.questions[number - 1 :]
+        undecided = all(one.step == self.step and one.answer in (None, "unknown") for one in since)
+        return 1 <= number <= self.number and undecided and not self.over
 
     @property
     def done(self) -> dict[str, float]:
@@ -185,9 +190,10 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def __str__(self) -> str:
         last = self.questions[-1]
-        waits = "" if self.over else f", {last.step} was asked to {last.action}"
+        undone = f"; undone {', '.join(self.undone)}" if self.undone else ""
+        waits = "" if self.over else f"; {last.step} was asked to {last.action}"
         why = f" ({self.trouble or self.reason})" if self.trouble or self.reason else ""
-        return f"{self.status}{why}: done {', '.join(self.done) or 'nothing'}{waits}"
+        return f"{self.status}{why}: done {', '.join(self.done) or 'nothing'}{undone}{waits}"
 
 
 # -- How it goes on ----------------------------------------------------------------------------------------------------
@@ -211,14 +217,15 @@ def answered(process: Process, state: ProcessState, reply: StepReply, asks: int,
         waits = reply.number == state.number and state.status == "needs a person"
         return _ask(state, asked.step, asked.action, now) if waits else _ignored(state)
     if reply.result == "no answer":
-        waits = state.awaits(reply.number) and state.status != "needs a person"
+        waits = reply.number == state.number and state.awaits(reply.number) and state.status != "needs a person"
         return _timed_out(state, asks, now) if waits else state
     if reply.result not in ANSWERS[reply.action]:
         raise LabkitError(f"{reply.id}: to {reply.action} is answered {ANSWERS[reply.action]}, not {reply.result!r}")
     if not state.awaits(reply.number):
         return _ignored(state)
     answer = replace(asked, answer=reply.result, answered=now, detail=reply.detail)
-    state = replace(state, questions=(*state.questions[:-1], answer))
+    earlier, later = state.questions[: reply.number - 1], state.questions[reply.number :]
+    state = replace(state, questions=(*earlier, answer, *later))
     match reply.result:
         case "done":
             return _after_done(process, state, now)

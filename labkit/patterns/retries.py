@@ -16,7 +16,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ import msgspec
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAside
 from labkit.kafka.consumer.steps import Report, Step
-from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text
+from labkit.kafka.errors import ClusterUnreachable, LabkitError, error_text, told_in
 from labkit.kafka.lag import lag
 from labkit.kafka.records import Record, encode, headers_of
 from labkit.kafka.topics import Topic
@@ -84,6 +84,10 @@ class Policy:
     """Errors that another attempt would not mend: one call, then the dead-letter queue. It may also be what the
     handler's error was raised `from`, or one of its group."""
 
+    def is_final(self, error: BaseException) -> bool:
+        """Whether this is an error that another attempt would not mend."""
+        return any(isinstance(one, self.non_retriable) for one in told_in(error))
+
     def then(self, following: Policy) -> Policy:
         """This one, and when it is used up the following one. Raises LabkitError for an order that makes no sense."""
         if isinstance(self.blocks, exponential) and self.blocks.times is None:
@@ -114,7 +118,7 @@ def retry_topics(*delays: float, non_retriable: Iterable[type[BaseException]] = 
 
     The delays are part of the topics' names, in whole milliseconds at least. Raises LabkitError.
     """
-    whole = tuple(math.ceil(round(1000 * delay, 6)) / 1000 for delay in _checked("retry_topics", delays))
+    whole = tuple(milliseconds(delay) / 1000 for delay in _checked("retry_topics", delays))
     return Policy(topics=whole, non_retriable=_errors(non_retriable))
 
 
@@ -266,9 +270,15 @@ class RetryingConsumer(Consumer):
             Consumer.run(bound, stop, report)
 
 
+def milliseconds(seconds: float) -> int:
+    """As many whole ones as a delay takes, whatever a sum of floats has made of it."""
+    return math.ceil(round(1000 * seconds, 6))
+
+
 def written(seconds: float) -> str:
     """A delay in a topic's name, where no dot may be: whole seconds or milliseconds."""
-    return f"{seconds:.0f}s" if seconds == int(seconds) else f"{seconds * 1000:.0f}ms"
+    whole = milliseconds(seconds)
+    return f"{whole}ms" if whole % 1000 else f"{whole // 1000}s"
 
 
 def _both(first: Report | None, second: Report) -> Report:
@@ -280,24 +290,6 @@ def _both(first: Report | None, second: Report) -> Report:
         second(step, subject)
 
     return tell
-
-
-def _said(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it says are in it: which it was raised `from`, or which it groups.
-
-    Not its `__context__`: Python notes there whatever was being dealt with when this one came, wanted or not.
-    """
-    found, left = set[int](), [error]
-    while left:
-        one = left.pop()
-        if id(one) in found:  # a chain may be a ring
-            continue
-        found.add(id(one))
-        yield one
-        if one.__cause__ is not None:
-            left.append(one.__cause__)
-        if isinstance(one, BaseExceptionGroup):
-            left.extend(one.exceptions)
 
 
 # -- What it does while it runs ----------------------------------------------------------------------------------------
@@ -403,8 +395,7 @@ class _Retries:
         if isinstance(failed.command, Skip):
             return self.skip(failed, stage, trail, failed.command)
         # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
-        hopeless = any(isinstance(one, policy.non_retriable) for one in _said(failed.error))
-        retriable = failed.record is not None and not hopeless
+        retriable = failed.record is not None and not policy.is_final(failed.error)
         # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
         if retriable and (stage.number == 0 or stage.number > len(policy.topics)):
             delay = policy.blocks.delay(failed.attempt)

@@ -63,6 +63,14 @@ def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     lab.wait_ready(shop)
 
 
+def test_more_pods_than_partitions_are_ready_exactly_once_too(lab: Lab) -> None:
+    """There the same numbers of several topics go to one member: the other one of two has nothing to do."""
+    ones = [lab.topic("first", 1, Order), lab.topic("second", 1, Order)]
+    both = lab.deploy("both", Consumer(ones, print, guarantee="exactly once"), replicas=2)
+    lab.wait_ready(both)
+    assert sorted(len(pod.report.assigned) for pod in both.pods if pod.report) == [0, 2]
+
+
 @pytest.mark.long
 def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
     topic = lab.topic("orders", 2, Order)

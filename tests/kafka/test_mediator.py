@@ -15,7 +15,7 @@ import pytest
 from consuming import Member, Process, crash_points, fresh_group, fresh_topic
 from mediating import LONG, STEPS, Ledger, Orders, Service, process
 from processes import wait_until
-from stores import raw
+from stores import raw, store_topic
 
 from labkit import Lab
 from labkit.kafka.cluster import Cluster
@@ -25,6 +25,7 @@ from labkit.kafka.reader import Reader
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.mediator import Mediator
 from labkit.patterns.mediator_states import ProcessState, StepCommand, StepReply
+from labkit.patterns.retries import blocking
 from labkit.runtime.connect import Connection
 
 
@@ -79,7 +80,9 @@ def test_when_a_step_fails_for_good_what_was_done_is_undone_in_reverse(shop: Ord
     shop.check({"b1"}, {"b2": {"charge", "reserve"}, "b3": set()}, of="b")
     assert shop.states()["b2"].plan == ("reserve", "charge")
     assert [step for step, what, _ in shop.ledger.effects("b2") if what == "undone"] == ["reserve", "charge"]
-    assert "ship failed" in shop.states()["b2"].reason
+    assert str(shop.states()["b2"]).endswith(
+        "(ship failed: not this one): done charge, reserve; undone reserve, charge"
+    )
 
 
 def test_what_comes_late_or_again_is_counted_and_changes_nothing(shop: Orders) -> None:
@@ -184,6 +187,8 @@ def test_without_an_answer_that_decides_a_person_is_needed_who_has_it_asked_agai
     assert hasty.states()["i1"].times_asked == 2
     with hasty.mediator.dead_letters() as letters:
         wait_until(lambda: letters_of(letters) == ["i1"], what="a letter")
+        (letter,) = letters.values()
+        assert letter.at == letter.failed[0] == letter.timestamp + 0.5  # when the timeout was due
         del charge.fails["do", "i1"], charge.fails["cancel", "i1"]
         letters.replay()
         hasty.wait(i1="compensated")
@@ -233,6 +238,26 @@ def test_a_processor_that_is_away_for_long_is_waited_for(hasty: Orders) -> None:
         letters.replay()
         wait_until(lambda: not letters, what="the letter to go")
     hasty.check({"l1"}, of="l1")
+
+
+def test_what_no_further_attempt_would_mend_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    """A command that its processor cannot serve is a dead letter at once. An error that the policy names as
+    non_retriable is a failure for good: of `do`, the order is compensated; of `undo`, a person is needed."""
+    orders = Orders(cluster, tmp_path, retry=blocking(LONG, non_retriable=[ValueError]))
+    charge, reserve = orders.commands["charge"], orders.services["reserve"]
+    reserve.fails |= {("do", name): ValueError("no such item") for name in ("v1", "w2")}
+    orders.services["charge"].fails |= {("undo", "w2"): ValueError("no such account")}
+    for step, action, value in (("ship", "do", {"cents": 1}), ("charge", "do", {"cents": "1"}), ("charge", "do", None)):
+        charge.send(StepCommand("v0", step, action, 1, value, 0), key="v0")
+    charge.flush()
+    with running(orders):
+        orders.place("v1", "w2", "v3")
+        orders.wait(v1="compensated", w2="needs a person", v3="completed")
+        with DeadLetters(charge, charge.name) as letters:
+            assert letters_of(letters) == ["v0"] * 3
+    assert "reserve failed: ValueError: no such item" in orders.states()["v1"].reason
+    orders.check({"v3"}, {"v1": {"charge"}}, of="v")
+    assert orders.ledger.effects("w2") == [("charge", "done", "w2")]
 
 
 # -- killed, frozen, fenced
@@ -445,20 +470,70 @@ def test_partitions_added_to_a_steps_commands_double_nothing(cluster: Cluster, t
     orders.check(ids - moved, {one: {"charge"} for one in moved})
 
 
+def test_topics_that_do_not_fit_are_refused_before_anything_is_made(cluster: Cluster, tmp_path: Path) -> None:
+    orders = Orders(cluster, tmp_path)
+    mediator, there = orders.mediator, cluster.topics()
+    for wrong in (
+        {"initial": fresh_topic(cluster, 2, dict[str, int])},
+        {"replies": fresh_topic(cluster, 2, StepReply)},
+        {"store": store_topic(cluster, 2, ProcessState)},
+    ):
+        with pytest.raises(TopicMismatch, match="same number"):
+            replace(mediator, **wrong).consumer("one").prepare()
+    with pytest.raises(TopicMismatch, match="compact"):
+        replace(mediator, store=fresh_topic(cluster, 1, ProcessState)).consumer("one").prepare()
+    assert len(cluster.topics()) == len(there) + 4
+
+
+def test_a_topic_that_is_missing_is_told_before_an_order_gets_there(cluster: Cluster, tmp_path: Path) -> None:
+    """That of the commands of an old version, too."""
+    orders = Orders(cluster, tmp_path)
+    mediator, there = orders.mediator, cluster.topics()
+    not_there = replace(orders.commands["reserve"], name=fresh_group())
+    old, newer = process({**orders.commands, "bill": not_there}), replace(mediator.newest, version=2)
+    for wrong in (
+        *({name: replace(getattr(mediator, name), name=fresh_group())} for name in ("initial", "replies", "store")),
+        {"processes": [process({**orders.commands, "reserve": not_there})]},
+        {"processes": [old, newer]},
+    ):
+        with pytest.raises(TopicMissing, match="create"):
+            replace(mediator, **wrong).consumer("one").prepare()
+    assert cluster.topics() == there
+
+
+def test_topics_of_timeouts_have_the_partitions_that_the_replies_have(cluster: Cluster, tmp_path: Path) -> None:
+    """Whatever was declared. One that was made with fewer is refused."""
+    orders = Orders(cluster, tmp_path, partitions=3)
+    mediator = orders.mediator
+    declared = replace(
+        mediator, initial=replace(mediator.initial, partitions=1), replies=replace(mediator.replies, partitions=1)
+    )
+    declared.consumer("one").prepare()
+    timeouts = mediator.timeouts(LONG)
+    assert cluster.topics()[timeouts.name] == 3
+    shorter = replace(mediator, processes=[process(orders.commands, timeout=1.0)])
+    replace(shorter.timeouts(1.0), partitions=2).create({"message.timestamp.type": "LogAppendTime"})
+    with pytest.raises(TopicMismatch, match="2 partitions, not 3"):
+        shorter.consumer("one").prepare()
+
+
+def test_a_timeout_that_is_a_sum_of_delays_has_a_topic(cluster: Cluster, tmp_path: Path) -> None:
+    """Ten times 0.1 is a bit less than 1."""
+    orders = Orders(cluster, tmp_path, timeout=sum([0.1] * 10))
+    orders.consumer().prepare()
+    assert orders.mediator.timeouts(orders.mediator.newest.steps[0].timeout).name in cluster.topics()
+
+
 def test_what_cannot_be_orchestrated_is_refused_with_the_fix(cluster: Cluster, tmp_path: Path) -> None:
     orders = Orders(cluster, tmp_path)
     mediator, charge = orders.mediator, orders.commands["charge"]
-    with pytest.raises(TopicMismatch, match="same number"):
-        replace(mediator, replies=fresh_topic(cluster, 2, StepReply)).consumer("one").prepare()
-    with pytest.raises(TopicMismatch, match="compact"):
-        replace(mediator, store=fresh_topic(cluster, 1, ProcessState)).consumer("one").prepare()
-    with pytest.raises(TopicMissing):
-        replace(mediator, store=replace(mediator.store, name=fresh_group())).consumer("one").prepare()
     newest = mediator.newest
     for wrong in (
         {"processes": []},
         {"processes": [newest, newest]},
         {"processes": [newest, replace(newest, name="other", version=2)]},
+        {"processes": [newest, process({**orders.commands, "ship": fresh_topic(cluster, 1, StepCommand)}, 2)]},
+        {"processes": [newest, process({"bill": orders.commands["ship"]}, 2)]},
         {"replies": mediator.store},
         {"store": mediator.replies},
         {"asks": 0},

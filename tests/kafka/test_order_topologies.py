@@ -104,7 +104,7 @@ class Chain(Shop):
 
     def processor(self, step: str) -> Consumer:
         made = self.steps[step], self.after[step], self.done[step], self.failed, self.undone
-        return replace(orders.event_processor(*made, slot="one", retry=blocking(0.05)), commit_interval=0.02)
+        return replace(orders.event_processor(*made, slot="one"), commit_interval=0.02)
 
     @contextmanager
     def topology(self) -> Iterator[None]:
@@ -420,15 +420,24 @@ def test_a_failure_that_overtakes_has_the_order_never_done(chain: Callable[..., 
     assert made.effects() == completed(2)
 
 
+def test_a_step_waits_for_its_database_however_long_it_is_away(chain: Callable[..., Chain]) -> None:
+    """Nobody would ask for an order again that is among the dead letters."""
+    policy = chain().processor("charge").retry
+    assert policy.blocks.delay(1_000_000) is not None
+    assert not policy.is_final(psycopg.OperationalError())
+
+
 def test_what_is_no_event_is_a_dead_letter_and_the_next_order_goes_on(chain: Callable[..., Chain]) -> None:
+    """Also an order that the database cannot take."""
     made = chain()
     with made.running():
         for topic in (made.placed, made.failed):
             put(topic, b"no JSON", b"{}", partition=0)
         made.placed.send(None, "order-1")
+        made.placed.send(OrderPlaced("order-\0-1", "customer", []), "order-1")
         made.place(2)
         made.wait_effects(completed(2))
-        for topic, many in ((made.placed, 3), (made.failed, 2)):
+        for topic, many in ((made.placed, 4), (made.failed, 2)):
             with DeadLetters(topic, made.done["charge"].name) as letters:
                 wait_until(lambda letters=letters, many=many: len(letters) == many, 30, "its letters")
 

@@ -9,6 +9,7 @@ import pytest
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.topics import Topic
 from labkit.patterns.mediator_states import (
+    Action,
     Process,
     ProcessState,
     Question,
@@ -19,6 +20,7 @@ from labkit.patterns.mediator_states import (
     answered,
     begin,
 )
+from labkit.patterns.retries import exponential
 
 NAMES = ("charge", "reserve", "ship", "invoice")
 ASKS = 3
@@ -118,3 +120,65 @@ def test_a_step_that_is_not_compensated_stays_done() -> None:
     assert state.plan == ("ship", "charge")
     assert (state.step, state.status) == ("ship", "compensating")
     assert state.done == {"charge": 1.0, "reserve": 2.0, "ship": 3.0}
+
+
+def given(*answers: tuple[str, Action, Result]) -> ProcessState:
+    """An instance to which this was answered, question by question; "no answer" is a timeout."""
+    order, state = process(), begin(process(), {}, 0.0)
+    for number, (step, action, result) in enumerate(answers, 1):
+        state = answered(order, state, StepReply("1", step, action, number, result), ASKS, float(number))
+    return state
+
+
+def test_an_answer_that_comes_one_question_late_decides() -> None:
+    """correctness 42: a busy step. Each answer takes 8 s, and is waited for 5 s: no person is needed."""
+    order, state = process(), begin(process(), {}, 0.0)
+    due: list[tuple[float, StepReply]] = []
+    while state.step == "charge":
+        asked, number = state.questions[-1], state.number
+        if all(reply.number != number for _, reply in due):
+            for after, result in ((5.0, "no answer"), (8.0, "done")):
+                due.append((asked.asked + after, StepReply("1", "charge", asked.action, number, result)))
+        now, reply = min(due, key=lambda one: one[0])
+        due.remove((now, reply))
+        state = answered(order, state, reply, ASKS, now)
+        assert state.status != "needs a person", str(state)
+    assert (state.step, state.status, state.done) == ("reserve", "running", {"charge": 8.0})
+    assert [one.answer for one in state.questions] == ["done", None, None]
+
+
+@pytest.mark.parametrize(
+    ("late", "status", "step"),
+    [
+        (StepReply("1", "charge", "do", 1, "done"), "running", "reserve"),
+        (StepReply("1", "charge", "do", 1, "failed"), "compensated", "charge"),
+        (StepReply("1", "charge", "cancel", 2, "unknown"), "cancelling", "charge"),
+        (StepReply("1", "charge", "cancel", 2, "cancelled"), "compensated", "charge"),
+    ],
+)
+def test_what_is_answered_late_decides_once(late: StepReply, status: str, step: str) -> None:
+    """What else is answered of the same step then changes nothing; nor does a timeout of an earlier question."""
+    order, state = process(), given(("charge", "do", "no answer"), ("charge", "cancel", "no answer"))
+    for number, action in ((1, "do"), (2, "cancel")):
+        assert answered(order, state, StepReply("1", "charge", action, number, "no answer"), ASKS, 9.0) is state
+    state = answered(order, state, late, ASKS, 9.0)
+    assert (state.status, state.step) == (status, step)
+    if status != "cancelling":
+        for result in ("done", "cancelled"):
+            after = answered(order, state, StepReply("1", "charge", "cancel", 3, result), ASKS, 10.0)
+            assert (after.questions, after.status, after.ignored) == (state.questions, state.status, 1)
+
+
+def test_a_compensation_that_was_asked_again_is_undone_by_its_first_answer() -> None:
+    state = given(("charge", "do", "done"), ("reserve", "do", "failed"), ("charge", "undo", "no answer"))
+    state = answered(process(), state, StepReply("1", "charge", "undo", 3, "undone"), ASKS, 9.0)
+    assert state.status == "compensated"
+    assert str(state) == "compensated (reserve failed: None): done charge; undone charge"
+
+
+def test_a_step_is_waited_for_longer_than_it_is_tried_again() -> None:
+    """Both by default."""
+    step = process().steps[0]
+    assert isinstance(step.retry.blocks, exponential)
+    delays = [step.retry.blocks.delay(attempt) or 0.0 for attempt in range(1, 100)]
+    assert 0 < sum(delays) < step.timeout

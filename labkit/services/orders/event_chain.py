@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import psycopg
 
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import LabkitError, PoisonRecord
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.mediator import Refused
@@ -49,10 +50,12 @@ def event_processor(
     failed: Topic[OrderEvent],
     undone: Topic[OrderEvent],
     slot: str = "",
-    retry: Policy = blocking(exponential(0.2, cap=5.0, times=5)),  # noqa: B008 - it is frozen
+    retry: Policy = blocking(exponential(0.1, cap=60.0), non_retriable=(PoisonRecord, psycopg.DataError)),  # noqa: B008
 ) -> RetryingConsumer:
     """What does a step `after` these events, in one process or many, and says `done`, or `failed` for good. Of what has
     `failed` elsewhere it takes back its own, and says `undone`; for each time it hears of it, so maybe several times.
+
+    While its database is away, it tries again, for ever: an order among the dead letters is neither done nor failed.
     """
     for topic in (done, failed, undone):
         if topic.value is not OrderEvent:
@@ -80,7 +83,7 @@ class _EventProcessor:
     def __call__(self, record: Record[Any]) -> None:
         event: OrderPlaced | OrderEvent | None = record.value
         if event is None:
-            raise LabkitError("an event of an order has a value")
+            raise PoisonRecord(record.topic, record.partition, record.offset, "an event of an order has a value")
         order = event.order if isinstance(event, OrderEvent) else event
         if self.failed.name in (record.topic, taken_apart(record.topic)[0]):  # or one of its replayed dead letters
             self.compensate(order)
