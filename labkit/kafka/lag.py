@@ -14,6 +14,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from labkit.kafka.cluster import ANSWER, Cluster, inherited
 
+ASKERS = 64  # groups whose offsets are asked for in turn, each by a client that is kept: more than a lab has
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 
@@ -69,7 +70,7 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
     return {(one.topic, one.partition): one.offset for one in answer if one.offset >= 0}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=ASKERS)
 def _asker(cluster: Cluster, group: str, _process: int) -> Client:
     """A client that joins no group and only asks for offsets. The admin client's own question must not be used: it
     ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040).
@@ -84,7 +85,7 @@ def _asker(cluster: Cluster, group: str, _process: int) -> Client:
 def _keep_inherited() -> None:
     global _asker
     inherited.append(_asker)
-    _asker = lru_cache(maxsize=16)(_asker.__wrapped__)
+    _asker = lru_cache(maxsize=ASKERS)(_asker.__wrapped__)
 
 
 os.register_at_fork(after_in_child=_keep_inherited)
