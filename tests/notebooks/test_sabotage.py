@@ -70,7 +70,7 @@ def long(*case: str) -> Any:
         long(AGGREGATION, "keyless_commands", "count-verdict", r"invalid: store: .* lost [1-9]"),
         long(AGGREGATION, "offset_before_transaction", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
         long(AGGREGATION, "failed_attempts_stay", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
-        long(TOPOLOGIES, "cancel_forgets", "up-verdict", r"invalid: by the mediator: .* wrong [1-9]"),
+        long(TOPOLOGIES, "timeout_is_failure", "up-verdict", r"invalid: by the mediator: .* wrong [1-9]"),
         long(TOPOLOGIES, "failures_unheard", "refused-verdict", r"invalid: by events: .* wrong [1-9]"),
         long(
             TOPOLOGIES, "offset_before_transaction", "kill-verdict", r"invalid: by the mediator: .* (lost|wrong) [1-9]"
