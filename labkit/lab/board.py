@@ -138,7 +138,7 @@ class Board:
 
     def _redraw_until_closed(self) -> None:
         took = 0.0
-        while not self._closed.wait(max(_FRAME - took, 2 * took)):  # on a slow machine fewer frames, not a busy core
+        while not self._closed.wait(max(_FRAME - took, 4 * took)):  # on a slow machine fewer frames, not a busy core
             begun = time.monotonic()
             self.redraw()
             took = time.monotonic() - begun

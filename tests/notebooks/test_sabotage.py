@@ -33,7 +33,7 @@ def run_notebook(name: str, sabotage: str, last: str, folder: Path) -> subproces
     env = {**os.environ, "LABKIT_PACE": "10", "PYTHONWARNINGS": "ignore"}
     env["PYTHONPATH"] = os.pathsep.join([str(SABOTAGE / sabotage), str(ROOT)])  # of this checkout, wherever it is
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--timeout=300"]
-    command += ["-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", str(folder / name)]
+    command += ["-x", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=280", str(folder / name)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False)
 
 
