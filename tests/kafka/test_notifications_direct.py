@@ -9,11 +9,13 @@ from contextlib import contextmanager
 import aiohttp
 import pytest
 from noticing import SECRET, Note, Page, Served, browse, running
+from processes import wait_until
 
 from labkit.patterns.notice_window import Bounds
 from labkit.runtime.broker import free_ports
 from labkit.services.clients import ask
 from labkit.services.notifications import direct
+from labkit.services.notifications.browser import Browser
 from labkit.services.notifications.channels import Channels
 from labkit.services.notifications.direct import BOUNDS, DirectNotices, DirectNotificationService
 
@@ -105,3 +107,22 @@ def test_a_channel_that_is_not_ours_and_a_notice_that_is_too_large() -> None:
         assert ask(f"{served.url}/channels/{Channels(SECRET).make(60).id}/notices", "POST", large)[0] == 413
         for channel in ("unknown", Channels(SECRET).make(0).id, Channels("another secret of some length").make(60).id):
             assert ask(f"{served.url}/channels/{channel}/notices", "POST", {"id": "1", "notice": {}})[0] == 403
+
+
+@pytest.mark.parametrize(("error", "ended"), [(AssertionError(), ""), (ValueError("odd"), "ValueError: odd")])
+def test_a_browser_connects_again_or_says_why_it_does_not(
+    error: Exception, ended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first: aiohttp's own, when a service is killed between its answer and the first message."""
+    connect, errors = aiohttp.ClientSession.ws_connect, [error]
+
+    def first_an_error(*given: object, **named: object) -> object:
+        if errors:
+            raise errors.pop()
+        return connect(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(aiohttp.ClientSession, "ws_connect", first_an_error)
+    with serving() as served, Browser(served.url) as browser:
+        wait_until(lambda: browser.connected.is_set() or browser.ended)
+        assert browser.connected.is_set() == (not ended)
+        assert ended in browser.ended

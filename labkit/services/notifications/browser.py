@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import aiohttp
 import msgspec
 
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import LabkitError, error_text
 from labkit.services.clients import ask
 
 AGAIN = 0.05, 2.0  # seconds from one attempt to connect to the next: at first, and at most
@@ -96,7 +96,9 @@ class Browser:
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(asyncio.gather(self._task, return_exceptions=True))
+            (how,) = self._loop.run_until_complete(asyncio.gather(self._task, return_exceptions=True))
+            if isinstance(how, Exception):  # not that it was closed
+                self.ended = f"it cannot go on: {error_text(how)}"
         finally:
             self._loop.close()
 
@@ -119,8 +121,10 @@ class Browser:
                         if socket.close_code in FINAL:
                             self.ended = f"closed with {socket.close_code}: another attempt would not do better"
                             return
-                except (aiohttp.ClientError, OSError, TimeoutError):
-                    pass  # nobody is there now: the next attempt may find another instance
+                except (aiohttp.ClientError, OSError, TimeoutError, AssertionError):
+                    # Nobody is there now: the next attempt may find another instance. (aiohttp only asserts that a
+                    # connection is still there when the answer to its handshake has come.)
+                    pass
                 finally:
                     if self._socket is not None:  # aiohttp keeps the connection of one that ended without a good-bye
                         self._socket._response.close()
