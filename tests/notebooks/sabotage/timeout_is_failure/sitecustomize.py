@@ -1,7 +1,7 @@
 """A mediator that takes the end of a timeout for a failure of the step, without asking: every Python process of the run
 imports this."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from labkit.patterns import mediator
 
