@@ -106,7 +106,7 @@ class AtomicKeyValueStore(Generic[K, C, V]):
     """From a key's text to the key; `str(key)` is its text."""
     callback: Callable[[K, V | None, V], object] | None = None
     """`callback(key, old, new)` is called when a value has changed. What it sends is in the transaction of the change:
-    it is there once. Changes that come together are one, so ask whether the value *has passed* something
+    it is there once. Changes that come together are one, so ask whether this change has *reached* something
     (`old < total <= new`). If it raises, the command fails."""
 
     @property
