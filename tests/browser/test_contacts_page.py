@@ -126,6 +126,7 @@ def test_an_import_is_seen_from_its_upload_to_its_end(world: World, page: Page) 
     expect(page.locator("#news")).to_have_text(f"contacts.csv: Completed, 10 jobs. {len(stored)} rows are not imported")
 
 
+@pytest.mark.long
 def test_several_imports_one_after_the_other_the_newest_first(world: World, page: Page) -> None:
     names = ["a.csv", "b.csv", "c.csv"]
     files = [{"name": name, "mimeType": "text/csv", "buffer": ONE} for name in names]
@@ -240,6 +241,7 @@ def test_what_happens_while_the_connection_is_lost_is_shown_once_it_is_back(
         shown(page, "Completed, 10 jobs")
 
 
+@pytest.mark.long
 def test_when_too_much_was_missed_the_state_is_read_again(world: World, opened: Callable[..., Page]) -> None:
     front = world.front()
     with world.notifying(front):

@@ -124,6 +124,7 @@ def test_ten_seconds_without_a_broker(cluster: Cluster) -> None:
         assert {r.value for r in reader.rest()} == {*range(101), *range(1000, 1100)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sending", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "sending"])
 def test_a_stop_without_a_broker_is_bounded(cluster: Cluster, sending: bool) -> None:
     """correctness 5: it drains, gives up on the commit, and lets go; nothing is lost."""

@@ -54,6 +54,7 @@ def test_400_records_while_a_second_member_joins(cluster: Cluster) -> None:
         assert [value for where, value in handled if where == partition] == list(range(100))
 
 
+@pytest.mark.long
 def test_30_partitions_keep_their_order_while_two_members_join(cluster: Cluster) -> None:
     """correctness 1, 3: 30 × 250 records, each handled once, by three members in the end, each partition in order."""
     topic, group = fresh_topic(cluster, 30), fresh_group()
@@ -253,6 +254,7 @@ def test_a_pause_does_not_outlive_a_rebalance(cluster: Cluster) -> None:
         first.wait_committed({0: 30, 1: 30})
 
 
+@pytest.mark.long
 def test_a_lost_partition_is_never_committed(cluster: Cluster) -> None:
     """correctness 5: frozen for longer than its session, thawed, it learns of its loss and commits nothing of it."""
     topic, group = fresh_topic(cluster), fresh_group()

@@ -128,6 +128,7 @@ def test_a_slow_handler_holds_back_its_partition_only(cluster: Cluster, monkeypa
     assert most[1] <= 300
 
 
+@pytest.mark.long
 def test_back_pressure_does_not_fetch_a_backlog_again_and_again(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 from consuming import Journal
 from processes import wait_until
 from uploading import MINE, Served
@@ -22,6 +23,7 @@ from labkit.services.contacts import (
 )
 
 
+@pytest.mark.long
 def test_whoever_polls_pays_for_each_question_and_sees_the_end(dsn: str) -> None:
     downstream_port, port = free_ports()
     downstream = DownstreamService(downstream_port)

@@ -112,6 +112,7 @@ def test_without_a_lab_there_is_nothing_to_break(own_state: Path) -> None:
     assert "no lab of ada is running: run a notebook's cells from its first" in labkit("shop-0", "kill", code=1)
 
 
+@pytest.mark.long
 def test_kafka_is_killed_and_mended_while_it_is_dead() -> None:
     with Lab("fragile", cluster="private") as lab:
         assert stat.S_IMODE(lab.folder.stat().st_mode) == 0o700, "for this user alone"

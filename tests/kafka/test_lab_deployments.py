@@ -283,6 +283,7 @@ def test_when_a_deployment_is_replaced_the_one_before_has_left(lab: Lab) -> None
     assert not any(is_alive(pid) for pid in pids)
 
 
+@pytest.mark.long
 def test_one_that_cannot_be_deployed_leaves_what_ran(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None))
@@ -371,6 +372,7 @@ def test_an_edited_handler_takes_effect_and_the_record_is_done(lab: Lab) -> None
     assert lab.verdict(load, target).check().startswith("3 sent · 3 took effect · lost 0")
 
 
+@pytest.mark.long
 def test_a_handler_past_its_deadline_is_in_the_log_with_its_stack(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
 
@@ -413,6 +415,7 @@ def test_a_topic_deleted_under_a_deployment_is_named(lab: Lab) -> None:
     lab.cluster.create_topic(topic.name, 2)
 
 
+@pytest.mark.long
 def test_a_topic_that_does_not_exist_is_named(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     lab.cluster.delete_topics([topic.name])

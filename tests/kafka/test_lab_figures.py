@@ -54,6 +54,7 @@ def test_a_figure_that_nobody_has_measured_is_no_number(lab: Lab) -> None:
     assert math.isnan(lab.figure("requests/s", "nobody"))
 
 
+@pytest.mark.long
 def test_waiting_ends_with_the_condition_or_says_what_for(lab: Lab) -> None:
     looks: list[int] = []
 

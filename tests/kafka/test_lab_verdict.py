@@ -217,6 +217,7 @@ def test_what_comes_to_rest_while_the_verdict_reads_is_not_lost(
     assert lab.verdict(load, shop.shipped, timeout=0).check().startswith("10 sent · 10 took effect · lost 0")
 
 
+@pytest.mark.long
 def test_a_content_is_read_once_the_lab_has_settled(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     may_ship, settle = tmp_path / "may ship", lab.settle
     shop = Shop(lab, until=may_ship)
@@ -267,6 +268,7 @@ def test_what_cannot_be_compared_is_refused(lab: Lab, sent: Any, done: Any, told
         lab.verdict(sent, done)
 
 
+@pytest.mark.long
 def test_what_is_planned_has_to_happen_first(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     shop = Shop(lab)
     allowed = False

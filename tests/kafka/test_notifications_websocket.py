@@ -203,6 +203,7 @@ def test_connections_and_new_channels_are_limited(cluster: Cluster) -> None:
         browse(pages)
 
 
+@pytest.mark.long
 def test_more_pages_than_a_shell_allows_files(cluster: Cluster) -> None:
     topic = fresh_topic(cluster, 1, Note)
 

@@ -37,6 +37,7 @@ def broker() -> Iterator[PrivateBroker]:
         yield broker
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("server", [PrivateBroker, Postgres, Valkey])
 def test_a_server_works_in_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch, server: type[Server]) -> None:
     with tempfile.TemporaryDirectory() as above:
@@ -177,6 +178,7 @@ def test_one_commit_at_a_time_is_on_its_way(broker: PrivateBroker) -> None:
     assert (Step.FLUSHED, Step.FLUSHED) not in pairwise(steps)
 
 
+@pytest.mark.long
 def test_halted_for_a_moment_it_stays_the_leader(broker: PrivateBroker) -> None:
     """A broker that is fenced whenever the machine halts makes the machine busier: all partitions change leaders."""
     topic = fresh_topic(broker.cluster, 8)

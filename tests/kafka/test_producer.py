@@ -126,6 +126,7 @@ def test_a_topic_that_is_missing_is_told(cluster: Cluster) -> None:
         topic.flush(30)
 
 
+@pytest.mark.long
 def test_an_unreachable_cluster_fails_within_the_time_limit() -> None:
     nowhere = Producer(Cluster("127.0.0.1:1"), timeout=5.0)
     nowhere.send("orders", b"1")

@@ -297,6 +297,7 @@ def test_it_outlives_a_broker_that_is_started_again(state_dir: object) -> None:
         assert values(replace(topic, cluster=broker.proxy.cluster)) == [0, 1]
 
 
+@pytest.mark.long
 def test_it_ends_with_its_broker(state_dir: object) -> None:
     with PrivateBroker() as broker:
         assert broker.proxy.cluster.describe().cluster_id == broker.cluster_id

@@ -468,6 +468,7 @@ def test_what_cannot_be_published_three_times_waits_and_is_not_lost(
     assert all(later - sooner >= 0.1 for sooner, later in itertools.pairwise(tries))
 
 
+@pytest.mark.long
 def test_many_lanes_whose_dead_letters_are_refused_at_once_are_all_blocked(cluster: Cluster) -> None:
     """The process died of it: a hook polled the client from within the client's own callback."""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -487,6 +488,7 @@ def test_many_lanes_whose_dead_letters_are_refused_at_once_are_all_blocked(clust
     assert len(letters(topic, group)) == 8
 
 
+@pytest.mark.long
 def test_a_retry_topic_deleted_under_way_blocks_the_lane_and_loses_nothing(cluster: Cluster) -> None:
     """Named where one looks for what is blocked; the next start makes it anew."""
     topic, group = fresh_topic(cluster), fresh_group()

@@ -135,6 +135,7 @@ def replayed(cluster: Cluster) -> dict[Step, tuple[Topic[Any], str, int]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", REPLAYING, ids=lambda step: step.value)
 def test_a_crash_after_a_replay_leaves_no_finished_letter(
     replayed: dict[Step, tuple[Topic[Any], str, int]], step: Step

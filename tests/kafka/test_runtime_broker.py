@@ -95,6 +95,7 @@ def assert_all_gone(folder: Path, before: shared.Status, seconds: float) -> None
     assert {path.name for path in folder.iterdir()} == {"broker.lock"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.long)])
 def test_a_state_folder_of_any_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locale: str) -> None:
     """Java reads settings as Latin-1 with escapes, Kafka splits folders at commas, and a class path ends at a colon."""
@@ -331,6 +332,7 @@ def test_killed_broker_is_back_with_all_that_was_confirmed(own_state: Path) -> N
         assert (after.bootstrap, after.cluster_id) == (before.bootstrap, before.cluster_id)
 
 
+@pytest.mark.long
 def test_killed_supervisor_takes_the_broker_along(own_state: Path) -> None:
     with shared.shared_broker() as lease:
         before = status()

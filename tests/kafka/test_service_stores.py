@@ -112,6 +112,7 @@ def test_a_country_appears_and_goes_without_anyone_calling_bookings(platform: Pl
         assert (status, "a time like 2026-03-29T09:00, in UTC" in why) == (400, True), wrong
 
 
+@pytest.mark.long
 def test_a_zone_that_cannot_be_read_is_written_again(platform: Platform) -> None:
     platform.begin()
     for partition in range(2):  # wherever Berlin is

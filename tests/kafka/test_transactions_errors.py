@@ -39,8 +39,6 @@ from labkit.runtime.proxy import Proxy
 REQUESTS = ["InitProducerId", "AddOffsetsToTxn", "TxnOffsetCommit", "AddPartitionsToTxn", "Produce", "EndTxn"]
 FAULTS = ["is lost", "has its answer lost", "is never answered"]
 FIRST = {
-    ("Produce", "is lost"),
-    ("TxnOffsetCommit", "has its answer lost"),
     ("EndTxn", "has its answer lost"),
     ("AddPartitionsToTxn", "is never answered"),
 }
@@ -153,6 +151,7 @@ def test_a_transaction_that_lasts_too_long_loses_and_doubles_nothing(
     assert values(output) == list(range(10))
 
 
+@pytest.mark.long
 def test_a_topic_of_outputs_that_is_deleted_ends_it_before_anything_is_committed(cluster: Cluster) -> None:
     """correctness 19, 21: into the one that is made in its place goes everything."""
     topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()

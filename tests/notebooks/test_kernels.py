@@ -130,6 +130,7 @@ def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing(tmp_path: Path) -> 
             assert "running" in run(again, SETUP + "print(shop)")
 
 
+@pytest.mark.long
 def test_interrupting_a_cell_harms_no_broker_and_no_pod(tmp_path: Path) -> None:
     """correctness 30: Jupyter's interrupt goes to the kernel's whole process group."""
     with kernel(tmp_path) as (manager, client):
