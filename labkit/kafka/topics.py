@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import Headers, deliver, producer
 from labkit.kafka.records import T, encode
 
@@ -50,7 +52,8 @@ class Topic(Generic[T]):
 
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until everything this process sent is confirmed. Raises DeliveryFailed."""
-        producer(self.cluster).flush(timeout)
+        with self._explaining():
+            producer(self.cluster).flush(timeout)
 
     def deliver(self, records: Iterable[tuple[T | None, str | None, Headers | None]], timeout: float = 30.0) -> None:
         """Send these (value, key, headers), and wait until each of them is confirmed, whatever else the process sends.
@@ -58,7 +61,18 @@ class Topic(Generic[T]):
         Raises DeliveryFailed when some were refused, or not confirmed within `timeout` seconds: those may still arrive.
         """
         raw = ((None if value is None else encode(value), key, headers) for value, key, headers in records)
-        deliver(self.cluster, self.name, raw, timeout)
+        with self._explaining():
+            deliver(self.cluster, self.name, raw, timeout)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Tell with a failure what the client does not say: that too few replicas are in sync."""
+        try:
+            yield
+        except DeliveryFailed as error:
+            if why := self.cluster.lacks_replicas(self.name):
+                raise DeliveryFailed(f"{error}. {why}") from error
+            raise
 
     def __repr__(self) -> str:
         many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"
