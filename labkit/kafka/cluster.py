@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -126,21 +125,6 @@ class Cluster:
             number: Partition(one.leader, frozenset(one.replicas), frozenset(one.isrs))
             for number, one in sorted(found.partitions.items())
         }
-
-    def lacks_replicas(self, name: str) -> str:
-        """Why a topic takes no records, and what to do: too few of its replicas are in sync. A client hears nothing of
-        it but that its time is over. Empty if it is not so, or cannot be told at once.
-        """
-        with suppress(LabkitError):
-            found = self.partitions(name, at_once=True)
-            least = int(self.topic_config(name)["min.insync.replicas"])
-            for number, one in found.items():
-                if len(one.in_sync) < least:
-                    return (
-                        f"{name}/{number} has {len(one.in_sync)} of {len(one.replicas)} replicas in sync, and its "
-                        f"min.insync.replicas is {least}: recover the brokers that are away, or lower that setting"
-                    )
-        return ""
 
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
         """Make a topic; one that already exists with as many partitions and this cleanup policy is left as it is.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import DeliveryFailed
+from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.producer import Headers, deliver, producer
 from labkit.kafka.records import T, encode
 
@@ -70,9 +70,21 @@ class Topic(Generic[T]):
         try:
             yield
         except DeliveryFailed as error:
-            if why := self.cluster.lacks_replicas(self.name):
+            if why := self._lacks_replicas():
                 raise DeliveryFailed(f"{error}. {why}") from error
             raise
+
+    def _lacks_replicas(self) -> str:
+        """Which partition has too few, and what to do. Empty if none has, or if it cannot be told at once."""
+        with suppress(LabkitError):
+            found = self.cluster.partitions(self.name, at_once=True)
+            least = int(self.cluster.topic_config(self.name)["min.insync.replicas"])
+            for number, one in found.items():
+                if len(one.in_sync) < least:
+                    has = f"{self.short}/{number} has {len(one.in_sync)} of {len(one.replicas)} replicas in sync"
+                    fix = "recover the brokers that are away, or lower that setting"
+                    return f"{has}, and its min.insync.replicas is {least}: {fix}"
+        return ""
 
     def __repr__(self) -> str:
         many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"

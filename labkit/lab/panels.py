@@ -195,8 +195,8 @@ def replica_panels(topic: Topic[Any], brokers: Sequence[str]) -> list[Panel]:
     replicas = {(synced, f"{topic.short}/{number}"): partial(in_sync, number) for number in range(topic.partitions)}
     shown, lines = Plot(leads, "area", brokers), Plot(synced, "line", [topic.short])
     return [
-        Panel(f"Leaders of {topic.short}", "partitions", [shown], readers=leaders),
-        Panel(f"In-sync replicas of {topic.short}", "replicas", [lines], readers=replicas),
+        Panel("Leaders", f"partitions of {topic.short}", [shown], readers=leaders),
+        Panel("In sync", f"replicas of {topic.short}", [lines], readers=replicas),
     ]
 
 
