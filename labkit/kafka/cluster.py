@@ -44,7 +44,19 @@ class ClusterInfo:
     """What a broker says of its cluster."""
 
     cluster_id: str
-    brokers: int
+    brokers: frozenset[int]
+    """The ids of those that are in it now."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The brokers, by their ids, that have a partition's records."""
+
+    leader: int
+    """Who takes and gives them; -1 while nobody does."""
+    replicas: frozenset[int]
+    in_sync: frozenset[int]
+    """Those that have all of them; as Kafka knows it, which misses a broker some seconds after its death."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class Cluster:
                 # Not `describe_cluster`: it ends the process, by a failed assertion of librdkafka, if the answer names
                 # no broker, as that of one that is just starting does. A short wait first, to hear of refusals.
                 answer = held[0].list_topics(timeout=min(wait, left))
-                return ClusterInfo(str(answer.cluster_id), len(answer.brokers))
+                return ClusterInfo(str(answer.cluster_id), frozenset(answer.brokers))
             except KafkaException as error:
                 failure, wait = error.with_traceback(None), 2 * wait  # its frames hold the client
             held[0].poll(0.01)
@@ -99,6 +111,20 @@ class Cluster:
         """Every topic's name and number of partitions."""
         found = self.ask(lambda client: client.list_topics(timeout=ANSWER)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
+
+    def partitions(self, name: str, at_once: bool = False) -> dict[int, Partition]:
+        """Which brokers have each partition of a topic; `at_once` does not wait for a Kafka that is away.
+
+        Raises TopicMissing, ClusterUnreachable.
+        """
+        wait, patience = (1.0, 0.0) if at_once else (ANSWER, 10.0)
+        found = self.ask(lambda client: client.list_topics(name, timeout=wait), patience).topics[name]
+        if not found.partitions:
+            raise TopicMissing(f"topic {name} does not exist at {self.bootstrap}")
+        return {
+            number: Partition(one.leader, frozenset(one.replicas), frozenset(one.isrs))
+            for number, one in sorted(found.partitions.items())
+        }
 
     def create_topic(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> None:
         """Make a topic; one that already exists with as many partitions and this cleanup policy is left as it is.

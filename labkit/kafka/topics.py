@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.producer import Headers, deliver, producer
 from labkit.kafka.records import T, encode
 
@@ -50,7 +52,8 @@ class Topic(Generic[T]):
 
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until everything this process sent is confirmed. Raises DeliveryFailed."""
-        producer(self.cluster).flush(timeout)
+        with self._explaining():
+            producer(self.cluster).flush(timeout)
 
     def deliver(self, records: Iterable[tuple[T | None, str | None, Headers | None]], timeout: float = 30.0) -> None:
         """Send these (value, key, headers), and wait until each of them is confirmed, whatever else the process sends.
@@ -58,7 +61,30 @@ class Topic(Generic[T]):
         Raises DeliveryFailed when some were refused, or not confirmed within `timeout` seconds: those may still arrive.
         """
         raw = ((None if value is None else encode(value), key, headers) for value, key, headers in records)
-        deliver(self.cluster, self.name, raw, timeout)
+        with self._explaining():
+            deliver(self.cluster, self.name, raw, timeout)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Tell with a failure what the client does not say: that too few replicas are in sync."""
+        try:
+            yield
+        except DeliveryFailed as error:
+            if why := self._lacks_replicas():
+                raise DeliveryFailed(f"{error}. {why}") from error
+            raise
+
+    def _lacks_replicas(self) -> str:
+        """Which partition has too few, and what to do. Empty if none has, or if it cannot be told at once."""
+        with suppress(LabkitError):
+            found = self.cluster.partitions(self.name, at_once=True)
+            least = int(self.cluster.topic_config(self.name)["min.insync.replicas"])
+            for number, one in found.items():
+                if len(one.in_sync) < least:
+                    has = f"{self.short}/{number} has {len(one.in_sync)} of {len(one.replicas)} replicas in sync"
+                    fix = "recover the brokers that are away, or lower that setting"
+                    return f"{has}, and its min.insync.replicas is {least}: {fix}"
+        return ""
 
     def __repr__(self) -> str:
         many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"

@@ -30,13 +30,13 @@ from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
 from labkit.lab.faults import Action, Connection, Service, Switch, Target
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
-from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
+from labkit.lab.panels import Panel, completed_panel, lag_panel, replica_panels, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
 from labkit.lab.retry_console import RetryConsole
 from labkit.lab.sampler import Sampler, undecodable
 from labkit.lab.servers import Cache, Database, ServerFaults
-from labkit.lab.settling import Settled, Settling
+from labkit.lab.settling import Settled, Settling, kafka_away
 from labkit.lab.telemetry import PodReport
 from labkit.lab.trace import trace
 from labkit.lab.travel import pack
@@ -63,7 +63,7 @@ class Lab:
     `notebook` is its name, used in the names of topics and groups. `pace` makes loads faster and fault windows shorter
     (2: twice as fast); the number of records stays. Making a Lab of the same name again closes the one before.
     `cluster`: "shared" is the Kafka that `connect()` finds; "private" is a broker of this lab alone, which `lab.broker`
-    can break.
+    can break, or with `brokers=3` a cluster of three, `lab.brokers`.
 
     Raises LabkitError when no Kafka can be had.
     """
@@ -71,7 +71,11 @@ class Lab:
     _stays_in_the_notebook = "a handler runs in a pod: use topics, stores and plain values there, not the lab"
 
     def __init__(
-        self, notebook: str, pace: float | None = None, cluster: Literal["shared", "private"] = "shared"
+        self,
+        notebook: str,
+        pace: float | None = None,
+        cluster: Literal["shared", "private"] = "shared",
+        brokers: int = 1,
     ) -> None:
         if not runs.plain(notebook, "notebook"):
             raise LabkitError(f"{notebook!r} cannot be a notebook's name: use letters, digits and '-'")
@@ -81,9 +85,13 @@ class Lab:
             raise LabkitError(f"pace must be positive, not {self.pace!r}")
         if cluster not in ("shared", "private"):
             raise LabkitError(f"cluster is 'shared' or 'private', not {cluster!r}")
+        if not isinstance(brokers, int) or brokers not in (1, 3):
+            raise LabkitError(f"a lab has 1 broker, or 3 (then one may be missing), not {brokers!r}")
+        if brokers > 1 and cluster != "private":
+            raise LabkitError(f"{brokers} brokers are a lab's own: Lab({notebook!r}, cluster='private', brokers=3)")
         if (before := _open.get(notebook)) is not None:
             before._end(0)
-        self.connection = private() if cluster == "private" else connect()
+        self.connection = private(brokers) if cluster == "private" else connect()
         self.cluster = self.connection.cluster
         with ExitStack() as undo:
             undo.callback(self.connection.close)
@@ -102,8 +110,11 @@ class Lab:
         self._history = History()
         self._shared = "this Kafka is shared with other notebooks and `make lab`. "
         self._shared += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
-        self.broker = ServerFaults("Kafka", self.connection.broker, self._history, self._shared)
-        """Faults of the broker."""
+        own = self.connection.brokers
+        self.brokers = tuple(ServerFaults(one.name, one, self._history, needed=len(own) == 1) for one in own)
+        """Faults of each broker."""
+        if not own:
+            self.brokers = (ServerFaults("Kafka", None, self._history, self._shared),)
         broker = self.connection.broker
         self._proxied = [] if broker is None else [Connection(broker.proxy, self._history)]
         self._targets: list[Database | Cache | Service] = []
@@ -113,7 +124,7 @@ class Lab:
         self._telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
         self._telemetry.create({"retention.ms": "3600000"})
         self._sampler = Sampler(self._history, self._telemetry, self.deployments, self.loads, self._look_at_kafka)
-        self._settling = Settling(self.cluster, self.broker, self.deployments, self.loads, self._plans, self._history)
+        self._settling = Settling(self.cluster, self.brokers, self.deployments, self.loads, self._plans, self._history)
         self._deploying = threading.Lock()
         self._closing = self._closed = False
         self._control = Control(self.run.folder, lambda: self.targets)
@@ -251,13 +262,53 @@ class Lab:
         return int(self._ports[name].getsockname()[1])
 
     @property
+    def broker(self) -> ServerFaults:
+        """Faults of the broker. Raises LabkitError where there are several."""
+        if len(self.brokers) > 1:
+            raise LabkitError(
+                f"this lab has {len(self.brokers)} brokers: take one of lab.brokers, or lab.leader(topic, partition)"
+            )
+        return self.brokers[0]
+
+    def leader(self, topic: Topic[Any], partition: int = 0) -> ServerFaults:
+        """Faults of the broker that leads this partition: its records are written there, and read from there. Kafka
+        misses a broker that has died only some seconds later, and calls it the leader until then.
+
+        Raises LabkitError for a partition that is not there, or has no leader; ClusterUnreachable.
+        """
+        self._check_open(topic)
+        found = self.cluster.partitions(topic.name)
+        if partition not in found:
+            raise LabkitError(f"{topic.short} has partitions 0 to {len(found) - 1}, not {partition!r}")
+        if (leader := found[partition].leader) < 0:
+            raise LabkitError(
+                f"{topic.short}/{partition} has no leader now: too many of lab.brokers are away, recover() them"
+            )
+        return self.brokers[leader - 1] if len(self.brokers) > 1 else self.brokers[0]
+
+    def replicas(self, topic: Topic[Any]) -> list[Panel]:
+        """Panels for a board: how many partitions of a topic each broker leads, and how many replicas are in sync.
+
+        Raises LabkitError where there is one broker.
+        """
+        self._check_open(topic)
+        if len(self.brokers) == 1:
+            raise LabkitError("replicas are on several brokers: Lab(…, cluster='private', brokers=3) has three")
+        return replica_panels(topic, [one.name for one in self.brokers])
+
+    @property
     def proxy(self) -> Connection:
         """The way to this lab's own broker that can be cut, slowed down and held back. A pod takes it if its topics
         have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not.
 
-        Raises LabkitError where the broker is shared.
+        Raises LabkitError where the broker is shared, or there are several.
         """
         self._check_open()
+        if len(self.brokers) > 1:
+            raise LabkitError(
+                f"a lab with {len(self.brokers)} brokers has no proxy, as each of them tells clients where the others "
+                "are. A lab with one broker has one: Lab(…, cluster='private')"
+            )
         if not self._proxied:
             raise LabkitError(self._shared)
         return self._proxied[0]
@@ -330,7 +381,7 @@ class Lab:
             lambda: self._status(deployments()),
             deployments if names else None,
             lambda: pane(deployments()),
-            [*actions, *self.broker.actions()],
+            [*actions, *(action for broker in self.brokers for action in broker.actions())],
         )
         place = (*names, *(panel.title for panel in shown), completed.short if completed else "")
         if (before := self._boards.get(place)) is not None:
@@ -352,7 +403,7 @@ class Lab:
     def targets(self) -> dict[str, Target]:
         """All that can be broken in this lab, by name."""
         pods = [pod for deployment in list(self.deployments.values()) for pod in deployment.pods]
-        return {one.name: one for one in (*pods, self.broker, *self._proxied, *self._targets)}
+        return {one.name: one for one in (*pods, *self.brokers, *self._proxied, *self._targets)}
 
     def retry_console(self, deployment: Deployment) -> RetryConsole:
         """What this deployment cannot get past, and its dead letters, with buttons; it ends with the lab.
@@ -488,13 +539,15 @@ class Lab:
         return table.assign(time=pd.to_datetime(table["time"], unit="s").dt.round("ms"))
 
     def size_on_disk(self, topic: Topic[Any]) -> int:
-        """Bytes of a topic's records in Kafka's files. Raises LabkitError where Kafka is not this lab's own."""
-        if (broker := self.connection.broker) is None:
+        """Bytes of a topic's records in Kafka's files, all replicas. Raises LabkitError where Kafka is not this lab's
+        own."""
+        if not self.connection.brokers:
             raise LabkitError("only of a Kafka of its own does a lab know the files: Lab(…, cluster='private')")
         total = 0
-        for file in broker.folder.glob(f"data/{topic.name}-*/*.log"):
-            with suppress(FileNotFoundError):  # Kafka has just deleted it
-                total += file.stat().st_size
+        for broker in self.connection.brokers:
+            for file in broker.folder.glob(f"data/{topic.name}-*/*.log"):
+                with suppress(FileNotFoundError):  # Kafka has just deleted it
+                    total += file.stat().st_size
         return total
 
     def history(self) -> pd.DataFrame:
@@ -535,9 +588,10 @@ class Lab:
         if self._closed:
             return
         self._closing = True
-        if self.broker.state is ServerState.FROZEN:
-            self.broker.recover()  # what waits for its answer would wait for long
-        grace = 5.0 if self.broker.state is ServerState.RUNNING else 0.0  # nobody could commit
+        for broker in self.brokers:
+            if broker.state is ServerState.FROZEN:
+                broker.recover()  # what waits for its answer would wait for long
+        grace = 0.0 if kafka_away(self.brokers) else 5.0  # nobody could commit
         deployments = list(self.deployments.values())  # what is added from now on does not begin
         steps: list[Callable[[], object]] = [
             self._control.close,
@@ -616,17 +670,17 @@ class Lab:
         with suppress(LabkitError):  # its supervisor is silent, or gone with it: nobody knows
             deaths = self.connection.deaths()
         if not self._closing:
-            self.broker.look(deaths)
+            for broker in self.brokers:
+                broker.look(deaths)
 
     def _said(self) -> str:
         """How deployments stand, and the last lines of their pods."""
         return "".join("\n  ".join([f"\n{one!r}", *map(str, one.log[-10:])]) for one in self.deployments.values())
 
     def _status(self, deployments: Sequence[Deployment]) -> str:
-        kafka = f"Kafka {self.broker.state.value}"
-        if self.broker.state is ServerState.RUNNING:
-            kafka = self._sampler.trouble or "Kafka up"
-        return " · ".join([*map(self._status_of, deployments), kafka])
+        brokers = [f"{one.name} {one.state.value}" for one in self.brokers if one.state is not ServerState.RUNNING]
+        kafka = brokers or [self._sampler.trouble or "Kafka up"]
+        return " · ".join([*map(self._status_of, deployments), *kafka])
 
     def _status_of(self, deployment: Deployment) -> str:
         pods = deployment.pods

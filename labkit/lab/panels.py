@@ -12,6 +12,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import end_offsets
 
 if TYPE_CHECKING:
+    from labkit.kafka.cluster import Partition
     from labkit.kafka.topics import Topic
     from labkit.lab.deployment import Deployment
 
@@ -172,6 +173,30 @@ def store_panels(stores: Sequence[tuple[Deployment, Topic[Any]]], deployments: M
         Panel("Lag", "records behind", [lag], readers=readers),
         Panel("Reloads", "stores loaded", loads),
         Panel("Entries", "keys", entries),
+    ]
+
+
+def replica_panels(topic: Topic[Any], brokers: Sequence[str]) -> list[Panel]:
+    """How many partitions of a topic each of these brokers leads, whose ids are 1, 2, 3; and how many replicas of each
+    partition are in sync."""
+    found: dict[int, Partition] = {}
+
+    def led(broker: int) -> float | None:
+        if broker == 1:  # the first reader of the two panels asks for all of them
+            found.clear()
+            found.update(topic.cluster.partitions(topic.name, at_once=True))
+        return sum(one.leader == broker for one in found.values()) if found else None
+
+    def in_sync(partition: int) -> float | None:
+        return len(found[partition].in_sync) if partition in found else None
+
+    leads, synced = f"{topic.short} led", f"{topic.short} in sync"
+    leaders = {(leads, name): partial(led, broker) for broker, name in enumerate(brokers, 1)}
+    replicas = {(synced, f"{topic.short}/{number}"): partial(in_sync, number) for number in range(topic.partitions)}
+    shown, lines = Plot(leads, "area", brokers), Plot(synced, "line", [topic.short])
+    return [
+        Panel("Leaders", f"partitions of {topic.short}", [shown], readers=leaders),
+        Panel("In sync", f"replicas of {topic.short}", [lines], readers=replicas),
     ]
 
 

@@ -21,7 +21,8 @@ _UP, _FROZEN, _DOWN = ServerState.RUNNING, ServerState.FROZEN, ServerState.DOWN
 class ServerFaults(Target):
     """Kill, freeze, restart and recover a server.
 
-    `server` is None where others use it too; then `shared` says so, and what to do about it.
+    `server` is None where others use it too; then `shared` says so, and what to do about it. `needed`: work that meets
+    its fault cannot be done until somebody ends it; not of one that others stand in for.
     """
 
     verbs: Mapping[str, Collection[Enum]] = {
@@ -31,9 +32,11 @@ class ServerFaults(Target):
         "recover": (_FROZEN, _DOWN),
     }
 
-    def __init__(self, name: str, server: Server | None, history: History, shared: str = "") -> None:
+    def __init__(
+        self, name: str, server: Server | None, history: History, shared: str = "", needed: bool = True
+    ) -> None:
         super().__init__(name, history)
-        self._server, self._shared = server, "" if server else shared
+        self._server, self._shared, self._needed = server, "" if server else shared, needed
         self._looked, self._deaths = time.time(), 0
         self._doing = threading.Lock()  # what is being done is not to be taken for what befell it
 
@@ -82,6 +85,11 @@ class ServerFaults(Target):
         self._ended()
         return f"{self.name} goes on" if state is _FROZEN else f"{self.name} is up again"
 
+    @property
+    def away(self) -> bool:
+        """Whether it is down or frozen."""
+        return self.state in (_DOWN, _FROZEN)
+
     def look(self, deaths: int = 0) -> None:
         """Note a death that nobody ordered. `deaths` is how often one that is started again by itself has died."""
         before, self._looked = self._looked, time.time()
@@ -91,7 +99,7 @@ class ServerFaults(Target):
         with self._doing:
             killed = any((one.kind, one.target) == ("kill", self.name) for one in self.history.standing())
             if self.state is _DOWN and not killed:
-                self._began("kill", f"{self.name} died", before, needs_mending=True)
+                self._began("kill", f"{self.name} died", before, needs_mending=self._needed)
 
     def close(self) -> None:
         """End it, and remove its data."""
@@ -102,7 +110,7 @@ class ServerFaults(Target):
         server, since = self._own(verb), time.time()
         with self._doing:
             getattr(server, verb)()
-            self._began(verb, f"{verb} {self.name}", since, needs_mending=True)
+            self._began(verb, f"{verb} {self.name}", since, needs_mending=self._needed)
 
     def _own(self, verb: str) -> Server:
         self._check(verb)

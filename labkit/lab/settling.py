@@ -17,7 +17,6 @@ from labkit.lab.load import Load
 from labkit.lab.metrics import History, clock
 from labkit.lab.planned import Plans
 from labkit.lab.servers import ServerFaults
-from labkit.runtime.server import ServerState
 
 QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 
@@ -40,12 +39,23 @@ class Settled:
         return f"<span>{html.escape(repr(self))}</span>"
 
 
+def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
+    """Why Kafka does not work, and what mends it; None when a majority of its brokers is there."""
+    away = [one for one in brokers if one.away]
+    if 2 * len(away) < len(brokers):
+        return None
+    said = ", ".join(f"{one.name} is {one.state.value}" for one in away)
+    if len(brokers) == 1:
+        return f"{said}: lab.broker.recover() mends it"
+    return f"{said}, which leaves no majority of {len(brokers)} brokers: recover() them in lab.brokers"
+
+
 @dataclass(frozen=True)
 class Settling:
     """What has to come to rest: all that goes on in a lab, as it is at every moment."""
 
     cluster: Cluster
-    broker: ServerFaults
+    brokers: Sequence[ServerFaults]
     deployments: Mapping[str, Deployment]
     loads: Sequence[Load[Any]]
     plans: Plans
@@ -79,8 +89,8 @@ class Settling:
 
     def hopeless(self) -> str | None:
         """Why this lab will not settle however long one waits."""
-        if self.broker.state in (ServerState.DOWN, ServerState.FROZEN):
-            return f"Kafka is {self.broker.state.value}: lab.broker.recover() mends it"
+        if kafka := kafka_away(self.brokers):
+            return kafka
         for deployment in self.deployments.values():
             for pod in deployment.pods:
                 if pod.state is PodState.FROZEN:

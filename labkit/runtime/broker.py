@@ -265,6 +265,7 @@ class Broker:
     controller_port: int
     extra: str = ""
     """More lines of its settings; the last line of a name wins."""
+    node: int = NODE
 
     @property
     def cluster(self) -> Cluster:
@@ -275,13 +276,21 @@ class Broker:
         return self.folder / "broker.log"
 
     @classmethod
-    def create(cls, folder: Path, kafka: Kafka, ports: tuple[int, int] | None = None, extra: str = "") -> Broker:
-        """Make `folder` with the settings and the empty, formatted data of a new cluster."""
+    def create(
+        cls,
+        folder: Path,
+        kafka: Kafka,
+        ports: tuple[int, ...] | None = None,
+        extra: str = "",
+        cluster_id: str = "",
+        node: int = NODE,
+    ) -> Broker:
+        """Make `folder` with the settings and the empty, formatted data of a new cluster, or of one of its brokers."""
         port, controller_port = ports or free_ports()
-        broker = cls(folder, new_uuid(), port, controller_port, extra)
+        broker = cls(folder, cluster_id or new_uuid(), port, controller_port, extra, node)
         folder.mkdir(mode=0o700)
         shutil.copytree(kafka.template, folder / "data")
-        meta = f"version=1\ncluster.id={broker.cluster_id}\nnode.id={NODE}\ndirectory.id={new_uuid()}\n"
+        meta = f"version=1\ncluster.id={broker.cluster_id}\nnode.id={node}\ndirectory.id={new_uuid()}\n"
         (folder / "data" / "meta.properties").write_text(meta)
         (folder / "log4j2.properties").write_text(LOGGING)
         broker.write_settings()
@@ -320,7 +329,7 @@ class Broker:
             controller.wait(START_SECONDS)
 
     def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-        """Wait until the broker answers metadata requests; `lives` tells whether its process still runs.
+        """Wait until the broker answers, and is in its cluster; `lives` tells whether its process still runs.
 
         Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason,
         ClusterUnreachable when it is still silent after `seconds`.
@@ -338,7 +347,7 @@ class Broker:
             try:
                 found = self.cluster.describe(2)
                 # Whoever took the port before our broker did may be a Kafka too.
-                if found.brokers and found.cluster_id == self.cluster_id:
+                if self.node in found.brokers and found.cluster_id == self.cluster_id:
                     return
             except ClusterUnreachable:
                 continue
@@ -359,12 +368,12 @@ def mark_of(folder: Path) -> str:
     return f"-Dlabkit.folder={folder}"
 
 
-def free_ports() -> tuple[int, int]:
-    """Two ports that nobody listens on now. One may be taken before a broker binds it: see PortTaken."""
+def free_ports(count: int = 2) -> tuple[int, ...]:
+    """So many ports that nobody listens on now. One may be taken before a broker binds it: see PortTaken."""
     candidates = iter(random.sample(PORTS, len(PORTS)))
-    found = list(itertools.islice(filter(is_free, candidates), 2))
-    if len(found) == 2:
-        return found[0], found[1]
+    found = tuple(itertools.islice(filter(is_free, candidates), count))
+    if len(found) == count:
+        return found
     raise LabkitError(f"no free port between {PORTS.start} and {PORTS.stop} on {HOST}")
 
 

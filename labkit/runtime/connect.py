@@ -14,7 +14,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 
 if TYPE_CHECKING:
-    from labkit.runtime.private import PrivateBroker
+    from labkit.runtime.private import BrokerServer, PrivateBroker, PrivateCluster
     from labkit.runtime.shared import Lease
 
 BOOTSTRAP = "KAFKA_BOOTSTRAP_SERVERS"
@@ -36,14 +36,24 @@ class Connection:
     lease: Lease | None = field(default=None, repr=False)
     """The hold on the embedded broker, to pin or stop it; None for the others."""
     broker: PrivateBroker | None = field(default=None, repr=False)
-    """The broker that nobody else uses; None for the others."""
+    """The broker that nobody else uses, if it is the only one; None for the others."""
+    several: PrivateCluster | None = field(default=None, repr=False)
+    """The brokers that nobody else uses, if there are several."""
+
+    @property
+    def brokers(self) -> tuple[BrokerServer, ...]:
+        """The brokers that nobody else uses."""
+        if self.several is not None:
+            return self.several.brokers
+        return () if self.broker is None else (self.broker,)
 
     def close(self) -> None:
         """Let go. May be called again."""
-        if self.broker is not None:
+        if self.brokers:
             forget(self.cluster)
+        if self.broker is not None:
             forget(self.broker.proxy.cluster)
-        for held in (self.lease, self.broker):
+        for held in (self.lease, self.broker, self.several):
             if held is not None:
                 held.close()
 
@@ -75,13 +85,16 @@ def connect() -> Connection:
     return _embedded(shared_broker())
 
 
-def private() -> Connection:
-    """An embedded broker for this process alone, whatever else answers: one that may be broken.
+def private(brokers: int = 1) -> Connection:
+    """An embedded broker for this process alone, or a cluster of several, whatever else answers: they may be broken.
 
     Raises LabkitError when it cannot be started.
     """
-    from labkit.runtime.private import PrivateBroker
+    from labkit.runtime.private import PrivateBroker, PrivateCluster
 
+    if brokers > 1:
+        several = PrivateCluster(brokers)
+        return Connection(several.cluster, "private", several.cluster_id, several=several)
     broker = PrivateBroker()
     return Connection(broker.cluster, "private", broker.cluster_id, broker=broker)
 

@@ -1,15 +1,21 @@
-"""A broker of one owner, who may do to it what nobody may do to a shared one: kill it, freeze it, start it again."""
+"""Kafka of one owner, who may do to it what nobody may do to a shared one: kill it, freeze it, start it again.
+
+It is one broker, or several that make one cluster.
+"""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from labkit.kafka.cluster import Cluster
-from labkit.runtime.broker import HOST, Broker, free_ports, prepare
+from labkit.runtime.broker import HOST, TRIES, Broker, Kafka, PortTaken, free_ports, new_uuid, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
-from labkit.runtime.server import Server
+from labkit.runtime.server import Server, ServerState
 
 # A second door. Who comes in by it is told to come back to the proxy's port, whatever broker he looks for.
 PROXIED = f"""\
@@ -18,25 +24,57 @@ advertised.listeners=PLAINTEXT://{HOST}:{{port}},PROXIED://{HOST}:{{proxy}}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT
 """
 
+# One of several, which all are broker and controller. Each has a replica of every partition, and a majority of replicas
+# must have a record before a client that asks for all of them hears that it is stored.
+MEMBER = """\
+node.id={node}
+controller.quorum.voters={voters}
+default.replication.factor={size}
+min.insync.replicas={majority}
+offsets.topic.replication.factor={size}
+transaction.state.log.replication.factor={size}
+transaction.state.log.min.isr={majority}
+share.coordinator.state.topic.replication.factor={size}
+share.coordinator.state.topic.min.isr={majority}
+"""
+EACH_MB = 330  # of memory, of one of several brokers
+SPARE_MB = 500  # for the pods beside them
 
-class PrivateBroker(Server):
-    """One embedded broker (0.9 s once everything is prepared; again in some 7 s after a kill).
 
-    `cluster` reaches it directly, `proxy.cluster` by a connection that can be broken.
-    """
+class BrokerServer(Server):
+    """A broker as a server of one owner."""
 
-    name, kind = "Kafka", "private"
+    kind = "private"
+    _broker: Broker
 
-    def __init__(self) -> None:
-        self._kafka = prepare()
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka = kafka
         super().__init__()
-        self.cluster: Cluster = self._broker.cluster
-        self.cluster_id: str = self._broker.cluster_id
 
     @property
     def log(self) -> Path:
         """What it logs: warnings and errors."""
         return self._broker.log
+
+    def _launch(self) -> Child:
+        return Child(self._kafka.command(self.folder), cwd=self.folder, output=self._broker.log)
+
+    def _wait_until_ready(self, child: Child) -> None:
+        self._broker.wait_until_ready(lambda: child.poll() is None)
+
+
+class PrivateBroker(BrokerServer):
+    """One embedded broker (0.9 s once everything is prepared; again in some 7 s after a kill).
+
+    `cluster` reaches it directly, `proxy.cluster` by a connection that can be broken.
+    """
+
+    name = "Kafka"
+
+    def __init__(self) -> None:
+        super().__init__(prepare())
+        self.cluster: Cluster = self._broker.cluster
+        self.cluster_id: str = self._broker.cluster_id
 
     def close(self) -> None:
         """End it and remove its data. May be called again."""
@@ -55,7 +93,101 @@ class PrivateBroker(Server):
     def _launch(self) -> Child:
         if self._broker.was_killed:
             self._broker.fence(self._kafka)
-        return Child(self._kafka.command(self.folder), cwd=self.folder, output=self._broker.log)
+        return super()._launch()
+
+
+class PrivateCluster:
+    """Several embedded brokers that make one cluster; it works as long as a majority of them does.
+
+    Each is a `Server` of its own, and keeps its data and ports. Raises LabkitError when they cannot be started.
+    """
+
+    def __init__(self, size: int = 3) -> None:
+        _say_if_short(size)
+        self.kafka, self.size, self.majority = prepare(), size, size // 2 + 1
+        self.brokers: tuple[ClusterBroker, ...] = ()
+        for attempt in range(1, TRIES + 1):
+            try:
+                self._start()
+                return
+            except PortTaken:  # they know each other by their ports: all are chosen anew
+                if attempt == TRIES:
+                    raise
+
+    @property
+    def cluster(self) -> Cluster:
+        """It is reached by each of them."""
+        return Cluster(",".join(f"{HOST}:{port}" for port in self.ports[: self.size]))
+
+    def close(self) -> None:
+        """End all of them and remove their data. May be called again."""
+        for broker in self.brokers:
+            broker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def works_with(self, one: ClusterBroker) -> bool:
+        """Whether there is a majority once this one runs. Until all have been started, it is waited for."""
+        others = [broker for broker in self.brokers if broker is not one and broker.state is ServerState.RUNNING]
+        return not self.brokers or len(others) + 1 >= self.majority
+
+    def _start(self) -> None:
+        """All at once, as none is ready before a majority is."""
+        self.cluster_id, self.ports, self.given_up = new_uuid(), free_ports(2 * self.size), threading.Event()
+        made: list[ClusterBroker] = []
+        failed: list[BaseException] = []
+
+        def start(node: int) -> None:
+            try:
+                made.append(ClusterBroker(self, node))
+            except BaseException as error:
+                failed.append(error)
+                self.given_up.set()  # the others wait for it
+
+        try:
+            with ThreadPoolExecutor(self.size) as pool:  # whose end waits for all of them, after an interrupt too
+                wait([pool.submit(start, node) for node in range(1, self.size + 1)])
+            if failed:
+                raise failed[0]
+        except BaseException:
+            for one in made:
+                one.close()
+            raise
+        self.brokers = tuple(sorted(made, key=lambda one: one.node))
+
+
+class ClusterBroker(BrokerServer):
+    """One of several brokers.
+
+    Killed and started again, it needs no fencing: the others have missed it, and have other leaders.
+    """
+
+    tries = 1
+
+    def __init__(self, cluster: PrivateCluster, node: int) -> None:
+        self.name, self.node, self._all = f"Kafka {node}", node, cluster
+        super().__init__(cluster.kafka)
+
+    def _make(self) -> None:
+        size, ports = self._all.size, self._all.ports
+        voters = ",".join(f"{number}@{HOST}:{port}" for number, port in enumerate(ports[size:], 1))
+        extra = MEMBER.format(node=self.node, voters=voters, size=size, majority=self._all.majority)
+        own = ports[self.node - 1 :: size]
+        self._broker = Broker.create(self.folder, self._kafka, own, extra, self._all.cluster_id, self.node)
 
     def _wait_until_ready(self, child: Child) -> None:
-        self._broker.wait_until_ready(lambda: child.poll() is None)
+        if self._all.works_with(self):  # else nobody answers until another one is started
+            self._broker.wait_until_ready(lambda: child.poll() is None and not self._all.given_up.is_set())
+
+
+def _say_if_short(size: int) -> None:
+    """Before it is: a machine that is short of memory ends processes, or swaps, and nothing says why."""
+    import psutil
+
+    takes, free = size * EACH_MB, psutil.virtual_memory().available // 1_000_000
+    if free < takes + SPARE_MB:
+        print(f"Memory gets short: {free:,} MB are available, {size} brokers take {takes:,}. Close other labs.")  # noqa: T201

@@ -41,15 +41,17 @@ class Server(ABC):
     started, saying why.
     """
 
-    name: ClassVar[str]
+    name: str
     """What its users call it, in messages and on boards."""
     kind: ClassVar[str]
     """What its folder's name begins with."""
+    tries: ClassVar[int] = TRIES
+    """How often it chooses ports when somebody takes one first."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # of what is done to it: one thing after another
         self._frozen = self._starting = self._closed = False
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, self.tries + 1):
             _sweep(self._home(), self.kind)
             self.folder, self._owner = _claim(self._home(), self.kind)
             try:
@@ -58,7 +60,7 @@ class Server(ABC):
                 break
             except PortTaken:
                 self.close()
-                if attempt == TRIES:
+                if attempt == self.tries:
                     raise
                 self._closed = False
             except BaseException:

@@ -11,15 +11,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaException, Producer, TopicPartition
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from consuming import Member, fresh_group, fresh_topic, put
 from processes import is_alive, processes_of, wait_until
+from transacting import Committing
 
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
@@ -101,30 +101,10 @@ def test_killed_again_before_it_is_let_back_in_it_comes_back(broker: PrivateBrok
 def test_killed_amid_commits_it_writes_their_markers_when_it_is_back(broker: PrivateBroker) -> None:
     """Else whoever reads committed records waits for ever, and so does a group for its offsets."""
     topic = fresh_topic(broker.cluster, 40)
-    committed, stop = threading.Event(), threading.Event()
-
-    def commit(name: int) -> None:
-        settings = {"transactional.id": f"producer-{name}", "transaction.timeout.ms": 5000, "retry.backoff.ms": 1}
-        client = Producer(broker.cluster.config({**settings, "delivery.timeout.ms": 5000}))
-        with suppress(KafkaException):  # of a client whose broker is killed, maybe before it began
-            client.init_transactions(30)
-            while not stop.is_set():
-                client.begin_transaction()
-                for partition in range(topic.partitions):
-                    client.produce(topic.name, b"1", partition=partition)
-                client.commit_transaction(30)
-                committed.set()
-
-    committing = [threading.Thread(target=commit, args=(name,), daemon=True) for name in range(8)]
-    for thread in committing:
-        thread.start()
-    assert committed.wait(30)
-    broker.kill()
-    stop.set()
+    with Committing(topic) as committing:
+        broker.kill()
     broker.restart()
-    for thread in committing:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in committing)
+    committing.join()
     with Reader(topic) as reader:
         assert reader.rest()
 
@@ -158,7 +138,7 @@ def test_a_death_that_nobody_ordered_is_seen(broker: PrivateBroker) -> None:
     os.kill(broker.pid, signal.SIGKILL)
     wait_until(lambda: broker.state is ServerState.DOWN)
     broker.restart()
-    assert broker.cluster.describe().brokers == 1
+    assert broker.cluster.describe().brokers == {1}
 
 
 @pytest.mark.long

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, Self
 
 from confluent_kafka import Consumer as Client
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from consuming import fresh_group
 
 from labkit.kafka.consumer import Consumer
@@ -58,6 +59,44 @@ def visible(topic: Topic[Any]) -> int:
         raise AssertionError("no end of the partition was told")
     finally:
         client.close()
+
+
+class Committing:
+    """Clients that write to all partitions of a topic, a transaction after the other, as long as the context lasts.
+
+    Kafka may be killed meanwhile: once the context is left, they wait until it is back, and end.
+    """
+
+    def __init__(self, topic: Topic[Any], clients: int = 8) -> None:
+        self.topic, self.committed, self.stop = topic, threading.Event(), threading.Event()
+        self.threads = [threading.Thread(target=self._commit, args=(name,), daemon=True) for name in range(clients)]
+
+    def __enter__(self) -> Self:
+        for thread in self.threads:
+            thread.start()
+        assert self.committed.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+
+    def join(self) -> None:
+        """Wait for their ends."""
+        for thread in self.threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in self.threads)
+
+    def _commit(self, name: int) -> None:
+        settings = {"transactional.id": f"{self.topic.name}-{name}", "transaction.timeout.ms": 5000}
+        client = Producer(self.topic.cluster.config({**settings, "retry.backoff.ms": 1, "delivery.timeout.ms": 5000}))
+        with suppress(KafkaException):  # of a client whose broker is killed, maybe before it began
+            client.init_transactions(30)
+            while not self.stop.is_set():
+                client.begin_transaction()
+                for partition in range(self.topic.partitions):
+                    client.produce(self.topic.name, b"1", partition=partition)
+                client.commit_transaction(30)
+                self.committed.set()
 
 
 class Sending:

@@ -67,6 +67,7 @@ def long(*case: str) -> Any:
         long(TRANSACTIONS, "offset_before_transaction", "exactly-once-verdict", r"invalid: Delivery: .* lost [1-9]"),
         long(TRANSACTIONS, "read_uncommitted", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
         long(TRANSACTIONS, "sent_before_commit", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
+        long(TRANSACTIONS, "acks_one", "acks-verdict", r"invalid: checked out: .* lost [1-9]|'acks=all': \['order-"),
         long(AGGREGATION, "keyless_commands", "count-verdict", r"invalid: store: .* lost [1-9]"),
         long(AGGREGATION, "offset_before_transaction", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
         long(AGGREGATION, "failed_attempts_stay", "kill-verdict", r"invalid: store: .* wrong [1-9]"),
