@@ -22,12 +22,16 @@ LONGEST_SLOT = 63  # characters that PostgreSQL keeps of a name
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-# For every connector: a transaction that a killed worker leaves open ends soon, though nobody starts the worker again.
+BACK = "200"  # ms at most between two attempts to reach a Kafka that was away
+
 _EXACTLY_ONCE = {
     "tasks.max": "1",
     "exactly.once.support": "required",
     "producer.override.linger.ms": "0",
-    "producer.override.transaction.timeout.ms": "10000",
+    # While Kafka is away a transaction waits for it: one that Kafka aborts ends the task for good. What a killed worker
+    # leaves open, its successor ends at once.
+    "producer.override.transaction.timeout.ms": "600000",
+    "producer.override.reconnect.backoff.max.ms": BACK,
 }
 
 
@@ -132,13 +136,14 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "mirror") -> C
     clusters = {topic.cluster for topic in topics}
     if len(clusters) != 1 or clusters == {to}:
         raise LabkitError("a mirror copies topics of one cluster to another one: give topics of the cluster to read")
-    (source,) = clusters
+    source = topics[0].cluster
     if source.security or to.security:
         raise LabkitError("a mirror runs here only between clusters without a login")
     own = {
         "connector.class": MIRROR,
-        "source.cluster.alias": "source",
-        "target.cluster.alias": "target",
+        # What was read up to where is kept by this name: another cluster has to have another one.
+        "source.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", source.bootstrap),
+        "target.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", to.bootstrap),
         "source.cluster.bootstrap.servers": source.bootstrap,
         "target.cluster.bootstrap.servers": to.bootstrap,
         # The worker may be of another cluster. Then what was read up to where is stored in the target, too.
@@ -154,6 +159,9 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "mirror") -> C
         "source.consumer.isolation.level": "read_committed",
         "source.consumer.fetch.max.wait.ms": "10",
         "consumer.poll.timeout.ms": "10",
+        **{
+            f"{client}.reconnect.backoff.max.ms": BACK for client in ("source.consumer", "source.admin", "target.admin")
+        },
         **dict.fromkeys(("key.converter", "value.converter", "header.converter"), BYTES),
     }
     return Connector(name, {**_EXACTLY_ONCE, **own})
