@@ -80,6 +80,7 @@ class KafkaConnect(Server):
     """
 
     name, kind = "Kafka Connect", "labkit-connect"
+    needs = 250
 
     def __init__(self, cluster: Cluster, prefix: str) -> None:
         if cluster.security:

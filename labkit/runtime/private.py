@@ -26,6 +26,7 @@ class PrivateBroker(Server):
     """
 
     name, kind = "Kafka", "private"
+    needs = 330
 
     def __init__(self) -> None:
         self._kafka = prepare()
