@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from labkit.lab.widgets import hint as hint
     from labkit.lab.widgets import predict as predict
     from labkit.lab.widgets import solution as solution
+    from labkit.runtime.connectors import capture as capture
+    from labkit.runtime.connectors import mirror as mirror
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
@@ -30,5 +32,6 @@ else:
             "lab.pages": "Page",
             "lab.panels": "panel",
             "lab.widgets": "exercise hint predict solution",
+            "runtime.connectors": "capture mirror",
         },
     )

@@ -241,8 +241,11 @@ class Service(Target):
 
 
 class Connection(Target):
-    """The way through a proxy to a broker, for those who take `cluster`. `cut` and `hold` begin at once, or with the
-    first request of a kind (`Produce`, `EndTxn` …); different faults stand side by side until `recover`."""
+    """The way through a proxy to a broker, for those who take `cluster`, and to what else is reached `through` it.
+
+    `cut` and `hold` begin at once, or with the broker's first request of a kind (`Produce`, `EndTxn` …); different
+    faults stand side by side until `recover`. A `distance` is no fault, and stays.
+    """
 
     _stays_in_the_notebook = Proxy._stays_in_the_notebook
 
@@ -263,6 +266,14 @@ class Connection(Target):
     def cluster(self) -> Cluster:
         """The broker's cluster, reached by this connection."""
         return self._proxy.cluster
+
+    def distance(self, seconds: float) -> None:
+        """Put this far away what is reached by this connection: so many seconds each way, a round trip to connect."""
+        self._proxy.distance(seconds)
+
+    def through(self, port: int) -> int:
+        """The port by which what listens on `port`, a service or a database, is reached by this connection too."""
+        return self._proxy.through(port)
 
     def cut(self, request: str = "") -> None:
         """Close all connections through the proxy and refuse new ones, until it recovers."""

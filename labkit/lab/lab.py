@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import psutil
 
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
@@ -25,6 +26,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab import comparison, evidence, runs
 from labkit.lab.board import Board
 from labkit.lab.comparison import Way
+from labkit.lab.connect import Connect
 from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
 from labkit.lab.faults import Action, Connection, Service, Switch, Target
@@ -48,7 +50,7 @@ from labkit.runtime.server import ServerState
 if TYPE_CHECKING:
     import pandas as pd
 
-S = TypeVar("S", Database, Cache)
+S = TypeVar("S", Database, Cache, Connect)
 
 PACE = "LABKIT_PACE"  # environment variable: how much faster than told loads run and waits end; tests set it
 
@@ -117,7 +119,7 @@ class Lab:
             self.brokers = (ServerFaults("Kafka", None, self._history, self._shared),)
         broker = self.connection.broker
         self._proxied = [] if broker is None else [Connection(broker.proxy, self._history)]
-        self._targets: list[Database | Cache | Service] = []
+        self._targets: list[Database | Cache | Connect | Service] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
         self._consoles: dict[str, RetryConsole] = {}
@@ -236,6 +238,17 @@ class Lab:
         Raises LabkitError where no wheel brings it, or when it cannot be started.
         """
         return self._server(Cache)
+
+    def connect(self, cluster: Cluster | None = None) -> Connect:
+        """Kafka Connect: a worker of this lab alone, in 3 s, that keeps its offsets in this lab's Kafka, or in another
+        `cluster`. Of each there is one: a second call returns it.
+
+        Raises LabkitError when it cannot be started.
+        """
+        self._check_open()
+        cluster = cluster or self.cluster
+        there = [one for one in self._workers if one.cluster == cluster]
+        return there[0] if there else self._server(Connect, cluster, self.run.prefix)
 
     def service(self, name: str, switch: Switch) -> Service:
         """What can be done to the service of this name: `switch` tells it how it is to misbehave."""
@@ -640,13 +653,17 @@ class Lab:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _server(self, kind: type[S]) -> S:
+    def _server(self, kind: type[S], *more: Any) -> S:
         """Start one. From the second of its kind on, its name has a number."""
         self._check_open()
         count = 1 + sum(isinstance(one, kind) for one in self._targets)
-        made = kind(f"{kind.kind.name}-{count}" if count > 1 else kind.kind.name, self._history)
+        made = kind(f"{kind.kind.name}-{count}" if count > 1 else kind.kind.name, self._history, *more)
         self._targets.append(made)
         return made
+
+    @property
+    def _workers(self) -> list[Connect]:
+        return [one for one in self._targets if isinstance(one, Connect)]
 
     @property
     def _again(self) -> str:
@@ -672,6 +689,8 @@ class Lab:
         if not self._closing:
             for broker in self.brokers:
                 broker.look(deaths)
+            for worker in self._workers:
+                worker.look()
 
     def _said(self) -> str:
         """How deployments stand, and the last lines of their pods."""
@@ -680,7 +699,7 @@ class Lab:
     def _status(self, deployments: Sequence[Deployment]) -> str:
         brokers = [f"{one.name} {one.state.value}" for one in self.brokers if one.state is not ServerState.RUNNING]
         kafka = brokers or [self._sampler.trouble or "Kafka up"]
-        return " · ".join([*map(self._status_of, deployments), *kafka])
+        return " · ".join([*map(self._status_of, deployments), *kafka, *(one.told() for one in self._workers)])
 
     def _status_of(self, deployment: Deployment) -> str:
         pods = deployment.pods

@@ -132,18 +132,14 @@ class Kafka:
     @cached_property
     def flags(self) -> list[str]:
         """What every JVM gets: a fast start and little memory rather than throughput, and no warnings."""
-        flags = [
+        return [
             "-XX:+UseSerialGC",
             "-XX:TieredStopAtLevel=1",
             "-Xmx512m",
             "-Xms256m",  # with room for young objects, so that a start needs no collection
             "-Xmn160m",
-            "-Xlog:all=error",
-            "--enable-native-access=ALL-UNNAMED",
+            *self.java.silence,
         ]
-        if self.java.version >= 23:
-            flags.append("--sun-misc-unsafe-memory-access=allow")
-        return flags
 
     @cached_property
     def aot_cache(self) -> Path:
@@ -208,11 +204,7 @@ class Kafka:
             os.rename(cache, self.aot_cache)
 
     def _java(self, extra: list[str], main: str, *arguments: str) -> list[str]:
-        logging = "-Dlog4j2.configurationFile=log4j2.properties"
-        # In the locale C, Java finds no file with an umlaut in its path; in others, errors are not in English.
-        java = ["/usr/bin/env", "LC_ALL=C.UTF-8", str(self.java.path)]
-        jvm = [*java, *self.flags, *extra, logging, "-cp", ":".join(map(str, self.jars))]
-        return [*jvm, main, *arguments, "server.properties"]
+        return self.java.command([*self.flags, *extra], self.jars, main, *arguments, "server.properties")
 
 
 def prepare() -> Kafka:

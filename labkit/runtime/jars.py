@@ -20,6 +20,10 @@ KAFKA = "4.3.1"
 MTIME = 1_000_000_000  # any fixed one: Java's AOT cache depends on it, and a jar fetched anew is still the same jar
 LIST = Path(__file__).with_name(f"kafka-{KAFKA}.jars")
 STREAMS = Path(__file__).with_name(f"kafka-streams-{KAFKA}.jars")
+CONNECT = Path(__file__).with_name(f"kafka-connect-{KAFKA}.jars")
+DEBEZIUM = Path(__file__).with_name("debezium-3.7.0.Final.jars")
+LISTS = {"Apache Kafka": LIST, "Kafka Streams": STREAMS, "Kafka Connect": CONNECT, "Debezium": DEBEZIUM}
+"""By what they are called. All but the first have only what they need beside Kafka's jars."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,12 @@ def read_list(path: Path = LIST) -> list[Jar]:
 def streams_jars(rocksdb: bool) -> list[Path]:
     """Kafka's jars and those of Kafka Streams. RocksDB has 73 MB, so it is fetched only if it is asked for."""
     jars = [jar for jar in read_list(STREAMS) if rocksdb or jar.artifact != "rocksdbjni"]
-    return jar_files() + jar_files(cache_dir() / "jars" / STREAMS.stem, jars, what="Kafka Streams")
+    return jar_files() + jar_files(jars=jars, what="Kafka Streams")
+
+
+def connect_jars() -> list[Path]:
+    """Kafka's jars, those of Kafka Connect with MirrorMaker, and Debezium's for PostgreSQL."""
+    return jar_files() + jar_files(what="Kafka Connect") + jar_files(what="Debezium")
 
 
 def jar_files(
@@ -73,8 +82,8 @@ def jar_files(
 
     Raises LabkitError when that is impossible, saying what to do instead.
     """
-    folder = folder or cache_dir() / "jars" / LIST.stem
-    jars = read_list() if jars is None else jars
+    folder = folder or cache_dir() / "jars" / LISTS[what].stem
+    jars = read_list(LISTS[what]) if jars is None else jars
     paths = [folder / jar.file_name for jar in jars]
     if _broken(jars, folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,8 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch, what: str) -> No
     pool = ThreadPoolExecutor(8)
     try:
         with Progress(*columns, transient=True) as progress:
-            task = progress.add_task(f"Fetching {what} {KAFKA} (once)", total=len(jars))
+            version = LISTS[what].stem.rpartition("-")[2]
+            task = progress.add_task(f"Fetching {what} {version} (once)", total=len(jars))
             futures = {pool.submit(get, jar): jar for jar in jars}
             for future in as_completed(futures):
                 error = future.exception()
@@ -151,12 +161,13 @@ def _quiet(*names: str) -> Iterator[None]:
 def _what_to_do(jar: Jar, error: Exception, folder: Path, what: str) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     failed = f"{what} could not be fetched: {jar.file_name} ({jar.group}): {reason}\n"
-    if what == "Kafka Streams":
-        return f"{failed}Copy the jars listed in {STREAMS} into {folder}"
+    copy = f"copy the jars listed in {LISTS[what]} into {folder}"
+    if what != "Apache Kafka":
+        return f"{failed}To go on, {copy}"
     return (
         f"{failed}"
         "Instead of the embedded broker you can\n"
         "  · start one with Docker: docker compose up -d\n"
         "  · name one that runs: KAFKA_BOOTSTRAP_SERVERS=host:port\n"
-        f"  · copy the jars listed in {LIST} into {folder}"
+        f"  · {copy}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,21 @@ class Java:
     path: Path
     version: int
     identity: str
+
+    @property
+    def silence(self) -> list[str]:
+        """Flags with which Java warns of nothing."""
+        flags = ["-Xlog:all=error", "--enable-native-access=ALL-UNNAMED"]
+        if self.version >= 23:
+            flags.append("--sun-misc-unsafe-memory-access=allow")
+        return flags
+
+    def command(self, flags: Iterable[str], jars: Iterable[Path], main: str, *arguments: str) -> list[str]:
+        """The command of a program that logs as `log4j2.properties` in its working folder says."""
+        # In the locale C, Java finds no file with an umlaut in its path; in others, errors are not in English.
+        java = ["/usr/bin/env", "LC_ALL=C.UTF-8", str(self.path)]
+        logging = "-Dlog4j2.configurationFile=log4j2.properties"
+        return [*java, *flags, logging, "-cp", ":".join(map(str, jars)), main, *arguments]
 
 
 def find_java() -> Java:

@@ -15,7 +15,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.runtime.broker import HOST, TRIES, Broker, Kafka, PortTaken, free_ports, new_uuid, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
-from labkit.runtime.server import Server, ServerState
+from labkit.runtime.server import Server, ServerState, say_if_short
 
 # A second door. Who comes in by it is told to come back to the proxy's port, whatever broker he looks for.
 PROXIED = f"""\
@@ -37,8 +37,7 @@ transaction.state.log.min.isr={majority}
 share.coordinator.state.topic.replication.factor={size}
 share.coordinator.state.topic.min.isr={majority}
 """
-EACH_MB = 330  # of memory, of one of several brokers
-SPARE_MB = 500  # for the pods beside them
+EACH_MB = 330  # of memory
 
 
 class BrokerServer(Server):
@@ -69,7 +68,7 @@ class PrivateBroker(BrokerServer):
     `cluster` reaches it directly, `proxy.cluster` by a connection that can be broken.
     """
 
-    name = "Kafka"
+    name, needs = "Kafka", EACH_MB
 
     def __init__(self) -> None:
         super().__init__(prepare())
@@ -103,7 +102,7 @@ class PrivateCluster:
     """
 
     def __init__(self, size: int = 3) -> None:
-        _say_if_short(size)
+        say_if_short(f"{size} brokers", size * EACH_MB)
         self.kafka, self.size, self.majority = prepare(), size, size // 2 + 1
         self.brokers: tuple[ClusterBroker, ...] = ()
         for attempt in range(1, TRIES + 1):
@@ -182,12 +181,3 @@ class ClusterBroker(BrokerServer):
     def _wait_until_ready(self, child: Child) -> None:
         if self._all.works_with(self):  # else nobody answers until another one is started
             self._broker.wait_until_ready(lambda: child.poll() is None and not self._all.given_up.is_set())
-
-
-def _say_if_short(size: int) -> None:
-    """Before it is: a machine that is short of memory ends processes, or swaps, and nothing says why."""
-    import psutil
-
-    takes, free = size * EACH_MB, psutil.virtual_memory().available // 1_000_000
-    if free < takes + SPARE_MB:
-        print(f"Memory gets short: {free:,} MB are available, {size} brokers take {takes:,}. Close other labs.")  # noqa: T201

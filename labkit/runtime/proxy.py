@@ -2,6 +2,8 @@
 
 It takes Kafka's protocol apart as far as the frames, and looks at which request a frame is. So a fault can begin with
 the first `Produce` or `EndTxn` from now on: at that step, and not some time around it.
+
+A proxy may have more doors, to other servers beside the broker. What goes through those is passed on as bytes.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import HOST, PortTaken
+from labkit.runtime.broker import HOST, PortTaken, free_ports
 
 # The requests that a fault may begin with, and their keys in Kafka's protocol.
 REQUESTS = {
@@ -32,32 +37,40 @@ REQUESTS = {
 }
 LONGEST = 10.0  # seconds of delay each way: what is under way when it ends still takes them
 LARGEST = 128 << 20  # bytes of a frame; a broker takes 100 MiB
-AHEAD = 64  # frames of one direction of one connection that are on their way
+PIECE = 1 << 16  # bytes that are passed on as one, where they are no frames
+AHEAD = 64  # frames or pieces of one direction of one connection that are on their way
 
 Frame: TypeAlias = bytes
 Queue: TypeAlias = "asyncio.Queue[tuple[float, Frame]]"
 
 
+@dataclass
+class _Door:
+    """A port of the proxy, and the port to which it passes on what comes there."""
+
+    port: int
+    to: int
+    frames: bool
+    """Whether Kafka's protocol is spoken there."""
+    reserved: socket.socket
+    """Ours while nobody listens: connections are refused then."""
+    listener: socket.socket | None = None
+
+
 class Proxy:
     """Passes on what comes to `port` of 127.0.0.1 to port `to`, until it is told otherwise. One thread does it all.
 
-    `cut`, `slow` and `hold` begin a fault, at once or with the first request of a kind; `recover` ends all.
+    `cut`, `slow` and `hold` begin a fault, at once or with the first request of a kind; `recover` ends all. A distance
+    is no fault, and stays.
     """
 
     _stays_in_the_notebook = "give a handler topics with its `cluster`: replace(topic, cluster=….cluster)"
 
     def __init__(self, port: int, to: int) -> None:
         self.port, self._to = port, to
-        self._reserved = socket.socket()  # ours while nobody listens: connections are refused then
-        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            self._reserved.bind((HOST, port))
-        except OSError as error:
-            self._reserved.close()
-            raise PortTaken(f"somebody took port {port} before the proxy did") from error
+        self._doors = [_Door(port, to, True, _reserved(port))]
         self._connections: set[asyncio.Task[Any]] = set()
-        self._listener: socket.socket | None = None
-        self._delay = 0.0
+        self._delay = self._distance = 0.0
         self._passing = asyncio.Event()  # whether answers pass
         self._awaited: tuple[Literal["cut", "hold"], int] | None = None  # what begins with which request
         self._answer: tuple[asyncio.Task[Any] | None, bytes] | None = None  # of which connection, with which number
@@ -75,13 +88,25 @@ class Proxy:
     @property
     def state(self) -> str:
         """What it does now."""
-        if self._listener is None:
+        if self._is_shut:
             return "cut" if self._thread.is_alive() else "closed"
         if not self._passing.is_set():
             return "holds answers back"
         waits = f"waits for {_name(self._awaited[1])} to {self._awaited[0]}" if self._awaited else ""
+        away = f"{self._distance:g} s away" if self._distance else ""
         slow = f"slow by {self._delay:g} s each way" if self._delay else ""
-        return " · ".join(filter(None, (slow, waits))) or "open"
+        return " · ".join(filter(None, (away, slow, waits))) or "open"
+
+    def through(self, port: int) -> int:
+        """A port by which whatever listens on `port` is reached through this proxy, the same at each call."""
+        for door in self._doors:
+            if door.to == port and not door.frames:
+                return door.port
+        while True:
+            made, _ = free_ports()
+            with suppress(PortTaken):
+                self._run(self._add(_Door(made, port, False, _reserved(made))))
+                return made
 
     def cut(self, request: str = "") -> None:
         """Close all connections and refuse new ones, now or when the first such request comes, which is lost."""
@@ -94,7 +119,7 @@ class Proxy:
         self._begin("hold", request)
 
     def slow(self, seconds: float) -> None:
-        """Pass everything on so many seconds later, each way."""
+        """Pass everything on so many seconds later, each way, until it recovers."""
         if not 0 < seconds <= LONGEST:
             raise LabkitError(
                 f"a connection is slow by more than 0 and at most {LONGEST:g} s each way, not {seconds!r}"
@@ -105,14 +130,25 @@ class Proxy:
 
         self._run(slow())
 
+    def distance(self, seconds: float) -> None:
+        """Everything takes so many seconds each way from now on. To make a connection takes a round trip."""
+        if not 0 <= seconds <= LONGEST:
+            raise LabkitError(f"a distance is 0 to {LONGEST:g} s each way, not {seconds!r}")
+
+        async def distance() -> None:
+            self._distance = seconds
+
+        self._run(distance())
+
     def recover(self) -> None:
         """End every fault. Answers that were held back go out, unless their connection is gone."""
 
         async def recover() -> None:
             self._awaited, self._answer, self._delay = None, None, 0.0
             self._passing.set()
-            if self._listener is None:
-                self._listen()
+            if self._is_shut:
+                for door in self._doors:
+                    self._listen(door)
 
         self._run(recover())
 
@@ -129,12 +165,22 @@ class Proxy:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-            self._reserved.close()
+            for door in self._doors:
+                door.reserved.close()
 
     def __repr__(self) -> str:
         return f"Proxy({self.port} to {self._to}: {self.state})"
 
     # -- in the proxy's own thread -------------------------------------------------------------------------------------
+
+    @property
+    def _is_shut(self) -> bool:
+        return self._doors[0].listener is None
+
+    @property
+    def _way(self) -> float:
+        """Seconds that everything takes now, each way."""
+        return self._distance + self._delay
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         if not self._thread.is_alive():
@@ -161,32 +207,38 @@ class Proxy:
 
         self._run(begin())
 
+    async def _add(self, door: _Door) -> None:
+        if not self._is_shut:
+            self._listen(door)
+        self._doors.append(door)
+
     # Not a server of asyncio: that one forgets a connection which comes just when it is closed, and leaves it open.
 
-    def _listen(self) -> None:
-        self._listener = socket.socket()
-        self._listener.setblocking(False)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # inherited by what it accepts
-        self._listener.bind((HOST, self.port))
-        self._listener.listen()
-        self._loop.add_reader(self._listener, self._accept, self._listener)
+    def _listen(self, door: _Door) -> None:
+        door.listener = listener = socket.socket()
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # inherited by what it accepts
+        listener.bind((HOST, door.port))
+        listener.listen()
+        self._loop.add_reader(listener, self._accept, door, listener)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, door: _Door, listener: socket.socket) -> None:
         try:
             client, _ = listener.accept()
         except OSError:
             return  # it has hung up
-        connection = self._loop.create_task(self._serve(client))
+        connection = self._loop.create_task(self._serve(client, door))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
         connection.add_done_callback(lambda _: client.close())
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
+        for door in self._doors:
+            if door.listener is not None:
+                self._loop.remove_reader(door.listener)
+                door.listener.close()
+                door.listener = None
 
     async def _end(self) -> None:
         """Stop listening, and end all connections."""
@@ -196,8 +248,8 @@ class Proxy:
             connection.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
 
-    async def _serve(self, client: socket.socket) -> None:
-        """One connection, until either side ends it."""
+    async def _serve(self, client: socket.socket, door: _Door) -> None:
+        """One connection, until either side ends it; where it is no broker's, until both do."""
         connection = asyncio.current_task()
         writers: list[asyncio.StreamWriter] = []
         requests: Queue = asyncio.Queue(AHEAD)
@@ -206,28 +258,40 @@ class Proxy:
             client.setblocking(False)
             reader, writer = await asyncio.open_connection(sock=client)
             writers.append(writer)
-            broker, to_broker = await asyncio.open_connection(HOST, self._to)
-            writers.append(to_broker)
+            await asyncio.sleep(2 * self._way)
+            server, to_server = await asyncio.open_connection(HOST, door.to)
+            writers.append(to_server)
+            asked = partial(self._frame, reader, lambda frame: self._asked(connection, frame))
+            answered = partial(self._frame, server, lambda frame: self._answered(connection, frame))
             async with asyncio.TaskGroup() as both_ways:
-                both_ways.create_task(self._read(reader, requests, lambda frame: self._asked(connection, frame)))
-                both_ways.create_task(self._write(requests, to_broker))
-                both_ways.create_task(self._read(broker, answers, lambda frame: self._answered(connection, frame)))
+                both_ways.create_task(self._read(asked if door.frames else partial(reader.read, PIECE), requests))
+                both_ways.create_task(self._write(requests, to_server))
+                both_ways.create_task(self._read(answered if door.frames else partial(server.read, PIECE), answers))
                 both_ways.create_task(self._write(answers, writer, self._passing))
+            for one in writers:  # what is still to go out goes out
+                one.close()
+                await one.wait_closed()
         except* (OSError, EOFError, asyncio.CancelledError):
-            pass  # somebody hung up, the broker is away, what came is not Kafka's protocol, or the line is cut
+            pass  # somebody hung up, the server is away, what came is not Kafka's protocol, or the line is cut
         finally:
             for one in writers:
                 one.transport.abort()
 
-    async def _read(self, source: asyncio.StreamReader, queue: Queue, see: Callable[[Frame], None]) -> None:
-        while True:
-            head = await source.readexactly(4)
-            size = int.from_bytes(head, "big", signed=True)
-            if not 4 <= size <= LARGEST:
-                raise EOFError("no frame of Kafka's protocol")
-            frame = await source.readexactly(size)
-            see(frame)
-            await queue.put((self._loop.time() + self._delay, head + frame))
+    async def _frame(self, source: asyncio.StreamReader, see: Callable[[Frame], None]) -> bytes:
+        head = await source.readexactly(4)
+        size = int.from_bytes(head, "big", signed=True)
+        if not 4 <= size <= LARGEST:
+            raise EOFError("no frame of Kafka's protocol")
+        frame = await source.readexactly(size)
+        see(frame)
+        return head + frame
+
+    async def _read(self, more: Callable[[], Awaitable[bytes]], queue: Queue) -> None:
+        """Pass on what comes, up to an empty piece: the end of a stream of bytes."""
+        piece = b"?"
+        while piece:
+            piece = await more()
+            await queue.put((self._loop.time() + self._way, piece))
 
     async def _write(self, queue: Queue, sink: asyncio.StreamWriter, gate: asyncio.Event | None = None) -> None:
         while True:
@@ -236,6 +300,9 @@ class Proxy:
                 await asyncio.sleep(left)
             if gate is not None:
                 await gate.wait()
+            if not frame:
+                sink.write_eof()  # as late as all that was before it
+                return
             sink.write(frame)
             await sink.drain()
 
@@ -263,3 +330,15 @@ class Proxy:
 
 def _name(key: int) -> str:
     return next(name for name, one in REQUESTS.items() if one == key)
+
+
+def _reserved(port: int) -> socket.socket:
+    """A socket that has this port and never listens. Raises PortTaken."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        reserved.bind((HOST, port))
+    except OSError as error:
+        reserved.close()
+        raise PortTaken(f"somebody took port {port} before the proxy did") from error
+    return reserved

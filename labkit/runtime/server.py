@@ -22,6 +22,7 @@ from labkit.runtime.broker import TRIES, PortTaken
 from labkit.runtime.child import Child
 from labkit.runtime.home import state_dir
 
+SPARE_MB = 500  # beside what a server takes: for the pods that use it
 STOP = 10.0  # seconds for a server to end in good order; once a broker ignored SIGTERM
 
 
@@ -47,8 +48,12 @@ class Server(ABC):
     """What its folder's name begins with."""
     tries: ClassVar[int] = TRIES
     """How often it chooses ports when somebody takes one first."""
+    needs: ClassVar[int] = 0
+    """Megabytes that one takes, where that is many."""
 
     def __init__(self) -> None:
+        if self.needs:
+            say_if_short(self.name, self.needs)
         self._lock = threading.RLock()  # of what is done to it: one thing after another
         self._frozen = self._starting = self._closed = False
         for attempt in range(1, self.tries + 1):
@@ -174,6 +179,15 @@ class Server(ABC):
     def _living(self, verb: str) -> None:
         if self.state is ServerState.DOWN:
             raise LabkitError(f"cannot {verb} {self.name}: it is down. Recover it first")
+
+
+def say_if_short(name: str, needs: int) -> None:
+    """Before it is: a machine that is short of memory ends processes, or swaps, and nothing says why."""
+    import psutil
+
+    free = psutil.virtual_memory().available // 1_000_000
+    if free < needs + SPARE_MB:
+        print(f"Memory gets short: {free:,} MB are available, for {name} it takes {needs:,}. Close other labs.")  # noqa: T201
 
 
 def _owner_of(folder: Path) -> Path:

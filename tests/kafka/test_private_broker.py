@@ -53,6 +53,16 @@ def test_a_server_works_in_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs somebody else for PostgreSQL")
+def test_memory_that_gets_short_is_told_before(state_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Large(Postgres):
+        needs = 10**9  # more than there is
+
+    with Postgres():
+        assert not capsys.readouterr().out
+    with Large():
+        assert "Memory gets short" in capsys.readouterr().out
+
+
 def test_a_folder_that_postgres_may_not_enter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

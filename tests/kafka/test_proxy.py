@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Iterator
@@ -211,6 +212,71 @@ def test_what_is_not_kafkas_protocol_ends_its_own_connection_only(lab: Lab, prox
             other.sendall(garbage)
             assert is_ended(other)
     assert proxy.cluster.describe().cluster_id == lab.connection.cluster_id
+
+
+# -- other servers behind it -------------------------------------------------------------------------------------------
+
+
+class Backwards(socketserver.StreamRequestHandler):
+    """Answers when it has all of a question."""
+
+    def handle(self) -> None:
+        self.wfile.write(self.rfile.read()[::-1])
+
+
+@pytest.fixture
+def backwards() -> Iterator[int]:
+    """The port of a server that knows no Kafka."""
+    with socketserver.ThreadingTCPServer((HOST, 0), Backwards) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def ask(port: int, question: bytes) -> bytes:
+    with socket.create_connection((HOST, port), 20) as connection:
+        connection.sendall(question)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(100_000), b""))
+
+
+def test_what_is_no_broker_is_reached_through_it_and_cut_off_with_it(proxy: Proxy, backwards: int) -> None:
+    port = proxy.through(backwards)
+    assert proxy.through(backwards) == port != proxy.through(backwards + 1)
+    question = bytes(range(256)) * 4000
+    assert ask(port, question) == question[::-1]
+    with socket.create_connection((HOST, port)) as open_one:
+        proxy.cut()
+        assert is_ended(open_one)
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, b"1")
+    later = proxy.through(backwards + 2)  # it is cut off from the beginning
+    with pytest.raises(ConnectionRefusedError):
+        ask(later, b"1")
+    proxy.recover()
+    assert ask(port, b"12") == b"21"
+    with socket.create_connection((HOST, later)) as nobody_there:
+        assert is_ended(nobody_there)
+
+
+def test_a_distance_is_no_fault_and_stays(proxy: Proxy, backwards: int) -> None:
+    port = proxy.through(backwards)
+    proxy.distance(0.05)
+    try:
+        proxy.cut()
+        proxy.recover()
+        assert proxy.state == "0.05 s away"
+        began = time.monotonic()
+        assert ask(port, b"12") == b"21"
+        assert time.monotonic() - began >= 4 * 0.05  # a round trip to connect, and one to ask
+    finally:
+        proxy.distance(0)
+    assert proxy.state == "open"
+    for seconds in (-1, float("nan"), 11):
+        with pytest.raises(LabkitError, match="a distance is 0 to 10 s each way"):
+            proxy.distance(seconds)
 
 
 # -- pods behind it ----------------------------------------------------------------------------------------------------

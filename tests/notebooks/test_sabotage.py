@@ -56,6 +56,7 @@ def long(*case: str) -> Any:
         long(END_TO_END, "lossy_notices", "calm-verdict", r"invalid: one browser: .* wrong [1-9]"),
         long(END_TO_END, "doubling_notices", "calm-verdict", r"came twice: "),
         long(END_TO_END, "keyless_notices", "calm-verdict", r"invalid: one browser: .* lost [1-9]"),
+        long(END_TO_END, "doubled_mirror", "copies-verdict", r"invalid: jobs out: .* wrong [1-9]"),
         long(STORE, "ignored_tombstones", "verdict", r"invalid: a new store: .* unexpected [1-9]"),
         long(STORE, "ready_too_early", "verdict", r"invalid: a new store: .* lost [1-9]"),
         long(STORE, "keyless_put", "verdict", r"the write to store countries was refused: "),

@@ -5,6 +5,7 @@ and answers with a piece: that is its load, and why clients that only want the i
 
 How a change gets into the table and into the topic: `dual_write` does the one, then the other, and loses an event when
 it ends in between. Otherwise a change is only sent, and `table_writer` makes the row of it: they cannot disagree.
+Without a topic MetaSite only stores rows, as it always did; then change data capture can make a topic of its table.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ _site = msgspec.json.Decoder(Site)
 
 @dataclass(frozen=True)
 class MetaSite(HttpService):
-    """Its HTTP APIs, on the PostgreSQL named by `dsn`. Changes go to `topic`."""
+    """Its HTTP APIs, on the PostgreSQL named by `dsn`. Changes go to `topic`, or without one into the table."""
 
     dsn: str
-    topic: Topic[Site]
+    topic: Topic[Site] | None = None
     connections: int = 4
     dual_write: bool = False
     between: Callable[[Site], object] = lambda site: None
@@ -109,23 +110,29 @@ class MetaSite(HttpService):
             raise web.HTTPBadRequest(text=f"the site in the body is {site.id}, not {name}\n")
         if not 0 <= site.version < 2**63 or NUL.search(encode(site)):
             raise web.HTTPBadRequest(text="a site has a version from 0 to 2^63 - 1, and no NUL in its texts\n")
-        if self.dual_write:
+        if self.dual_write or self.topic is None:
             stored = await self._ask(request, f"{UPSERT} returning id", _row(site))
             if not stored:
                 return web.Response(text="nothing to do: this version, or a newer one, is stored\n")
             self.between(site)
-        return await self._sent(site, name)
+        return web.Response() if self.topic is None else await self._sent(self.topic, site, name)
 
     async def delete(self, request: web.Request) -> web.Response:
         """Delete a site: `?version=8` is the version in which it is gone."""
         name, told = _name(request), request.query.get(VERSION, "")
         if not re.fullmatch(r"[0-9]{1,19}", told) or int(told) >= 2**63:
             raise web.HTTPBadRequest(text=f"say in which version it is gone: ?{VERSION}=8\n")
-        return await self._sent(None, name, {VERSION: told})
+        if self.topic is None:
+            await self._ask(request, f"{UPSERT} returning id", (name, int(told), None))
+            return web.Response()
+        return await self._sent(self.topic, None, name, {VERSION: told})
 
-    async def _sent(self, site: Site | None, name: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    @staticmethod
+    async def _sent(
+        topic: Topic[Site], site: Site | None, name: str, headers: Mapping[str, str] | None = None
+    ) -> web.Response:
         try:
-            await asyncio.to_thread(self.topic.deliver, [(site, name, headers)], CONFIRM)
+            await asyncio.to_thread(topic.deliver, [(site, name, headers)], CONFIRM)
         except DeliveryFailed as error:
             raise web.HTTPServiceUnavailable(text=f"Kafka does not confirm the change of {name}: {error}\n") from error
         return web.Response(status=202)

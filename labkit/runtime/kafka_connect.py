@@ -1,0 +1,280 @@
+"""Kafka Connect: a worker of one owner, which runs connectors. They are put there, and looked at, by REST."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from labkit.kafka.cluster import Cluster
+from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
+from labkit.runtime import slots
+from labkit.runtime.broker import HOST, LOGGING, PortTaken, free_ports, log_tail
+from labkit.runtime.child import Child
+from labkit.runtime.connectors import POSTGRES, Connector, with_fix
+from labkit.runtime.jars import connect_jars
+from labkit.runtime.java import find_java
+from labkit.runtime.server import Server
+
+MAIN = "org.apache.kafka.connect.cli.ConnectDistributed"
+ANSWER = 120.0  # seconds for a start on a busy machine; 3 s is usual
+REQUEST = 10.0  # seconds for one answer
+LOOK = 0.05  # seconds between two looks: nothing tells when a connector has changed its state
+JVM = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xms48m", "-Xmx192m")
+
+SETTINGS = """\
+bootstrap.servers={bootstrap}
+group.id={prefix}connect
+config.storage.topic={prefix}connect-configs
+offset.storage.topic={prefix}connect-offsets
+status.storage.topic={prefix}connect-status
+# As many replicas as the cluster gives a topic by default.
+config.storage.replication.factor=-1
+offset.storage.replication.factor=-1
+status.storage.replication.factor=-1
+offset.storage.partitions=1
+status.storage.partitions=1
+listeners=http://{host}:{port}
+exactly.once.source.support=enabled
+# Else every class of every jar is looked at.
+plugin.discovery=service_load
+# A topic is made on purpose, or not at all.
+topic.creation.enable=false
+key.converter=org.apache.kafka.connect.converters.ByteArrayConverter
+value.converter=org.apache.kafka.connect.converters.ByteArrayConverter
+offset.flush.interval.ms=1000
+# A worker that comes back after kill -9 gets its tasks as soon as the session of its predecessor is over.
+scheduled.rebalance.max.delay.ms=0
+session.timeout.ms=6000
+heartbeat.interval.ms=500
+"""
+
+
+class _Busy(Unavailable):
+    """The worker cannot do it right now: it is joining its group, or gets its connectors assigned."""
+
+
+@dataclass(frozen=True)
+class ConnectorStatus:
+    """How a connector stands: running, failed (its `error` says why), starting, paused or stopped."""
+
+    name: str
+    state: str
+    tasks: str
+    """How many of them run: "1 of 1"."""
+    error: str = ""
+    """What it failed with last, in one line, with the fix where that is known."""
+
+
+class KafkaConnect(Server):
+    """One distributed worker (3 s; some 250 MB), alone in its group, with Debezium and MirrorMaker. It listens on
+    127.0.0.1 only.
+
+    What the names of its group and of its three topics begin with is `prefix`. Connectors and what they have read are
+    in those topics: a worker that is started again goes on with them.
+    """
+
+    name, kind = "Kafka Connect", "labkit-connect"
+    needs = 250
+
+    def __init__(self, cluster: Cluster, prefix: str) -> None:
+        if cluster.security:
+            raise LabkitError(
+                f"Kafka Connect runs here only on a Kafka without a login, and {cluster.bootstrap} wants one: use the "
+                "embedded one"
+            )
+        self.cluster, self.prefix = cluster, prefix
+        self._cluster_id = cluster.describe().cluster_id
+        self._java, self._jars = find_java(), connect_jars()
+        self._captures: dict[str, Connector] = {}
+        super().__init__()
+
+    @property
+    def url(self) -> str:
+        """Where its REST interface is."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that it holds; 0 while it is down."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def start(self, connector: Connector, timeout: float = 60.0) -> None:
+        """Have it run this connector, in the place of another one of its name. Returns once it and its task run.
+
+        Raises LabkitError when it fails, with its own error and, where that is known, the fix; when what it is to read
+        or write is not there; Unavailable when it does not run within `timeout` seconds.
+        """
+        until = time.monotonic() + timeout
+        if connector.config["connector.class"] == POSTGRES:
+            slots.check(connector)
+            topic = connector.config["transforms.route.replacement"]
+            if not self.cluster.topic_ids([topic]):
+                fix = "make it before a connector writes to it, as lab.topic(…) does"
+                raise TopicMissing(f"topic {topic} does not exist at {self.cluster.bootstrap}: {fix}")
+            self._captures[connector.name] = connector
+        path, wanted = f"/connectors/{connector.name}", {**connector.config, "name": connector.name}
+        if (there := self._find(path, until)) is not None and (
+            there["config"] != wanted or self._status_of(connector.name).state == "failed"
+        ):
+            self._remove(path, until)
+            there = None
+        if there is None:
+            self._insist("PUT", f"{path}/config", until, wanted)
+        while (status := self._status_of(connector.name)).state != "running":
+            if status.state == "failed":
+                raise LabkitError(f"connector {connector.name} failed: {status.error}")
+            if time.monotonic() > until:
+                raise Unavailable(
+                    f"connector {connector.name} does not run after {timeout:g} s, it is {status.state}. The log of "
+                    f"{self.name} says:\n{log_tail(self.log)}"
+                )
+            time.sleep(LOOK)
+
+    def stop(self, name: str, timeout: float = 30.0) -> None:
+        """Take a connector away. What it has read stays known, and one of its name goes on there; but not of a capture,
+        as its slot in PostgreSQL goes with it: the next one reads all rows anew."""
+        until, path, captured = time.monotonic() + timeout, f"/connectors/{name}", self._captures.get(name)
+        if captured is not None:
+            self._insist("PUT", f"{path}/stop", until)
+            while self._status_of(name).state != "stopped" and time.monotonic() < until:
+                time.sleep(LOOK)
+            self._insist("DELETE", f"{path}/offsets", until)
+        self._remove(path, until)
+        if captured is not None:
+            slots.drop(self._captures.pop(name))
+
+    def status(self, timeout: float = REQUEST) -> list[ConnectorStatus]:
+        """All its connectors, by name. Raises Unavailable while it does not answer."""
+        told = self._ask("GET", "/connectors?expand=status", timeout=timeout)
+        return [_status(name, told[name]["status"]) for name in sorted(told)]
+
+    def close(self) -> None:
+        """End it and remove its files; also the slots that its captures have in PostgreSQL. May be called again."""
+        super().close()
+        while self._captures:
+            slots.drop(self._captures.popitem()[1])
+
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700)
+        self.port, _ = free_ports()
+        settings = SETTINGS.format(bootstrap=self.cluster.bootstrap, prefix=self.prefix, host=HOST, port=self.port)
+        (self.folder / "worker.properties").write_text(settings)
+        (self.folder / "log4j2.properties").write_text(LOGGING)
+
+    def _launch(self) -> Child:
+        self.cluster.describe()  # or it would wait a minute for a Kafka that is away
+        command = self._java.command([*JVM, *self._java.silence], self._jars, MAIN, "worker.properties")
+        return Child(command, cwd=self.folder, output=self.log)
+
+    def _wait_until_ready(self, child: Child) -> None:
+        until = time.monotonic() + ANSWER
+        while not self._answers():
+            if child.poll() is not None:
+                said = log_tail(self.log)
+                if "Address already in use" in log_tail(self.log, 400):
+                    raise PortTaken(f"somebody took port {self.port} before Kafka Connect did")
+                raise LabkitError(f"Kafka Connect ended at once. Its log says:\n{said}")
+            if time.monotonic() > until:
+                raise LabkitError(f"Kafka Connect did not answer within {ANSWER:g} s:\n{log_tail(self.log)}")
+            time.sleep(LOOK)
+
+    def _answers(self) -> bool:
+        try:
+            self._ask("GET", "/health", timeout=2)
+            # Whoever took the port before our worker did may be one too.
+            return bool(self._ask("GET", "/")["kafka_cluster_id"] == self._cluster_id)
+        except LabkitError:
+            return False
+
+    def _find(self, path: str, until: float) -> dict[str, Any] | None:
+        """What is known of a connector; None if there is none."""
+        try:
+            return dict(self._insist("GET", path, until))
+        except _Missing:
+            return None
+
+    def _remove(self, path: str, until: float) -> None:
+        self._insist("DELETE", path, until)
+        while self._find(f"{path}/status", until) is not None:
+            time.sleep(LOOK)
+
+    def _status_of(self, name: str) -> ConnectorStatus:
+        try:
+            return _status(name, self._ask("GET", f"/connectors/{name}/status"))
+        except (_Missing, _Busy):
+            return ConnectorStatus(name, "starting", "0 of 0")
+
+    def _insist(self, method: str, path: str, until: float, body: object = None) -> Any:
+        """Ask until the worker can."""
+        while True:
+            try:
+                return self._ask(method, path, body)
+            except _Busy:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(LOOK)
+
+    def _ask(self, method: str, path: str, body: object = None, timeout: float = REQUEST) -> Any:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
+        try:
+            connection.request(
+                method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
+            )
+            answer = connection.getresponse()
+            status, text = answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            fix = "recover it first" if self._child.poll() is not None else "it may be busy: try again"
+            raise Unavailable(f"{self.name} does not answer at {self.url} ({type(error).__name__}): {fix}") from error
+        finally:
+            connection.close()
+        if status // 100 == 2:
+            return json.loads(text) if text else None
+        try:
+            said = str(json.loads(text)["message"])
+        except (ValueError, KeyError, TypeError):
+            said = text.decode(errors="replace")
+        if status == 404:
+            raise _Missing(f"{self.name}: {_one_line(said)}")
+        if status in (409, 500, 503, 504):
+            raise _Busy(f"{self.name} cannot do it now: {_one_line(said)}")
+        raise LabkitError(f"{self.name} refuses this: {with_fix(_one_line(said))}")
+
+
+class _Missing(LabkitError):
+    """There is no such connector."""
+
+
+def _status(name: str, told: dict[str, Any]) -> ConnectorStatus:
+    tasks = told["tasks"]
+    states = [told["connector"]["state"], *(task["state"] for task in tasks)]
+    running = sum(task["state"] == "RUNNING" for task in tasks)
+    if "FAILED" in states:
+        state = "failed"
+    elif tasks and set(states) == {"RUNNING"}:
+        state = "running"
+    else:
+        state = states[0].lower() if states[0] in ("PAUSED", "STOPPED") else "starting"
+    traces = [one["trace"] for one in (told["connector"], *tasks) if one.get("trace")]
+    error = with_fix(_root_of(traces[0])) if traces else ""
+    return ConnectorStatus(name, state, f"{running} of {len(tasks)}", error)
+
+
+def _root_of(trace: str) -> str:
+    """What a stack trace of Java's begins with: the innermost error, in one line."""
+    lines = trace.splitlines() or [""]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    return _one_line(re.sub(r"^(?:[\w$]+\.)+", "", [lines[0], *causes][-1]))
+
+
+def _one_line(text: str, most: int = 300) -> str:
+    text = text.partition("You can also find the above list of errors")[0]  # at a URL that does not help
+    return " ".join(text.split())[:most]

@@ -1,0 +1,108 @@
+"""What change data capture needs of PostgreSQL, and leaves there: a replication slot and a publication, under one name.
+
+For a slot PostgreSQL keeps its log until somebody has read it: one that is left by a dead run fills the disk.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from labkit.kafka.errors import LabkitError
+from labkit.runtime.connectors import Connector, dsn_of, slot_name, with_fix
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+RELEASE = 3.0  # seconds in which PostgreSQL notices that nobody reads a slot any more
+RUN = "[0-9]{12}[0-9a-f]{4}_"  # in a slot's name, behind the learner
+TABLE = """select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+where n.nspname = %s and c.relname = %s and c.relkind in ('r', 'p')"""
+KEY = """select a.attname from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any(i.indkey)
+where i.indrelid = %s and i.indisprimary"""
+LEFT = """select slot_name, active from pg_replication_slots where database = current_database()
+union all select pubname, false from pg_publication"""
+
+
+def check(connector: Connector) -> None:
+    """Whether a table can be captured. Raises LabkitError with the fix, before anything is made of it: with a table
+    without a key in a publication, PostgreSQL would refuse the table's updates."""
+    schema, _, table = connector.config["table.include.list"].partition(r"\.")
+    key = connector.config["transforms.key.field"]
+    with _connected(connector) as client:
+        (wal_level,) = client.execute("show wal_level").fetchall()[0]
+        if wal_level != "logical":
+            fix = "set wal_level = logical in postgresql.conf, and restart it"
+            raise LabkitError(f"PostgreSQL has wal_level {wal_level}, and change data capture needs logical: {fix}")
+        found = client.execute(TABLE, (schema, table)).fetchone()
+        if found is None:
+            raise LabkitError(f"there is no table {schema}.{table} to capture: make it before, or correct its name")
+        primary = [name for (name,) in client.execute(KEY, found)]
+    if not primary:
+        raise LabkitError(
+            f"table {table} has no primary key, so its changes have none, and PostgreSQL would refuse its updates: "
+            f"alter table {table} add primary key (…)"
+        )
+    if primary != [key]:
+        raise LabkitError(
+            f"the primary key of table {table} is {', '.join(primary)}, and not {key!r}: the key of a record has to "
+            "name one row, so capture a table by the one column that is its key"
+        )
+
+
+def drop(connector: Connector) -> None:
+    """Take the slot and the publication of a connector away, once nobody reads them. Nothing happens while PostgreSQL
+    is away."""
+    import psycopg
+
+    with suppress(psycopg.Error, LabkitError), _connected(connector) as client:
+        _drop(client, connector.config["slot.name"])
+
+
+def collect(connector: Connector, learner: str, living: Collection[str]) -> list[str]:
+    """Take away what this learner's dead runs left in the database of a connector, and say what that was. `living` are
+    the prefixes of runs that live."""
+    import psycopg
+
+    mine, kept = re.compile(slot_name(f"labkit.{learner}.") + RUN), tuple(map(slot_name, living))
+    gone: list[str] = []
+    with suppress(psycopg.Error), _connected(connector) as client:
+        found = client.execute(LEFT).fetchall()
+        read = {name for name, active in found if active}
+        for name in sorted({name for name, _ in found} - read):
+            if mine.match(name) and not name.startswith(kept):
+                _drop(client, name)
+                gone.append(name)
+    return gone
+
+
+def _drop(client: Connection[Any], name: str) -> None:
+    import psycopg
+
+    until = time.monotonic() + RELEASE
+    while True:
+        try:
+            client.execute(
+                "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = %s", (name,)
+            )
+            break
+        except psycopg.errors.ObjectInUse:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)  # nothing tells when PostgreSQL has noticed
+    client.execute(psycopg.sql.SQL("drop publication if exists {}").format(psycopg.sql.Identifier(name)))
+
+
+def _connected(connector: Connector) -> Connection[Any]:
+    """Raises LabkitError when PostgreSQL does not let us in."""
+    import psycopg
+
+    try:
+        return psycopg.connect(dsn_of(connector), connect_timeout=5, autocommit=True)
+    except psycopg.OperationalError as error:
+        where = f"{connector.config.get('database.hostname', '')}:{connector.config['database.port']}"
+        said = " ".join(str(error).split())
+        raise LabkitError(with_fix(f"PostgreSQL at {where} does not let {connector.name} in: {said}")) from error
