@@ -17,6 +17,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.runtime.home import cache_dir, locked
 
 KAFKA = "4.3.1"
+TRIES = 3  # to fetch a jar
 MTIME = 1_000_000_000  # any fixed one: Java's AOT cache depends on it, and a jar fetched anew is still the same jar
 LIST = Path(__file__).with_name(f"kafka-{KAFKA}.jars")
 STREAMS = Path(__file__).with_name(f"kafka-streams-{KAFKA}.jars")
@@ -106,7 +107,14 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch, what: str) -> No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     def get(jar: Jar) -> None:
-        fetched = fetch(jar, below)
+        for _ in range(TRIES - 1):
+            try:
+                fetched = fetch(jar, below)
+                break
+            except OSError:  # of a hundred connections one is often cut off
+                continue
+        else:
+            fetched = fetch(jar, below)
         if not jar.is_intact(fetched):
             raise ValueError("its SHA-256 is not the one in labkit's list: refused")
         os.utime(fetched, (MTIME, MTIME))

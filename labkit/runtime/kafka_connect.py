@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,6 @@ scheduled.rebalance.max.delay.ms=0
 session.timeout.ms=6000
 heartbeat.interval.ms=500
 """
-
-
-class _Busy(Unavailable):
-    """The worker cannot do it right now: it is joining its group, or gets its connectors assigned."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,8 @@ class KafkaConnect(Server):
         """Take a connector away. What it has read stays known, and one of its name goes on there; but not of a capture,
         as its slot in PostgreSQL goes with it: the next one reads all rows anew."""
         until, path, captured = time.monotonic() + timeout, f"/connectors/{name}", self._captures.get(name)
+        if self._find(path, until) is None:
+            raise LabkitError(f"{self.name} has no connector {name!r}: `status()` says which it has")
         if captured is not None:
             self._insist("PUT", f"{path}/stop", until)
             while self._status_of(name).state != "stopped" and time.monotonic() < until:
@@ -203,23 +202,24 @@ class KafkaConnect(Server):
             return None
 
     def _remove(self, path: str, until: float) -> None:
-        self._insist("DELETE", path, until)
+        with suppress(_Missing):  # gone by a request whose answer did not come
+            self._insist("DELETE", path, until)
         while self._find(f"{path}/status", until) is not None:
             time.sleep(LOOK)
 
     def _status_of(self, name: str) -> ConnectorStatus:
         try:
             return _status(name, self._ask("GET", f"/connectors/{name}/status"))
-        except (_Missing, _Busy):
+        except (_Missing, Unavailable):
             return ConnectorStatus(name, "starting", "0 of 0")
 
     def _insist(self, method: str, path: str, until: float, body: object = None) -> Any:
-        """Ask until the worker can."""
+        """Ask until the worker can, and answers: what it is asked may be asked again."""
         while True:
             try:
                 return self._ask(method, path, body)
-            except _Busy:
-                if time.monotonic() > until:
+            except Unavailable:
+                if time.monotonic() > until or self._child.poll() is not None:
                     raise
             time.sleep(LOOK)
 
@@ -244,8 +244,8 @@ class KafkaConnect(Server):
             said = text.decode(errors="replace")
         if status == 404:
             raise _Missing(f"{self.name}: {_one_line(said)}")
-        if status in (409, 500, 503, 504):
-            raise _Busy(f"{self.name} cannot do it now: {_one_line(said)}")
+        if status in (409, 500, 503, 504):  # it is joining its group, or gets its connectors assigned
+            raise Unavailable(f"{self.name} cannot do it now: {_one_line(said)}")
         raise LabkitError(f"{self.name} refuses this: {with_fix(_one_line(said))}")
 
 

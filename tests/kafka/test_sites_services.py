@@ -278,6 +278,18 @@ def test_a_change_is_sent_and_the_row_follows(cluster: Cluster, dsn: str) -> Non
         assert ask(f"{url}/sites/{site_id(2)}")[0] == 404
 
 
+def test_without_a_topic_a_change_only_goes_into_the_table(dsn: str) -> None:
+    """As MetaSite always did it: what answers is what is stored."""
+    fill(dsn, sites(3, pages=0))
+    with serving(MetaSite(free_ports()[0], dsn)) as url:
+        assert ask(f"{url}/sites/{site_id(1)}", "PUT", encode(site(1, 3)))[0] == 200
+        assert ask(f"{url}/sites/{site_id(1)}", "PUT", encode(site(1, 2)))[0] == 200  # late: it changes nothing
+        assert ask(f"{url}/sites/{site_id(2)}?version=2", "DELETE")[0] == 200
+        assert ask(f"{url}/sites/{site_id(2)}?version=1", "DELETE")[0] == 200
+        assert table(dsn) == {site_id(0): 1, site_id(1): 3, site_id(2): -2}
+        assert ask(f"{url}/sites/{site_id(2)}")[0] == 404
+
+
 def test_every_change_that_kafka_refuses_is_told_to_who_asked_for_it(cluster: Cluster, dsn: str) -> None:
     """At once with others, refused or not: 202 says that it is in the topic, 503 that it is not."""
     topic = fresh_topic(cluster, 1, Site)

@@ -53,6 +53,8 @@ def long(*case: str) -> Any:
         long(VIEWS, "lossy_produce", "crash-verdict", r"invalid: view: .* (lost|wrong) [1-9]"),
         long(VIEWS, "early_commit", "table-verdict", r"invalid: MetaSite's table: .* wrong [1-9]"),
         long(VIEWS, "no_version_check", "verdict", r"invalid: view: .* (wrong|unexpected) [1-9]"),
+        long(VIEWS, "snapshot_skipped", "cdc-verdict", r"invalid: topic rows: .* lost [1-9]"),
+        long(VIEWS, "offsets_forgotten", "cdc-verdict", r"invalid: topic rows: .* duplicated [1-9]"),
         long(END_TO_END, "lossy_notices", "calm-verdict", r"invalid: one browser: .* wrong [1-9]"),
         long(END_TO_END, "doubling_notices", "calm-verdict", r"came twice: "),
         long(END_TO_END, "keyless_notices", "calm-verdict", r"invalid: one browser: .* lost [1-9]"),

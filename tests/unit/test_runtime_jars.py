@@ -12,7 +12,7 @@ import rich
 from rich.console import Console
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.jars import LIST, STREAMS, Jar, jar_files, read_list
+from labkit.runtime.jars import LISTS, Jar, jar_files, read_list
 
 CONTENT = {f"lib{number}": f"jar {number}".encode() * 1000 for number in range(12)}
 JARS = [Jar("org.example", name, "1.0", "", hashlib.sha256(data).hexdigest()) for name, data in CONTENT.items()]
@@ -81,6 +81,19 @@ def test_what_is_fetched_is_checked_before_it_gets_a_name(tmp_path: Path) -> Non
     jar_files(tmp_path, JARS, repository)
 
 
+def test_a_connection_that_breaks_is_tried_again(tmp_path: Path) -> None:
+    """Of a hundred jars one is often cut off."""
+    repository = Repository()
+    broken = iter([ConnectionResetError(104, "Connection reset by peer")] * 2)
+
+    def fetch(jar: Jar, below: Path) -> Path:
+        if jar.artifact == "lib3" and (error := next(broken, None)) is not None:
+            raise error
+        return repository(jar, below)
+
+    assert len(jar_files(tmp_path, JARS, fetch)) == len(JARS)
+
+
 def test_without_a_network(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,22 +115,28 @@ def test_without_a_network(
     assert "jgo" not in "".join(capfd.readouterr()).lower()
 
 
-def test_jars_of_streams_that_cannot_be_fetched_are_told_with_their_own_fix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["Kafka Streams", "Kafka Connect", "Debezium"])
+def test_jars_beside_kafkas_that_cannot_be_fetched_are_told_with_their_own_fix(tmp_path: Path, what: str) -> None:
     repository = Repository()
     repository.content["lib7"] = b"something else"
-    with pytest.raises(LabkitError, match=r"^Kafka Streams could not be fetched: lib7-1\.0\.jar") as error:
-        jar_files(tmp_path, JARS, repository, what="Kafka Streams")
-    assert str(STREAMS) in str(error.value)
+    with pytest.raises(LabkitError, match=rf"^{what} could not be fetched: lib7-1\.0\.jar") as error:
+        jar_files(tmp_path, JARS, repository, what=what)
+    assert str(LISTS[what]) in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "docker" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", [LIST, STREAMS])
+@pytest.mark.parametrize("path", LISTS.values(), ids=LISTS)
 def test_the_committed_lists(path: Path) -> None:
     jars = read_list(path)
     assert len({jar.file_name for jar in jars}) == len(jars)
     assert all(len(bytes.fromhex(jar.sha256)) == 32 for jar in jars)
-    assert {jar.version for jar in jars if jar.group == "org.apache.kafka"} == {"4.3.1"}
+    assert {jar.version for jar in jars if jar.group == "org.apache.kafka"} <= {"4.3.1"}
+
+
+def test_no_jar_is_in_two_lists() -> None:
+    names = [jar.file_name for path in LISTS.values() for jar in read_list(path)]
+    assert len(set(names)) == len(names)
 
 
 def test_the_real_repository(tmp_path: Path) -> None:
