@@ -74,7 +74,7 @@ class Committing:
     def __enter__(self) -> Self:
         for thread in self.threads:
             thread.start()
-        assert self.committed.wait(30)
+        assert self.committed.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,8 +87,8 @@ class Committing:
         assert not any(thread.is_alive() for thread in self.threads)
 
     def _commit(self, name: int) -> None:
-        settings = {"transactional.id": f"{self.topic.name}-{name}", "transaction.timeout.ms": 5000}
-        client = Producer(self.topic.cluster.config({**settings, "retry.backoff.ms": 1, "delivery.timeout.ms": 5000}))
+        settings = {"transactional.id": f"{self.topic.name}-{name}", "transaction.timeout.ms": 10_000}
+        client = Producer(self.topic.cluster.config({**settings, "retry.backoff.ms": 1, "delivery.timeout.ms": 10_000}))
         with suppress(KafkaException):  # of a client whose broker is killed, maybe before it began
             client.init_transactions(30)
             while not self.stop.is_set():
