@@ -169,7 +169,7 @@ def test_memory_that_gets_short_is_told_before_anything_starts(
     monkeypatch.setattr(making, "prepare", stop)
     with pytest.raises(LabkitError, match="far enough"):
         Lab("poor", cluster="private", brokers=3)
-    assert "1,400 MB are available, 3 brokers take 990. Close other labs" in capsys.readouterr().out
+    assert "1,400 MB are available, for 3 brokers it takes 990. Close other labs" in capsys.readouterr().out
 
 
 def test_what_one_broker_has_and_three_have_not_is_refused(lab: Lab) -> None:
