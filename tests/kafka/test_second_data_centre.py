@@ -105,6 +105,7 @@ def in_order(count: int) -> dict[str | None, list[int]]:
     return {str(key): list(range(key, count, KEYS)) for key in range(KEYS)}
 
 
+@pytest.mark.long
 def test_what_a_cut_keeps_back_arrives_once_and_in_order(centres: Centres) -> None:
     """Jobs out, answers back; the link is cut while both are under way, and jobs are sent meanwhile, too."""
     link = centres.google.proxy
@@ -121,6 +122,7 @@ def test_what_a_cut_keeps_back_arrives_once_and_in_order(centres: Centres) -> No
     assert arrived(jobs_there, 2400 + KEYS) == in_order(2400 + KEYS)
 
 
+@pytest.mark.long
 def test_what_crosses_is_as_it_was_and_what_was_aborted_does_not_cross(centres: Centres) -> None:
     topic, copy = centres.out()
     client = Client(topic.cluster.config({"transactional.id": topic.name}))

@@ -94,6 +94,7 @@ def in_sync(topic: Topic[Any]) -> int:
     return len(topic.cluster.partitions(topic.name)[0].in_sync)
 
 
+@pytest.mark.long
 def test_a_leader_that_is_killed_costs_seconds_and_no_record(lab: Lab) -> None:
     """Exactly once goes on; and what must have three replicas is refused with the reason."""
     strict = lab.topic("strict", 1, Order, config={"min.insync.replicas": "3"})
@@ -128,6 +129,7 @@ def test_who_keeps_the_group_is_killed(lab: Lab) -> None:
     shop.check(lab, load)
 
 
+@pytest.mark.long
 def test_without_a_majority_kafka_is_away(lab: Lab) -> None:
     one, two, three = lab.brokers
     assert [*lab.targets][-3:] == ["Kafka 1", "Kafka 2", "Kafka 3"]
@@ -172,6 +174,7 @@ def test_memory_that_gets_short_is_told_before_anything_starts(
     assert "1,400 MB are available, for 3 brokers it takes 990. Close other labs" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_what_one_broker_has_and_three_have_not_is_refused(lab: Lab) -> None:
     with pytest.raises(LabkitError, match=r"take one of lab\.brokers, or lab\.leader\(topic, partition\)"):
         _ = lab.broker
