@@ -391,3 +391,17 @@ def let_go(cluster: Cluster) -> None:
     with _making:
         for key in [key for key in _producers if key[:2] == (cluster, os.getpid())]:
             del _producers[key]
+
+
+def end_transactions(cluster: Cluster, transactional_ids: Iterable[str], timeout: float = 30.0) -> None:
+    """Abort what dead producers of these ids have left open, and shut those out that are not dead.
+
+    Raises LabkitError when that is not done within `timeout` seconds.
+    """
+    for one in transactional_ids:
+        try:
+            Client(cluster.config({"transactional.id": one})).init_transactions(timeout)
+        except KafkaException as error:
+            raise LabkitError(
+                f"the transaction of {one} at {cluster.bootstrap} could not be ended: {error.args[0].str()}"
+            ) from error

@@ -14,6 +14,7 @@ import psutil
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
+from labkit.kafka.producer import end_transactions
 from labkit.runtime import slots
 from labkit.runtime.broker import HOST, LOGGING, PortTaken, free_ports, log_tail
 from labkit.runtime.child import Child
@@ -89,6 +90,7 @@ class KafkaConnect(Server):
         self._cluster_id = cluster.describe().cluster_id
         self._java, self._jars = find_java(), connect_jars()
         self._captures: dict[str, Connector] = {}
+        self._names: set[str] = set()  # of all connectors there were
         super().__init__()
 
     @property
@@ -118,6 +120,7 @@ class KafkaConnect(Server):
                 fix = "make it before a connector writes to it, as lab.topic(…) does"
                 raise TopicMissing(f"topic {topic} does not exist at {self.cluster.bootstrap}: {fix}")
             self._captures[connector.name] = connector
+        self._names.add(connector.name)
         path, wanted = f"/connectors/{connector.name}", {**connector.config, "name": connector.name}
         if (there := self._find(path, until)) is not None and (
             there["config"] != wanted or self._status_of(connector.name).state == "failed"
@@ -171,6 +174,10 @@ class KafkaConnect(Server):
 
     def _launch(self) -> Child:
         self.cluster.describe()  # or it would wait a minute for a Kafka that is away
+        # A worker that starts reads its topics to their ends, and waits there for what a killed one has left open.
+        group = f"{self.prefix}connect"
+        ids = [f"connect-cluster-{group}", *(f"{group}-{name}-0" for name in self._names)]
+        end_transactions(self.cluster, ids if self._names else ())
         command = self._java.command([*JVM, *self._java.silence], self._jars, MAIN, "worker.properties")
         return Child(command, cwd=self.folder, output=self.log)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from confluent_kafka import Producer
 from consuming import fresh_topic, put
 from processes import wait_until
 
@@ -143,6 +144,17 @@ def captured(connect: Connect | KafkaConnect, dsn: str, topic: Topic[Any]) -> It
         assert all(before < after for each in of_each.values() for before, after in pairwise(each))
 
 
+def leave_open(cluster: Cluster, group: str, connector: str) -> None:
+    """What a kill at the worst moment leaves: a transaction of the connector's task that is neither committed nor
+    aborted, with offsets in it."""
+    settings = {"transactional.id": f"{group}-{connector}-0", "transaction.timeout.ms": 600_000}
+    client = Producer(cluster.config(settings))
+    client.init_transactions(30)
+    client.begin_transaction()
+    client.produce(f"{group}-offsets", b"not committed", b"not committed")
+    assert client.flush(30) == 0
+
+
 # -- What is captured
 
 
@@ -157,6 +169,7 @@ def test_rows_then_changes_are_captured_exactly_once_though_the_worker_is_killed
         assert list(connect.status().state) == ["unknown"]
         with pytest.raises(LabkitError, match="cannot start a connector: Kafka Connect is down: recover it first"):
             connect.start(capture(dsn, "things", topic))
+        leave_open(lab.cluster, f"{lab.run.prefix}connect", "capture-killed")
         connect.recover()
     name = "capture-killed"
     connect.start(capture(dsn, "things", topic))  # or a cell could not run twice
