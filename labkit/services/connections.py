@@ -28,13 +28,14 @@ class Connections:
     def one(self) -> Iterator[psycopg.Connection[Any]]:
         """A connection; one in whose use something failed is not used again. Raises psycopg.Error."""
         try:
-            database = self._free.get_nowait()
+            database, fresh = self._free.get_nowait(), False
         except Empty:
-            database = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5)
-            with database.transaction():  # two that make the tables at once would get into each other's way
-                database.execute("select pg_advisory_xact_lock(hashtext('labkit services'))")
-                database.execute(self.tables)
+            database, fresh = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5), True
         try:
+            if fresh:
+                with database.transaction():  # two that make the tables at once would get into each other's way
+                    database.execute("select pg_advisory_xact_lock(hashtext('labkit services'))")
+                    database.execute(self.tables)
             yield database
         except BaseException:
             database.close()

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from consuming import Member, Process, fresh_group, fresh_topic, put
 from processes import wait_until
+from psycopg.sql import SQL
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
@@ -27,6 +28,7 @@ from labkit.patterns.retries import RetryingConsumer, dead_letter
 from labkit.runtime.broker import free_ports
 from labkit.services import orders
 from labkit.services.clients import ask
+from labkit.services.connections import Connections
 from labkit.services.orders import Downstream, OrderCheckoutCompleted, OrderPurchaseCompleted
 from labkit.services.orders.downstream import Guard
 from labkit.services.orders.locks import OnceEach
@@ -274,3 +276,18 @@ def test_a_mail_leaves_again_unless_it_has_a_key(dsn: str) -> None:
         stop.set()
         thread.join(20)
     assert [(mail.order, mail.to) for mail in orders.mails(dsn)] == [("order-1", "customer 1")] * 4
+
+
+def test_a_connection_whose_tables_cannot_be_made_is_closed(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a PostgreSQL that is killed just then: nobody else would close it."""
+    made: list[psycopg.Connection[Any]] = []
+    connect = psycopg.connect
+
+    def kept(*args: Any, **settings: Any) -> psycopg.Connection[Any]:
+        made.append(connect(*args, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(psycopg, "connect", kept)
+    with pytest.raises(psycopg.errors.SyntaxError), Connections(dsn, SQL("no statement")).one():
+        pass
+    assert [one.closed for one in made] == [True]
