@@ -240,7 +240,7 @@ class Lab:
         return self._server(Cache)
 
     def connect(self, cluster: Cluster | None = None) -> Connect:
-        """Kafka Connect: a worker of this lab alone, in 3 s, that keeps its offsets in this lab's Kafka, or in another
+        """Kafka Connect: a worker of this lab alone, that keeps its offsets in this lab's Kafka, or in another
         `cluster`. Of each there is one: a second call returns it.
 
         Raises LabkitError when it cannot be started.

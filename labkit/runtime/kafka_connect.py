@@ -24,7 +24,7 @@ from labkit.runtime.java import find_java
 from labkit.runtime.server import Server
 
 MAIN = "org.apache.kafka.connect.cli.ConnectDistributed"
-ANSWER = 240.0  # seconds for a start on a busy machine; 3 s is usual
+ANSWER = 240.0  # seconds for a start on a busy machine
 REQUEST = 10.0  # seconds for one answer
 LOOK = 0.05  # seconds between two looks: nothing tells when a connector has changed its state
 JVM = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xms48m", "-Xmx192m")
@@ -70,7 +70,7 @@ class ConnectorStatus:
 
 
 class KafkaConnect(Server):
-    """One distributed worker (3 s; some 250 MB), alone in its group, with Debezium and MirrorMaker. It listens on
+    """One distributed worker (some 170 MB), alone in its group, with Debezium and MirrorMaker. It listens on
     127.0.0.1 only.
 
     What the names of its group and of its three topics begin with is `prefix`. Connectors and what they have read are

@@ -63,7 +63,7 @@ class BrokerServer(Server):
 
 
 class PrivateBroker(BrokerServer):
-    """One embedded broker (0.9 s once everything is prepared; again in some 7 s after a kill).
+    """One embedded broker, which nobody else uses.
 
     `cluster` reaches it directly, `proxy.cluster` by a connection that can be broken.
     """
