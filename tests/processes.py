@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def wait_until(condition: Callable[[], object], timeout: float = 10.0, what: str
     while not condition():
         looked = time.monotonic()
         if looked > deadline:
+            faulthandler.dump_traceback(2)  # of all threads: who has not come back
             pytest.fail(f"not within {timeout:g} s: {what or condition}")
         time.sleep(0.01)
         deadline += max(0.0, time.monotonic() - looked - 0.25)

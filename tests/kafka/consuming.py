@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -182,6 +183,7 @@ class Journal:
                 if self.ended and not condition():
                     pytest.fail(f"the consumer ended before {what or 'what was waited for'}: {self.tail()}")
                 if time.monotonic() > until:
+                    faulthandler.dump_traceback(2)  # of all threads: who has not come back
                     pytest.fail(f"not within {timeout:g} s: {what or 'what was waited for'}: {self.tail()}")
                 self.changed.wait(0.05)
         return found

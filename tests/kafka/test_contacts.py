@@ -88,7 +88,9 @@ def test_importers_share_an_import_and_store_each_contact_once(
     assert contacts.bad_rows(dsn, "YYY") == []
     assert contacts.send_jobs(FILE, jobs, "YYY", size=50) == 20
     group = fresh_group()
-    with Member(Consumer(jobs, importer, group)), Member(Consumer(jobs, importer, group)):
+    with Member(Consumer(jobs, importer, group)) as one, Member(Consumer(jobs, importer, group)) as other:
+        journals = one.journal, other.journal
+        one.journal.wait(lambda: sum(len(each.of(Step.HANDLED)) for each in journals) >= 20, 60, "20 jobs handled")
         wait_until(lambda: progress_of(commands).completed, 20, "the end of the import")
     assert progress_of(commands).done == 20
 

@@ -21,7 +21,7 @@ from transacting import exactly_once, values
 
 import labkit.kafka.consumer.loop as loop_module
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.consumer import EXIT_DEADLINE
+from labkit.kafka.consumer import EXIT_DEADLINE, Consumer
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
 from labkit.kafka.consumer.loop import Loop
 from labkit.kafka.consumer.state import PartitionState, garbage_kept
@@ -31,6 +31,7 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMismatch, Topi
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, Record
+from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 
@@ -358,18 +359,22 @@ def test_of_a_transaction_that_is_committed_nothing_is_kept(cluster: Cluster, mo
     assert (commits.positions, commits.outputs, commits.changes) == ({}, [], {})
 
 
+def summing(topic: Topic[int], group: str, store: Topic[int], slot: str) -> Consumer:
+    """It commits nothing by time; when two records are handled, at once."""
+
+    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
+        return {"sum": state.get("sum", 0) + record.value}
+
+    return exactly_once(topic, handle, group, store=store, slot=slot, commit_interval=600, max_ahead=4)
+
+
 def test_what_was_not_committed_of_a_topic_that_is_made_anew_is_not_written(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """correctness 32: its records are gone, and what they sent is not sent."""
     monkeypatch.setattr(loop_module, "GONE", ())  # else the client tells it, if it looks while there is none
     topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
-
-    def handle(state: Mapping[str, int], record: Record[int]) -> dict[str, int]:
-        return {"sum": state.get("sum", 0) + record.value}
-
-    consumer = exactly_once(topic, handle, group, store=store, commit_interval=600, max_ahead=4)
-    member = Member(consumer)
+    member = Member(summing(topic, group, store, "one"))
     member.__enter__()
     put(topic, 1, 2)  # half of `max_ahead`: that is committed at once
     member.wait_committed({0: 2})
@@ -377,6 +382,23 @@ def test_what_was_not_committed_of_a_topic_that_is_made_anew_is_not_written(
     member.journal.wait_for(Step.HANDLED, 3)
     make_anew(topic)
     assert isinstance(member.ends(), TopicMissing)
+    assert stored(store) == {"sum": 3}
+
+
+def test_nor_is_it_when_the_group_takes_the_partition_first(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """correctness 32: as it does when the client saw that there was no topic for a moment."""
+    monkeypatch.setattr(loop_module, "GONE", ())
+    monkeypatch.setattr(loop_module, "IDENTITY", 600)
+    topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
+    member = Member(summing(topic, group, store, "one"))
+    member.__enter__()
+    put(topic, 1, 2)
+    member.wait_committed({0: 2})
+    put(topic, 4)
+    member.journal.wait_for(Step.HANDLED, 3)
+    make_anew(topic)
+    with Member(summing(topic, group, store, "two")):
+        assert isinstance(member.ends(), TopicMissing)
     assert stored(store) == {"sum": 3}
 
 

@@ -91,7 +91,7 @@ class Loop:
             self.client.subscribe(
                 self.assignment.subscribed(),
                 on_assign=self.guarded(self.assignment.assigned),
-                on_revoke=self.guarded(self.assignment.revoked),
+                on_revoke=self.guarded(self.revoked),
                 on_lost=self.guarded(self.assignment.lost),
             )
             if self.states is None:
@@ -211,6 +211,13 @@ class Loop:
         if at < partition.next_offset:
             self.check_identity()
         return partition if self.shared.fatal else self.assignment.jumped(self.client, partition, at)
+
+    def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
+        """See `Assignment.revoked`. A topic that is deleted makes the group share out anew, often before anybody has
+        seen that it was made anew: what was made of the old one must not be committed then."""
+        if self.shared.assigned_among(partitions):
+            self.check_identity()
+        self.assignment.revoked(client, partitions)
 
     def watch_identity(self) -> None:
         """A topic that is deleted and made anew has other records at the same offsets, and the client reads on in it.
