@@ -156,6 +156,8 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "mirror") -> C
         "emit.offset-syncs.enabled": "false",
         "refresh.topics.interval.seconds": "2",
         "offset.lag.max": "0",
+        # Of what waits for an answer from afar, a request takes all at once: else large records come a few in a round trip.
+        "producer.override.batch.size": "1000000",
         "source.consumer.isolation.level": "read_committed",
         "source.consumer.fetch.max.wait.ms": "10",
         "consumer.poll.timeout.ms": "10",
