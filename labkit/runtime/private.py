@@ -148,8 +148,12 @@ class PrivateCluster:
                 self.given_up.set()  # the others wait for it
 
         try:
-            with ThreadPoolExecutor(self.size) as pool:  # whose end waits for all of them, after an interrupt too
-                wait([pool.submit(start, node) for node in range(1, self.size + 1)])
+            with ThreadPoolExecutor(self.size) as pool:  # whose end waits for all of them
+                try:
+                    wait([pool.submit(start, node) for node in range(1, self.size + 1)])
+                except BaseException:  # an interrupt
+                    self.given_up.set()
+                    raise
             if failed:
                 raise failed[0]
         except BaseException:
