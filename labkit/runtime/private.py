@@ -17,7 +17,7 @@ from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import Server, ServerState, say_if_short
 
-# A second door. Who comes in by it is told to come back to the proxy's port, whatever broker he looks for.
+# A second listener. Its clients are told to connect through the proxy, whichever broker they ask for.
 PROXIED = f"""\
 listeners=PLAINTEXT://{HOST}:{{port}},CONTROLLER://{HOST}:{{controller_port}},PROXIED://{HOST}:{{inner}}
 advertised.listeners=PLAINTEXT://{HOST}:{{port}},PROXIED://{HOST}:{{proxy}}
@@ -175,6 +175,10 @@ class ClusterBroker(BrokerServer):
         self.name, self.node, self._all = f"Kafka {node}", node, cluster
         super().__init__(cluster.kafka)
 
+    @property
+    def waits_for(self) -> str:
+        return "" if self._all.works_with(self) else "a majority"
+
     def _make(self) -> None:
         size, ports = self._all.size, self._all.ports
         voters = ",".join(f"{number}@{HOST}:{port}" for number, port in enumerate(ports[size:], 1))
@@ -183,5 +187,5 @@ class ClusterBroker(BrokerServer):
         self._broker = Broker.create(self.folder, self._kafka, own, extra, self._all.cluster_id, self.node)
 
     def _wait_until_ready(self, child: Child) -> None:
-        if self._all.works_with(self):  # else nobody answers until another one is started
+        if not self.waits_for:  # else nobody answers until another one is started
             self._broker.wait_until_ready(lambda: child.poll() is None and not self._all.given_up.is_set())

@@ -102,6 +102,11 @@ class Server(ABC):
         return ServerState.FROZEN if self._frozen else ServerState.RUNNING
 
     @property
+    def waits_for(self) -> str:
+        """What has to be there before it answers, so that a start does not wait for its answer; "" when nothing has."""
+        return ""
+
+    @property
     def pid(self) -> int:
         """Its process, the newest one if it was started again."""
         return self._child.pid
@@ -133,7 +138,8 @@ class Server(ABC):
             self._frozen = False
 
     def restart(self) -> None:
-        """Stop it in good order if it runs, and start it on its data. Returns once it answers."""
+        """Stop it in good order if it runs, and start it on its data. Returns once it answers, unless it `waits_for`
+        something."""
         with self._lock:
             if self._closed:
                 raise LabkitError(f"this {self.name} is closed: make a new lab")
@@ -182,7 +188,7 @@ class Server(ABC):
 
 
 def say_if_short(name: str, needs: int) -> None:
-    """Before it is: a machine that is short of memory ends processes, or swaps, and nothing says why."""
+    """Warn before memory is short: then the system ends processes, or swaps, without a word."""
     import psutil
 
     free = psutil.virtual_memory().available // 1_000_000
