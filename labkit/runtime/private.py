@@ -15,7 +15,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.runtime.broker import HOST, TRIES, Broker, Kafka, PortTaken, free_ports, new_uuid, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
-from labkit.runtime.server import Server, ServerState, say_if_short
+from labkit.runtime.server import Server, ServerState, warn_if_memory_is_short
 
 # A second listener. Its clients are told to connect through the proxy, whichever broker they ask for.
 PROXIED = f"""\
@@ -102,7 +102,7 @@ class PrivateCluster:
     """
 
     def __init__(self, size: int = 3) -> None:
-        say_if_short(f"{size} brokers", size * EACH_MB)
+        warn_if_memory_is_short(f"{size} brokers", size * EACH_MB)
         self.kafka, self.size, self.majority = prepare(), size, size // 2 + 1
         self.brokers: tuple[ClusterBroker, ...] = ()
         for attempt in range(1, TRIES + 1):

@@ -53,7 +53,7 @@ class Server(ABC):
 
     def __init__(self) -> None:
         if self.needs:
-            say_if_short(self.name, self.needs)
+            warn_if_memory_is_short(self.name, self.needs)
         self._lock = threading.RLock()  # of what is done to it: one thing after another
         self._frozen = self._starting = self._closed = False
         for attempt in range(1, self.tries + 1):
@@ -187,7 +187,7 @@ class Server(ABC):
             raise LabkitError(f"cannot {verb} {self.name}: it is down. Recover it first")
 
 
-def say_if_short(name: str, needs: int) -> None:
+def warn_if_memory_is_short(name: str, needs: int) -> None:
     """Warn before memory is short: then the system ends processes, or swaps, without a word."""
     import psutil
 
