@@ -44,11 +44,8 @@ class BrokerServer(Server):
     """A broker as a server of one owner."""
 
     kind = "private"
+    _kafka: Kafka
     _broker: Broker
-
-    def __init__(self, kafka: Kafka) -> None:
-        self._kafka = kafka
-        super().__init__()
 
     @property
     def log(self) -> Path:
@@ -71,7 +68,7 @@ class PrivateBroker(BrokerServer):
     name, needs = "Kafka", EACH_MB
 
     def __init__(self) -> None:
-        super().__init__(prepare())
+        super().__init__()
         self.cluster: Cluster = self._broker.cluster
         self.cluster_id: str = self._broker.cluster_id
 
@@ -82,6 +79,7 @@ class PrivateBroker(BrokerServer):
             self.proxy.close()
 
     def _make(self) -> None:
+        self._kafka = prepare()
         inner, proxy = free_ports()
         self.proxy = Proxy(proxy, to=inner)
         made = Broker.create(self.folder, self._kafka)
@@ -172,8 +170,8 @@ class ClusterBroker(BrokerServer):
     tries = 1
 
     def __init__(self, cluster: PrivateCluster, node: int) -> None:
-        self.name, self.node, self._all = f"Kafka {node}", node, cluster
-        super().__init__(cluster.kafka)
+        self.name, self.node, self._all, self._kafka = f"Kafka {node}", node, cluster, cluster.kafka
+        super().__init__()
 
     @property
     def waits_for(self) -> str:
