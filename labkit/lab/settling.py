@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +36,6 @@ class Settled:
 
     def __repr__(self) -> str:
         return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
 
 def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
