@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from labkit.cli.names import Learner, Name, resolve
 from labkit.cli.output import Json, say_json, table
 from labkit.cli.topics import kafka
 from labkit.kafka.errors import LabkitError
+from labkit.lab.metrics import clock
 
 if TYPE_CHECKING:
     from labkit.kafka.topics import Topic
@@ -32,8 +32,7 @@ def blocked(group: Group, learner: Learner = "", as_json: Json = False) -> None:
     with _lanes(group, learner) as (name, found):
         now = [one for lanes in found for one in lanes.values()]
     rows = (
-        (_short(one.place), one.key, _clock(one.since), one.attempts, _clock(one.next_attempt), one.error)
-        for one in now
+        (_short(one.place), one.key, clock(one.since), one.attempts, clock(one.next_attempt), one.error) for one in now
     )
     said = table(("record", "key", "since", "attempts", "next", "error"), rows, "Nothing is blocked.")
     _say(name, [_plain(one) for one in now], said, as_json)
@@ -76,7 +75,7 @@ def list_letters(group: Group, learner: Learner = "", as_json: Json = False) -> 
     """List them, oldest first."""
     with _queues(group, learner) as (name, found):
         letters = [letter for queue in found for letter in queue.values()]
-    rows = ((_short(one.place), one.key, _clock(one.at), one.attempts, one.error) for one in letters)
+    rows = ((_short(one.place), one.key, clock(one.at), one.attempts, one.error) for one in letters)
     said = table(("record", "key", "since", "attempts", "error"), rows, "No dead letters.")
     _say(name, [_plain(one) for one in letters], said, as_json)
 
@@ -93,8 +92,8 @@ def show(
         known = {one: queue for queue in found for one in queue}
         full = _resolved(place, known, "among the dead letters")
         letter = known[full][full]
-    times = {field: _clock(at) for field in ("timestamp", "at", "replayed") if (at := getattr(letter, field))}
-    shown = {**_plain(letter), **times, "failed": ", ".join(map(_clock, letter.failed))}
+    times = {field: clock(at) for field in ("timestamp", "at", "replayed") if (at := getattr(letter, field))}
+    shown = {**_plain(letter), **times, "failed": ", ".join(map(clock, letter.failed))}
     _say(name, _plain(letter), "\n".join(f"{field}: {value}" for field, value in shown.items()), as_json)
 
 
@@ -207,7 +206,3 @@ def _plain(one: Blocked | DeadLetter) -> dict[str, Any]:
 def _short(place: str) -> str:
     topic, _, rest = place.partition("/")
     return f"{Name.parse(topic).short}/{rest}"
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(moment))

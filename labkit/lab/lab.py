@@ -126,7 +126,15 @@ class Lab:
         self._telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
         self._telemetry.create({"retention.ms": "3600000"})
         self._sampler = Sampler(self._history, self._telemetry, self.deployments, self.loads, self._look_at_kafka)
-        self._settling = Settling(self.cluster, self.brokers, self.deployments, self.loads, self._plans, self._history)
+        self._settling = Settling(
+            self.cluster,
+            self.brokers,
+            lambda: self._workers,
+            self.deployments,
+            self.loads,
+            self._plans,
+            self._history,
+        )
         self._deploying = threading.Lock()
         self._closing = self._closed = False
         self._control = Control(self.run.folder, lambda: self.targets)
@@ -462,9 +470,9 @@ class Lab:
         """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
 
         What was planned by `when` and is still waiting once all is at rest is dropped. Where waiting cannot help it
-        answers at once: while Kafka is down or frozen, a pod is frozen, or records are tried again against a service or
-        database that somebody has to bring back (waiting would keep the buttons from working), and when a load, or
-        what was planned by `when`, has failed.
+        answers at once: while Kafka or Kafka Connect is down or frozen, a pod is frozen, or records are tried again
+        against a service or database that somebody has to bring back (waiting would keep the buttons from working),
+        and when a load, a connector, or what was planned by `when`, has failed.
         """
         return self._settling.settle(timeout)
 

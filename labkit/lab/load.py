@@ -5,7 +5,6 @@ The ledger, not the topic, says what was sent: a producer that loses records mus
 
 from __future__ import annotations
 
-import html
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -90,9 +89,6 @@ class Load(Generic[T]):
     def __repr__(self) -> str:
         state = f"failed: {self.error}" if self.error else "done" if self.done else f"{self._rate:g}/s"
         return f"Load: {self._confirmed:,} sent to {self.topic.short}, {state}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
     def _run(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -180,15 +181,26 @@ def replica_panels(topic: Topic[Any], brokers: Sequence[str]) -> list[Panel]:
     """How many partitions of a topic each of these brokers leads, whose ids are 1, 2, 3; and how many replicas of each
     partition are in sync."""
     found: dict[int, Partition] = {}
+    asked = float("-inf")
+
+    def known() -> dict[int, Partition]:
+        """Asked for once a round, whichever reader is the first: they are called one after another."""
+        nonlocal found, asked
+        if time.monotonic() - asked > 0.2:
+            found = {}
+            try:
+                found = topic.cluster.partitions(topic.name, at_once=True)
+            finally:
+                asked = time.monotonic()
+        return found
 
     def led(broker: int) -> float | None:
-        if broker == 1:  # the first reader of the two panels asks for all of them
-            found.clear()
-            found.update(topic.cluster.partitions(topic.name, at_once=True))
-        return sum(one.leader == broker for one in found.values()) if found else None
+        there = known()
+        return sum(one.leader == broker for one in there.values()) if there else None
 
     def in_sync(partition: int) -> float | None:
-        return len(found[partition].in_sync) if partition in found else None
+        there = known()
+        return len(there[partition].in_sync) if partition in there else None
 
     leads, synced = f"{topic.short} led", f"{topic.short} in sync"
     leaders = {(leads, name): partial(led, broker) for broker, name in enumerate(brokers, 1)}

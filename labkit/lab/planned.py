@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,9 +39,6 @@ class Planned:
     def __repr__(self) -> str:
         name = getattr(self._action, "__name__", "action").replace("<lambda>", "action")
         return f"planned ({name}) {self.state}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
     def _holds(self) -> bool:
         try:

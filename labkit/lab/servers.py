@@ -62,7 +62,7 @@ class ServerFaults(Target):
     def restart(self) -> None:
         """Stop it in good order, and start it on its data.
 
-        Returns once it answers: 0.1 to 3 s.
+        Returns once it answers.
         """
         server = self._own("restart")
         self._began("restart", f"restart {self.name}")
@@ -74,7 +74,8 @@ class ServerFaults(Target):
     def recover(self) -> str:
         """Let it go on (SIGCONT) if it is frozen, as if no time had passed; start it on its data if it is down.
 
-        Returns once it answers, and says what was mended, or that there was nothing to mend.
+        Returns once it answers, and says what was mended, or that there was nothing to mend. One that needs others
+        before it answers is not waited for.
         """
         state = self.state
         if not self._shared and state not in (_FROZEN, _DOWN):
@@ -83,7 +84,10 @@ class ServerFaults(Target):
         mend = server.thaw if state is _FROZEN else server.restart
         mend()
         self._ended()
-        return f"{self.name} goes on" if state is _FROZEN else f"{self.name} is up again"
+        if state is _FROZEN:
+            return f"{self.name} goes on"
+        waits_for = server.waits_for
+        return f"{self.name} starts; it answers when {waits_for} is there" if waits_for else f"{self.name} is up again"
 
     @property
     def away(self) -> bool:

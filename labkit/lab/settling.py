@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
@@ -17,6 +16,9 @@ from labkit.lab.load import Load
 from labkit.lab.metrics import History, clock
 from labkit.lab.planned import Plans
 from labkit.lab.servers import ServerFaults
+
+if TYPE_CHECKING:
+    from labkit.lab.connect import Connect
 
 QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 
@@ -34,9 +36,6 @@ class Settled:
 
     def __repr__(self) -> str:
         return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
 
 def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
@@ -56,6 +55,7 @@ class Settling:
 
     cluster: Cluster
     brokers: Sequence[ServerFaults]
+    workers: Callable[[], Sequence[Connect]]
     deployments: Mapping[str, Deployment]
     loads: Sequence[Load[Any]]
     plans: Plans
@@ -91,6 +91,12 @@ class Settling:
         """Why this lab will not settle however long one waits."""
         if kafka := kafka_away(self.brokers):
             return kafka
+        for worker in self.workers():
+            if worker.away:
+                return f"{worker.name} is {worker.state.value}: recover it first"
+            for name, one in worker.status().iterrows():
+                if one["state"] == "failed":
+                    return f"connector {name} failed: {one['last error']}"
         for deployment in self.deployments.values():
             for pod in deployment.pods:
                 if pod.state is PodState.FROZEN:
@@ -111,6 +117,10 @@ class Settling:
         for load in self.loads:
             if not load.done:
                 return f"the load on {load.topic.short} still sends"
+        for worker in self.workers():
+            for name, state in worker.status()["state"].items():
+                if state in ("starting", "unknown"):
+                    return f"connector {name} is {state}"
         return next(filter(None, map(self._unfinished, self.deployments.values())), None)
 
     def _unfinished(self, deployment: Deployment) -> str | None:

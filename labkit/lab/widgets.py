@@ -25,12 +25,10 @@ _OK, _MISSING = "#00835F", "#B84F00"
 class Prediction:
     """A question asked before a fault, and the learner's guess."""
 
-    def __init__(self, question: str, options: Sequence[str], answer: str | None = None) -> None:
+    def __init__(self, question: str, options: Sequence[str]) -> None:
         if len(options) < 2:
             raise ValueError(f"a prediction needs two options or more: {question!r}")
-        if answer is not None and answer not in options:
-            raise ValueError(f"the answer {answer!r} is not among the options of {question!r}")
-        self.question, self.options, self.answer = question, tuple(options), answer
+        self.question, self.options = question, tuple(options)
         self._radio = ipywidgets.RadioButtons(
             options=self.options,
             index=None,
@@ -47,11 +45,10 @@ class Prediction:
         guess: str | None = self._radio.value
         return guess
 
-    def repeat(self, happened: str | None = None) -> str:
-        """The guess beside what happened (by default: the answer), for a verdict to print."""
+    def repeat(self, happened: str) -> str:
+        """The guess beside what happened, for a verdict to print."""
         guessed = f"you guessed: {self.guess}" if self.guess is not None else "you made no guess"
-        result = happened if happened is not None else self.answer
-        return guessed if result is None else f"{guessed}; what happened: {result}"
+        return f"{guessed}; what happened: {happened}"
 
     def _note(self, change: dict[str, Any]) -> None:
         # Not whether it is right: the fault says that.
@@ -65,12 +62,12 @@ class Prediction:
         return "\n".join([f"Predict. {self.question}", *(f"  ( ) {option}" for option in self.options)])
 
 
-def predict(question: str, options: Sequence[str], answer: str | None = None) -> Prediction:
-    """Ask before the fault. No option is chosen at first; `.guess` is the choice, `.repeat()` goes into the verdict.
+def predict(question: str, options: Sequence[str]) -> Prediction:
+    """Ask before the fault. No option is chosen at first; `.guess` is the choice, `.repeat(…)` goes into the verdict.
 
-    Raises ValueError for fewer than two options, or an answer that is none of them.
+    Raises ValueError for fewer than two options.
     """
-    return Prediction(question, options, answer)
+    return Prediction(question, options)
 
 
 # -- Exercise --------------------------------------------------------------------------------------------------------

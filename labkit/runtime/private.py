@@ -15,9 +15,9 @@ from labkit.kafka.cluster import Cluster
 from labkit.runtime.broker import HOST, TRIES, Broker, Kafka, PortTaken, free_ports, new_uuid, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
-from labkit.runtime.server import Server, ServerState, say_if_short
+from labkit.runtime.server import Server, ServerState, warn_if_memory_is_short
 
-# A second door. Who comes in by it is told to come back to the proxy's port, whatever broker he looks for.
+# A second listener. Its clients are told to connect through the proxy, whichever broker they ask for.
 PROXIED = f"""\
 listeners=PLAINTEXT://{HOST}:{{port}},CONTROLLER://{HOST}:{{controller_port}},PROXIED://{HOST}:{{inner}}
 advertised.listeners=PLAINTEXT://{HOST}:{{port}},PROXIED://{HOST}:{{proxy}}
@@ -44,11 +44,8 @@ class BrokerServer(Server):
     """A broker as a server of one owner."""
 
     kind = "private"
+    _kafka: Kafka
     _broker: Broker
-
-    def __init__(self, kafka: Kafka) -> None:
-        self._kafka = kafka
-        super().__init__()
 
     @property
     def log(self) -> Path:
@@ -71,7 +68,7 @@ class PrivateBroker(BrokerServer):
     name, needs = "Kafka", EACH_MB
 
     def __init__(self) -> None:
-        super().__init__(prepare())
+        super().__init__()
         self.cluster: Cluster = self._broker.cluster
         self.cluster_id: str = self._broker.cluster_id
 
@@ -82,6 +79,7 @@ class PrivateBroker(BrokerServer):
             self.proxy.close()
 
     def _make(self) -> None:
+        self._kafka = prepare()
         inner, proxy = free_ports()
         self.proxy = Proxy(proxy, to=inner)
         made = Broker.create(self.folder, self._kafka)
@@ -102,7 +100,7 @@ class PrivateCluster:
     """
 
     def __init__(self, size: int = 3) -> None:
-        say_if_short(f"{size} brokers", size * EACH_MB)
+        warn_if_memory_is_short(f"{size} brokers", size * EACH_MB)
         self.kafka, self.size, self.majority = prepare(), size, size // 2 + 1
         self.brokers: tuple[ClusterBroker, ...] = ()
         for attempt in range(1, TRIES + 1):
@@ -148,8 +146,12 @@ class PrivateCluster:
                 self.given_up.set()  # the others wait for it
 
         try:
-            with ThreadPoolExecutor(self.size) as pool:  # whose end waits for all of them, after an interrupt too
-                wait([pool.submit(start, node) for node in range(1, self.size + 1)])
+            with ThreadPoolExecutor(self.size) as pool:  # whose end waits for all of them
+                try:
+                    wait([pool.submit(start, node) for node in range(1, self.size + 1)])
+                except BaseException:  # an interrupt
+                    self.given_up.set()
+                    raise
             if failed:
                 raise failed[0]
         except BaseException:
@@ -168,8 +170,12 @@ class ClusterBroker(BrokerServer):
     tries = 1
 
     def __init__(self, cluster: PrivateCluster, node: int) -> None:
-        self.name, self.node, self._all = f"Kafka {node}", node, cluster
-        super().__init__(cluster.kafka)
+        self.name, self.node, self._all, self._kafka = f"Kafka {node}", node, cluster, cluster.kafka
+        super().__init__()
+
+    @property
+    def waits_for(self) -> str:
+        return "" if self._all.works_with(self) else "a majority"
 
     def _make(self) -> None:
         size, ports = self._all.size, self._all.ports
@@ -179,5 +185,5 @@ class ClusterBroker(BrokerServer):
         self._broker = Broker.create(self.folder, self._kafka, own, extra, self._all.cluster_id, self.node)
 
     def _wait_until_ready(self, child: Child) -> None:
-        if self._all.works_with(self):  # else nobody answers until another one is started
+        if not self.waits_for:  # else nobody answers until another one is started
             self._broker.wait_until_ready(lambda: child.poll() is None and not self._all.given_up.is_set())

@@ -53,7 +53,7 @@ class Server(ABC):
 
     def __init__(self) -> None:
         if self.needs:
-            say_if_short(self.name, self.needs)
+            warn_if_memory_is_short(self.name, self.needs)
         self._lock = threading.RLock()  # of what is done to it: one thing after another
         self._frozen = self._starting = self._closed = False
         for attempt in range(1, self.tries + 1):
@@ -102,6 +102,11 @@ class Server(ABC):
         return ServerState.FROZEN if self._frozen else ServerState.RUNNING
 
     @property
+    def waits_for(self) -> str:
+        """What has to be there before it answers, so that a start does not wait for its answer; "" when nothing has."""
+        return ""
+
+    @property
     def pid(self) -> int:
         """Its process, the newest one if it was started again."""
         return self._child.pid
@@ -133,7 +138,8 @@ class Server(ABC):
             self._frozen = False
 
     def restart(self) -> None:
-        """Stop it in good order if it runs, and start it on its data. Returns once it answers."""
+        """Stop it in good order if it runs, and start it on its data. Returns once it answers, unless it `waits_for`
+        something."""
         with self._lock:
             if self._closed:
                 raise LabkitError(f"this {self.name} is closed: make a new lab")
@@ -181,8 +187,8 @@ class Server(ABC):
             raise LabkitError(f"cannot {verb} {self.name}: it is down. Recover it first")
 
 
-def say_if_short(name: str, needs: int) -> None:
-    """Before it is: a machine that is short of memory ends processes, or swaps, and nothing says why."""
+def warn_if_memory_is_short(name: str, needs: int) -> None:
+    """Warn before memory is short: then the system ends processes, or swaps, without a word."""
     import psutil
 
     free = psutil.virtual_memory().available // 1_000_000

@@ -18,7 +18,7 @@ from labkit import Lab
 from labkit.kafka import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.lab import sampler
-from labkit.lab.panels import panel
+from labkit.lab.panels import panel, replica_panels
 from labkit.lab.travel import CannotTravel
 from labkit.runtime.connect import Connection
 
@@ -176,3 +176,10 @@ def test_a_struct_of_the_notebook_is_no_value_of_a_topic(lab: Lab) -> None:
             lab.topic("parcels", value=value)  # type: ignore[arg-type]
     assert "parcels" not in lab.topics
     assert lab.topic("parcels", value=Order | None)  # type: ignore[arg-type]
+
+
+def test_each_panel_of_replicas_can_stand_alone(lab: Lab) -> None:
+    topic = lab.topic("replicated", 2)
+    leaders, in_sync = ([*one.readers.values()] for one in replica_panels(topic, ["Kafka 1"]))
+    assert [read() for read in in_sync] == [1, 1]
+    assert [read() for read in leaders] == [2]

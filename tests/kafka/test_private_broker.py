@@ -11,9 +11,12 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
@@ -21,13 +24,15 @@ from consuming import Member, fresh_group, fresh_topic, put
 from processes import is_alive, processes_of, wait_until
 from transacting import Committing
 
+from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.reader import Reader
+from labkit.runtime import private
 from labkit.runtime.postgres import Postgres
-from labkit.runtime.private import PrivateBroker
-from labkit.runtime.server import Server, ServerState
+from labkit.runtime.private import EACH_MB, PrivateBroker
+from labkit.runtime.server import SPARE_MB, Server, ServerState
 from labkit.runtime.valkey import Valkey
 
 
@@ -60,6 +65,29 @@ def test_memory_that_gets_short_is_told_before(state_dir: Path, capsys: pytest.C
     with Postgres():
         assert not capsys.readouterr().out
     with Large():
+        assert "Memory gets short" in capsys.readouterr().out
+
+
+def test_memory_that_another_kernels_clusters_hold_is_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine that has room for two clusters, and for the pods that use them."""
+    held: list[PrivateBroker] = []
+
+    def memory() -> SimpleNamespace:
+        used = sum(psutil.Process(one.pid).memory_info().rss for one in held)
+        return SimpleNamespace(available=(2 * EACH_MB + SPARE_MB) * 1_000_000 - used)
+
+    def stop() -> None:
+        raise LabkitError("far enough")
+
+    monkeypatch.setattr(psutil, "virtual_memory", memory)
+    with ExitStack() as first:
+        held += [first.enter_context(PrivateBroker()), first.enter_context(PrivateBroker())]
+        assert not capsys.readouterr().out
+        monkeypatch.setattr(private, "prepare", stop)
+        with pytest.raises(LabkitError, match="far enough"):
+            Lab("second-kernel", cluster="private")
         assert "Memory gets short" in capsys.readouterr().out
 
 

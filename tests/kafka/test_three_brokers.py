@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +33,7 @@ from labkit.lab import control
 from labkit.lab.load import Load
 from labkit.lab.settling import kafka_away
 from labkit.runtime import private as making
-from labkit.runtime.broker import HOST, free_ports
+from labkit.runtime.broker import HOST, Broker, free_ports
 from labkit.runtime.home import state_dir as state_folder
 from labkit.runtime.private import PrivateCluster
 from labkit.runtime.server import ServerState
@@ -254,8 +256,11 @@ def test_all_killed_they_come_back_with_all_that_was_confirmed(lab: Lab) -> None
     put(topic, *range(1000))
     for broker in lab.brokers:
         broker.kill()
-    for broker in lab.brokers:
-        broker.recover()
+    assert [broker.recover() for broker in lab.brokers] == [
+        "Kafka 1 starts; it answers when a majority is there",
+        "Kafka 2 is up again",
+        "Kafka 3 is up again",
+    ]
     assert sorted(values(topic)) == list(range(1000))
 
 
@@ -300,3 +305,28 @@ def test_a_death_that_nobody_ordered_is_a_fault_of_that_broker(lab: Lab) -> None
     os.kill(lab.connection.brokers[2].pid, signal.SIGKILL)
     wait_until(lambda: [one.text for one in lab.faults[before:]] == ["Kafka 3 died"], 60, "the fault")
     assert kafka_away(lab.brokers) is None
+
+
+def test_an_interrupt_while_they_start_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them goes on waiting for an answer."""
+    before, lived, looking = set(state_folder().glob("private-*")), list[bool](), threading.Barrier(4)
+
+    def never_ready(_: Broker, alive: Callable[[], bool]) -> None:
+        looking.wait(60)
+        looks = 0  # that it ends in any case
+        while alive() and looks < 1000:
+            looks += 1
+            time.sleep(0.01)
+        lived.append(alive())
+        raise LabkitError("it does not answer")
+
+    def interrupt(_: object) -> None:
+        looking.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Broker, "wait_until_ready", never_ready)
+    monkeypatch.setattr(making, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PrivateCluster()
+    assert lived == [False] * 3
+    assert set(state_folder().glob("private-*")) <= before
