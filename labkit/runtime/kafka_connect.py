@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class KafkaConnect(Server):
         self.cluster, self.prefix = cluster, prefix
         self._cluster_id = cluster.describe().cluster_id
         self._java, self._jars = find_java(), connect_jars()
-        self._captures: dict[str, Connector] = {}
+        self._captures: dict[tuple[str | None, ...], Connector] = {}  # all whose slot may be there, by `_source_of`
         self._names: set[str] = set()  # of all connectors there were
         super().__init__()
 
@@ -119,7 +120,11 @@ class KafkaConnect(Server):
             if not self.cluster.topic_ids([topic]):
                 fix = "make it before a connector writes to it, as lab.topic(…) does"
                 raise TopicMissing(f"topic {topic} does not exist at {self.cluster.bootstrap}: {fix}")
-            self._captures[connector.name] = connector
+        source = _source_of(connector)
+        if any(one != source for one in self._captures_of(connector.name)):
+            self._take_away(connector.name, until)  # with its offsets it would be believed to have read the new source
+        if connector.config["connector.class"] == POSTGRES:
+            self._captures[source] = connector
         self._names.add(connector.name)
         path, wanted = f"/connectors/{connector.name}", {**connector.config, "name": connector.name}
         if (there := self._find(path, until)) is not None and (
@@ -142,17 +147,16 @@ class KafkaConnect(Server):
     def stop(self, name: str, timeout: float = 30.0) -> None:
         """Take a connector away. What it has read stays known, and one of its name goes on there; but not of a capture,
         as its slot in PostgreSQL goes with it: the next one reads all rows anew."""
-        until, path, captured = time.monotonic() + timeout, f"/connectors/{name}", self._captures.get(name)
-        if self._find(path, until) is None:
+        until = time.monotonic() + timeout
+        if not self._captures_of(name) and self._find(f"/connectors/{name}", until) is None:
             raise LabkitError(f"{self.name} has no connector {name!r}: `status()` says which it has")
-        if captured is not None:
-            self._insist("PUT", f"{path}/stop", until)
-            while self._status_of(name).state != "stopped" and time.monotonic() < until:
-                time.sleep(LOOK)
-            self._insist("DELETE", f"{path}/offsets", until)
-        self._remove(path, until)
-        if captured is not None:
-            slots.drop(self._captures.pop(name))
+        self._take_away(name, until)
+        if left := self._captures_of(name):
+            fixes = "; ".join(slots.how_to_drop(self._captures[one]) for one in left)
+            raise LabkitError(
+                f"connector {name} is stopped, but its slot cannot be dropped now, and PostgreSQL keeps its log for it: "
+                f"stop it once more when PostgreSQL is up, or {fixes}"
+            )
 
     def status(self, timeout: float = REQUEST) -> list[ConnectorStatus]:
         """All its connectors, by name. Raises Unavailable while it does not answer."""
@@ -160,10 +164,10 @@ class KafkaConnect(Server):
         return [_status(name, told[name]["status"]) for name in sorted(told)]
 
     def close(self) -> None:
-        """End it and remove its files; also the slots that its captures have in PostgreSQL. May be called again."""
+        """End it and remove its files; also the slots that its captures have in PostgreSQL. May be called again: what
+        could not be dropped is tried once more."""
         super().close()
-        while self._captures:
-            slots.drop(self._captures.popitem()[1])
+        self._drop(list(self._captures))
 
     def _make(self) -> None:
         self.folder.mkdir(mode=0o700)
@@ -207,6 +211,27 @@ class KafkaConnect(Server):
             return dict(self._insist("GET", path, until))
         except _Missing:
             return None
+
+    def _captures_of(self, name: str) -> list[tuple[str | None, ...]]:
+        return [one for one in self._captures if one[0] == name]
+
+    def _take_away(self, name: str, until: float) -> None:
+        """End a connector; of a capture also what it has read, and its slot, which stays in `_captures` until it is
+        gone."""
+        path, captures = f"/connectors/{name}", self._captures_of(name)
+        if self._find(path, until) is not None:
+            if captures:
+                self._insist("PUT", f"{path}/stop", until)
+                while self._status_of(name).state != "stopped" and time.monotonic() < until:
+                    time.sleep(LOOK)
+                self._insist("DELETE", f"{path}/offsets", until)
+            self._remove(path, until)
+        self._drop(captures)
+
+    def _drop(self, captures: Iterable[tuple[str | None, ...]]) -> None:
+        for one in captures:
+            if slots.drop(self._captures[one]):
+                del self._captures[one]
 
     def _remove(self, path: str, until: float) -> None:
         with suppress(_Missing):  # gone by a request whose answer did not come
@@ -258,6 +283,12 @@ class KafkaConnect(Server):
 
 class _Missing(LabkitError):
     """There is no such connector."""
+
+
+def _source_of(connector: Connector) -> tuple[str | None, ...]:
+    """What a capture reads: of its name, another source is begun anew."""
+    settings = ("database.hostname", "database.port", "database.dbname", "table.include.list", "slot.name")
+    return connector.name, *map(connector.config.get, settings)
 
 
 def _status(name: str, told: dict[str, Any]) -> ConnectorStatus:

@@ -53,13 +53,24 @@ def check(connector: Connector) -> None:
         )
 
 
-def drop(connector: Connector) -> None:
-    """Take the slot and the publication of a connector away, once nobody reads them. Nothing happens while PostgreSQL
-    is away."""
+def drop(connector: Connector) -> bool:
+    """Take the slot and the publication of a connector away, once nobody reads them. False when that cannot be done
+    now, as while PostgreSQL is away."""
     import psycopg
 
-    with suppress(psycopg.Error, LabkitError), _connected(connector) as client:
-        _drop(client, connector.config["slot.name"])
+    try:
+        with _connected(connector) as client:
+            _drop(client, connector.config["slot.name"])
+    except (psycopg.Error, LabkitError):
+        return False
+    return True
+
+
+def how_to_drop(connector: Connector) -> str:
+    """The SQL with which somebody else does it, and where."""
+    name, place = connector.config["slot.name"], connector.config
+    where = f"{place.get('database.hostname', '')}:{place['database.port']}/{place.get('database.dbname', '')}"
+    return f"at {where} run: select pg_drop_replication_slot('{name}'); drop publication if exists {name}"
 
 
 def collect(connector: Connector, learner: str, living: Collection[str]) -> list[str]:

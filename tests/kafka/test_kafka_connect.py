@@ -392,7 +392,54 @@ def test_a_port_that_somebody_took_is_chosen_anew(cluster: Cluster, monkeypatch:
             assert made.status() == []
 
 
+# -- What takes the place of what
+
+
+def test_a_capture_of_another_table_takes_the_place_of_one_and_begins_with_its_rows(
+    lab: Lab, connect: Connect, dsn: str, table: psycopg.Connection[Any]
+) -> None:
+    topic = lab.topic("replaced", 1)
+    connect.start(capture(dsn, "things", topic))
+    with closing(Seen(topic)) as seen:
+        seen.more(ROWS)
+        table.execute("create table others (id int primary key, version int not null)")
+        table.execute("insert into others values (1000, 7)")
+        connect.start(capture(dsn, "others", topic))
+        seen.more(1)
+        assert seen.found[ROWS:] == [("1000", 7)]
+    assert len(table.execute(slots.LEFT).fetchall()) == 2  # a slot and a publication
+    other = lab.topic("replaced-too", 1)
+    connect.start(capture(dsn, "others", other, name="capture-replaced"))
+    with closing(Seen(other)) as seen:
+        seen.more(1)
+    assert {name for name, _ in table.execute(slots.LEFT).fetchall()} == {slot_name(other.name)}
+
+
 # -- What is left
+
+
+@pytest.mark.usefixtures("table")
+def test_a_slot_that_cannot_be_dropped_now_is_told_and_dropped_later(
+    lab: Lab, connect: Connect, dsn: str, postgres: Postgres
+) -> None:
+    topic = lab.topic("undropped", 1)
+    connect.start(capture(dsn, "things", topic))
+    name, slot = "capture-undropped", slot_name(topic.name)
+    with closing(Seen(topic)) as seen:
+        seen.more(ROWS)
+    postgres.kill()
+    try:
+        with pytest.raises(LabkitError, match=rf"select pg_drop_replication_slot\('{slot}'\); drop publication"):
+            connect.stop(name)
+        assert connect.status().empty
+    finally:
+        postgres.restart()
+    with psycopg.connect(dsn, autocommit=True) as database:
+        assert {found for found, _ in database.execute(slots.LEFT).fetchall()} == {slot}
+        connect.stop(name)
+        assert database.execute(slots.LEFT).fetchall() == []
+    with pytest.raises(LabkitError, match="has no connector"):
+        connect.stop(name)
 
 
 def test_what_a_dead_run_left_in_postgres_is_collected(lab: Lab, dsn: str) -> None:
