@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import psutil
 
-from labkit.kafka.cluster import Cluster
 from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
@@ -239,16 +238,13 @@ class Lab:
         """
         return self._server(Cache)
 
-    def connect(self, cluster: Cluster | None = None) -> Connect:
-        """Kafka Connect: a worker of this lab alone, that keeps its offsets in this lab's Kafka, or in another
-        `cluster`. Of each there is one: a second call returns it.
+    def connect(self) -> Connect:
+        """Kafka Connect: the one worker of this lab, in this lab's Kafka. A second call returns it.
 
         Raises LabkitError when it cannot be started.
         """
         self._check_open()
-        cluster = cluster or self.cluster
-        there = [one for one in self._workers if one.cluster == cluster]
-        return there[0] if there else self._server(Connect, cluster, self.run.prefix)
+        return next(iter(self._workers), None) or self._server(Connect, self.cluster, self.run.prefix)
 
     def service(self, name: str, switch: Switch) -> Service:
         """What can be done to the service of this name: `switch` tells it how it is to misbehave."""

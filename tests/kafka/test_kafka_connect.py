@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from itertools import pairwise
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle, pairwise
 from typing import Any
 
 import psycopg
@@ -19,7 +20,7 @@ from processes import wait_until
 
 from labkit import Lab, capture, mirror
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import LabkitError, TopicMissing
+from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
@@ -93,7 +94,9 @@ class Changes:
             try:
                 if client is None or client.broken:
                     client = psycopg.connect(self._dsn, autocommit=True)
-                client.execute("update things set version = %s where id = %s", (version, number))
+                # Not twice, if it was killed between the commit and its answer.
+                changed = "update things set version = %s where id = %s and version < %s"
+                client.execute(changed, (version, number, version))
                 self.made.append((str(number), version))
                 number, version = next(rows)
             except psycopg.OperationalError:
@@ -232,6 +235,26 @@ def test_killed_again_and_again_a_worker_doubles_nothing(lab: Lab, connect: Conn
             seen.more(50)
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("table")
+def test_a_capture_writes_to_the_kafka_of_its_topic(lab: Lab, connect: Connect, dsn: str) -> None:
+    home = lab.topic("elsewhere", 2)
+    with PrivateBroker() as far:
+        there = replace(home, cluster=far.cluster)
+        with pytest.raises(TopicMissing, match=rf"elsewhere does not exist at {far.cluster.bootstrap}"):
+            connect.start(capture(dsn, "things", there))
+        there.create()
+        with captured(connect, dsn, there) as seen:
+            connect.kill()
+            connect.recover()
+        connect.stop("capture-elsewhere")
+        connect.start(capture(dsn, "things", there))  # and has forgotten what it had read
+        with closing(Seen(there)) as again:
+            again.more(len(seen.found) + ROWS)
+        connect.stop("capture-elsewhere")
+    assert _values(home) == []
+
+
 # -- What is mirrored
 
 
@@ -245,7 +268,9 @@ def test_a_mirror_copies_each_record_once_though_its_worker_is_killed(
         there = replace(come, cluster=far.cluster)
         there.create()
         connect.start(mirror([there], to=cluster, name="come"))
-        connect.start(mirror([go], to=far.cluster, name="go"))
+        connect.start(mirror([go], to=far.cluster))
+        with pytest.raises(LabkitError, match=r"come copies topics of back the other way.*stop come before"):
+            connect.start(mirror([come], to=far.cluster, name="back"))
         put(there, *range(500))
         put(go, *range(500))
         connect.kill()
@@ -291,6 +316,42 @@ def test_a_connector_that_fails_for_good_says_why_and_another_takes_its_place(
         seen.more(ROWS)
 
 
+@pytest.mark.usefixtures("table")
+def test_a_capture_whose_stop_was_interrupted_can_be_started_and_stopped(lab: Lab, connect: Connect, dsn: str) -> None:
+    connector = capture(dsn, "things", topic := lab.topic("interrupted", 1))
+    connect.start(connector)
+    connect._worker._ask("PUT", f"/connectors/{connector.name}/stop")
+    wait_until(lambda: connect.status().loc[connector.name, "state"] == "stopped", 30, "its stop")
+    connect.start(connector)
+    with closing(Seen(topic)) as seen:
+        seen.more(ROWS)
+    connect.stop(connector.name)
+    with psycopg.connect(dsn) as database:
+        assert database.execute(slots.LEFT).fetchall() == []
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("table")
+def test_a_worker_that_dies_while_a_connector_starts_is_told(
+    lab: Lab, connect: Connect, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, connector = connect._worker, capture(dsn, "things", lab.topic("dies", 1))
+    asked = worker._insist
+
+    def put_and_killed(method: str, *more: Any) -> Any:
+        answer = asked(method, *more)
+        if method == "PUT":
+            connect.kill()
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_insist", put_and_killed)
+        with pytest.raises(Unavailable, match="Kafka Connect has ended, recover it first"):
+            connect.start(connector)
+    connect.recover()
+    connect.start(connector)
+
+
 def test_what_connect_refuses_is_told_in_one_line(connect: Connect) -> None:
     with pytest.raises(LabkitError, match=r"^Kafka Connect refuses this: .*org\.example\.Nothing") as error:
         connect.start(Connector("strange", {"connector.class": "org.example.Nothing"}))
@@ -319,11 +380,24 @@ def test_a_table_that_cannot_be_captured_is_refused(
     assert connect.status().empty
 
 
+def test_a_mirror_onto_the_kafka_of_its_topics_is_refused(lab: Lab, connect: Connect) -> None:
+    same = Cluster(lab.cluster.bootstrap.replace("127.0.0.1", "localhost"))
+    with pytest.raises(LabkitError, match="would copy topics to the Kafka that they are in"):
+        connect.start(mirror([lab.topic("again", 1)], to=same))
+    assert connect.status().empty
+
+
+def test_the_password_of_a_capture_is_not_shown(lab: Lab) -> None:
+    assert "secret" not in repr(capture("host=127.0.0.1 password=secret", "things", Topic(lab.cluster, "x", 1, dict)))
+
+
 @pytest.mark.usefixtures("table")
 def test_a_topic_that_is_missing_is_told(lab: Lab, connect: Connect, dsn: str) -> None:
     nowhere = Topic(lab.cluster, lab.run.name("nowhere"), 1, dict)
     with pytest.raises(TopicMissing, match=r"nowhere does not exist.*make it before.*lab\.topic"):
         connect.start(capture(dsn, "things", nowhere))
+    with pytest.raises(TopicMissing, match=r"nowhere does not exist.*make it before.*lab\.topic"):
+        connect.start(mirror([lab.topic("somewhere", 1), nowhere], to=Cluster("127.0.0.1:1")))
 
 
 def test_a_wrong_password_is_told_with_the_fix(lab: Lab, connect: Connect, dsn: str, postgres: Postgres) -> None:
@@ -372,6 +446,9 @@ def test_names_that_make_no_sense_are_refused(cluster: Cluster) -> None:
         Connector("No Name", {})
     with pytest.raises(LabkitError, match="topics of one cluster to another one"):
         mirror([topic], to=cluster)
+    with pytest.raises(LabkitError, match=r"a list of topics: mirror\(\[sites\], to=…\)"):
+        mirror(topic, to=Cluster("127.0.0.1:1"))  # type: ignore[arg-type]
+    assert mirror([topic], to=Cluster("127.0.0.1:1")).name == "mirror-sites"
 
 
 def test_a_kafka_with_a_login_is_refused() -> None:
@@ -380,16 +457,35 @@ def test_a_kafka_with_a_login_is_refused() -> None:
         KafkaConnect(secured, "x.")
     with pytest.raises(LabkitError, match="only between clusters without a login"):
         mirror([Topic(secured, "jobs", 1, dict)], to=Cluster("127.0.0.1:2"))
+    with pytest.raises(LabkitError, match="only to a Kafka without a login"):
+        capture("host=127.0.0.1", "things", Topic(secured, "things", 1, dict))
 
 
 @pytest.mark.long
 def test_a_port_that_somebody_took_is_chosen_anew(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = iter([(taken.getsockname()[1], 0)])
-        monkeypatch.setattr(kafka_connect, "free_ports", lambda: next(ports, None) or free_ports())
+    with socket.create_server(("127.0.0.1", 0)) as mute, ThreadingHTTPServer(("127.0.0.1", 0), Other) as speaks:
+        threading.Thread(target=speaks.serve_forever, daemon=True).start()
+        taken = [mute.getsockname()[1], speaks.server_port]
+        ports = iter(taken)
+        monkeypatch.setattr(kafka_connect, "free_ports", lambda count: [next(ports, 0) or free_ports(count)[0]])
         with KafkaConnect(cluster, f"{fresh_topic(cluster).name}.") as made:
-            assert made.port != taken.getsockname()[1]
+            assert made.port not in taken
             assert made.status() == []
+        speaks.shutdown()
+
+
+class Other(BaseHTTPRequestHandler):
+    """Some other server that speaks HTTP: what it answers is no JSON, or JSON of something else."""
+
+    _answers = cycle([b"<html>", b"[]", b"{}"])
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}" if self.path == "/health" else next(self._answers))
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 # -- What takes the place of what
@@ -408,11 +504,6 @@ def test_a_capture_of_another_table_takes_the_place_of_one_and_begins_with_its_r
         seen.more(1)
         assert seen.found[ROWS:] == [("1000", 7)]
     assert len(table.execute(slots.LEFT).fetchall()) == 2  # a slot and a publication
-    other = lab.topic("replaced-too", 1)
-    connect.start(capture(dsn, "others", other, name="capture-replaced"))
-    with closing(Seen(other)) as seen:
-        seen.more(1)
-    assert {name for name, _ in table.execute(slots.LEFT).fetchall()} == {slot_name(other.name)}
 
 
 # -- What is left
