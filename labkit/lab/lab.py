@@ -25,10 +25,10 @@ from labkit.kafka.topics import Topic
 from labkit.lab import comparison, evidence, runs
 from labkit.lab.board import Board
 from labkit.lab.comparison import Way
-from labkit.lab.connect import Connect
 from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
 from labkit.lab.faults import Action, Connection, Service, Switch, Target
+from labkit.lab.kafka_connect import Connect
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.panels import Panel, completed_panel, lag_panel, replica_panels, retries_panel, store_panels
@@ -695,7 +695,7 @@ class Lab:
     def _status(self, deployments: Sequence[Deployment]) -> str:
         brokers = [f"{one.name} {one.state.value}" for one in self.brokers if one.state is not ServerState.RUNNING]
         kafka = brokers or [self._sampler.trouble or "Kafka up"]
-        return " · ".join([*map(self._status_of, deployments), *kafka, *(one.told() for one in self._workers)])
+        return " · ".join([*map(self._status_of, deployments), *kafka, *(one.status_line() for one in self._workers)])
 
     def _status_of(self, deployment: Deployment) -> str:
         pods = deployment.pods

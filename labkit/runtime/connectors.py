@@ -101,16 +101,7 @@ def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str 
         "value.converter": "org.apache.kafka.connect.json.JsonConverter",
         "value.converter.schemas.enable": "false",
     }
-    return Connector(name or f"capture-{topic.short}", {**_written_to(topic.cluster), **own}, (topic,))
-
-
-def _written_to(cluster: Cluster) -> dict[str, str]:
-    """Settings of a connector that writes exactly once to this cluster. The worker's own Kafka may be another one.
-    Records and positions both go to the target."""
-    if cluster.security:
-        raise LabkitError(f"Kafka Connect writes here only to a Kafka without a login, and {cluster.bootstrap} has one")
-    clients = ("producer", "consumer", "admin")
-    return {**_EXACTLY_ONCE, **{f"{one}.override.bootstrap.servers": cluster.bootstrap for one in clients}}
+    return Connector(name or f"capture-{topic.short}", {**_EXACTLY_ONCE, **own}, (topic,))
 
 
 _LOGIN = {
@@ -161,6 +152,8 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "") -> Connect
         "target.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", to.bootstrap),
         "source.cluster.bootstrap.servers": source.bootstrap,
         "target.cluster.bootstrap.servers": to.bootstrap,
+        # The worker's own Kafka may be another one. Records and positions both go to the target.
+        **{f"{client}.override.bootstrap.servers": to.bootstrap for client in ("producer", "consumer", "admin")},
         "topics": ",".join(re.escape(topic.name) for topic in topics),
         "replication.policy.class": "org.apache.kafka.connect.mirror.IdentityReplicationPolicy",
         "replication.factor": "-1",
@@ -177,7 +170,7 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "") -> Connect
         },
         **dict.fromkeys(("key.converter", "value.converter", "header.converter"), BYTES),
     }
-    return Connector(name or f"mirror-{topics[0].short}", {**_written_to(to), **own}, tuple(topics))
+    return Connector(name or f"mirror-{topics[0].short}", {**_EXACTLY_ONCE, **own}, tuple(topics))
 
 
 _FIXES = {  # by words of the error

@@ -117,6 +117,7 @@ class KafkaConnect(Server):
         until = time.monotonic() + timeout
         if connector.config["connector.class"] == POSTGRES:
             slots.check(connector)
+            self._check_home(connector)
         _check_topics(connector)
         target = self._target_of(connector)
         copies = self._copies_of(connector, target)
@@ -209,6 +210,16 @@ class KafkaConnect(Server):
             return dict(self._insist("GET", path, until))
         except _Missing:
             return None
+
+    def _check_home(self, connector: Connector) -> None:
+        """Raises LabkitError for a capture into another Kafka than the worker's: Kafka Connect could not forget there
+        what it has read."""
+        for topic in connector.topics:
+            if topic.cluster != self.cluster and topic.cluster.describe().cluster_id != self._cluster_id:
+                raise LabkitError(
+                    f"{connector.name} would write to Kafka at {topic.cluster.bootstrap}, and a capture writes to its "
+                    f"worker's Kafka, {self.cluster.bootstrap}: capture into a topic there, and mirror that"
+                )
 
     def _target_of(self, connector: Connector) -> str:
         """The id of the cluster that it writes to."""

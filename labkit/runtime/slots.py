@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 RELEASE = 3.0  # seconds in which PostgreSQL notices that nobody reads a slot any more
 RUN = "[0-9]{12}[0-9a-f]{4}_"  # in a slot's name, behind the learner
-TABLE = """select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+FIND_TABLE = """select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where n.nspname = %s and c.relname = %s and c.relkind in ('r', 'p')"""
-KEY = """select a.attname from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any(i.indkey)
+PRIMARY_KEY = """select a.attname from pg_index i
+join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any(i.indkey)
 where i.indrelid = %s and i.indisprimary"""
-LEFT = """select slot_name, active from pg_replication_slots where database = current_database()
+SLOTS_AND_PUBLICATIONS = """select slot_name, active from pg_replication_slots where database = current_database()
 union all select pubname, false from pg_publication"""
 
 
@@ -37,10 +38,10 @@ def check(connector: Connector) -> None:
         if wal_level != "logical":
             fix = "set wal_level = logical in postgresql.conf, and restart it"
             raise LabkitError(f"PostgreSQL has wal_level {wal_level}, and change data capture needs logical: {fix}")
-        found = client.execute(TABLE, (schema, table)).fetchone()
+        found = client.execute(FIND_TABLE, (schema, table)).fetchone()
         if found is None:
             raise LabkitError(f"there is no table {schema}.{table} to capture: make it before, or correct its name")
-        primary = [name for (name,) in client.execute(KEY, found)]
+        primary = [name for (name,) in client.execute(PRIMARY_KEY, found)]
     if not primary:
         raise LabkitError(
             f"table {table} has no primary key, so its changes have none, and PostgreSQL would refuse its updates: "
@@ -81,7 +82,7 @@ def collect(connector: Connector, learner: str, living: Collection[str]) -> list
     mine, kept = re.compile(slot_name(f"labkit.{learner}.") + RUN), tuple(map(slot_name, living))
     gone: list[str] = []
     with suppress(psycopg.Error), _connected(connector) as client:
-        found = client.execute(LEFT).fetchall()
+        found = client.execute(SLOTS_AND_PUBLICATIONS).fetchall()
         read = {name for name, active in found if active}
         for name in sorted({name for name, _ in found} - read):
             if mine.match(name) and not name.startswith(kept):

@@ -10,8 +10,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle, pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from confluent_kafka import Producer
@@ -24,8 +26,8 @@ from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
-from labkit.lab.connect import Connect
 from labkit.lab.faults import Target
+from labkit.lab.kafka_connect import Connect
 from labkit.runtime import kafka_connect, postgres, slots
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
@@ -168,7 +170,7 @@ def test_rows_then_changes_are_captured_exactly_once_though_the_worker_is_killed
     topic = lab.topic("killed", 2)
     with captured(connect, dsn, topic):
         connect.kill()
-        assert connect.told() == "Kafka Connect down"
+        assert connect.status_line() == "Kafka Connect down"
         assert list(connect.status().state) == ["unknown"]
         with pytest.raises(LabkitError, match="cannot start a connector: Kafka Connect is down: recover it first"):
             connect.start(capture(dsn, "things", topic))
@@ -181,7 +183,7 @@ def test_rows_then_changes_are_captured_exactly_once_though_the_worker_is_killed
     assert repr(connect).startswith(f"Kafka Connect: {name} running · ")
     connect.stop(name)
     with psycopg.connect(dsn) as database:
-        assert database.execute(slots.LEFT).fetchall() == []
+        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
 
 
 def test_a_column_that_is_added_and_a_row_that_is_deleted(
@@ -226,6 +228,13 @@ def test_a_kafka_that_is_killed_costs_no_change(dsn: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("table")
+def test_a_worker_that_is_restarted_doubles_nothing(lab: Lab, connect: Connect, dsn: str) -> None:
+    with captured(connect, dsn, lab.topic("restarted", 2)):
+        connect.restart()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("table")
 def test_killed_again_and_again_a_worker_doubles_nothing(lab: Lab, connect: Connect, dsn: str) -> None:
     topic = lab.topic("killed-often", 2)
     with captured(connect, dsn, topic) as seen:
@@ -235,35 +244,20 @@ def test_killed_again_and_again_a_worker_doubles_nothing(lab: Lab, connect: Conn
             seen.more(50)
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("table")
-def test_a_capture_writes_to_the_kafka_of_its_topic(lab: Lab, connect: Connect, dsn: str) -> None:
-    home = lab.topic("elsewhere", 2)
-    with PrivateBroker() as far:
-        there = replace(home, cluster=far.cluster)
-        with pytest.raises(TopicMissing, match=rf"elsewhere does not exist at {far.cluster.bootstrap}"):
-            connect.start(capture(dsn, "things", there))
-        there.create()
-        with captured(connect, dsn, there) as seen:
-            connect.kill()
-            connect.recover()
-        connect.stop("capture-elsewhere")
-        connect.start(capture(dsn, "things", there))  # and has forgotten what it had read
-        with closing(Seen(there)) as again:
-            again.more(len(seen.found) + ROWS)
-        connect.stop("capture-elsewhere")
-    assert _values(home) == []
-
-
 # -- What is mirrored
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("table")
 def test_a_mirror_copies_each_record_once_though_its_worker_is_killed(
-    lab: Lab, connect: Connect, cluster: Cluster
+    lab: Lab, connect: Connect, cluster: Cluster, dsn: str
 ) -> None:
     """To the worker's own cluster, and from it."""
     with PrivateBroker() as far:
+        with pytest.raises(
+            LabkitError, match=rf"write to Kafka at {far.cluster.bootstrap}.*capture into a topic there"
+        ):
+            connect.start(capture(dsn, "things", replace(lab.topic("rows", 1), cluster=far.cluster)))
         come, go = lab.topic("come", 2, int), lab.topic("go", 2, int)
         there = replace(come, cluster=far.cluster)
         there.create()
@@ -309,8 +303,10 @@ def test_a_connector_that_fails_for_good_says_why_and_another_takes_its_place(
         connect.start(bad)
     wait_until(lambda: connect.status().loc[good.name, "state"] == "failed", 30, "its end")
     connect.look()
-    assert "capture-fails failed (IllegalArgumentException: Unknown field: nope: " in connect.told()
-    assert connect.told() in lab._status([])
+    assert (
+        "capture-fails failed (IllegalArgumentException: Unknown field: nope: name the column" in connect.status_line()
+    )
+    assert connect.status_line() in lab._status([])
     connect.start(good)
     with closing(Seen(topic)) as seen:
         seen.more(ROWS)
@@ -327,7 +323,7 @@ def test_a_capture_whose_stop_was_interrupted_can_be_started_and_stopped(lab: La
         seen.more(ROWS)
     connect.stop(connector.name)
     with psycopg.connect(dsn) as database:
-        assert database.execute(slots.LEFT).fetchall() == []
+        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
 
 
 @pytest.mark.long
@@ -376,7 +372,7 @@ def test_a_table_that_cannot_be_captured_is_refused(
         database.execute(sql)
         with pytest.raises(LabkitError, match=said):
             connect.start(capture(dsn, asked, lab.topic("refused", 1)))
-        assert database.execute(slots.LEFT).fetchall() == []
+        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
     assert connect.status().empty
 
 
@@ -457,8 +453,6 @@ def test_a_kafka_with_a_login_is_refused() -> None:
         KafkaConnect(secured, "x.")
     with pytest.raises(LabkitError, match="only between clusters without a login"):
         mirror([Topic(secured, "jobs", 1, dict)], to=Cluster("127.0.0.1:2"))
-    with pytest.raises(LabkitError, match="only to a Kafka without a login"):
-        capture("host=127.0.0.1", "things", Topic(secured, "things", 1, dict))
 
 
 @pytest.mark.long
@@ -503,7 +497,7 @@ def test_a_capture_of_another_table_takes_the_place_of_one_and_begins_with_its_r
         connect.start(capture(dsn, "others", topic))
         seen.more(1)
         assert seen.found[ROWS:] == [("1000", 7)]
-    assert len(table.execute(slots.LEFT).fetchall()) == 2  # a slot and a publication
+    assert len(table.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()) == 2  # a slot and a publication
 
 
 # -- What is left
@@ -526,9 +520,9 @@ def test_a_slot_that_cannot_be_dropped_now_is_told_and_dropped_later(
     finally:
         postgres.restart()
     with psycopg.connect(dsn, autocommit=True) as database:
-        assert {found for found, _ in database.execute(slots.LEFT).fetchall()} == {slot}
+        assert {found for found, _ in database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()} == {slot}
         connect.stop(name)
-        assert database.execute(slots.LEFT).fetchall() == []
+        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
     with pytest.raises(LabkitError, match="has no connector"):
         connect.stop(name)
 
@@ -544,13 +538,36 @@ def test_what_a_dead_run_left_in_postgres_is_collected(lab: Lab, dsn: str) -> No
         try:
             living = [prefix for prefix, _ in runs.living()]
             assert slots.collect(connector, runs.learner(), living) == [dead]
-            left = database.execute(slots.LEFT).fetchall()
+            left = database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()
             assert sorted(name for name, _ in left) == sorted(kept * 2)
         finally:
             for name, _ in database.execute(
                 "select slot_name, 1 from pg_replication_slots where not active"
             ).fetchall():
                 database.execute("select pg_drop_replication_slot(%s)", (name,))
+
+
+@pytest.mark.usefixtures("table")
+def test_a_capture_that_starts_collects_what_dead_runs_left(lab: Lab, connect: Connect, dsn: str) -> None:
+    topic, dead = lab.topic("collects", 1), slot_name(f"labkit.{runs.learner()}.any-notebook.2601010000000bad.rows")
+    with psycopg.connect(dsn, autocommit=True) as database:
+        database.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (dead,))
+        connect.start(capture(dsn, "things", topic))
+        left = database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()
+        assert {name for name, _ in left} == {slot_name(topic.name)}
+
+
+def test_memory_that_gets_short_is_told_before_a_worker_starts(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: KafkaConnect) -> None:
+        raise LabkitError("far enough")
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=400_000_000))
+    monkeypatch.setattr(KafkaConnect, "_make", stop)
+    with pytest.raises(LabkitError, match="far enough"):
+        KafkaConnect(cluster, "x.")
+    assert "400 MB are available, for Kafka Connect it takes 250" in capsys.readouterr().out
 
 
 def test_the_name_of_a_slot_fits_and_tells_topics_apart() -> None:
@@ -560,6 +577,6 @@ def test_the_name_of_a_slot_fits_and_tells_topics_apart() -> None:
     assert slot_name("labkit.ada-l.sheet.2601010000000bad.rows") == "labkit_ada_l_2601010000000bad_rows"
 
 
-def test_a_lab_has_one_worker_for_each_kafka(lab: Lab, connect: Connect) -> None:
+def test_a_lab_has_one_worker(lab: Lab, connect: Connect) -> None:
     assert lab.connect() is connect
     assert isinstance(lab.targets["Kafka Connect"], Target)

@@ -23,7 +23,7 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.connect import Connect
+from labkit.lab.kafka_connect import Connect
 
 KEYS = 8
 
