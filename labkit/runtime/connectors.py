@@ -81,6 +81,7 @@ def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str 
         "slot.name": slot,
         "publication.name": slot,
         "publication.autocreate.mode": "filtered",
+        "publish.via.partition.root": "true",  # else changes of a table in partitions have the partitions' names
         "table.include.list": rf"{schema or 'public'}\.{short}",
         "snapshot.mode": "initial",
         "tombstones.on.delete": "true",

@@ -209,6 +209,20 @@ def test_a_column_that_is_added_and_a_row_that_is_deleted(
     assert (tombstone.key, tombstone.value) == ("7", None)
 
 
+def test_a_table_in_partitions_is_captured(lab: Lab, connect: Connect, dsn: str) -> None:
+    topic = lab.topic("parted", 1)
+    with psycopg.connect(dsn, autocommit=True) as database, closing(Seen(topic)) as seen:
+        database.execute("create table parts (id int primary key, version int not null) partition by range (id)")
+        database.execute("create table parts_low partition of parts for values from (0) to (100)")
+        database.execute("create table parts_high partition of parts for values from (100) to (200)")
+        database.execute("insert into parts values (1, 1), (100, 1)")
+        connect.start(capture(dsn, "parts", topic))
+        seen.more(2)
+        database.execute("update parts set version = 2")
+        seen.more(2)
+        assert sorted(seen.found) == [("1", 1), ("1", 2), ("100", 1), ("100", 2)]
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("table")
 def test_a_postgres_that_is_killed_costs_no_change(lab: Lab, connect: Connect, dsn: str, postgres: Postgres) -> None:
