@@ -212,8 +212,7 @@ class KafkaConnect(Server):
             return None
 
     def _check_home(self, connector: Connector) -> None:
-        """Raises LabkitError for a capture into another Kafka than the worker's: Kafka Connect could not forget there
-        what it has read."""
+        """Raises LabkitError for a capture into another Kafka than the worker's: it is not known to work."""
         for topic in connector.topics:
             if topic.cluster != self.cluster and topic.cluster.describe().cluster_id != self._cluster_id:
                 raise LabkitError(
