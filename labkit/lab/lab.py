@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import psutil
 
-from labkit.kafka.cluster import Cluster
 from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
@@ -26,10 +25,10 @@ from labkit.kafka.topics import Topic
 from labkit.lab import comparison, evidence, runs
 from labkit.lab.board import Board
 from labkit.lab.comparison import Way
-from labkit.lab.connect import Connect
 from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
 from labkit.lab.faults import Action, Connection, Service, Switch, Target
+from labkit.lab.kafka_connect import Connect
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History
 from labkit.lab.panels import Panel, completed_panel, lag_panel, replica_panels, retries_panel, store_panels
@@ -247,16 +246,13 @@ class Lab:
         """
         return self._server(Cache)
 
-    def connect(self, cluster: Cluster | None = None) -> Connect:
-        """Kafka Connect: a worker of this lab alone, that keeps its offsets in this lab's Kafka, or in another
-        `cluster`. Of each there is one: a second call returns it.
+    def connect(self) -> Connect:
+        """Kafka Connect: the one worker of this lab, in this lab's Kafka. A second call returns it.
 
         Raises LabkitError when it cannot be started.
         """
         self._check_open()
-        cluster = cluster or self.cluster
-        there = [one for one in self._workers if one.cluster == cluster]
-        return there[0] if there else self._server(Connect, cluster, self.run.prefix)
+        return next(iter(self._workers), None) or self._server(Connect, self.cluster, self.run.prefix)
 
     def service(self, name: str, switch: Switch) -> Service:
         """What can be done to the service of this name: `switch` tells it how it is to misbehave."""
@@ -707,7 +703,7 @@ class Lab:
     def _status(self, deployments: Sequence[Deployment]) -> str:
         brokers = [f"{one.name} {one.state.value}" for one in self.brokers if one.state is not ServerState.RUNNING]
         kafka = brokers or [self._sampler.trouble or "Kafka up"]
-        return " · ".join([*map(self._status_of, deployments), *kafka, *(one.told() for one in self._workers)])
+        return " · ".join([*map(self._status_of, deployments), *kafka, *(one.status_line() for one in self._workers)])
 
     def _status_of(self, deployment: Deployment) -> str:
         pods = deployment.pods

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from labkit.kafka.cluster import Cluster
@@ -40,11 +40,15 @@ class Connector:
     """A name, and the settings that Kafka Connect takes by REST."""
 
     name: str
-    config: Mapping[str, str]
+    config: Mapping[str, str] = field(repr=False)  # a password is in it
+    topics: tuple[Topic[Any], ...] = ()
+    """What has to be there before it starts."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise LabkitError(f"{self.name!r} cannot be a connector's name: use lower-case letters, digits and '-'")
+            raise LabkitError(
+                f"{self.name!r} cannot be a connector's name: use lower-case letters, digits and '-', as name=…"
+            )
 
 
 def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str = "") -> Connector:
@@ -77,6 +81,7 @@ def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str 
         "slot.name": slot,
         "publication.name": slot,
         "publication.autocreate.mode": "filtered",
+        "publish.via.partition.root": "true",  # else changes of a table in partitions have the partitions' names
         "table.include.list": rf"{schema or 'public'}\.{short}",
         "snapshot.mode": "initial",
         "tombstones.on.delete": "true",
@@ -97,7 +102,7 @@ def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str 
         "value.converter": "org.apache.kafka.connect.json.JsonConverter",
         "value.converter.schemas.enable": "false",
     }
-    return Connector(name or f"capture-{topic.short}", {**_EXACTLY_ONCE, **own})
+    return Connector(name or f"capture-{topic.short}", {**_EXACTLY_ONCE, **own}, (topic,))
 
 
 _LOGIN = {
@@ -127,12 +132,14 @@ def slot_name(topic: str) -> str:
     return name if len(name) <= LONGEST_SLOT else f"{name[:54]}_{zlib.crc32(name.encode()):08x}"
 
 
-def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "mirror") -> Connector:
+def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "") -> Connector:
     """MirrorMaker 2: copies these topics, as they grow, to the cluster `to`, under the same names.
 
     What is missing there it makes, with as many partitions. Raises LabkitError when the topics are not of one cluster,
     or of `to`.
     """
+    if isinstance(topics, Topic):
+        raise LabkitError(f"a mirror copies a list of topics: mirror([{topics.short}], to=…)")
     clusters = {topic.cluster for topic in topics}
     if len(clusters) != 1 or clusters == {to}:
         raise LabkitError("a mirror copies topics of one cluster to another one: give topics of the cluster to read")
@@ -141,12 +148,12 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "mirror") -> C
         raise LabkitError("a mirror runs here only between clusters without a login")
     own = {
         "connector.class": MIRROR,
-        # What was read up to where is kept by this name: another cluster has to have another one.
+        # MirrorMaker stores its position under this alias, so two clusters need two aliases.
         "source.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", source.bootstrap),
         "target.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", to.bootstrap),
         "source.cluster.bootstrap.servers": source.bootstrap,
         "target.cluster.bootstrap.servers": to.bootstrap,
-        # The worker may be of another cluster. Then what was read up to where is stored in the target, too.
+        # The worker's own Kafka may be another one. Records and positions both go to the target.
         **{f"{client}.override.bootstrap.servers": to.bootstrap for client in ("producer", "consumer", "admin")},
         "topics": ",".join(re.escape(topic.name) for topic in topics),
         "replication.policy.class": "org.apache.kafka.connect.mirror.IdentityReplicationPolicy",
@@ -166,7 +173,7 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "mirror") -> C
         },
         **dict.fromkeys(("key.converter", "value.converter", "header.converter"), BYTES),
     }
-    return Connector(name, {**_EXACTLY_ONCE, **own})
+    return Connector(name or f"mirror-{topics[0].short}", {**_EXACTLY_ONCE, **own}, tuple(topics))
 
 
 _FIXES = {  # by words of the error

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 RELEASE = 3.0  # seconds in which PostgreSQL notices that nobody reads a slot any more
 RUN = "[0-9]{12}[0-9a-f]{4}_"  # in a slot's name, behind the learner
-TABLE = """select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+FIND_TABLE = """select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where n.nspname = %s and c.relname = %s and c.relkind in ('r', 'p')"""
-KEY = """select a.attname from pg_index i join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any(i.indkey)
+PRIMARY_KEY = """select a.attname from pg_index i
+join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any(i.indkey)
 where i.indrelid = %s and i.indisprimary"""
-LEFT = """select slot_name, active from pg_replication_slots where database = current_database()
+SLOTS_AND_PUBLICATIONS = """select slot_name, active from pg_replication_slots where database = current_database()
 union all select pubname, false from pg_publication"""
 
 
@@ -37,10 +38,10 @@ def check(connector: Connector) -> None:
         if wal_level != "logical":
             fix = "set wal_level = logical in postgresql.conf, and restart it"
             raise LabkitError(f"PostgreSQL has wal_level {wal_level}, and change data capture needs logical: {fix}")
-        found = client.execute(TABLE, (schema, table)).fetchone()
+        found = client.execute(FIND_TABLE, (schema, table)).fetchone()
         if found is None:
             raise LabkitError(f"there is no table {schema}.{table} to capture: make it before, or correct its name")
-        primary = [name for (name,) in client.execute(KEY, found)]
+        primary = [name for (name,) in client.execute(PRIMARY_KEY, found)]
     if not primary:
         raise LabkitError(
             f"table {table} has no primary key, so its changes have none, and PostgreSQL would refuse its updates: "
@@ -53,13 +54,24 @@ def check(connector: Connector) -> None:
         )
 
 
-def drop(connector: Connector) -> None:
-    """Take the slot and the publication of a connector away, once nobody reads them. Nothing happens while PostgreSQL
-    is away."""
+def drop(connector: Connector) -> bool:
+    """Take the slot and the publication of a connector away, once nobody reads them. False when that cannot be done
+    now, as while PostgreSQL is away."""
     import psycopg
 
-    with suppress(psycopg.Error, LabkitError), _connected(connector) as client:
-        _drop(client, connector.config["slot.name"])
+    try:
+        with _connected(connector) as client:
+            _drop(client, connector.config["slot.name"])
+    except (psycopg.Error, LabkitError):
+        return False
+    return True
+
+
+def how_to_drop(connector: Connector) -> str:
+    """The SQL with which somebody else does it, and where."""
+    name, place = connector.config["slot.name"], connector.config
+    where = f"{place.get('database.hostname', '')}:{place['database.port']}/{place.get('database.dbname', '')}"
+    return f"at {where} run: select pg_drop_replication_slot('{name}'); drop publication if exists {name}"
 
 
 def collect(connector: Connector, learner: str, living: Collection[str]) -> list[str]:
@@ -70,7 +82,7 @@ def collect(connector: Connector, learner: str, living: Collection[str]) -> list
     mine, kept = re.compile(slot_name(f"labkit.{learner}.") + RUN), tuple(map(slot_name, living))
     gone: list[str] = []
     with suppress(psycopg.Error), _connected(connector) as client:
-        found = client.execute(LEFT).fetchall()
+        found = client.execute(SLOTS_AND_PUBLICATIONS).fetchall()
         read = {name for name, active in found if active}
         for name in sorted({name for name, _ in found} - read):
             if mine.match(name) and not name.startswith(kept):

@@ -23,7 +23,7 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.connect import Connect
+from labkit.lab.kafka_connect import Connect
 
 KEYS = 8
 
@@ -199,15 +199,18 @@ def test_nothing_is_lost_or_doubled_in_either_direction(centres: Centres, befall
             if first >= count // 4:
                 crossing.wait(60)  # the second part is sent while it happens
 
-    loads = [threading.Thread(target=load, args=(topic,)) for topic, _ in ways]
+    loads = [threading.Thread(target=load, args=(topic,), daemon=True) for topic, _ in ways]
     for one in loads:
         one.start()
-    for _, copy in ways:
-        wait_until(lambda copy=copy: any(end_offsets(copy.cluster, [copy.name]).values()), 60, "the first copies")
-    crossing.set()
+    try:
+        for _, copy in ways:
+            wait_until(lambda copy=copy: any(end_offsets(copy.cluster, [copy.name]).values()), 60, "the first copies")
+    finally:
+        crossing.set()
     befalls(centres)
     for one in loads:
         one.join(300)
+        assert not one.is_alive()
     for topic, copy in ways:
         send(topic, range(count, count + KEYS))  # after all that might come again
         assert arrived(copy, count + KEYS) == in_order(count + KEYS)

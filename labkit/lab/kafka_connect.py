@@ -71,8 +71,8 @@ class Connect(ServerFaults):
         super().look(deaths)
         self._seen = self._look(LOOK)
 
-    def told(self) -> str:
-        """How it stands, for a status line: as it was when it was last looked at."""
+    def status_line(self) -> str:
+        """How it stood when it was last looked at."""
         if self.state is not ServerState.RUNNING:
             return f"{self.name} {self.state.value}"
         each = [f"{one.name} {one.state}{f' ({one.error})' if one.error else ''}" for one in self._seen]
@@ -90,4 +90,4 @@ class Connect(ServerFaults):
             raise LabkitError(f"cannot {what}: {self.name} is {self.state.value}: recover it first")
 
     def __repr__(self) -> str:
-        return f"{self.told()} · {self.memory / 1e6:,.0f} MB"
+        return f"{self.status_line()} · {self.memory / 1e6:,.0f} MB"
