@@ -32,7 +32,8 @@ class Connect(ServerFaults):
     def __init__(self, name: str, history: History, cluster: Cluster, prefix: str) -> None:
         self.cluster = cluster
         self._worker = KafkaConnect(cluster, prefix)
-        self._seen: list[ConnectorStatus] = []
+        self.connectors: list[ConnectorStatus] = []
+        """As they stood at the last `look`."""
         super().__init__(name, self._worker, history)
 
     @property
@@ -69,13 +70,13 @@ class Connect(ServerFaults):
     def look(self, deaths: int = 0) -> None:
         """Note a death that nobody ordered, and how its connectors stand."""
         super().look(deaths)
-        self._seen = self._look(LOOK)
+        self.connectors = self._look(LOOK)
 
     def status_line(self) -> str:
         """How it stood when it was last looked at."""
         if self.state is not ServerState.RUNNING:
             return f"{self.name} {self.state.value}"
-        each = [f"{one.name} {one.state}{f' ({one.error})' if one.error else ''}" for one in self._seen]
+        each = [f"{one.name} {one.state}{f' ({one.error})' if one.error else ''}" for one in self.connectors]
         return f"{self.name}: {', '.join(each) or 'no connector'}"
 
     def _look(self, timeout: float) -> list[ConnectorStatus]:
@@ -83,7 +84,7 @@ class Connect(ServerFaults):
         if self.state is ServerState.RUNNING:
             with suppress(LabkitError):
                 return self._worker.status(timeout)
-        return [ConnectorStatus(one.name, "unknown", one.tasks, one.error) for one in self._seen]
+        return [ConnectorStatus(one.name, "unknown", one.tasks, one.error) for one in self.connectors]
 
     def _running(self, what: str) -> None:
         if self.state is not ServerState.RUNNING:

@@ -18,7 +18,7 @@ from labkit.lab.planned import Plans
 from labkit.lab.servers import ServerFaults
 
 if TYPE_CHECKING:
-    from labkit.lab.connect import Connect
+    from labkit.lab.kafka_connect import Connect
 
 QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 
@@ -94,9 +94,10 @@ class Settling:
         for worker in self.workers():
             if worker.away:
                 return f"{worker.name} is {worker.state.value}: recover it first"
-            for name, one in worker.status().iterrows():
-                if one["state"] == "failed":
-                    return f"connector {name} failed: {one['last error']}"
+            worker.look()
+            for connector in worker.connectors:
+                if connector.state == "failed":
+                    return f"connector {connector.name} failed: {connector.error}"
         for deployment in self.deployments.values():
             for pod in deployment.pods:
                 if pod.state is PodState.FROZEN:
@@ -118,9 +119,9 @@ class Settling:
             if not load.done:
                 return f"the load on {load.topic.short} still sends"
         for worker in self.workers():
-            for name, state in worker.status()["state"].items():
-                if state in ("starting", "unknown"):
-                    return f"connector {name} is {state}"
+            for connector in worker.connectors:
+                if connector.state in ("starting", "unknown"):
+                    return f"connector {connector.name} is {connector.state}"
         return next(filter(None, map(self._unfinished, self.deployments.values())), None)
 
     def _unfinished(self, deployment: Deployment) -> str | None:

@@ -163,7 +163,7 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "") -> Connect
         "emit.offset-syncs.enabled": "false",
         "refresh.topics.interval.seconds": "2",
         "offset.lag.max": "0",
-        # Of what waits for an answer from afar, a request takes all at once: else large records come a few in a round trip.
+        # A request takes all that waits. Else large records cross a link a few in each round trip.
         "producer.override.batch.size": "1000000",
         "source.consumer.isolation.level": "read_committed",
         "source.consumer.fetch.max.wait.ms": "10",
