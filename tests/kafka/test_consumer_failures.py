@@ -54,8 +54,15 @@ def test_a_failing_record_is_tried_until_it_succeeds_and_keeps_its_order(cluster
     assert len(recovered.times) == 3
 
 
-@pytest.mark.parametrize("error", [Untellable, Untraceable])
-@pytest.mark.parametrize("batch", [None, 10])
+@pytest.mark.parametrize(
+    ("batch", "error"),
+    [
+        (None, Untellable),
+        (10, Untraceable),
+        pytest.param(None, Untraceable, marks=pytest.mark.long),
+        pytest.param(10, Untellable, marks=pytest.mark.long),
+    ],
+)
 def test_an_error_without_a_text_is_an_error_like_any_other(
     cluster: Cluster, batch: int | None, error: type[Exception]
 ) -> None:
@@ -300,6 +307,7 @@ def test_nothing_is_committed_when_what_a_handler_sent_is_refused(cluster: Clust
     assert committed(topic, group) == {0: 1}
 
 
+@pytest.mark.long
 def test_nothing_is_committed_when_another_handler_was_told_of_the_refusal(cluster: Cluster) -> None:
     """correctness 10: the second record's own flush must not make the first one's loss look fine."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
@@ -493,7 +501,9 @@ def test_a_topic_that_does_not_exist_is_named(cluster: Cluster) -> None:
         Consumer(missing, print, "group").run(threading.Event())
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["deleted", "deleted and made anew"])
+@pytest.mark.parametrize(
+    "again", [False, pytest.param(True, marks=pytest.mark.long)], ids=["deleted", "deleted and made anew"]
+)
 def test_a_topic_deleted_under_a_consumer_is_named(cluster: Cluster, again: bool) -> None:
     topic, group = fresh_topic(cluster, 2), fresh_group()
     put(topic, *range(10), partition=0)
