@@ -464,6 +464,7 @@ def test_a_read_after_put_sees_it_and_no_read_goes_back(cluster: Cluster) -> Non
     assert len(seen) > 10  # it did look while they changed
 
 
+@pytest.mark.long
 def test_no_read_goes_back_while_it_is_loaded_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second: nothing tells it that it has seen all."""
     monkeypatch.setattr("labkit.patterns.key_value_store._Look.all_was_read", lambda look, positions: 0.0)
@@ -725,6 +726,7 @@ def test_writes_while_the_broker_is_down_are_bounded_and_the_state_is_true_after
             assert again.snapshot() == truth
 
 
+@pytest.mark.long  # below, a frozen process goes through one
 def test_kept_through_compaction_and_deleted_for_good(cluster: Cluster) -> None:
     topic = store_topic(cluster, 1, config=EAGER)
     with KeyValueStore(topic) as store:
