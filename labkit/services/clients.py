@@ -32,23 +32,21 @@ direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 class Clients:
     """Some clients in one process, which GET `paths` of the service at `url`, drawn at random.
 
-    `count` of them; each asks again once it was answered and has thought for `think` seconds (closed loop). With
-    `rate`, requests begin so many times a second however long answers take (open loop), and what a request waits for
-    one of the `count` clients is part of its time, as a user would see it. Reports the counts `requests` and `errors`
-    (no answer, or one of 500 and more; its log tells of one a second), and the gauges `p50 ms` and `p99 ms`.
+    `count` of them; each asks again once it was answered and has thought for `think` seconds. Reports the counts
+    `requests` and `errors` (no answer, or one of 500 and more; its log tells of one a second), and the gauges `p50 ms`
+    and `p99 ms`.
     """
 
     url: str
     paths: Sequence[str]
     count: int = 10
     think: float = 0.0
-    rate: float | None = None
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise LabkitError("clients need paths to ask for: Clients(url, ['/sites/1', …])")
-        if self.count < 1 or self.think < 0 or (self.rate is not None and self.rate <= 0):
-            raise LabkitError(f"clients need count ≥ 1, think ≥ 0 and a positive rate: {self!r}")
+        if self.count < 1 or self.think < 0:
+            raise LabkitError(f"clients need count ≥ 1 and think ≥ 0: {self!r}")
 
     def run(self, stop: threading.Event, report: Report) -> None:
         """Ask until `stop` is set."""
@@ -61,10 +59,10 @@ class Clients:
         latency = Latency()
         requests = errors = 0
         told = -TOLD
-        due: asyncio.Queue[float] = asyncio.Queue()
 
-        async def ask(session: aiohttp.ClientSession, since: float) -> None:
+        async def ask(session: aiohttp.ClientSession) -> None:
             nonlocal requests, errors, told
+            begun = time.perf_counter()
             path, failure = random.choice(self.paths), ""  # noqa: S311
             try:
                 async with session.get(self.url + path) as answer:
@@ -76,7 +74,7 @@ class Clients:
                 await asyncio.sleep(0.05)  # nobody there: not as fast as possible
             requests += 1
             errors += bool(failure)
-            latency.add(time.perf_counter() - since)
+            latency.add(time.perf_counter() - begun)
             if failure and time.monotonic() > told + TOLD:
                 told = time.monotonic()
                 said = " ".join(f"GET {path}: {failure}".split())
@@ -84,27 +82,14 @@ class Clients:
 
         async def client(session: aiohttp.ClientSession) -> None:
             while True:
-                since = time.perf_counter() if self.rate is None else await due.get()
-                await ask(session, since)
+                await ask(session)
                 if self.think:
                     await asyncio.sleep(self.think)
-
-        async def pace(rate: float) -> None:
-            begun = time.perf_counter()
-            asked = 0
-            while True:
-                now = time.perf_counter()
-                while asked < (now - begun) * rate:
-                    due.put_nowait(begun + asked / rate)
-                    asked += 1
-                await asyncio.sleep(0.001)
 
         timeout = aiohttp.ClientTimeout(total=PATIENCE)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             tasks = [asyncio.create_task(client(session)) for _ in range(self.count)]
-            if self.rate is not None:
-                tasks.append(asyncio.create_task(pace(self.rate)))
             while not stop.is_set() and not any(task.done() for task in tasks):
                 report(Step.MEASURED, Measured({"requests": requests, "errors": errors}, latency.gauges()))
                 await asyncio.sleep(TELL)
