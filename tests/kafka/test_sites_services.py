@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import secrets
 import signal
@@ -32,7 +31,6 @@ from labkit.kafka.producer import let_go
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack, unpack
 from labkit.patterns.consume_and_project import Projection
 from labkit.patterns.views import PostgresView, SqliteView, View, ViewUnavailable
 from labkit.runtime.broker import free_ports
@@ -150,9 +148,8 @@ def test_an_app_has_its_sites_page_by_page(reader: str) -> None:
         ("app/stores?limit=1000000", 400, "1 to 1000"),
         ("app/stores?limit=-1", 400, "1 to 1000"),
         ("app/stores?limit=many", 400, "1 to 1000"),
-        ("app/stores?page=forged", 400, "not one of ours"),
-        ("app/stores?page=%00%ff", 400, "not one of ours"),
-        (f"app/stores?page={base64.urlsafe_b64encode(b'123456789012site-000001').decode()}", 400, "not one of ours"),
+        ("app/stores?page=-;forged", 400, "as `next` has it"),
+        ("app/stores?page=%00%ff", 400, "as `next` has it"),
     ],
 )
 def test_what_makes_no_sense_is_refused(reader: str, path: str, status: int, said: str) -> None:
@@ -170,29 +167,6 @@ def test_it_is_only_read(reader: str) -> None:
     assert msgspec.json.decode(said)["stale"]["records"] == 0
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5) as answer:
         assert (answer.status, answer.read()) == (200, b"")
-
-
-def test_a_token_is_good_for_its_own_question_only(reader: str) -> None:
-    token = ask(f"{reader}/app/stores?limit=3")[1]["next"]
-    assert ask(f"{reader}/app/stores?page={token}")[0] == 200
-    assert ask(f"{reader}/app/forms?page={token}")[0] == 400
-
-
-def test_a_page_goes_on_in_another_process(topic: Topic[Site], tmp_path: Path) -> None:
-    """What signs the tokens travels with the service; one that was made by itself has another."""
-    view = apps_view(tmp_path / "view.db")
-    service = ViewReader(free_ports()[0], view, topic)
-    beside, stranger = unpack(pack(service)), ViewReader(free_ports()[0], view, topic)
-    with serving(service) as url:
-        with writer(topic, view):
-            wait_until(lambda: stale(url) == 0, 20, "the view to be complete")
-        token = ask(f"{url}/app/stores?limit=3")[1]["next"]
-        following = ask(f"{url}/app/stores?limit=3&page={token}")[1]["sites"]
-    assert len(following) == 3
-    with serving(beside) as url:
-        assert ask(f"{url}/app/stores?limit=3&page={token}")[1]["sites"] == following
-    with serving(stranger) as url:
-        assert ask(f"{url}/app/stores?limit=3&page={token}")[0] == 400
 
 
 def test_a_value_that_its_column_cannot_have_is_refused(cluster: Cluster, dsn: str) -> None:
