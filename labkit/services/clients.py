@@ -18,8 +18,7 @@ import msgspec
 
 from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
-from labkit.services.http import TELL
-from labkit.services.latency import Latency
+from labkit.services.http import TELL, Latency
 
 PATIENCE = 10.0  # seconds a client waits for an answer
 TOLD = 1.0  # seconds from one line about a request that failed to the next

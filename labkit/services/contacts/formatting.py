@@ -17,7 +17,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.services.calls import PATIENCE, post
 from labkit.services.contacts.content import Contact
 from labkit.services.faults import HttpFaults, Misbehaviour
-from labkit.services.http import HttpService
+from labkit.services.http import HttpService, body, json
 
 
 class FormatterMisbehaviour(Misbehaviour, frozen=True):
@@ -54,17 +54,11 @@ class FormattingService(HttpService):
         app[FAULTS] = [FormatterMisbehaviour()]
 
     async def tell(self, request: web.Request) -> web.Response:
-        try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=FormatterMisbehaviour)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        request.app[FAULTS][0] = await body(request, FormatterMisbehaviour)
         return web.Response()
 
     async def format(self, request: web.Request) -> web.Response:
-        try:
-            contacts = msgspec.json.decode(await request.read(), type=list[Contact])
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"these are no contacts: {error}\n") from error
+        contacts = await body(request, list[Contact])
         told = request.app[FAULTS]
         await asyncio.sleep(self.takes + told[0].delay)
         faults = told[0]
@@ -75,7 +69,7 @@ class FormattingService(HttpService):
         if faults.cut and request.transport is not None:
             told[0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
             request.transport.abort()
-        return web.json_response(body=msgspec.json.encode([formatted(one) for one in contacts]))
+        return json([formatted(one) for one in contacts])
 
 
 FAULTS = web.AppKey("faults", list[FormatterMisbehaviour])
@@ -99,11 +93,11 @@ class Formatting:
     def __call__(self, contacts: list[Contact]) -> list[Contact]:
         """The contacts, formatted, in the same order. Raises FormattingFailed."""
         who = "the formatting service"
-        status, body = post(f"{self.url}/format", contacts, who, FormattingFailed, self.patience)
+        status, said = post(f"{self.url}/format", contacts, who, FormattingFailed, self.patience)
         if status != 200:
             raise FormattingFailed(f"{who} answers {status}")
         try:
-            found = msgspec.json.decode(body, type=list[Contact])
+            found = msgspec.json.decode(said, type=list[Contact])
         except msgspec.DecodeError as error:
             raise FormattingFailed(f"{who} answers with no contacts: {error}") from error
         if [one.email for one in found] != [one.email for one in contacts]:

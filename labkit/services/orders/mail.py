@@ -16,7 +16,7 @@ from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
 from labkit.services.calls import IDEMPOTENCY_KEY, post
-from labkit.services.http import HttpService
+from labkit.services.http import HttpService, body
 
 TABLE = """create table if not exists mails (
     id serial primary key, order_id text not null, recipient text not null, idempotency_key text unique,
@@ -59,10 +59,7 @@ class MailService(HttpService):
         await app[OUTBOX].close()
 
     async def send(self, request: web.Request) -> web.Response:
-        try:
-            mail = msgspec.json.decode(await request.read(), type=Mail)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"this is no mail: {error}\n") from error
+        mail = await body(request, Mail)
         cursor = await request.app[OUTBOX].execute(
             "insert into mails (order_id, recipient, idempotency_key, at) values (%s, %s, %s, %s) "
             "on conflict (idempotency_key) do nothing",

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
 from labkit.services.clients import direct
-from labkit.services.http import HttpService
+from labkit.services.http import HttpService, body, json
 
 MONTHS = {"monthly": 1, "yearly": 12}
 
@@ -101,10 +101,7 @@ class JobScheduler(HttpService):
         await asyncio.gather(*app[JOBS], return_exceptions=True)
 
     async def register(self, request: web.Request) -> web.Response:
-        try:
-            schedule = msgspec.json.decode(await request.read(), type=Schedule)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        schedule = await body(request, Schedule)
         if schedule in request.app[PROGRESS]:
             return web.json_response({"known": schedule.url})
         request.app[PROGRESS][schedule] = progress = Progress(schedule)
@@ -112,7 +109,7 @@ class JobScheduler(HttpService):
         return web.json_response({"registered": schedule.url}, status=201)
 
     async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(list(request.app[PROGRESS].values())))
+        return json(list(request.app[PROGRESS].values()))
 
     async def _keep(self, schedule: Schedule, progress: Progress) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=schedule.patience)) as session:

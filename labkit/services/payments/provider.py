@@ -17,7 +17,7 @@ from aiohttp import web
 
 from labkit.services.calls import IDEMPOTENCY_KEY
 from labkit.services.faults import HttpFaults, Misbehaviour
-from labkit.services.http import HttpService
+from labkit.services.http import HttpService, body
 from labkit.services.payments.ledger import Renewal
 
 TABLES = """
@@ -71,18 +71,12 @@ class PaymentsProvider(HttpService):
         await app[LEDGER].close()
 
     async def tell(self, request: web.Request) -> web.Response:
-        try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=ProviderMisbehaviour)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        request.app[FAULTS][0] = await body(request, ProviderMisbehaviour)
         return web.Response()
 
     async def charge(self, request: web.Request) -> web.Response:
         began, faults = time.time(), request.app[FAULTS][0]
-        try:
-            renewal = msgspec.json.decode(await request.read(), type=Renewal)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        renewal = await body(request, Renewal)
         await asyncio.sleep(self.takes + faults.delay)
         if refusal := _refusal(faults, renewal):
             outcome, answer = refusal

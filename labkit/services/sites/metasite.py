@@ -26,7 +26,7 @@ from labkit.kafka.errors import DeliveryFailed, PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
-from labkit.services.http import HttpService
+from labkit.services.http import HttpService, body, json
 from labkit.services.sites.content import Site
 from labkit.services.sites.view_reader import NAME
 
@@ -75,12 +75,12 @@ class MetaSite(HttpService):
     # -- reading
 
     async def whole(self, request: web.Request) -> web.Response:
-        return _json(await self._object(request))
+        return json(await self._object(request))
 
     def part(self, name: str) -> Any:
         async def part(request: web.Request) -> web.Response:
             site = _site.decode(await self._object(request))
-            return _json(encode({"id": site.id, "version": site.version, name: getattr(site, name)}))
+            return json({"id": site.id, "version": site.version, name: getattr(site, name)})
 
         return part
 
@@ -88,7 +88,7 @@ class MetaSite(HttpService):
         """Which sites have an app: nothing but a look at every object can tell."""
         wanted = encode([{"name": _name(request, "app")}]).decode()
         sql = "select id from sites where object->'apps' @> %s::jsonb order by id limit %s"
-        return _json(encode([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))]))
+        return json([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))])
 
     async def _object(self, request: web.Request) -> bytes:
         name = _name(request)
@@ -102,10 +102,7 @@ class MetaSite(HttpService):
     async def put(self, request: web.Request) -> web.Response:
         """Create or change a site: the body is all of it, its next version."""
         name = _name(request)
-        try:
-            site = _site.decode(await request.read())
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"this is no site: {error}\n") from error
+        site = await body(request, Site)
         if site.id != name:
             raise web.HTTPBadRequest(text=f"the site in the body is {site.id}, not {name}\n")
         if not 0 <= site.version < 2**63 or NUL.search(encode(site)):
@@ -162,10 +159,6 @@ def _name(request: web.Request, part: str = "id") -> str:
 
 def _row(site: Site) -> tuple[str, int, str]:
     return site.id, site.version, encode(site).decode()
-
-
-def _json(body: bytes) -> web.Response:
-    return web.Response(body=body, content_type="application/json")
 
 
 class _Table:
