@@ -16,17 +16,8 @@ from aiohttp import web
 from labkit.kafka.errors import LabkitError
 from labkit.services.calls import PATIENCE, post
 from labkit.services.contacts.content import Contact
-from labkit.services.faults import HttpFaults, Misbehaviour
-from labkit.services.http import HttpService, body, json
-
-
-class FormatterMisbehaviour(Misbehaviour, frozen=True):
-    """What the formatting service does to those who ask."""
-
-    cut: int = 0
-    """So many connections are cut before the answer."""
-    wrong: bool = False
-    """Answers 200 with something else than the contacts."""
+from labkit.services.faults import FAULTS, Misbehaving
+from labkit.services.http import body, json
 
 
 class FormattingFailed(LabkitError):
@@ -34,7 +25,7 @@ class FormattingFailed(LabkitError):
 
 
 @dataclass(frozen=True)
-class FormattingService(HttpService):
+class FormattingService(Misbehaving):
     """`POST /format` takes contacts as JSON, and answers with the same ones in its form; `PUT /faults` misbehaviour.
 
     `takes` is how long one answer takes it, in seconds.
@@ -43,36 +34,20 @@ class FormattingService(HttpService):
     takes: float = 0.01
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/format", self.format), web.put("/faults", self.tell)]
-
-    @property
-    def faults(self) -> HttpFaults:
-        """How it is told to misbehave, for `lab.service`."""
-        return HttpFaults(self.url, FormatterMisbehaviour)
-
-    async def start(self, app: web.Application) -> None:
-        app[FAULTS] = [FormatterMisbehaviour()]
-
-    async def tell(self, request: web.Request) -> web.Response:
-        request.app[FAULTS][0] = await body(request, FormatterMisbehaviour)
-        return web.Response()
+        return [web.post("/format", self.format), *super().routes()]
 
     async def format(self, request: web.Request) -> web.Response:
         contacts = await body(request, list[Contact])
-        told = request.app[FAULTS]
-        await asyncio.sleep(self.takes + told[0].delay)
-        faults = told[0]
+        await asyncio.sleep(self.takes + request.app[FAULTS][0].delay)
+        faults = request.app[FAULTS][0]
         if faults.refuses():
             return web.json_response({"error": "unavailable"}, status=faults.status)
         if faults.wrong:
             return web.json_response([])
         if faults.cut and request.transport is not None:
-            told[0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
+            request.app[FAULTS][0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
             request.transport.abort()
         return json([formatted(one) for one in contacts])
-
-
-FAULTS = web.AppKey("faults", list[FormatterMisbehaviour])
 
 
 def formatted(contact: Contact) -> Contact:
