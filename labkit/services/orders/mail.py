@@ -16,6 +16,7 @@ from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
 from labkit.services.calls import IDEMPOTENCY_KEY, post
+from labkit.services.connections import rows
 from labkit.services.http import HttpService, body
 
 TABLE = """create table if not exists mails (
@@ -83,6 +84,5 @@ def send_mail(url: str, order: str, to: str, idempotency_key: str | None = None)
 
 
 def mails(dsn: str) -> list[Sent]:
-    """All mails that left, in order."""
-    with psycopg.connect(dsn, connect_timeout=5) as outbox:
-        return [Sent(*row) for row in outbox.execute("select order_id, recipient, at from mails order by id")]
+    """All mails that left, in order; none before there is a table."""
+    return [Sent(*row) for row in rows(dsn, "select order_id, recipient, at from mails order by id")]
