@@ -1,4 +1,4 @@
-"""Clients of an HTTP service: how many there are, how often they ask, and how long they wait; or a single question."""
+"""Clients of an HTTP service: how many there are, and how often they ask; or a single question (see `calls`)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ import random
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
-import msgspec
 
 from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
+from labkit.services.calls import LONG_PATIENCE, answers, ask, direct
 from labkit.services.http import TELL, Latency
 
-PATIENCE = 10.0  # seconds a client waits for an answer
-TOLD = 1.0  # seconds from one line about a request that failed to the next
+__all__ = ["Clients", "answers", "ask", "direct"]
 
-direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-"""As `urlopen`, and never by a proxy of the environment: what is asked is on this machine."""
+TOLD = 1.0  # seconds from one line about a request that failed to the next
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Clients:
         requests = errors = 0
         told = -TOLD
 
-        async def ask(session: aiohttp.ClientSession) -> None:
+        async def request(session: aiohttp.ClientSession) -> None:
             nonlocal requests, errors, told
             begun = time.perf_counter()
             path, failure = random.choice(self.paths), ""  # noqa: S311
@@ -81,11 +76,11 @@ class Clients:
 
         async def client(session: aiohttp.ClientSession) -> None:
             while True:
-                await ask(session)
+                await request(session)
                 if self.think:
                     await asyncio.sleep(self.think)
 
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=LONG_PATIENCE)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             tasks = [asyncio.create_task(client(session)) for _ in range(self.count)]
@@ -97,36 +92,3 @@ class Clients:
             for ended in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(ended, Exception):
                     raise ended
-
-
-def ask(
-    url: str, method: str = "GET", body: Any = None, patience: float = 5.0, headers: Mapping[str, str] | None = None
-) -> tuple[int, Any]:
-    """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON.
-
-    While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as
-    most clients do. Raises OSError after that.
-    """
-    data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
-    until = time.monotonic() + patience
-    while True:
-        try:
-            with direct(urllib.request.Request(url, data, headers or {}, method=method), timeout=PATIENCE) as answer:  # noqa: S310
-                text = answer.read()
-                is_json = answer.headers.get_content_subtype() == "json"
-                return answer.status, msgspec.json.decode(text) if is_json else text.decode()
-        except urllib.error.HTTPError as refused:
-            with refused:
-                return refused.code, refused.read().decode()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)  # between two attempts: nothing tells when somebody listens
-
-
-def answers(url: str) -> bool:
-    """Whether somebody answers a GET there now, with 200."""
-    try:
-        return ask(url, patience=0)[0] == 200
-    except OSError:
-        return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,11 +18,8 @@ from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
 from labkit.patterns.key_value_store import KeyValueStore
+from labkit.services.calls import call
 from labkit.services.http import HttpService, body
-
-ANSWER = 5.0  # seconds for a service to take a fault by HTTP
-
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never by a proxy of the environment
 
 
 class Misbehaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,10 +109,8 @@ class HttpFaults:
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
         """Have it do this and nothing else. Raises LabkitError for values that make no sense, or when it is away."""
-        misbehaviour = msgspec.json.encode(_misbehaviour(service, told, self.kind))
-        request = urllib.request.Request(f"{self.url}/faults", misbehaviour, method="PUT")  # noqa: S310
         try:
-            _direct(request, timeout=ANSWER).close()
+            call(f"{self.url}/faults", "PUT", _misbehaviour(service, told, self.kind))
         except OSError as error:
             raise LabkitError(f"{service} at {self.url} takes no orders: is its pod running? {error}") from error
 

@@ -35,7 +35,7 @@ from labkit.patterns.consume_and_project import Projection
 from labkit.patterns.views import PostgresView, SqliteView, View, ViewUnavailable
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
-from labkit.services import clients
+from labkit.services import calls
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
 from labkit.services.sites.content import Site, site, site_id, sites
@@ -286,8 +286,8 @@ def test_every_change_that_kafka_refuses_is_told_to_who_asked_for_it(cluster: Cl
 @pytest.mark.long
 def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sooner than clients give up."""
-    assert CONFIRM < clients.PATIENCE
-    monkeypatch.setattr(clients, "PATIENCE", 60.0)
+    assert CONFIRM < calls.LONG_PATIENCE
+    monkeypatch.setattr(calls, "LONG_PATIENCE", 60.0)
     nobody = Topic(Cluster(f"127.0.0.1:{free_ports()[0]}"), "sites", 1, Site)
     with serving(MetaSite(free_ports()[0], dsn, nobody)) as url:
         status, said = ask(f"{url}/sites/{site_id(1)}?version=2", "DELETE")

@@ -15,7 +15,7 @@ from aiohttp import web
 from psycopg.sql import SQL
 
 from labkit.kafka.errors import LabkitError
-from labkit.services.clients import ask
+from labkit.services.calls import ask
 from labkit.services.connections import Connections
 from labkit.services.contacts.jobs import Job
 from labkit.services.http import HttpService

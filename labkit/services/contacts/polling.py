@@ -22,7 +22,7 @@ from aiohttp import web
 from psycopg.sql import SQL
 
 from labkit.kafka.consumer.steps import Measured, Report, Step
-from labkit.services.clients import PATIENCE, ask
+from labkit.services.calls import LONG_PATIENCE, ask
 from labkit.services.connections import Connections
 from labkit.services.contacts.jobs import Job
 from labkit.services.http import TELL, HttpService, Latency, json
@@ -127,7 +127,7 @@ class PolledFront(HttpService):
 
     async def _look(self, table: _Table) -> None:
         """Ask downstream for what is not finished, and write down what has changed."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LONG_PATIENCE)) as session:
             known: dict[str, int] = {}
             while True:
                 with suppress(aiohttp.ClientError, TimeoutError, psycopg.Error):  # the next look may do
@@ -177,7 +177,7 @@ class PollingBrowsers:
 
     async def _run(self, stop: threading.Event, report: Report) -> None:
         seen = _Seen()
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LONG_PATIENCE)) as session:
             asking = [asyncio.create_task(self._ask(session, request, seen)) for request in self.requests]
             while not stop.is_set():
                 report(Step.MEASURED, seen.measured())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import msgspec
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
-from labkit.services.clients import direct
+from labkit.services.calls import call
 from labkit.services.http import HttpService, body, json
 
 MONTHS = {"monthly": 1, "yearly": 12}
@@ -53,9 +52,8 @@ def schedule(scheduler: str, wanted: Schedule) -> None:
 
     Raises LabkitError when the scheduler does not take it.
     """
-    request = urllib.request.Request(f"{scheduler}/schedules", msgspec.json.encode(wanted))  # noqa: S310
     try:
-        direct(request, timeout=5).close()
+        call(f"{scheduler}/schedules", "POST", wanted)
     except OSError as error:
         raise LabkitError(f"the job scheduler at {scheduler} does not take a schedule: {error}") from error
 
@@ -67,8 +65,7 @@ def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progres
     """
     until = time.monotonic() + timeout
     while True:
-        with direct(f"{scheduler}/schedules", timeout=5) as answer:
-            there = msgspec.json.decode(answer.read(), type=list[Progress])
+        there = msgspec.json.decode(call(f"{scheduler}/schedules")[1], type=list[Progress])
         now = next((one for one in there if one.schedule == wanted), None)
         if now is None:
             raise LabkitError(f"the job scheduler at {scheduler} does not know {wanted}: schedule it first")

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
-from labkit.services.clients import direct
+from labkit.services.calls import call
 from labkit.services.http import HttpService, body, json
 from labkit.services.payments.ledger import CardDeclined, ProviderFailed, Renewal, receipt_of
 
@@ -144,8 +144,7 @@ def costs(polling: str, lock: str, timeout: float = 30.0) -> Costs:
     """
     until = time.monotonic() + timeout
     while True:
-        with direct(f"{polling}/due?lock={lock}", timeout=5) as answer:
-            found = msgspec.json.decode(answer.read(), type=Costs)
+        found = msgspec.json.decode(call(f"{polling}/due?lock={lock}")[1], type=Costs)
         if not found.under_way:
             return found
         if time.monotonic() > until:
