@@ -65,7 +65,6 @@ class HttpService:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
         return f"http://{HOST}:{self.port}"
 
     def run(self, stop: threading.Event, report: Report) -> None:
@@ -120,7 +119,6 @@ class _Figures:
 
     @web.middleware
     async def count(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
-        """Answer, and count."""
         begun = time.perf_counter()
         status = 500
         try:
@@ -137,7 +135,6 @@ class _Figures:
                 self.latency.add(time.perf_counter() - begun)
 
     def measured(self) -> Measured:
-        """What to report."""
         return Measured({"requests": self.requests, "errors": self.errors}, self.latency.gauges())
 
 
@@ -151,7 +148,6 @@ class Latency:
         self._times: deque[tuple[float, float]] = deque(maxlen=4000)
 
     def add(self, seconds: float) -> None:
-        """One more."""
         self._times.append((time.monotonic(), seconds))
 
     def gauges(self) -> dict[str, float]:

@@ -93,5 +93,4 @@ class SharedRow:
             return row[0] if row else 0
 
     def close(self) -> None:
-        """Let its connections go."""
         self.database.close()

@@ -93,7 +93,6 @@ class Importer:
             self.notify(channel, ImportNotice(stage, job.request, job.total, job.number, line, reason))
 
     def close(self) -> None:
-        """Let its connections go."""
         self.database.close()
 
 

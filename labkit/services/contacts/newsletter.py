@@ -37,7 +37,6 @@ class Newsletter:
             cursor.executemany("insert into subscribers values (%s) on conflict do nothing", [(one,) for one in emails])
 
     def close(self) -> None:
-        """Let its connections go."""
         self.database.close()
 
 

@@ -67,7 +67,6 @@ class Browser:
         self._loop.call_soon_threadsafe(self._cut)
 
     def go_online(self) -> None:
-        """Connect again."""
         self._loop.call_soon_threadsafe(self._online.set)
 
     def shown(self, stage: str, request: str = "") -> list[Shown]:

@@ -76,7 +76,6 @@ class DirectNotificationService(HttpService):
         app.on_shutdown.append(lambda app: app[PAGES].end())
 
     async def tell(self, request: web.Request) -> web.Response:
-        """Tell it to who is here."""
         channel = request.match_info["channel"]
         try:
             request.app[PAGES].channels.check(channel)

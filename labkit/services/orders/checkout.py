@@ -91,5 +91,4 @@ class Carts:
         return OrderCheckoutCompleted(purchase.id, purchase.customer, items)
 
     def close(self) -> None:
-        """Let the connections go. It can be used again."""
         self.database.close()

@@ -74,7 +74,6 @@ class OnceEach:
                 self._run(database, CONFLICT, record.value.id)  # in a transaction of its own: the other one is undone
 
     def close(self) -> None:
-        """Let the connections go."""
         self.database.close()
 
     def _pessimistic(self, database: psycopg.Connection[Any], order: str, rows: list[Row]) -> bool:

@@ -74,7 +74,6 @@ def site(number: int, version: int = 1, seed: int = 1, pages: int = PAGES) -> Si
 
 
 def site_id(number: int) -> str:
-    """How a site is called."""
     return f"site-{number:06}"
 
 
