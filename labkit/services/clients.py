@@ -1,4 +1,4 @@
-"""Clients of an HTTP service: how many there are, how often they ask, and how long they wait; or a single question."""
+"""Clients of an HTTP service: how many there are, and how often they ask; or a single question (see `calls`)."""
 
 from __future__ import annotations
 
@@ -7,48 +7,40 @@ import random
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
-import msgspec
 
 from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
-from labkit.services.http import TELL
-from labkit.services.latency import Latency
+from labkit.services.calls import LONG_PATIENCE, answers, ask, direct
+from labkit.services.http import TELL, Latency
 
-PATIENCE = 10.0  # seconds a client waits for an answer
+__all__ = ["Clients", "answers", "ask", "direct"]
+
 TOLD = 1.0  # seconds from one line about a request that failed to the next
-
-direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-"""As `urlopen`, and never by a proxy of the environment: what is asked is on this machine."""
 
 
 @dataclass(frozen=True)
 class Clients:
     """Some clients in one process, which GET `paths` of the service at `url`, drawn at random.
 
-    `count` of them; each asks again once it was answered and has thought for `think` seconds (closed loop). With
-    `rate`, requests begin so many times a second however long answers take (open loop), and what a request waits for
-    one of the `count` clients is part of its time, as a user would see it. Reports the counts `requests` and `errors`
-    (no answer, or one of 500 and more; its log tells of one a second), and the gauges `p50 ms` and `p99 ms`.
+    `count` of them; each asks again once it was answered and has thought for `think` seconds. Reports the counts
+    `requests` and `errors` (no answer, or one of 500 and more; its log tells of one a second), and the gauges `p50 ms`
+    and `p99 ms`.
     """
 
     url: str
     paths: Sequence[str]
     count: int = 10
     think: float = 0.0
-    rate: float | None = None
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise LabkitError("clients need paths to ask for: Clients(url, ['/sites/1', …])")
-        if self.count < 1 or self.think < 0 or (self.rate is not None and self.rate <= 0):
-            raise LabkitError(f"clients need count ≥ 1, think ≥ 0 and a positive rate: {self!r}")
+        if self.count < 1 or self.think < 0:
+            raise LabkitError(f"clients need count ≥ 1 and think ≥ 0: {self!r}")
 
     def run(self, stop: threading.Event, report: Report) -> None:
         """Ask until `stop` is set."""
@@ -61,10 +53,10 @@ class Clients:
         latency = Latency()
         requests = errors = 0
         told = -TOLD
-        due: asyncio.Queue[float] = asyncio.Queue()
 
-        async def ask(session: aiohttp.ClientSession, since: float) -> None:
+        async def request(session: aiohttp.ClientSession) -> None:
             nonlocal requests, errors, told
+            begun = time.perf_counter()
             path, failure = random.choice(self.paths), ""  # noqa: S311
             try:
                 async with session.get(self.url + path) as answer:
@@ -76,7 +68,7 @@ class Clients:
                 await asyncio.sleep(0.05)  # nobody there: not as fast as possible
             requests += 1
             errors += bool(failure)
-            latency.add(time.perf_counter() - since)
+            latency.add(time.perf_counter() - begun)
             if failure and time.monotonic() > told + TOLD:
                 told = time.monotonic()
                 said = " ".join(f"GET {path}: {failure}".split())
@@ -84,27 +76,14 @@ class Clients:
 
         async def client(session: aiohttp.ClientSession) -> None:
             while True:
-                since = time.perf_counter() if self.rate is None else await due.get()
-                await ask(session, since)
+                await request(session)
                 if self.think:
                     await asyncio.sleep(self.think)
 
-        async def pace(rate: float) -> None:
-            begun = time.perf_counter()
-            asked = 0
-            while True:
-                now = time.perf_counter()
-                while asked < (now - begun) * rate:
-                    due.put_nowait(begun + asked / rate)
-                    asked += 1
-                await asyncio.sleep(0.001)
-
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=LONG_PATIENCE)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             tasks = [asyncio.create_task(client(session)) for _ in range(self.count)]
-            if self.rate is not None:
-                tasks.append(asyncio.create_task(pace(self.rate)))
             while not stop.is_set() and not any(task.done() for task in tasks):
                 report(Step.MEASURED, Measured({"requests": requests, "errors": errors}, latency.gauges()))
                 await asyncio.sleep(TELL)
@@ -113,36 +92,3 @@ class Clients:
             for ended in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(ended, Exception):
                     raise ended
-
-
-def ask(
-    url: str, method: str = "GET", body: Any = None, patience: float = 5.0, headers: Mapping[str, str] | None = None
-) -> tuple[int, Any]:
-    """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON.
-
-    While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as
-    most clients do. Raises OSError after that.
-    """
-    data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
-    until = time.monotonic() + patience
-    while True:
-        try:
-            with direct(urllib.request.Request(url, data, headers or {}, method=method), timeout=PATIENCE) as answer:  # noqa: S310
-                text = answer.read()
-                is_json = answer.headers.get_content_subtype() == "json"
-                return answer.status, msgspec.json.decode(text) if is_json else text.decode()
-        except urllib.error.HTTPError as refused:
-            with refused:
-                return refused.code, refused.read().decode()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)  # between two attempts: nothing tells when somebody listens
-
-
-def answers(url: str) -> bool:
-    """Whether somebody answers a GET there now, with 200."""
-    try:
-        return ask(url, patience=0)[0] == 200
-    except OSError:
-        return False

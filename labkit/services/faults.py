@@ -1,27 +1,25 @@
 """Faults of services, switched while they run: through a store of its own, or by HTTP.
 
 Every process of a service that reads the store pays for a look into its memory at each request. A service that stands
-for another company's knows no Kafka: it takes its faults by HTTP.
+for another company's knows no Kafka: it takes its faults by HTTP, and is a `Misbehaving`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
 from labkit.patterns.key_value_store import KeyValueStore
-
-ANSWER = 5.0  # seconds for a service to take a fault by HTTP
-
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never by a proxy of the environment
+from labkit.services.calls import call
+from labkit.services.http import HttpService, body
 
 
 class Misbehaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +66,40 @@ class ServiceFaults(KeyValueStore[Misbehaviour]):
             self.delete(service)
 
 
+class HttpMisbehaviour(Misbehaviour, frozen=True):
+    """What another company's service does to those who ask."""
+
+    cut: int = 0
+    """So many times it does what it is asked for, and cuts the connection before the answer."""
+    wrong: bool = False
+    """Answers 200 with something else, and does nothing."""
+
+
+FAULTS: web.AppKey[list[Any]] = web.AppKey("faults", list)
+
+
+@dataclass(frozen=True)
+class Misbehaving(HttpService):
+    """A service that is told to misbehave by `PUT /faults`, with a value of `kind`. `app[FAULTS]` has the one value."""
+
+    kind: ClassVar[type[HttpMisbehaviour]] = HttpMisbehaviour
+
+    @property
+    def faults(self) -> HttpFaults:
+        """How it is told to misbehave, for `lab.service`."""
+        return HttpFaults(self.url, self.kind)
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.put("/faults", self.tell)]
+
+    async def start(self, app: web.Application) -> None:
+        app[FAULTS] = [self.kind()]
+
+    async def tell(self, request: web.Request) -> web.Response:
+        request.app[FAULTS][0] = await body(request, self.kind)
+        return web.Response()
+
+
 class HttpFaults:
     """How the service at `url` is told: `PUT /faults` with a value of this kind."""
 
@@ -77,10 +109,8 @@ class HttpFaults:
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
         """Have it do this and nothing else. Raises LabkitError for values that make no sense, or when it is away."""
-        body = msgspec.json.encode(_misbehaviour(service, told, self.kind))
-        request = urllib.request.Request(f"{self.url}/faults", body, method="PUT")  # noqa: S310
         try:
-            _direct(request, timeout=ANSWER).close()
+            call(f"{self.url}/faults", "PUT", _misbehaviour(service, told, self.kind))
         except OSError as error:
             raise LabkitError(f"{service} at {self.url} takes no orders: is its pod running? {error}") from error
 

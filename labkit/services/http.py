@@ -1,24 +1,29 @@
-"""What every HTTP service of the story has: a port that several pods share, an orderly end, and its own figures."""
+"""What every HTTP service of the story has: a port that several pods share, an orderly end, and its own figures; and
+what its handlers need: the value in a request, and a value as an answer."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import msgspec
 from aiohttp import web
 
 from labkit.kafka.consumer.steps import Measured, Report, Step
-from labkit.services.latency import Latency
 
 HOST = "127.0.0.1"
 DRAIN = 5.0  # seconds for requests that are being answered when the service is told to stop
 TELL = 0.25  # seconds between two reports of its figures
+LATELY = 5.0  # seconds of which the times of requests are told
+
+T = TypeVar("T")
 
 Handler: TypeAlias = Callable[[Any], Awaitable[web.StreamResponse]]
 """Of a `web.Request`, or of a `web.BaseRequest` where there are no routes."""
@@ -60,7 +65,6 @@ class HttpService:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
         return f"http://{HOST}:{self.port}"
 
     def run(self, stop: threading.Event, report: Report) -> None:
@@ -93,6 +97,19 @@ class HttpService:
             await self.finish(app)
 
 
+async def body(request: web.Request, kind: type[T]) -> T:
+    """What a request says, as JSON. Raises the answer 400 if it is no value of this kind."""
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise web.HTTPBadRequest(text=f"{request.path} does not take this: {error}\n") from error
+
+
+def json(value: object) -> web.Response:
+    """An answer with this value as JSON. Bytes are JSON already."""
+    return web.json_response(body=value if isinstance(value, bytes) else msgspec.json.encode(value))
+
+
 class _Figures:
     """Of the requests that one process has answered."""
 
@@ -102,7 +119,6 @@ class _Figures:
 
     @web.middleware
     async def count(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
-        """Answer, and count."""
         begun = time.perf_counter()
         status = 500
         try:
@@ -119,5 +135,27 @@ class _Figures:
                 self.latency.add(time.perf_counter() - begun)
 
     def measured(self) -> Measured:
-        """What to report."""
         return Measured({"requests": self.requests, "errors": self.errors}, self.latency.gauges())
+
+
+class Latency:
+    """How long things took in the last seconds; at most 4,000 of them, as to sort more would hold up a busy service.
+
+    Not for use by several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._times: deque[tuple[float, float]] = deque(maxlen=4000)
+
+    def add(self, seconds: float) -> None:
+        self._times.append((time.monotonic(), seconds))
+
+    def gauges(self) -> dict[str, float]:
+        """What half of them and 99 of 100 stayed below, as a service reports it; zeros when there are none."""
+        oldest = time.monotonic() - LATELY
+        while self._times and self._times[0][0] < oldest:
+            self._times.popleft()
+        ordered = sorted(seconds for _, seconds in self._times)
+        last = len(ordered) - 1
+        half, most = (ordered[round(part * last)] if ordered else 0.0 for part in (0.5, 0.99))
+        return {"p50 ms": half * 1000, "p99 ms": most * 1000}

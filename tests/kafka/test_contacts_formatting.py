@@ -30,7 +30,7 @@ from labkit.services.contacts import (
     Importer,
     Job,
 )
-from labkit.services.contacts.formatting import FAULTS, FormatterMisbehaviour
+from labkit.services.faults import FAULTS, HttpMisbehaviour
 from labkit.services.http import HOST
 
 GOOGLE = (
@@ -46,7 +46,7 @@ class Refusing(FormattingService):
     """From its start, until it is told otherwise: told later, it would already have answered somebody."""
 
     async def start(self, app: web.Application) -> None:
-        app[FAULTS] = [FormatterMisbehaviour(errors=1.0)]
+        app[FAULTS] = [HttpMisbehaviour(errors=1.0)]
 
 
 @pytest.fixture

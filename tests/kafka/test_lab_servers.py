@@ -227,9 +227,9 @@ def test_a_service_in_two_pods_and_its_clients_tell_their_figures(lab: Lab) -> N
     shop = lab.deploy("shop", service, replicas=2)
     wait_ready(shop)
     assert get(f"{service.url}/hello") == {"says": "hello"}
-    clients = lab.deploy("clients", Clients(service.url, ["/hello"], count=4, rate=200))
+    clients = lab.deploy("clients", Clients(service.url, ["/hello"], count=4, think=0.02))
     wait_ready(clients)
-    wait_until(lambda: newest(lab, "requests/s", "clients") > 100, 20, "200 requests a second")
+    wait_until(lambda: newest(lab, "requests/s", "clients") > 100, 20, "100 requests a second")
     wait_until(lambda: newest(lab, "requests", "shop") > 100, 20, "the same at the service")
     assert newest(lab, "p99 ms", "shop") > 0
     assert newest(lab, "p99 ms", "clients") >= newest(lab, "p50 ms", "clients") > 0
@@ -284,7 +284,7 @@ def test_clients_of_a_service_that_is_away_count_errors(lab: Lab, capfd: pytest.
     assert capfd.readouterr().err.startswith("GET /: ClientConnectorError ")
 
 
-@pytest.mark.parametrize("wrong", [{"paths": []}, {"count": 0}, {"rate": 0}, {"think": -1}])
+@pytest.mark.parametrize("wrong", [{"paths": []}, {"count": 0}, {"think": -1}])
 def test_clients_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(LabkitError, match="clients need"):
         Clients("http://127.0.0.1:1", **{"paths": ["/"], **wrong})  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +29,11 @@ from labkit.services.time_zones.events import Events
 WINTER, SUMMER = datetime(2026, 3, 29, 0, 59, tzinfo=UTC), datetime(2026, 3, 29, 1, 0, tzinfo=UTC)
 
 
+def zones_of(countries: Iterable[str], now: datetime) -> dict[str, Zone]:
+    zones = zones_by_country()
+    return {name: zone_at(name, code, now) for code in countries for name in zones.get(code, ())}
+
+
 class Platform:
     """The three services on a Kafka of their own."""
 
@@ -42,7 +47,7 @@ class Platform:
         with KeyValueStore(self.countries) as store:
             store.update({code: country for code, country in iso_countries().items() if code != "SS"})
         self.manager = lab.deploy("manager", BusinessManager(lab.port("manager"), self.countries))
-        self.bookings = lab.deploy("bookings", Bookings(self.countries, self.clock.topic, self.zones))
+        self.bookings = lab.deploy("bookings", Bookings(self.countries, self.clock.topic, self.zones, zones_of))
         self.events = lab.deploy("events", Events(lab.port("events"), self.zones, self.faults))
         for deployment in (self.manager, self.bookings, self.events):
             wait_ready(deployment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import secrets
 import signal
@@ -32,12 +31,11 @@ from labkit.kafka.producer import let_go
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack, unpack
 from labkit.patterns.consume_and_project import Projection
 from labkit.patterns.views import PostgresView, SqliteView, View, ViewUnavailable
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
-from labkit.services import clients
+from labkit.services import calls
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
 from labkit.services.sites.content import Site, site, site_id, sites
@@ -150,9 +148,8 @@ def test_an_app_has_its_sites_page_by_page(reader: str) -> None:
         ("app/stores?limit=1000000", 400, "1 to 1000"),
         ("app/stores?limit=-1", 400, "1 to 1000"),
         ("app/stores?limit=many", 400, "1 to 1000"),
-        ("app/stores?page=forged", 400, "not one of ours"),
-        ("app/stores?page=%00%ff", 400, "not one of ours"),
-        (f"app/stores?page={base64.urlsafe_b64encode(b'123456789012site-000001').decode()}", 400, "not one of ours"),
+        ("app/stores?page=-;forged", 400, "as `next` has it"),
+        ("app/stores?page=%00%ff", 400, "as `next` has it"),
     ],
 )
 def test_what_makes_no_sense_is_refused(reader: str, path: str, status: int, said: str) -> None:
@@ -170,29 +167,6 @@ def test_it_is_only_read(reader: str) -> None:
     assert msgspec.json.decode(said)["stale"]["records"] == 0
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5) as answer:
         assert (answer.status, answer.read()) == (200, b"")
-
-
-def test_a_token_is_good_for_its_own_question_only(reader: str) -> None:
-    token = ask(f"{reader}/app/stores?limit=3")[1]["next"]
-    assert ask(f"{reader}/app/stores?page={token}")[0] == 200
-    assert ask(f"{reader}/app/forms?page={token}")[0] == 400
-
-
-def test_a_page_goes_on_in_another_process(topic: Topic[Site], tmp_path: Path) -> None:
-    """What signs the tokens travels with the service; one that was made by itself has another."""
-    view = apps_view(tmp_path / "view.db")
-    service = ViewReader(free_ports()[0], view, topic)
-    beside, stranger = unpack(pack(service)), ViewReader(free_ports()[0], view, topic)
-    with serving(service) as url:
-        with writer(topic, view):
-            wait_until(lambda: stale(url) == 0, 20, "the view to be complete")
-        token = ask(f"{url}/app/stores?limit=3")[1]["next"]
-        following = ask(f"{url}/app/stores?limit=3&page={token}")[1]["sites"]
-    assert len(following) == 3
-    with serving(beside) as url:
-        assert ask(f"{url}/app/stores?limit=3&page={token}")[1]["sites"] == following
-    with serving(stranger) as url:
-        assert ask(f"{url}/app/stores?limit=3&page={token}")[0] == 400
 
 
 def test_a_value_that_its_column_cannot_have_is_refused(cluster: Cluster, dsn: str) -> None:
@@ -312,8 +286,8 @@ def test_every_change_that_kafka_refuses_is_told_to_who_asked_for_it(cluster: Cl
 @pytest.mark.long
 def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sooner than clients give up."""
-    assert CONFIRM < clients.PATIENCE
-    monkeypatch.setattr(clients, "PATIENCE", 60.0)
+    assert CONFIRM < calls.LONG_PATIENCE
+    monkeypatch.setattr(calls, "LONG_PATIENCE", 60.0)
     nobody = Topic(Cluster(f"127.0.0.1:{free_ports()[0]}"), "sites", 1, Site)
     with serving(MetaSite(free_ports()[0], dsn, nobody)) as url:
         status, said = ask(f"{url}/sites/{site_id(1)}?version=2", "DELETE")

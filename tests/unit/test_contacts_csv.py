@@ -19,7 +19,7 @@ from labkit.services.contacts.content import DOMAINS, PHONES, Contact, contacts,
 from labkit.services.contacts.exports import LARGEST, CsvRefused
 from labkit.services.contacts.importer import BadRow, sort_out
 from labkit.services.contacts.jobs import MOST, ContactsJob, Job, split
-from labkit.services.contacts.reports import JobFinished, Progress, Reports, import_key, progress
+from labkit.services.contacts.reports import JobFinished, Progress, Reports, progress
 
 FILE = Path(__file__).parents[2] / "data" / "contacts.csv"
 
@@ -244,9 +244,8 @@ def test_a_command_that_cannot_be_is_refused() -> None:
             msgspec.json.decode(encode({"job": job, "total": total}), type=JobFinished)
     with pytest.raises(LabkitError, match="is one of 7, and its import has 6 jobs"):
         progress(after(JobFinished(1, 6)), JobFinished(1, 7))
-    assert import_key("YYY", 6) == "YYY-6"
 
 
 def test_reports_travel() -> None:
-    reports = Reports(None, import_key)  # type: ignore[arg-type]
+    reports = Reports(None)  # type: ignore[arg-type]
     assert unpack(pack(reports)) == reports

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from labkit.kafka.records import encode
-from labkit.services.sites.content import Site, changes, site, site_id, sites, updates
+from labkit.services.sites.content import Site, site, site_id, sites, updates
 
 FILE = Path(__file__).parents[2] / "data" / "sites.jsonl"
 
@@ -52,22 +52,6 @@ def test_versions_follow_each_other_and_change_apps() -> None:
     assert len(changed) > 40
     assert next(updates(50, 1, first=7)).version == 7
     assert site_id(7) == "site-000007"
-
-
-def test_one_change_in_twenty_is_a_deletion() -> None:
-    many = list(changes(200, 1500, pages=0))
-    assert many == list(changes(200, 1500, pages=0))
-    same = [(one.id, one.version) for one in updates(200, 1500, pages=0)]
-    assert [(name, version) for name, version, _ in many] == same
-    deleted = [one for _, _, one in many].count(None)
-    assert 0.04 < deleted / len(many) < 0.06
-    there: dict[str, bool] = {}
-    for name, version, one in many:
-        assert one is not None or there.get(name, True)  # what is gone is not deleted again
-        assert one is None or (one.id, one.version) == (name, version)
-        there[name] = one is not None
-    assert 0 < list(there.values()).count(False) < deleted  # some are back
-    assert None not in [one for _, _, one in changes(200, 500, pages=0, deletes=0)]
 
 
 def test_sites_stream_by_in_constant_memory() -> None:

@@ -16,7 +16,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "newsletter": "Newsletter subscribers",
         "notices": "Counted ImportNotice Notices channel_of request_of",
         "polling": "DownstreamService PolledFront PollingBrowsers ReportsDownstream",
-        "reports": "JobFinished Progress Reports import_key progress",
+        "reports": "JobFinished Progress Reports progress",
         "state": "ImportState",
         "upload": "ContactsJobs",
     },

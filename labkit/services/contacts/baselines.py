@@ -15,7 +15,7 @@ from aiohttp import web
 from psycopg.sql import SQL
 
 from labkit.kafka.errors import LabkitError
-from labkit.services.clients import ask
+from labkit.services.calls import ask
 from labkit.services.connections import Connections
 from labkit.services.contacts.jobs import Job
 from labkit.services.http import HttpService
@@ -93,5 +93,4 @@ class SharedRow:
             return row[0] if row else 0
 
     def close(self) -> None:
-        """Let its connections go."""
         self.database.close()

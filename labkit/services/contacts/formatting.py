@@ -16,17 +16,8 @@ from aiohttp import web
 from labkit.kafka.errors import LabkitError
 from labkit.services.calls import PATIENCE, post
 from labkit.services.contacts.content import Contact
-from labkit.services.faults import HttpFaults, Misbehaviour
-from labkit.services.http import HttpService
-
-
-class FormatterMisbehaviour(Misbehaviour, frozen=True):
-    """What the formatting service does to those who ask."""
-
-    cut: int = 0
-    """So many connections are cut before the answer."""
-    wrong: bool = False
-    """Answers 200 with something else than the contacts."""
+from labkit.services.faults import FAULTS, Misbehaving
+from labkit.services.http import body, json
 
 
 class FormattingFailed(LabkitError):
@@ -34,7 +25,7 @@ class FormattingFailed(LabkitError):
 
 
 @dataclass(frozen=True)
-class FormattingService(HttpService):
+class FormattingService(Misbehaving):
     """`POST /format` takes contacts as JSON, and answers with the same ones in its form; `PUT /faults` misbehaviour.
 
     `takes` is how long one answer takes it, in seconds.
@@ -43,42 +34,20 @@ class FormattingService(HttpService):
     takes: float = 0.01
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/format", self.format), web.put("/faults", self.tell)]
-
-    @property
-    def faults(self) -> HttpFaults:
-        """How it is told to misbehave, for `lab.service`."""
-        return HttpFaults(self.url, FormatterMisbehaviour)
-
-    async def start(self, app: web.Application) -> None:
-        app[FAULTS] = [FormatterMisbehaviour()]
-
-    async def tell(self, request: web.Request) -> web.Response:
-        try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=FormatterMisbehaviour)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
-        return web.Response()
+        return [web.post("/format", self.format), *super().routes()]
 
     async def format(self, request: web.Request) -> web.Response:
-        try:
-            contacts = msgspec.json.decode(await request.read(), type=list[Contact])
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"these are no contacts: {error}\n") from error
-        told = request.app[FAULTS]
-        await asyncio.sleep(self.takes + told[0].delay)
-        faults = told[0]
+        contacts = await body(request, list[Contact])
+        await asyncio.sleep(self.takes + request.app[FAULTS][0].delay)
+        faults = request.app[FAULTS][0]
         if faults.refuses():
             return web.json_response({"error": "unavailable"}, status=faults.status)
         if faults.wrong:
             return web.json_response([])
         if faults.cut and request.transport is not None:
-            told[0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
+            request.app[FAULTS][0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
             request.transport.abort()
-        return web.json_response(body=msgspec.json.encode([formatted(one) for one in contacts]))
-
-
-FAULTS = web.AppKey("faults", list[FormatterMisbehaviour])
+        return json([formatted(one) for one in contacts])
 
 
 def formatted(contact: Contact) -> Contact:
@@ -99,11 +68,11 @@ class Formatting:
     def __call__(self, contacts: list[Contact]) -> list[Contact]:
         """The contacts, formatted, in the same order. Raises FormattingFailed."""
         who = "the formatting service"
-        status, body = post(f"{self.url}/format", contacts, who, FormattingFailed, self.patience)
+        status, said = post(f"{self.url}/format", contacts, who, FormattingFailed, self.patience)
         if status != 200:
             raise FormattingFailed(f"{who} answers {status}")
         try:
-            found = msgspec.json.decode(body, type=list[Contact])
+            found = msgspec.json.decode(said, type=list[Contact])
         except msgspec.DecodeError as error:
             raise FormattingFailed(f"{who} answers with no contacts: {error}") from error
         if [one.email for one in found] != [one.email for one in contacts]:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import psycopg
 from psycopg.sql import SQL
 
 from labkit.kafka.consumer import Consumer
@@ -22,7 +21,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import Skipped, skips_topic
 from labkit.patterns.dead_letters import DeadLetter, dead_letters_topic
-from labkit.services.connections import Connections
+from labkit.services.connections import Connections, rows
 from labkit.services.contacts.content import Contact
 from labkit.services.contacts.emails import email_address
 from labkit.services.contacts.exports import layout
@@ -78,12 +77,12 @@ class Importer:
             made = self.formatting([contact for _, contact in found.values()])
             found = {one.email: (found[one.email][0], one) for one in made}
         # In order of their e-mails: two importers that have some in common never wait for each other in a ring.
-        rows = [
+        good = [
             (request, email, one.name, one.phone, one.notes, line, number, pod)
             for email, (line, one) in sorted(found.items())
         ]
         with self.database.one() as database, database.transaction(), database.cursor() as cursor:
-            cursor.executemany(STORE, rows)
+            cursor.executemany(STORE, good)
             cursor.executemany(NOTE, [(request, *one) for one in bad])
         for row in bad:
             self._tell("failed row", record.value.job, *row)
@@ -94,7 +93,6 @@ class Importer:
             self.notify(channel, ImportNotice(stage, job.request, job.total, job.number, line, reason))
 
     def close(self) -> None:
-        """Let its connections go."""
         self.database.close()
 
 
@@ -147,14 +145,13 @@ def _report_failed(report: Callable[[Job, bool], object], record: Record[DeadLet
 def stored(dsn: str, request: str) -> list[Contact]:
     """The contacts of a request, in order of their e-mails; none before there is a table."""
     sql = "select name, email, phone, notes from contacts where request = %s order by email"
-    return [Contact(*row) for row in _read(dsn, sql, request)]
+    return [Contact(*row) for row in rows(dsn, sql, request)]
 
 
 def bad_rows(dsn: str, request: str) -> list[BadRow]:
     """The rows of a request that are no contacts, in order of their lines."""
-    return [
-        BadRow(*row) for row in _read(dsn, "select line, reason from bad_rows where request = %s order by 1", request)
-    ]
+    sql = "select line, reason from bad_rows where request = %s order by 1"
+    return [BadRow(*row) for row in rows(dsn, sql, request)]
 
 
 def first_bad_rows(dsn: str, requests: list[str], most: int) -> dict[str, tuple[int, list[BadRow]]]:
@@ -165,14 +162,6 @@ def first_bad_rows(dsn: str, requests: list[str], most: int) -> dict[str, tuple[
         from bad_rows where request = any(%s)) as numbered
     where number <= %s order by request, line"""
     found: dict[str, tuple[int, list[BadRow]]] = {}
-    for request, line, reason, total in _read(dsn, sql, requests, most):
+    for request, line, reason, total in rows(dsn, sql, requests, most):
         found.setdefault(request, (total, []))[1].append(BadRow(line, reason))
     return found
-
-
-def _read(dsn: str, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-    with psycopg.connect(dsn, connect_timeout=5) as database:
-        try:
-            return database.execute(sql.encode(), parameters).fetchall()
-        except psycopg.errors.UndefinedTable:  # no importer has begun yet
-            return []

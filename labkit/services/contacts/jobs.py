@@ -64,7 +64,6 @@ class ContactsJob(msgspec.Struct, frozen=True):
 
     @property
     def job(self) -> Job:
-        """Which one it is."""
         return Job(self.request, self.number, self.total)
 
     @property

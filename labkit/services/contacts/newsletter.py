@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psycopg
 from psycopg.sql import SQL
 
 from labkit.kafka.records import Record
-from labkit.services.connections import Connections
+from labkit.services.connections import Connections, rows
 from labkit.services.contacts.importer import sort_out
 from labkit.services.contacts.jobs import ContactsJob
 
@@ -38,7 +37,6 @@ class Newsletter:
             cursor.executemany("insert into subscribers values (%s) on conflict do nothing", [(one,) for one in emails])
 
     def close(self) -> None:
-        """Let its connections go."""
         self.database.close()
 
 
@@ -50,8 +48,4 @@ def _wants(cells: Sequence[str], places: Sequence[int]) -> bool:
 
 def subscribers(dsn: str) -> list[str]:
     """The e-mails, in order; none before there is a table."""
-    with psycopg.connect(dsn, connect_timeout=5) as database:
-        try:
-            return [email for (email,) in database.execute("select email from subscribers order by 1")]
-        except psycopg.errors.UndefinedTable:
-            return []
+    return [email for (email,) in rows(dsn, "select email from subscribers order by 1")]

@@ -22,11 +22,10 @@ from aiohttp import web
 from psycopg.sql import SQL
 
 from labkit.kafka.consumer.steps import Measured, Report, Step
-from labkit.services.clients import PATIENCE, ask
+from labkit.services.calls import LONG_PATIENCE, ask
 from labkit.services.connections import Connections
 from labkit.services.contacts.jobs import Job
-from labkit.services.http import TELL, HttpService
-from labkit.services.latency import Latency
+from labkit.services.http import TELL, HttpService, Latency, json
 
 TABLE = SQL(
     "create table if not exists import_progress "
@@ -67,7 +66,7 @@ class DownstreamService(HttpService):
 
     async def tell(self, request: web.Request) -> web.Response:
         jobs = request.app[FINISHED].get(request.match_info["request"], {})
-        return _json(Polled(len(jobs), max(jobs.values(), default=0.0)))
+        return json(Polled(len(jobs), max(jobs.values(), default=0.0)))
 
 
 FINISHED: web.AppKey[dict[str, dict[str, float]]] = web.AppKey("finished", dict)
@@ -124,11 +123,11 @@ class PolledFront(HttpService):
         if not found:
             raise web.HTTPNotFound(text="there is no such import\n")
         total, finished, changed = found[0]
-        return _json(PolledProgress(finished, changed, total=total))
+        return json(PolledProgress(finished, changed, total=total))
 
     async def _look(self, table: _Table) -> None:
         """Ask downstream for what is not finished, and write down what has changed."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LONG_PATIENCE)) as session:
             known: dict[str, int] = {}
             while True:
                 with suppress(aiohttp.ClientError, TimeoutError, psycopg.Error):  # the next look may do
@@ -178,7 +177,7 @@ class PollingBrowsers:
 
     async def _run(self, stop: threading.Event, report: Report) -> None:
         seen = _Seen()
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LONG_PATIENCE)) as session:
             asking = [asyncio.create_task(self._ask(session, request, seen)) for request in self.requests]
             while not stop.is_set():
                 report(Step.MEASURED, seen.measured())
@@ -213,7 +212,3 @@ class _Seen:
 
     def measured(self) -> Measured:
         return Measured({"requests": self.requests, "changes": self.changes}, self.age.gauges())
-
-
-def _json(value: msgspec.Struct) -> web.Response:
-    return web.json_response(body=msgspec.json.encode(value))

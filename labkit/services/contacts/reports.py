@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -63,21 +62,16 @@ def _bitmap(bits: int) -> bytes:
     return bits.to_bytes((bits.bit_length() + 7) // 8)
 
 
-def import_key(request: str, total: int) -> str:
-    """The key of an import's commands, and of its value: `YYY-6`."""
-    return f"{request}-{total}"
-
-
 @dataclass(frozen=True)
 class Reports:
     """Reports a finished job to the store, by a command with the key of its import: one partition has them all.
+
+    The key is the request and its number of jobs: `YYY-6`.
 
     Called in a handler, the command goes out with what the handler sends.
     """
 
     commands: Topic[JobFinished]
-    key: Callable[[str, int], object] = import_key
-    """Of request and total; its text is the key."""
 
     def __call__(self, job: Job, failed: bool = False) -> None:
-        self.commands.send(JobFinished(job.number, job.total, failed), str(self.key(job.request, job.total)))
+        self.commands.send(JobFinished(job.number, job.total, failed), f"{job.request}-{job.total}")

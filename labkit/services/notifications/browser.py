@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 
 from labkit.kafka.errors import LabkitError, error_text
-from labkit.services.clients import ask
+from labkit.services.calls import ask
 
 AGAIN = 0.05, 2.0  # seconds from one attempt to connect to the next: at first, and at most
 QUIET = 25.0  # seconds without a word after which a connection counts as dead: more than two beats
@@ -67,7 +67,6 @@ class Browser:
         self._loop.call_soon_threadsafe(self._cut)
 
     def go_online(self) -> None:
-        """Connect again."""
         self._loop.call_soon_threadsafe(self._online.set)
 
     def shown(self, stage: str, request: str = "") -> list[Shown]:

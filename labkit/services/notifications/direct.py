@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.request import Request
 
 import msgspec
 from aiohttp import web
@@ -20,7 +19,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import encode
 from labkit.patterns.notice_window import Bounds
 from labkit.patterns.notifications import HasId, Outcome, Told
-from labkit.services.clients import direct
+from labkit.services.calls import call
 from labkit.services.http import HttpService
 from labkit.services.notifications.channels import ChannelExpired, ChannelUnknown
 from labkit.services.notifications.pages import PAGES, ROUTES, Pages, origins_of
@@ -40,8 +39,7 @@ class DirectNotices:
     def __call__(self, channel: str, notice: HasId) -> None:
         body = encode({"id": notice.id, "notice": notice})
         try:
-            with direct(Request(f"{self.url}/channels/{channel}/notices", body), timeout=PATIENCE) as answer:  # noqa: S310
-                answer.read()
+            call(f"{self.url}/channels/{channel}/notices", "POST", body, PATIENCE)
         except OSError as error:
             log.warning("a notice is lost: %s: %s", notice.id, error)
 
@@ -78,7 +76,6 @@ class DirectNotificationService(HttpService):
         app.on_shutdown.append(lambda app: app[PAGES].end())
 
     async def tell(self, request: web.Request) -> web.Response:
-        """Tell it to who is here."""
         channel = request.match_info["channel"]
         try:
             request.app[PAGES].channels.check(channel)

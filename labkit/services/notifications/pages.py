@@ -154,7 +154,6 @@ class Pages(Generic[L]):
         allow_files(connections + OTHER_FILES)
 
     def open(self, request: web.Request) -> web.Response:
-        """Open a channel."""
         # Without `Access-Control-Allow-Origin` a page of another port cannot read the answer.
         headers = {"Access-Control-Allow-Origin": self._origin(request), "Vary": "Origin", "Cache-Control": "no-store"}
         if not self._openings.allows():

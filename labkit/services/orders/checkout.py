@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
 
 import msgspec
+from psycopg.sql import SQL
 
 from labkit.kafka.errors import LabkitError
-
-if TYPE_CHECKING:
-    import psycopg
+from labkit.services.connections import Connections
 
 # What the shop sells, and for how many cents.
 PRICES = {"cup": 900, "kettle": 4900, "saucer": 400, "spoon": 300, "tea": 1200, "teapot": 2900, "tin": 700}
 
-TABLE = """create table if not exists carts (
+TABLE = SQL("""create table if not exists carts (
     order_id text not null, item text not null, quantity int not null, cents int not null,
-    primary key (order_id, item))"""
+    primary key (order_id, item))""")
 
 
 class OrderPurchaseCompleted(msgspec.Struct, frozen=True):
@@ -73,26 +70,20 @@ class Carts:
     """The carts, in Checkout's PostgreSQL. An object travels to pods and connects where it is asked."""
 
     def __init__(self, dsn: str) -> None:
-        self.dsn = dsn
-        self._connecting = threading.Lock()
-        self._connection: psycopg.Connection[Any] | None = None
-
-    def __reduce__(self) -> tuple[type[Carts], tuple[str]]:
-        return type(self), (self.dsn,)
+        self.database = Connections(dsn, TABLE)
 
     def fill(self, numbers: Iterable[int]) -> None:
         """Carts for the orders of these numbers; those that are there stay as they are."""
-        rows = ((f"order-{number}", one.item, one.quantity, one.cents) for number in numbers for one in cart(number))
-        connection = self._connected()
-        connection.execute(TABLE)
-        with connection.cursor() as cursor:
-            while part := list(islice(rows, 1000)):
+        lines = ((f"order-{number}", one.item, one.quantity, one.cents) for number in numbers for one in cart(number))
+        with self.database.one() as database, database.cursor() as cursor:
+            while part := list(islice(lines, 1000)):
                 cursor.executemany("insert into carts values (%s, %s, %s, %s) on conflict do nothing", part)
 
     def check_out(self, purchase: OrderPurchaseCompleted) -> OrderCheckoutCompleted:
         """The order with its items. Raises CartUnknown; psycopg.Error while the database is away."""
         sql = "select item, quantity, cents from carts where order_id = %s order by item"
-        items = [CartItem(*row) for row in self._connected().execute(sql, (purchase.id,))]
+        with self.database.one() as database:
+            items = [CartItem(*row) for row in database.execute(sql, (purchase.id,))]
         if not items:
             raise CartUnknown(f"no cart belongs to {purchase.id}")
         if (cents := sum(one.cents for one in items)) != purchase.cents:
@@ -100,17 +91,4 @@ class Carts:
         return OrderCheckoutCompleted(purchase.id, purchase.customer, items)
 
     def close(self) -> None:
-        """Let the connection go. It can be used again."""
-        with self._connecting:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-
-    def _connected(self) -> psycopg.Connection[Any]:
-        """One connection for all threads: they take turns."""
-        import psycopg
-
-        with self._connecting:
-            if self._connection is None or self._connection.broken:
-                self._connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5)
-            return self._connection
+        self.database.close()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
+from psycopg.sql import SQL, Identifier
+
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.effects import Effect
 from labkit.kafka.errors import LabkitError
@@ -25,6 +27,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic, short_name
 from labkit.patterns.consume_and_project import Projection
 from labkit.patterns.views import Batch, Database, PostgresView, Row
+from labkit.services.connections import rows
 from labkit.services.orders import locks
 from labkit.services.orders.checkout import CartItem, OrderCheckoutCompleted, OrderPurchaseCompleted, cart
 
@@ -130,15 +133,8 @@ class Downstream:
 
     def _read(self) -> list[Row]:
         """All rows; none before there is a table."""
-        import psycopg
-        from psycopg.sql import SQL, Identifier
-
-        rows = SQL("select order_id, item, amount, cause, pod, at from {} order by at, order_id")
-        with psycopg.connect(self.dsn, connect_timeout=5) as database:
-            try:
-                return database.execute(rows.format(Identifier(self.table))).fetchall()
-            except psycopg.errors.UndefinedTable:
-                return []
+        sql = SQL("select order_id, item, amount, cause, pod, at from {} order by at, order_id")
+        return rows(self.dsn, sql.format(Identifier(self.table)))
 
 
 def delivery(

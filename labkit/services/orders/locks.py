@@ -16,7 +16,7 @@ from psycopg.sql import SQL, Composed, Identifier
 
 from labkit.kafka.records import Record
 from labkit.patterns.views import Row
-from labkit.services.connections import Connections
+from labkit.services.connections import Connections, rows
 
 TABLES = """
 create table if not exists {table} (
@@ -53,9 +53,8 @@ class Costs(NamedTuple):
 
 
 def costs(dsn: str, table: str) -> Costs:
-    """What the lock on this table's orders has cost. Raises psycopg.Error when there is none."""
-    with psycopg.connect(dsn, connect_timeout=5) as database:
-        orders, repeats, conflicts, waited = database.execute(_sql(COSTS, table)).fetchall()[0]
+    """What the lock on this table's orders has cost."""
+    ((orders, repeats, conflicts, waited),) = rows(dsn, _sql(COSTS, table)) or [(0, 0, 0, 0.0)]
     return Costs(orders, repeats or 0, conflicts or 0, waited or 0.0)
 
 
@@ -75,7 +74,6 @@ class OnceEach:
                 self._run(database, CONFLICT, record.value.id)  # in a transaction of its own: the other one is undone
 
     def close(self) -> None:
-        """Let the connections go."""
         self.database.close()
 
     def _pessimistic(self, database: psycopg.Connection[Any], order: str, rows: list[Row]) -> bool:

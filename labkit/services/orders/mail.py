@@ -16,7 +16,8 @@ from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
 from labkit.services.calls import IDEMPOTENCY_KEY, post
-from labkit.services.http import HttpService
+from labkit.services.connections import rows
+from labkit.services.http import HttpService, body
 
 TABLE = """create table if not exists mails (
     id serial primary key, order_id text not null, recipient text not null, idempotency_key text unique,
@@ -59,10 +60,7 @@ class MailService(HttpService):
         await app[OUTBOX].close()
 
     async def send(self, request: web.Request) -> web.Response:
-        try:
-            mail = msgspec.json.decode(await request.read(), type=Mail)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"this is no mail: {error}\n") from error
+        mail = await body(request, Mail)
         cursor = await request.app[OUTBOX].execute(
             "insert into mails (order_id, recipient, idempotency_key, at) values (%s, %s, %s, %s) "
             "on conflict (idempotency_key) do nothing",
@@ -86,6 +84,5 @@ def send_mail(url: str, order: str, to: str, idempotency_key: str | None = None)
 
 
 def mails(dsn: str) -> list[Sent]:
-    """All mails that left, in order."""
-    with psycopg.connect(dsn, connect_timeout=5) as outbox:
-        return [Sent(*row) for row in outbox.execute("select order_id, recipient, at from mails order by id")]
+    """All mails that left, in order; none before there is a table."""
+    return [Sent(*row) for row in rows(dsn, "select order_id, recipient, at from mails order by id")]

@@ -132,7 +132,6 @@ class OrderStep:
             return {order for (order,) in self._run(database, KNOWN)}
 
     def close(self) -> None:
-        """Let its connections go. It can be used again."""
         self._connections.close()
 
     # -- inside

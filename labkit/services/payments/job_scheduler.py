@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import msgspec
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
-from labkit.services.clients import direct
-from labkit.services.http import HttpService
+from labkit.services.calls import call
+from labkit.services.http import HttpService, body, json
 
 MONTHS = {"monthly": 1, "yearly": 12}
 
@@ -53,9 +52,8 @@ def schedule(scheduler: str, wanted: Schedule) -> None:
 
     Raises LabkitError when the scheduler does not take it.
     """
-    request = urllib.request.Request(f"{scheduler}/schedules", msgspec.json.encode(wanted))  # noqa: S310
     try:
-        direct(request, timeout=5).close()
+        call(f"{scheduler}/schedules", "POST", wanted)
     except OSError as error:
         raise LabkitError(f"the job scheduler at {scheduler} does not take a schedule: {error}") from error
 
@@ -67,8 +65,7 @@ def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progres
     """
     until = time.monotonic() + timeout
     while True:
-        with direct(f"{scheduler}/schedules", timeout=5) as answer:
-            there = msgspec.json.decode(answer.read(), type=list[Progress])
+        there = msgspec.json.decode(call(f"{scheduler}/schedules")[1], type=list[Progress])
         now = next((one for one in there if one.schedule == wanted), None)
         if now is None:
             raise LabkitError(f"the job scheduler at {scheduler} does not know {wanted}: schedule it first")
@@ -101,10 +98,7 @@ class JobScheduler(HttpService):
         await asyncio.gather(*app[JOBS], return_exceptions=True)
 
     async def register(self, request: web.Request) -> web.Response:
-        try:
-            schedule = msgspec.json.decode(await request.read(), type=Schedule)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        schedule = await body(request, Schedule)
         if schedule in request.app[PROGRESS]:
             return web.json_response({"known": schedule.url})
         request.app[PROGRESS][schedule] = progress = Progress(schedule)
@@ -112,7 +106,7 @@ class JobScheduler(HttpService):
         return web.json_response({"registered": schedule.url}, status=201)
 
     async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(list(request.app[PROGRESS].values())))
+        return json(list(request.app[PROGRESS].values()))
 
     async def _keep(self, schedule: Schedule, progress: Progress) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=schedule.patience)) as session:

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import psycopg
 from aiohttp import web
+from msgspec.structs import replace
 
 from labkit.services.calls import IDEMPOTENCY_KEY
-from labkit.services.faults import HttpFaults, Misbehaviour
-from labkit.services.http import HttpService
+from labkit.services.faults import FAULTS, HttpMisbehaviour, Misbehaving
+from labkit.services.http import body
 from labkit.services.payments.ledger import Renewal
 
 TABLES = """
@@ -30,13 +30,9 @@ create table if not exists calls (
 """
 
 
-class ProviderMisbehaviour(Misbehaviour, frozen=True):
-    """What the provider does to those who ask."""
+class ProviderMisbehaviour(HttpMisbehaviour, frozen=True):
+    """What the provider does to those who ask. It cuts only where it has charged."""
 
-    cut: int = 0
-    """So many charges are made, and the connection cut before the answer."""
-    wrong: bool = False
-    """Answers 200 with something that is no receipt, and charges nothing."""
     stuck: str = ""
     """This customer's calls end in an error (500), whatever is done."""
     declined: str = ""
@@ -44,7 +40,7 @@ class ProviderMisbehaviour(Misbehaviour, frozen=True):
 
 
 @dataclass(frozen=True)
-class PaymentsProvider(HttpService):
+class PaymentsProvider(Misbehaving):
     """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a ProviderMisbehaviour.
 
     `dsn` is the PostgreSQL of its ledger. `takes` is how long one charge takes it, in seconds.
@@ -53,36 +49,24 @@ class PaymentsProvider(HttpService):
     dsn: str = ""
     takes: float = 0.01
 
-    def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/charges", self.charge), web.put("/faults", self.tell)]
+    kind = ProviderMisbehaviour
 
-    @property
-    def faults(self) -> HttpFaults:
-        """How it is told to misbehave, for `lab.service`."""
-        return HttpFaults(self.url, ProviderMisbehaviour)
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/charges", self.charge), *super().routes()]
 
     async def start(self, app: web.Application) -> None:
+        await super().start(app)
         ledger = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
         await ledger.execute("set synchronous_commit = off")  # it outlives the process, if not the machine
         await ledger.execute(TABLES.encode())
-        app[LEDGER], app[FAULTS] = ledger, [ProviderMisbehaviour()]
+        app[LEDGER] = ledger
 
     async def finish(self, app: web.Application) -> None:
         await app[LEDGER].close()
 
-    async def tell(self, request: web.Request) -> web.Response:
-        try:
-            request.app[FAULTS][0] = msgspec.json.decode(await request.read(), type=ProviderMisbehaviour)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
-        return web.Response()
-
     async def charge(self, request: web.Request) -> web.Response:
         began, faults = time.time(), request.app[FAULTS][0]
-        try:
-            renewal = msgspec.json.decode(await request.read(), type=Renewal)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        renewal = await body(request, Renewal)
         await asyncio.sleep(self.takes + faults.delay)
         if refusal := _refusal(faults, renewal):
             outcome, answer = refusal
@@ -92,7 +76,7 @@ class PaymentsProvider(HttpService):
             outcome, answer = await self._charge(request, renewal)
             faults = request.app[FAULTS][0]
             if outcome == "charged" and faults.cut:
-                request.app[FAULTS][0] = msgspec.structs.replace(faults, cut=faults.cut - 1)
+                request.app[FAULTS][0] = replace(faults, cut=faults.cut - 1)
                 outcome = "dropped"
         await request.app[LEDGER].execute(
             "insert into calls (renewal, customer, outcome, began, ended) values (%s, %s, %s, %s, %s)",
@@ -113,7 +97,6 @@ class PaymentsProvider(HttpService):
 
 
 LEDGER = web.AppKey("ledger", psycopg.AsyncConnection[Any])
-FAULTS = web.AppKey("faults", list[ProviderMisbehaviour])
 
 
 def _refusal(faults: ProviderMisbehaviour, renewal: Renewal) -> tuple[str, web.Response] | None:

@@ -15,8 +15,8 @@ from aiohttp import web
 
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
-from labkit.services.clients import direct
-from labkit.services.http import HttpService
+from labkit.services.calls import call
+from labkit.services.http import HttpService, body, json
 from labkit.services.payments.ledger import CardDeclined, ProviderFailed, Renewal, receipt_of
 
 TABLES = """
@@ -71,10 +71,10 @@ class Polling(HttpService):
         await app[SESSION].close()
 
     async def told(self, request: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(request.app[COSTS][_lock(request)]))
+        return json(request.app[COSTS][_lock(request)])
 
     async def due(self, request: web.Request) -> web.Response:
-        told, lock = msgspec.json.decode(await request.read(), type=Due), _lock(request)
+        told, lock = await body(request, Due), _lock(request)
         costs, turns = request.app[COSTS][lock], asyncio.Semaphore(AT_ONCE)
 
         async def renew(number: int, renewal: Renewal, version: int) -> bool:
@@ -144,8 +144,7 @@ def costs(polling: str, lock: str, timeout: float = 30.0) -> Costs:
     """
     until = time.monotonic() + timeout
     while True:
-        with direct(f"{polling}/due?lock={lock}", timeout=5) as answer:
-            found = msgspec.json.decode(answer.read(), type=Costs)
+        found = msgspec.json.decode(call(f"{polling}/due?lock={lock}")[1], type=Costs)
         if not found.under_way:
             return found
         if time.monotonic() > until:
@@ -167,7 +166,7 @@ class Requesting(HttpService):
         return [web.post("/due", self.due)]
 
     async def due(self, request: web.Request) -> web.Response:
-        told = msgspec.json.decode(await request.read(), type=Due)
+        told = await body(request, Due)
         rows = await _due(self.dsn, told)
         try:
             await asyncio.to_thread(self._request, [renewal for _, renewal, _ in rows])

@@ -7,7 +7,7 @@ from labkit.lazy import lazy_names
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "content": "App Page Site changes site site_id sites updates",
+        "content": "App Page Site site site_id sites updates",
         "metasite": "MetaSite backfill fill stored table_writer",
         "view_reader": "ViewReader",
     },

@@ -74,7 +74,6 @@ def site(number: int, version: int = 1, seed: int = 1, pages: int = PAGES) -> Si
 
 
 def site_id(number: int) -> str:
-    """How a site is called."""
     return f"site-{number:06}"
 
 
@@ -91,24 +90,6 @@ def updates(count: int, many: int, seed: int = 1, pages: int = PAGES, first: int
         number = int(count * chance.random() ** 2)
         edited[number] = edited.get(number, first - 1) + 1
         yield site(number, edited[number], seed, pages)
-
-
-def changes(
-    count: int, many: int, seed: int = 1, pages: int = PAGES, first: int = 2, deletes: float = 0.05
-) -> Iterator[tuple[str, int, Site | None]]:
-    """The same updates, of which a share `deletes` are deletions: id, version, and the site, or None if it is gone.
-
-    A deletion has a version like any update. A site that is changed after it is there again.
-    """
-    chance = Random(f"{seed}/deletes/{first}")
-    gone: set[str] = set()
-    for one in updates(count, many, seed, pages, first):
-        if chance.random() < deletes and one.id not in gone:
-            gone.add(one.id)
-            yield one.id, one.version, None
-        else:
-            gone.discard(one.id)
-            yield one.id, one.version, one
 
 
 def _installed(chance: Random) -> list[str]:

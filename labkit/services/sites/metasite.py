@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from labkit.kafka.errors import DeliveryFailed, PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
-from labkit.services.http import HttpService
+from labkit.services.http import HttpService, body, json
 from labkit.services.sites.content import Site
 from labkit.services.sites.view_reader import NAME
 
@@ -75,12 +76,12 @@ class MetaSite(HttpService):
     # -- reading
 
     async def whole(self, request: web.Request) -> web.Response:
-        return _json(await self._object(request))
+        return json(await self._object(request))
 
     def part(self, name: str) -> Any:
         async def part(request: web.Request) -> web.Response:
             site = _site.decode(await self._object(request))
-            return _json(encode({"id": site.id, "version": site.version, name: getattr(site, name)}))
+            return json({"id": site.id, "version": site.version, name: getattr(site, name)})
 
         return part
 
@@ -88,7 +89,7 @@ class MetaSite(HttpService):
         """Which sites have an app: nothing but a look at every object can tell."""
         wanted = encode([{"name": _name(request, "app")}]).decode()
         sql = "select id from sites where object->'apps' @> %s::jsonb order by id limit %s"
-        return _json(encode([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))]))
+        return json([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))])
 
     async def _object(self, request: web.Request) -> bytes:
         name = _name(request)
@@ -102,10 +103,7 @@ class MetaSite(HttpService):
     async def put(self, request: web.Request) -> web.Response:
         """Create or change a site: the body is all of it, its next version."""
         name = _name(request)
-        try:
-            site = _site.decode(await request.read())
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=f"this is no site: {error}\n") from error
+        site = await body(request, Site)
         if site.id != name:
             raise web.HTTPBadRequest(text=f"the site in the body is {site.id}, not {name}\n")
         if not 0 <= site.version < 2**63 or NUL.search(encode(site)):
@@ -164,60 +162,45 @@ def _row(site: Site) -> tuple[str, int, str]:
     return site.id, site.version, encode(site).decode()
 
 
-def _json(body: bytes) -> web.Response:
-    return web.Response(body=body, content_type="application/json")
+def _write(dsn: str, batch: Sequence[Record[Site] | PoisonRecord]) -> None:
+    """The handler of `table_writer`."""
+    rows = []
+    for record in batch:
+        try:
+            rows.append(_row_of(record))
+        except Exception as error:
+            _pass_over(record, error)
+    with psycopg.connect(dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
+        cursor.execute(TABLE)  # of two that make it at once one is refused, whatever its records: they come again
+        connection.commit()
+        try:
+            cursor.executemany(UPSERT, rows)
+        except REFUSED as error:
+            if len(batch) > 1:
+                raise  # the consumer hands them over again, one by one
+            connection.rollback()
+            _pass_over(batch[0], error)
 
 
-class _Table:
-    """The handler of `table_writer`; it connects where it runs."""
+def _row_of(record: Record[Site] | PoisonRecord) -> tuple[str | None, int, str | None]:
+    if isinstance(record, PoisonRecord):
+        raise record
+    version = version_of(record)
+    if version is None:
+        raise ValueError("it does not say in which version the site is gone")
+    return record.key, version, None if record.value is None else encode(record.value).decode()
 
-    def __init__(self, dsn: str) -> None:
-        self.dsn = dsn
 
-    def __getstate__(self) -> str:
-        return self.dsn
-
-    def __setstate__(self, dsn: str) -> None:
-        self.dsn = dsn
-
-    def write(self, batch: Sequence[Record[Site] | PoisonRecord]) -> None:
-        rows = []
-        for record in batch:
-            try:
-                rows.append(self._row(record))
-            except Exception as error:
-                self._pass_over(record, error)
-        with psycopg.connect(self.dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
-            cursor.execute(TABLE)  # of two that make it at once one is refused, whatever its records: they come again
-            connection.commit()
-            try:
-                cursor.executemany(UPSERT, rows)
-            except REFUSED as error:
-                if len(batch) > 1:
-                    raise  # the consumer hands them over again, one by one
-                connection.rollback()
-                self._pass_over(batch[0], error)
-
-    @staticmethod
-    def _row(record: Record[Site] | PoisonRecord) -> tuple[str | None, int, str | None]:
-        if isinstance(record, PoisonRecord):
-            raise record
-        version = version_of(record)
-        if version is None:
-            raise ValueError("it does not say in which version the site is gone")
-        return record.key, version, None if record.value is None else encode(record.value).decode()
-
-    @staticmethod
-    def _pass_over(record: Record[Site] | PoisonRecord, error: Exception) -> None:
-        place = place_of(record.topic, record.partition, record.offset)
-        print(f"passed over: {place}: {error}", file=sys.stderr)  # noqa: T201 - a pod's log is its stderr
+def _pass_over(record: Record[Site] | PoisonRecord, error: Exception) -> None:
+    place = place_of(record.topic, record.partition, record.offset)
+    print(f"passed over: {place}: {error}", file=sys.stderr)  # noqa: T201 - a pod's log is its stderr
 
 
 def table_writer(sites: Topic[Site], dsn: str, batch: int = 100) -> Consumer:
     """Makes the rows of the table of what comes through the topic. A version that is there already changes nothing, so
     what is delivered twice does no harm. What is no site, or the database refuses, is passed over, with a line in the
     log; a database that is away is waited for."""
-    return Consumer(sites, _Table(dsn).write, batch=batch)
+    return Consumer(sites, partial(_write, dsn), batch=batch)
 
 
 def fill(dsn: str, sites: Iterable[Site]) -> None:

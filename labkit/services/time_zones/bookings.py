@@ -12,15 +12,9 @@ from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.errors import DeliveryFailed, PoisonRecord
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.services.time_zones.countries import Country, Zone, zone_at, zones_by_country
+from labkit.services.time_zones.countries import Country, Zone
 
 TICK = 0.5  # seconds between two looks at the clock
-
-
-def zones_of(countries: Iterable[str], now: datetime) -> dict[str, Zone]:
-    """The zones of these countries, as their clocks stand now."""
-    zones = zones_by_country()
-    return {name: zone_at(name, code, now) for code in countries for name in zones.get(code, ())}
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Bookings:
     countries: Topic[Country]
     clock: Topic[datetime]
     zones: Topic[Zone]
-    follow: Callable[[Iterable[str], datetime], dict[str, Zone]] = zones_of
+    follow: Callable[[Iterable[str], datetime], dict[str, Zone]]
     """What the zones should be, from nothing but the countries there are and the time. So it does not matter what was
     missed while this service was away, nor how often it is told the same."""
 
