@@ -607,7 +607,7 @@ def test_how_stale_a_view_of_a_topic_made_anew_is_cannot_be_told(cluster: Cluste
 
 
 def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.patterns.views.BUSY", 0.2)
+    monkeypatch.setattr("labkit.patterns.views.sqlite.BUSY", 0.2)
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"))
     with build(in_file, topic) as member, closing(sqlite3.connect(in_file.path, isolation_level=None)) as other:
@@ -625,7 +625,7 @@ def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monk
 def test_a_file_that_is_locked_when_partitions_come_is_waited_for(
     cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labkit.patterns.views.BUSY", 0.2)
+    monkeypatch.setattr("labkit.patterns.views.sqlite.BUSY", 0.2)
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"))
     tries: list[Any] = []
