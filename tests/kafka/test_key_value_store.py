@@ -351,10 +351,10 @@ def test_an_end_before_what_was_read_is_no_deletion(cluster: Cluster, monkeypatc
         asked.append(time.monotonic())
         return {(name, 0): 0 for name in topics}
 
-    monkeypatch.setattr("labkit.patterns.key_value_store.LOOK", 0.1)
+    monkeypatch.setattr("labkit.patterns.key_value_store.follower.LOOK", 0.1)
     with KeyValueStore(store_topic(cluster, 1)) as store:
         store.put("a", 1)
-        monkeypatch.setattr("labkit.patterns.key_value_store.end_offsets", late)
+        monkeypatch.setattr("labkit.patterns.key_value_store.follower.end_offsets", late)
         wait_until(lambda: len(asked) > 3, what="looks at the end")
         store.put("b", 2)
         assert store.snapshot() == {"a": 1, "b": 2}
@@ -466,7 +466,7 @@ def test_a_read_after_put_sees_it_and_no_read_goes_back(cluster: Cluster) -> Non
 
 def test_no_read_goes_back_while_it_is_loaded_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second: nothing tells it that it has seen all."""
-    monkeypatch.setattr("labkit.patterns.key_value_store._Look.all_was_read", lambda look, positions: 0.0)
+    monkeypatch.setattr("labkit.patterns.key_value_store.follower._Look.all_was_read", lambda look, positions: 0.0)
     topic = store_topic(cluster, 1, config={**COMPACTED, "delete.retention.ms": "1000"})
     stop = threading.Event()
     with KeyValueStore(topic) as store, KeyValueStore(topic) as other:

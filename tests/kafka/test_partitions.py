@@ -339,7 +339,7 @@ def test_of_a_key_in_two_partitions_only_the_newest_record_must_be_readable(clus
 
 
 def test_what_is_remembered_of_deleted_keys_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.patterns.store_contents.SPARE", 10)
+    monkeypatch.setattr("labkit.patterns.key_value_store.contents.SPARE", 10)
     with KeyValueStore(store_topic(cluster, 2)) as store:
         store.update({"a": 1, "b": 2})
         for number in range(8):
