@@ -466,7 +466,7 @@ def test_a_read_after_put_sees_it_and_no_read_goes_back(cluster: Cluster) -> Non
 
 def test_no_read_goes_back_while_it_is_loaded_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second: nothing tells it that it has seen all."""
-    monkeypatch.setattr("labkit.patterns.key_value_store.follower._Look.all_was_read", lambda look, positions: 0.0)
+    monkeypatch.setattr(KeyValueStore, "_all_was_read", lambda store, seen: 0.0)
     topic = store_topic(cluster, 1, config={**COMPACTED, "delete.retention.ms": "1000"})
     stop = threading.Event()
     with KeyValueStore(topic) as store, KeyValueStore(topic) as other:

@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from labkit.kafka.errors import (
@@ -26,6 +26,7 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store.contents import Changes, Contents, differences
 from labkit.patterns.key_value_store.subscription import Subscription
+from labkit.patterns.look import Look
 
 V = TypeVar("V")
 Place: TypeAlias = tuple[str, int]
@@ -69,6 +70,12 @@ class Follower(Generic[V]):
         _followers.add(self)
         self._thread = threading.Thread(target=self._run, name=f"store {topic.short}", daemon=True)
         self._thread.start()
+
+    @property
+    def scattered(self) -> dict[str, tuple[int, ...]]:
+        """The keys that were found in more than one partition, and in which: clients with different partitioners write
+        them. Of the newest record in each of these, the one with the latest timestamp counts."""
+        return {key: tuple(sorted(found)) for key, found in self._contents.scattered.copy().items()}
 
     def lag(self) -> int:
         """Records of the topic that this store has still to read. Raises ClusterUnreachable."""
@@ -192,12 +199,16 @@ class Follower(Generic[V]):
         Returns when all is to be read again: a tombstone may have come and gone unseen, after a time without Kafka, or
         one in which this process stood still; or a key came from a second partition.
         """
-        with _Look(self._ends, min(LOOK, keeps / 4)) as look:
+        with Look(lambda: (time.time(), self._ends()), min(LOOK, keeps / 4)) as look:
             while self._failure is None and time.time() - fresh <= keeps:
-                fresh = max(fresh, look.all_was_read(self._positions))
+                fresh = max(fresh, self._all_was_read(look.answer()))
                 self._take(reader)
                 if self._goes_by_time(self._contents):
                     return
+
+    def _all_was_read(self, seen: tuple[float, dict[Place, int]] | None) -> float:
+        """When the ends were seen, if all before them is read by now; else 0."""
+        return seen[0] if seen is not None and not behind(self._positions, seen[1]) else 0.0
 
     def _take(self, reader: Reader[V]) -> None:
         if messages := reader.messages(BUSY_TURN if self._writes else TURN):
@@ -254,40 +265,6 @@ def _end_all_in_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_end_all_in_fork)
-
-
-class _Look:
-    """Looks every so many seconds where the topic ends. In a thread: while Kafka is away an answer takes its time."""
-
-    def __init__(self, ends: Callable[[], dict[Place, int]], every: float) -> None:
-        self._ask, self._every = ends, every
-        self._seen: tuple[float, dict[Place, int]] | None = None
-        self._failure: LabkitError | None = None
-        self._stop = threading.Event()
-
-    def all_was_read(self, positions: Mapping[Place, int]) -> float:
-        """The last time of which it is known that all there was is read by now. Raises TopicMissing, TopicMismatch."""
-        if self._failure is not None:
-            raise self._failure
-        return self._seen[0] if self._seen is not None and not behind(positions, self._seen[1]) else 0.0
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._run, name="look at a topic's end", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._every):
-            asked = time.time()
-            try:
-                self._seen = asked, self._ask()
-            except ClusterUnreachable:
-                pass  # it comes back; meanwhile nothing changes
-            except LabkitError as error:
-                self._failure = error
-                return
 
 
 class Write:

@@ -110,12 +110,6 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
         """The keys that cannot be read, and their newest records, which do not decode."""
         return {key: one.error for key, one in self._contents.unreadable.copy().items()}
 
-    @property
-    def scattered(self) -> dict[str, tuple[int, ...]]:
-        """The keys that were found in more than one partition, and in which: clients with different partitioners write
-        them. Of the newest record in each of these, the one with the latest timestamp counts."""
-        return {key: tuple(sorted(found)) for key, found in self._contents.scattered.copy().items()}
-
     def measured(self) -> Measured:
         """Its figures, to be reported as Step.MEASURED: `<topic> loads`, `<topic> entries`, and `<topic> read`, the sum
         of the offsets up to which it has read."""
@@ -156,7 +150,7 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
         """
         with self._lock:
             self._check_open()
-            subscription = Subscription(self.topic.short, callback)
+            subscription: Subscription[V] = Subscription(self.topic.short, callback)
             self._subscriptions = [*(one for one in self._subscriptions if one._open), subscription]
             subscription._note({key: (None, value) for key, value in self._entries.items()})
         return subscription
