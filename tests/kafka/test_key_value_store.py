@@ -389,7 +389,7 @@ def test_aborted_records_never_show(cluster: Cluster) -> None:
         assert again.snapshot() == {"a": 1, "c": 3}
 
 
-def test_records_without_a_key_are_passed_over_and_counted(cluster: Cluster) -> None:
+def test_records_without_a_key_are_passed_over(cluster: Cluster) -> None:
     topic = store_topic(cluster, 1)
     topic.create()
     # A broker refuses such records for a compacted topic; one that was compacted later may hold them.
@@ -399,7 +399,6 @@ def test_records_without_a_key_are_passed_over_and_counted(cluster: Cluster) -> 
     alter(loose, COMPACTED)
     with KeyValueStore(loose) as store:
         assert store.snapshot() == {"a": 1}
-        assert store.ignored == 2
 
 
 def test_a_write_that_the_broker_refuses_says_why(cluster: Cluster) -> None:
@@ -571,12 +570,11 @@ def test_a_subscriber_that_raises_is_told_the_next_change(
             raise ValueError("what a subscriber may do")
         seen.append((key, old, new))
 
-    subscription = store.subscribe(callback)
+    store.subscribe(callback)
     store.put("a", "bad")
-    wait_until(lambda: subscription.failures == 1, what="the failure")
+    wait_until(lambda: "what a subscriber may do" in caplog.text, what="the failure")
     store.put("a", "good")
     wait_until(lambda: seen == [("a", "bad", "good")], what="the next change")
-    assert "what a subscriber may do" in caplog.text
 
 
 @pytest.mark.parametrize("error", [Untellable, Untraceable])
@@ -593,7 +591,7 @@ def test_a_subscriber_whose_error_cannot_be_told_is_told_the_next_change(
 
     subscription = store.subscribe(callback)
     store.put("a", "bad")
-    wait_until(lambda: subscription.failures == 1, what="the failure")
+    wait_until(lambda: subscription.behind == 0, what="the failure")
     store.put("a", "good")
     wait_until(lambda: seen == ["good"], what="the next change")
 
@@ -632,7 +630,6 @@ def test_a_subscriber_may_write_to_the_same_store(store: KeyValueStore[Any]) -> 
     subscription = store.subscribe(count_down)
     store.put("n", 5)
     wait_until(lambda: store.get("n") == 0 and subscription.behind == 0, what="the countdown")
-    assert subscription.failures == 0
 
 
 # -- closing, travelling

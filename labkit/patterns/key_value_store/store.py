@@ -36,7 +36,7 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
 
     Reading is local: it takes no lock, asks no broker, and never goes back to an older value. Reading before the store
     is loaded raises StoreNotReady. A key whose newest record does not decode raises PoisonRecord when it is read, until
-    the key is written again; records without a key are passed over (`ignored`). Values are handed out as they are, not
+    the key is written again; records without a key are passed over. Values are handed out as they are, not
     copied: do not change them.
 
     It travels to a pod as the coordinates of its topic, and is loaded there anew.
@@ -99,11 +99,6 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
 
     def items(self) -> ItemsView[str, V]:
         return self.snapshot().items()
-
-    @property
-    def ignored(self) -> int:
-        """Records without a key that were passed over."""
-        return self._contents.ignored
 
     @property
     def unreadable(self) -> dict[str, PoisonRecord]:

@@ -21,8 +21,6 @@ class Subscription(Generic[V]):
 
     def __init__(self, store: str, callback: Callback[V]) -> None:
         self._store, self.callback = store, callback
-        self.failures = 0
-        """How often the callback raised."""
         self._changes: Changes[V] = {}  # not yet told; the newest of each key
         self._telling = False
         self._open = True
@@ -70,6 +68,5 @@ class Subscription(Generic[V]):
             try:
                 self.callback(key, old, new)
             except Exception:
-                self.failures += 1
                 with suppress(Exception):  # of an error whose traceback cannot be had
                     log.exception("a subscriber of store %s failed at %r", self._store, key)
