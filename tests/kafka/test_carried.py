@@ -13,10 +13,11 @@ from confluent_kafka import Producer as Client
 from consuming import Member, fresh_group, fresh_topic
 from processes import wait_until
 
+from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed, LabkitError
-from labkit.kafka.producer import POD, let_go
+from labkit.kafka.producer import POD
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
@@ -51,9 +52,9 @@ def refuse(record: Record[Any]) -> None:
 def pod(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Records say which pod made them."""
     monkeypatch.setenv(POD, "shop-1")
-    let_go(cluster)
+    forget(cluster)
     yield
-    let_go(cluster)
+    forget(cluster)
 
 
 def carried(message: Any) -> tuple[Any, ...]:

@@ -25,10 +25,10 @@ import pytest
 from consuming import Member, alter, fresh_group, fresh_topic, put
 from processes import wait_until
 
+from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.producer import let_go
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
@@ -319,7 +319,7 @@ def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str, monkeypa
         status, said = ask(f"{url}/sites/{site_id(1)}?version=2", "DELETE")
         assert status == 503
         assert "not confirmed within 8 s: is the broker up? They may still arrive" in said
-    let_go(nobody.cluster)
+    forget(nobody.cluster)
 
 
 @pytest.mark.parametrize(
