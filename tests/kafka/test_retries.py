@@ -393,18 +393,6 @@ def test_two_groups_on_one_topic_do_not_take_each_others_retries(cluster: Cluste
     assert {value: len(times) for value, times in other.calls.items()} == {1: 1, 2: 2}
 
 
-def test_each_topic_keeps_to_its_own_policy(cluster: Cluster) -> None:
-    topic, other, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
-    put(topic, 1)
-    put(other, 2)
-    handler = Handler({1: ALWAYS, 2: ALWAYS})
-    retry = {topic.name: blocking(0.05, 0.05), other.name: retry_topics(0.05)}
-    run_to_rest(RetryingConsumer((topic, other), handler, group, retry=retry))
-    assert [len(handler.calls[value]) for value in (1, 2)] == [3, 2]
-    assert [letter.value for letter in letters(topic, group)] == ["1"]
-    assert [letter.value for letter in letters(other, group)] == ["2"]
-
-
 # -- The queue
 
 
