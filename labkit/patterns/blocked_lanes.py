@@ -20,10 +20,10 @@ import msgspec
 
 from labkit.kafka.consumer.failures import FailedRecord
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import LabkitError, error_text, place_of
+from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.producer import POD, producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import encode
+from labkit.kafka.records import Placed, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
@@ -34,7 +34,7 @@ SKIP_ALL = "skip all"  # the key of that command
 TAKEN = 10.0  # seconds for a consumer to do what it was told
 
 
-class Blocked(msgspec.Struct, frozen=True, tag=True):
+class Blocked(Placed, msgspec.Struct, frozen=True, tag=True):
     """A record that its lane cannot get past."""
 
     topic: str
@@ -48,11 +48,6 @@ class Blocked(msgspec.Struct, frozen=True, tag=True):
     error: str
     member: str
     """Who holds it: a pod, or a host and process."""
-
-    @property
-    def place(self) -> str:
-        """`topic/partition/offset`."""
-        return place_of(self.topic, self.partition, self.offset)
 
 
 class Skip(msgspec.Struct, frozen=True, tag=True):

@@ -37,7 +37,7 @@ from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
-RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+)(s|ms)$")  # how its name ends: which one, and its delay
+RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+m?s)$")  # how its name ends: which one, and its delay
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,11 @@ def written(seconds: float) -> str:
     return f"{whole}ms" if whole % 1000 else f"{whole // 1000}s"
 
 
+def seconds_of(delay: str) -> float:
+    """The seconds of a delay as it is written in a topic's name."""
+    return int(delay[:-2]) / 1000 if delay.endswith("ms") else float(delay[:-1])
+
+
 # -- What it does while it runs ----------------------------------------------------------------------------------------
 
 
@@ -293,9 +298,8 @@ class _Retries:
         for main in consumer.mains:
             self.stages[main.name] = _Stage(main, 0, 0.0, own=False)
             for own in consumer.co_partitioned[main.name]:
-                number, delay, unit = end.groups() if (end := RETRY_TOPIC.search(own.name)) else ("0", "0", "s")
-                seconds = int(delay) / (1000 if unit == "ms" else 1)
-                self.stages[own.name] = _Stage(main, int(number), seconds, own=True)
+                number, delay = end.groups() if (end := RETRY_TOPIC.search(own.name)) else ("0", "0s")
+                self.stages[own.name] = _Stage(main, int(number), seconds_of(delay), own=True)
 
     def __enter__(self) -> Self:
         self.commands = {main.name: Commands(main, self.group) for main in self.consumer.mains}

@@ -74,23 +74,6 @@ class Lane:
 class Partition:
     """One assigned partition: its lanes, and how far it has got."""
 
-    __slots__ = (
-        "active",
-        "at_end",
-        "commit_requested",
-        "committed",
-        "given_up",
-        "held",
-        "lanes",
-        "lock",
-        "next_offset",
-        "number",
-        "paused",
-        "seeking",
-        "state",
-        "topic",
-    )
-
     def __init__(self, topic: str, number: int, start: int) -> None:
         self.topic, self.number = topic, number
         self.next_offset = start  # after the last one fetched

@@ -29,12 +29,12 @@ from labkit.kafka.consumer.lanes import Lane, Partition
 from labkit.kafka.consumer.run import Run
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, Watchdog
+from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, Watchdog, overrun
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMismatch, error_text, place_of, safe_text
+from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMismatch, error_text, safe_text
 from labkit.kafka.producer import HandlerContext, Output, handling
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Message, Record, encode, parser
+from labkit.kafka.records import Message, Record, coordinates, encode, parser
 from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
@@ -265,7 +265,7 @@ class StateHandler:
         state, context = partition.state, self.context
         assert state is not None  # noqa: S101
         context.record, context.collecting = None, True
-        self.watchdog.what = f"handler of {_place(messages[0])} has run for more than {self.spec.deadline:g} s"
+        self.watchdog.what = overrun(messages[0], self.spec.deadline)
         changes: Changes = {}
         failure: BaseException | None = None
         try:
@@ -325,7 +325,7 @@ class StateHandler:
             self.run.end(error)
             return
         if not isinstance(error, Exception):
-            told = f"the handler ended the process ({safe_text(error, of=repr)}) on {_place(messages[0])}"
+            told = f"the handler ended the process ({safe_text(error, of=repr)}) on {coordinates(messages[0])}"
             self.run.end(HandlerExit(f"{told}, which is not committed"))
             return
         if len(messages) > 1:
@@ -381,7 +381,3 @@ def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[
     """These changes as the transaction takes them."""
     for key, value in changes.items():
         yield Output(store, value, key, state.number, [])
-
-
-def _place(message: Message) -> str:
-    return place_of(message.topic(), message.partition(), message.offset())
