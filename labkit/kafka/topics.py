@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,6 +88,3 @@ class Topic(Generic[T]):
     def __repr__(self) -> str:
         many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"
         return f"Topic({self.short}, {many} of {getattr(self.value, '__name__', self.value)})"
-
-    def _repr_html_(self) -> str:
-        return f"<span title='{html.escape(self.name, quote=True)}'>{html.escape(repr(self))}</span>"

@@ -11,7 +11,6 @@ three fields, took 0.4 GB, and some seconds to load. A data set that is larger t
 
 from __future__ import annotations
 
-import html
 import threading
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any, Self, TypeVar, overload
@@ -170,9 +169,6 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
     def __repr__(self) -> str:
         holds = f"{len(self._entries):,} entries" if self.ready else "closed" if self._failure else "not loaded"
         return f"KeyValueStore({self.topic.short}, {holds})"
-
-    def _repr_html_(self) -> str:
-        return f"<span title='{html.escape(self.topic.name, quote=True)}'>{html.escape(repr(self))}</span>"
 
     def __reduce__(self) -> tuple[type[KeyValueStore[V]], tuple[Topic[V]]]:
         return type(self), (self.topic,)

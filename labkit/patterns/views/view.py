@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -101,9 +100,6 @@ class View(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name} in {self._where()})"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
 
     # -- what a new view overrides
 
