@@ -12,8 +12,8 @@ from __future__ import annotations
 from labkit.patterns.views.changes import LARGEST_BATCH as LARGEST_BATCH
 from labkit.patterns.views.changes import Batch as Batch
 from labkit.patterns.views.changes import Change as Change
+from labkit.patterns.views.changes import Checkpoint as Checkpoint
 from labkit.patterns.views.changes import Database as Database
-from labkit.patterns.views.changes import Mark as Mark
 from labkit.patterns.views.changes import Row as Row
 from labkit.patterns.views.changes import ViewOutdated as ViewOutdated
 from labkit.patterns.views.changes import ViewTakenBack as ViewTakenBack

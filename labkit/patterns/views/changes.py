@@ -49,11 +49,11 @@ class Batch(NamedTuple):
     """When the last of its records was produced, in seconds since 1970."""
     changes: Sequence[tuple[int, Change]]
     """With the offsets of their records."""
-    aside: Sequence[tuple[int, str]]
+    rejected: Sequence[tuple[int, str]]
     """Records that could not be projected: offset and reason."""
 
 
-class Mark(NamedTuple):
+class Checkpoint(NamedTuple):
     """How far a view has got in a partition."""
 
     next_offset: int

@@ -14,8 +14,8 @@ from labkit.kafka.errors import LabkitError
 from labkit.patterns.views.changes import (
     Batch,
     Change,
+    Checkpoint,
     Database,
-    Mark,
     Row,
     ViewOutdated,
     ViewTakenBack,
@@ -32,7 +32,7 @@ _SHARED = (
     "create table if not exists view_definitions (view text primary key, name text, definition text, shown int)",
     """create table if not exists view_offsets (view text, topic text, partition int, topic_id text,
     next_offset bigint, time double precision, primary key (view, topic, partition))""",
-    """create table if not exists view_aside (view text, topic text, partition int, record bigint, reason text,
+    """create table if not exists view_rejected (view text, topic text, partition int, record bigint, reason text,
     primary key (view, topic, partition, record))""",
 )
 
@@ -52,7 +52,7 @@ class View(ABC):
     A view that fills its table in another way than row for row overrides `write`, and nothing else. One whose records
     each add their rows, and replace none, sets `adds_up`.
 
-    To build it anew, project into `view.beside()` with a group of its own, then `switch` that.
+    To build it anew, project into `view.next_generation()` with a group of its own, then `promote` that.
     """
 
     adds_up: ClassVar[bool] = False
@@ -144,8 +144,8 @@ class View(ABC):
         1. claim:  the stored offset is read, and kept from other writers; what is before it is written already;
         2. select: of each key the last change, if it is newer than what is there; all changes of one that adds up;
         3. write:  rows, and versions, those of deleted keys too;
-        4. aside:  the places of records that could not be projected;
-        5. mark:   the offset moves on.
+        4. reject: the places of records that could not be projected;
+        5. move:   the offset moves on.
 
         Raises ViewTakenBack when the view has lost what was before the batch; ViewOutdated, ViewUnavailable.
         """
@@ -182,10 +182,10 @@ class View(ABC):
             newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
             insert(database, f"{self.name}_keys", list(keys.values()), newer)
         place = (self.name, self._topic, batch.partition)
-        aside = [(*place, *aside) for aside in batch.aside if aside[0] >= stored]
-        insert(database, "view_aside", aside, "do nothing")
-        mark = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
-        database.execute(mark, (batch.next_offset, batch.time, *place))
+        rejected = [(*place, *one) for one in batch.rejected if one[0] >= stored]
+        insert(database, "view_rejected", rejected, "do nothing")
+        moved = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
+        database.execute(moved, (batch.next_offset, batch.time, *place))
 
     def _versions(self, database: Database, changes: Sequence[Change]) -> dict[str, int]:
         keys = list({change.key for change in changes})
@@ -210,13 +210,13 @@ class View(ABC):
 
     # -- generations
 
-    def beside(self) -> Self:
-        """The same view one generation on: built by a group of its own, unseen by readers until its `switch`."""
+    def next_generation(self) -> Self:
+        """The same view one generation on: built by a group of its own, unseen by readers until it is promoted."""
         made = copy(self)
         made.generation += 1
         return made
 
-    def switch(self, force: bool = False) -> None:
+    def promote(self, force: bool = False) -> None:
         """Let readers see this generation from now on; a read sees the one before or this one, and never fails.
 
         Raises LabkitError while it has less of the topic than the generation that is shown, which `force` allows.
@@ -227,7 +227,7 @@ class View(ABC):
                 places = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
                 raise LabkitError(
                     f"view {self.name} is behind the one that is shown: {places} records; wait for it. If the topic "
-                    "has lost these records, switch(force=True)"
+                    "has lost these records, promote(force=True)"
                 )
             self._show(database)
 
@@ -327,14 +327,14 @@ class View(ABC):
         """How many rows it has."""
         return int(self._read(f"select count(*) from {self.table}")[0][0])
 
-    def marks(self, topic: str) -> dict[int, Mark]:
+    def checkpoints(self, topic: str) -> dict[int, Checkpoint]:
         """How far it has got, by partition."""
         sql = f"select partition, next_offset, time, topic_id from {self.table}_offsets where topic = ?"
-        return {partition: Mark(*mark) for partition, *mark in self._read(sql, (topic,))}
+        return {partition: Checkpoint(*one) for partition, *one in self._read(sql, (topic,))}
 
-    def aside(self) -> list[tuple[str, int, int, str]]:
+    def rejected(self) -> list[tuple[str, int, int, str]]:
         """The records of this generation that could not be projected: topic, partition, offset, reason."""
-        sql = "select topic, partition, record, reason from view_aside where view = ? order by 1, 2, 3"
+        sql = "select topic, partition, record, reason from view_rejected where view = ? order by 1, 2, 3"
         return cast(list[tuple[str, int, int, str]], self._read(sql, (self.name,)))
 
     def close(self) -> None:
