@@ -144,7 +144,7 @@ class BlockedLanes(GroupEntries[Blocked]):
     def skipped(self) -> list[Skipped]:
         """Every skip there was, oldest first. One whose consumer crashed before it committed is listed again."""
         with Reader(self._skips) as reader:
-            return [record.value for record in reader.rest()]
+            return [record.value for record in reader.read_to_end()]
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         until = time.monotonic() + timeout

@@ -296,7 +296,7 @@ class Notifications(Generic[N]):
             raise TopicMissing(f"topic {self.topic.short} does not exist at {cluster.bootstrap}: create it first")
         window = Window(topic_id, starts, self.bounds)
         with Reader(self.topic, partitions=starts, starts=starts) as reader:
-            for messages in reader.to_end(PATIENCE):
+            for messages in reader.messages_to_end(PATIENCE):
                 for channel, entry in self._entries(messages):
                     window.add(channel, entry)
                 if self._stop.is_set():

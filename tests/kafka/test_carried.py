@@ -93,7 +93,7 @@ def test_a_value_that_is_null_empty_or_no_text_comes_back_as_it_was(cluster: Clu
     ):
         wait_until(lambda: len(queue) == 1, 20, "the dead letter")
         with Reader(dead_letters_topic(topic, group)) as reader:  # as `lab.records` shows it
-            (record,) = reader.rest()
+            (record,) = reader.read_to_end()
         (letter,) = queue.values()
         assert record.value == letter
         assert (letter.value is None) == (value is None)
@@ -180,7 +180,7 @@ def test_what_is_no_dead_letter_disturbs_none(cluster: Cluster) -> None:
         for headers in (None, [("labkit-retry", b"{"), ("labkit-dead-letter", None)]):
             write(kept, b"1", b"elsewhere/0/0", headers)
         with Reader(kept) as reader:
-            stored = next(one for one in reader.rest() if isinstance(one.value, DeadLetter))
+            stored = next(one for one in reader.read_to_end() if isinstance(one.value, DeadLetter))
             assert len(reader.poison) == 2
         write(kept, b"1", b"elsewhere/0/1", stored._message.headers())  # it says that it came from elsewhere
         wait_until(lambda: len(queue.store.unreadable) == 2, 20, "what is none")

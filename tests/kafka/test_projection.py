@@ -498,7 +498,7 @@ def test_a_worker_held_while_its_partition_goes_and_comes_back_changes_nothing(
     mine.table = others.table = f"numbers_{uuid.uuid4().hex[:8]}"
     numbered(topic, *range(50))
     with Reader(topic) as reader:
-        records = list(reader.rest())
+        records = list(reader.read_to_end())
     held, go_on = threading.Event(), threading.Event()
 
     def rows(record: Record[int]) -> list[tuple[int]]:

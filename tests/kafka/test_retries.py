@@ -695,4 +695,4 @@ def test_a_consumer_without_failures_has_a_quiet_life(cluster: Cluster) -> None:
     assert Step.COMMITTED in seen
     assert not seen & {Step.HANDLING, Step.HANDLED}
     with Reader(dead_letters_topic(topic, group)) as reader:
-        assert reader.rest() == []
+        assert reader.read_to_end() == []

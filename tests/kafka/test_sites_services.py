@@ -240,7 +240,7 @@ def table(dsn: str) -> dict[str, int]:
 def told(topic: Topic[Site]) -> dict[str, int]:
     """Highest version by id, as the topic has it."""
     with Reader(topic) as reader:
-        return {one.value.id: one.value.version for one in reader.rest() if one.value is not None}
+        return {one.value.id: one.value.version for one in reader.read_to_end() if one.value is not None}
 
 
 def test_metasite_answers_with_pieces_of_a_large_object(cluster: Cluster, dsn: str) -> None:

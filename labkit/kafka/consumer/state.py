@@ -140,7 +140,7 @@ def restore(run: Run, numbers: Iterable[int]) -> dict[int, PartitionState]:
     if max(states) >= store.partitions:  # added while it runs
         raise _other_number(run.spec.sources[0].short, max(states) + 1, store.short, store.partitions)
     with Reader(store, partitions=sorted(states)) as reader:
-        for messages in reader.to_end(RESTORE):
+        for messages in reader.messages_to_end(RESTORE):
             for message in messages:
                 key, value, values = message.key(), message.value(), states[message.partition()].values
                 if value is not None and key is not None:
