@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMismatch
 from labkit.kafka.producer import Headers, deliver, producer
 from labkit.kafka.records import T, encode
 
@@ -62,6 +62,20 @@ class Topic(Generic[T]):
         raw = ((None if value is None else encode(value), key, headers) for value, key, headers in records)
         with self._explaining():
             deliver(self.cluster, self.name, raw, timeout)
+
+    def check_compacted(self, purpose: str) -> dict[str, str]:
+        """Its settings. Raises TopicMismatch unless it is compacted, and has as many partitions as this says;
+        TopicMissing, ClusterUnreachable."""
+        config = self.cluster.topic_config(self.name)
+        if (policy := config["cleanup.policy"]) != "compact":
+            raise TopicMismatch(
+                f"topic {self.short} cannot {purpose}: with cleanup.policy={policy} Kafka deletes what is old, the "
+                "latest value of a key too. Make it with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
+            )
+        there = self.cluster.topics().get(self.name)
+        if there and there != self.partitions:
+            raise TopicMismatch(f"topic {self.short} has {there} partitions, not {self.partitions}: use that number")
+        return config
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:

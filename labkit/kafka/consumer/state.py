@@ -97,16 +97,9 @@ def check_store(spec: Spec) -> None:
     store = spec.store
     if store is None:
         return
-    policy = store.cluster.topic_config(store.name)["cleanup.policy"]
-    if policy != "compact":
-        raise TopicMismatch(
-            f"topic {store.short} cannot keep a state: with cleanup.policy={policy} Kafka deletes what is old. Make it "
-            "with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
-        )
+    store.check_compacted("keep a state")
     there = store.cluster.topics()
     kept = there.get(store.name)
-    if kept and kept != store.partitions:
-        raise TopicMismatch(f"topic {store.short} has {kept} partitions, not {store.partitions}: use that number")
     own = {topic.name for topics in spec.co_partitioned.values() for topic in topics}
     for topic in spec.sources:
         read = there.get(topic.name)

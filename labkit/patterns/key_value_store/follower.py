@@ -137,18 +137,9 @@ class Follower(Generic[V]):
 
     def _check_topic(self) -> float:
         """How long the topic keeps tombstones, in seconds. Raises TopicMismatch for one that cannot hold a store."""
-        cluster, name, short = self.topic.cluster, self.topic.name, self.topic.short
-        config = cluster.topic_config(name)
-        if (policy := config["cleanup.policy"]) != "compact":
-            raise TopicMismatch(
-                f"topic {short} cannot hold a store: with cleanup.policy={policy} Kafka deletes what is old, the "
-                "latest value of a key too. Make it with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
-            )
-        if (there := cluster.topics().get(name)) is None:
-            raise self._unlisted()
-        if there != self.topic.partitions:
-            raise TopicMismatch(f"topic {short} has {there} partitions, not {self.topic.partitions}: use that number")
-        self._id = self._id or cluster.topic_id(name)  # that of the first time: one made anew is another topic
+        config = self.topic.check_compacted("hold a store")
+        # That of the first time: one made anew is another topic.
+        self._id = self._id or self.topic.cluster.topic_id(self.topic.name)
         return max(1.0, int(config["delete.retention.ms"]) / 1000)
 
     def _load(self, reader: Reader[V], keeps: float) -> float:
