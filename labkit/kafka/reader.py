@@ -136,7 +136,6 @@ class Reader(Generic[T]):
             yield self.messages(0.1)
 
     def close(self) -> None:
-        """Let the client go."""
         self._client.close()
 
     def __enter__(self) -> Reader[T]:

@@ -108,7 +108,6 @@ class BlockedLanes(GroupEntries[Blocked]):
 
     @property
     def skipping(self) -> bool:
-        """Whether all that fails is skipped."""
         return SKIP_ALL in self.store.snapshot()
 
     def skip(self, place: str, timeout: float = TAKEN) -> Blocked:
@@ -176,7 +175,6 @@ class Commands:
         self._subscription = self.store.subscribe(self._changed)
 
     def on_step(self, step: Step, subject: Any) -> None:
-        """A step of the consumer."""
         if step is Step.FAILED:
             self._command(subject)
         elif step is Step.BLOCKED:
@@ -202,7 +200,6 @@ class Commands:
                     del self._mine[place]
 
     def close(self) -> None:
-        """Hear no more."""
         self.store.close()
         self._producer.unconfirmed(2.0)
 

@@ -44,7 +44,6 @@ class GroupEntries(Mapping[str, V]):
         return self._now().items()
 
     def close(self) -> None:
-        """Look no more."""
         self.store.close()
 
     def __enter__(self) -> Self:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 
 class LaneState(Enum):
-    """What a lane does now."""
-
     IDLE = "idle"
     """Nothing to do."""
     RUNNING = "running"

@@ -36,7 +36,6 @@ class Watchdog:
         threading.Thread(target=self._watch, name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Look no more."""
         self._closed.set()
 
     def _watch(self) -> None:

@@ -60,7 +60,6 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
 
     @property
     def ready(self) -> bool:
-        """Whether it can be read."""
         return self._loaded
 
     @overload
