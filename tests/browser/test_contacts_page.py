@@ -138,6 +138,7 @@ def test_several_imports_one_after_the_other_the_newest_first(world: World, page
     assert page.locator("#imports h2").all_inner_texts() == names[::-1]
 
 
+@pytest.mark.long
 def test_the_upload_itself_is_shown(page: Page) -> None:
     slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 500_000}
     page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
@@ -169,9 +170,11 @@ def test_what_is_in_a_file_is_text_and_of_many_bad_rows_the_first_ones_are_liste
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "the file is empty"),
+        pytest.param(b"", "the file is empty", marks=pytest.mark.long),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1"),
-        (HEADER + b"x" * 2_100_000, "the file is larger than 2,000,000 bytes"),
+        pytest.param(
+            HEADER + b"x" * 2_100_000, "the file is larger than 2,000,000 bytes", id="large", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_file_that_is_not_taken_is_there_with_the_reason_and_the_next_one_is_taken(
@@ -186,6 +189,7 @@ def test_a_file_that_is_not_taken_is_there_with_the_reason_and_the_next_one_is_t
     expect(page.locator("#uploads > li")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_an_upload_for_which_there_is_no_place_is_sent_again_by_a_button(world: World, page: Page) -> None:
     again = page.get_by_role("button", name="Upload again")
     with ExitStack() as held:
@@ -254,6 +258,7 @@ def test_when_too_much_was_missed_the_state_is_read_again(world: World, opened: 
         assert bad_rows(page) == stored_bad_rows(world, page)
 
 
+@pytest.mark.long
 def test_a_reload_in_mid_import_goes_on_where_it_is(
     world: World, opened: Callable[..., Page], notifications: None
 ) -> None:
@@ -268,6 +273,7 @@ def test_a_reload_in_mid_import_goes_on_where_it_is(
         page.reload()
 
 
+@pytest.mark.long
 def test_bad_rows_that_were_told_before_any_job_was_counted_are_there_after_a_reload(world: World, page: Page) -> None:
     world.counting.hold()
     upload(page, HEADER + b"Ada,none\n")
@@ -281,6 +287,7 @@ def test_bad_rows_that_were_told_before_any_job_was_counted_are_there_after_a_re
     assert bad_rows(page) == stored_bad_rows(world, page)
 
 
+@pytest.mark.long
 def test_a_channel_that_is_unknown_to_the_service_is_replaced(page: Page) -> None:
     forge = "([name, text]) => sessionStorage.setItem(name, text.replace(/(?<=channel.:.{20})./, '?'))"
     page.evaluate(f"Object.entries(sessionStorage).forEach({forge})")
@@ -315,6 +322,7 @@ ATTACK = """async (service) => {
 }"""
 
 
+@pytest.mark.long
 def test_a_page_of_another_origin_gets_nothing(world: World, page: Page, opened: Callable[..., Page]) -> None:
     service = f"http://{HOST}:{world.main.notifications_port}"
     assert page.evaluate(ATTACK, service) == [201, "open"]
@@ -326,6 +334,7 @@ def test_a_page_of_another_origin_gets_nothing(world: World, page: Page, opened:
     assert page.evaluate(ATTACK, service) == ["refused", "refused"]
 
 
+@pytest.mark.long
 def test_a_page_that_the_service_does_not_know_says_so(
     world: World, opened: Callable[..., Page], notifications: None
 ) -> None:
@@ -357,6 +366,7 @@ def test_all_is_done_with_the_keyboard_alone(page: Page) -> None:
     rows.evaluate(scrolled)
 
 
+@pytest.mark.long
 def test_a_file_is_dropped(page: Page) -> None:
     dropped = page.evaluate_handle(
         """() => {
@@ -372,6 +382,7 @@ def test_a_file_is_dropped(page: Page) -> None:
     expect(page.locator("#drop")).not_to_have_class("over")
 
 
+@pytest.mark.long
 def test_on_a_phone_nothing_is_wider_than_the_screen(opened: Callable[..., Page], notifications: None) -> None:
     page = opened(viewport={"width": 360, "height": 640})
     connected(page)
@@ -383,6 +394,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(opened: Callable[..., Page]
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+@pytest.mark.long
 def test_it_is_dark_for_who_wants_it_dark(opened: Callable[..., Page], notifications: None) -> None:
     def brightness(page: Page, of: str) -> float:
         colour = page.evaluate(f"getComputedStyle(document.body).{of}")

@@ -196,6 +196,7 @@ def test_a_key_from_clients_with_two_partitioners_is_told(cluster: Cluster) -> N
         assert reads.scattered == {"a-9": (0, 1)}
 
 
+@pytest.mark.long  # test_state_waiting.py has a second member
 def test_state_goes_with_its_partitions_while_members_come_and_go(cluster: Cluster) -> None:
     """A second deployment shares the work; totals are exact, and each notice comes once."""
     store, notices = counting(cluster, 4)
@@ -327,9 +328,8 @@ def test_an_aggregator_that_is_killed_or_frozen_at_a_step_counts_each_job_once(
     assert noticed(notices) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(Step.HANDLED, marks=pytest.mark.long), Step.FLUSHED], ids=lambda step: step.value
-)
+@pytest.mark.long  # the aggregator is killed there too
+@pytest.mark.parametrize("step", [Step.HANDLED, Step.FLUSHED], ids=lambda step: step.value)
 def test_a_service_that_is_killed_between_notice_and_commit_has_told_once(cluster: Cluster, step: Step) -> None:
     """correctness 40: one notice, of a service with the completion logic."""
     store, notices = counting(cluster)

@@ -82,6 +82,7 @@ def told(*arguments: str) -> Any:
     return json.loads(labkit(*arguments, "--json"))
 
 
+@pytest.mark.long  # test_cli_retries.py has the commands, test_topics_and_lag whose they are
 def test_blocked_skip_and_resume(both: Both) -> None:
     group, bobs = both.group, ("--learner", "Bob")
     with both.failing(blocking(300)) as members:
@@ -102,6 +103,7 @@ def test_blocked_skip_and_resume(both: Both) -> None:
         assert labkit("resume", group, *bobs) == f"{both.said('bob')}\nThe next failure blocks again.\n"
 
 
+@pytest.mark.long
 def test_dead_letters(both: Both) -> None:
     group, bobs = both.group, ("--learner", "bob")
     with both.failing(dead_letter()) as members:

@@ -58,6 +58,7 @@ def test_a_topic_that_kafka_refuses_is_told_as_such(cluster: Cluster) -> None:
     assert not isinstance(told.value, ClusterUnreachable)
 
 
+@pytest.mark.long
 def test_a_question_outlives_the_client_that_another_thread_lets_go(cluster: Cluster) -> None:
     """Who gets no answer asks a new client. With the old one, what others had asked it would end as well."""
     topic, begun = fresh_topic(cluster), threading.Event()

@@ -62,6 +62,7 @@ def is_back(cluster: Cluster) -> bool:
         return False
 
 
+@pytest.mark.long  # test_blocked_lanes.py has one that is refused
 def test_what_is_set_aside_while_the_broker_is_away_blocks_its_lane_and_is_there_once(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def test_offsets_can_be_asked_for_while_the_broker_goes_and_comes(cluster: Clust
     assert not errors
 
 
+@pytest.mark.long  # test_runtime_broker.py kills one, and notebooks 02 and 03
 def test_a_broker_that_is_killed_loses_no_record(cluster: Cluster) -> None:
     """correctness 31: the member finds it again, without a restart of its own."""
     topic, group = fresh_topic(cluster, 2), fresh_group()

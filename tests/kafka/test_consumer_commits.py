@@ -101,6 +101,7 @@ def test_committed_offsets_pass_the_markers_of_transactions(cluster: Cluster) ->
     assert lag(cluster, group, [topic.name]) == {(topic.name, 0): 0}
 
 
+@pytest.mark.long
 def test_markers_that_came_while_nobody_was_there_are_passed(cluster: Cluster) -> None:
     """correctness 7: the end is told once, perhaps in the very call that brings the assignment."""
     topic, group = fresh_topic(cluster, 8), fresh_group()

@@ -384,7 +384,7 @@ class Shuffling(Client):
         return messages
 
 
-@pytest.mark.parametrize("order", ["partition", "key"])
+@pytest.mark.parametrize("order", ["partition", pytest.param("key", marks=pytest.mark.long)])
 def test_a_batch_whose_partition_was_given_back_meanwhile_is_read_again(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, order: Any
 ) -> None:

@@ -73,7 +73,7 @@ def test_a_failing_key_leaves_the_other_keys_alone_and_holds_the_commit(cluster:
     assert [record.value for record in member.journal.of(Step.HANDLED) if record.key == "k2"] == list(range(10))
 
 
-@pytest.mark.parametrize("order", ["partition", "key"])
+@pytest.mark.parametrize("order", ["partition", pytest.param("key", marks=pytest.mark.long)])
 def test_a_blocked_record_bounds_what_is_read_ahead(cluster: Cluster, order: Any) -> None:
     """correctness 7: never more than max_ahead, and all of it goes on once the block is gone."""
     topic, group = fresh_topic(cluster), fresh_group()

@@ -23,7 +23,7 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 
-BOTH = pytest.mark.parametrize("start", ["earliest", "latest"])
+BOTH = pytest.mark.parametrize("start", [pytest.param("earliest", marks=pytest.mark.long), "latest"])
 Start = Literal["earliest", "latest"]
 
 
@@ -207,7 +207,7 @@ def add_a_partition(topic: Topic[Any]) -> None:
     sender.flush()
 
 
-@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize("many", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_latest_reads_partitions_that_are_added_from_their_beginning(cluster: Cluster, many: int) -> None:
     """correctness 32: what is sent to them before the group notices is handled too, by a member that had none."""
     topic, group = fresh_topic(cluster), fresh_group()

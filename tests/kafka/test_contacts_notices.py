@@ -29,7 +29,9 @@ from labkit.services import contacts
 from labkit.services.contacts import Contact, ContactsJob, ContactsJobs, Counted, Importer, ImportNotice, Job
 from labkit.services.notifications import Channel
 
-GUARANTEES = pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["at least once", "exactly once"])
+GUARANTEES = pytest.mark.parametrize(
+    "settings", [{}, pytest.param(SETTINGS, marks=pytest.mark.long)], ids=["at least once", "exactly once"]
+)
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ def test_an_interrupted_replay_loses_none(
     assert set(provider.calls) == set(range(4))
 
 
+@pytest.mark.long
 def test_a_replay_that_is_refused_is_told_and_loses_none(
     place: tuple[Topic[Any], str], queue: DeadLetters, member: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_pods_are_ready_once_they_share_all_partitions(lab: Lab) -> None:
     lab.wait_ready(shop)
 
 
+@pytest.mark.long
 def test_more_pods_than_partitions_are_ready_exactly_once_too(lab: Lab) -> None:
     """There the same numbers of several topics go to one member: the other one of two has nothing to do."""
     ones = [lab.topic("first", 1, Order), lab.topic("second", 1, Order)]
@@ -119,6 +120,7 @@ def test_a_pod_that_ends_by_itself_without_an_error_is_a_fault(lab: Lab) -> None
     assert ordered(lab)[0].kind == "death"
 
 
+@pytest.mark.long  # test_fault_command.py breaks and mends one
 def test_each_fault_of_a_pod_and_its_end(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: None))

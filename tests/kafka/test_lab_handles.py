@@ -65,7 +65,13 @@ USES: dict[str, tuple[str, Callable[[Lab, Handles, Handles], object]]] = {
 }
 
 
-@pytest.mark.parametrize(("what", "use"), USES.values(), ids=USES)
+FIRST = {"deploy", "load", "board, lag", "verdict, done"}
+
+
+@pytest.mark.parametrize(
+    ("what", "use"),
+    [pytest.param(*use, id=name, marks=() if name in FIRST else pytest.mark.long) for name, use in USES.items()],
+)
 def test_a_handle_of_an_earlier_run_is_refused(
     lab: Lab, earlier: Handles, what: str, use: Callable[[Lab, Handles, Handles], Any]
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_plan_waits_as_long_as_there_is_work(lab: Lab) -> None:
     assert repr(planned) == "planned (action) done"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("too_late", [lambda: True, lambda: 1 / 0], ids=["true", "error"])
 def test_a_condition_that_is_looked_at_while_its_plan_is_dropped_comes_too_late(
     lab: Lab, too_late: Callable[[], bool]
@@ -140,6 +141,7 @@ def test_a_plan_that_was_given_what_cannot_be_compared(lab: Lab) -> None:
     assert {repr(one) for one in plans} == {"planned (action) done"}
 
 
+@pytest.mark.long
 def test_a_plan_that_is_being_done_is_not_dropped(lab: Lab) -> None:
     begun, over = threading.Event(), threading.Event()
 

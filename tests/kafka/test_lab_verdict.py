@@ -331,6 +331,7 @@ def test_a_lossy_producer_is_found_out(lab: Lab, monkeypatch: pytest.MonkeyPatch
         verdict.check()
 
 
+@pytest.mark.long
 def test_a_broker_that_refuses_is_an_error_of_the_load(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     lab.cluster.delete_topics([topic.name])

@@ -269,6 +269,7 @@ def test_an_instance_that_is_killed_and_one_that_ends(cluster: Cluster) -> None:
         browse(pages)
 
 
+@pytest.mark.long
 def test_a_page_that_is_gone_without_a_word_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what was written for it: no end of the connection ever comes, and its system still holds it open."""
     monkeypatch.setattr(paged, "DEAD", 1)
@@ -297,6 +298,7 @@ def test_a_page_that_is_gone_without_a_word_is_given_up(cluster: Cluster, monkey
         browse(pages)
 
 
+@pytest.mark.long  # notebook 02 kills it
 def test_the_broker_is_killed_and_back(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(followed, "LOOK", 0.1)
 

@@ -210,6 +210,7 @@ def test_each_order_ends_the_same_way_in_both_topologies(shop: Callable[..., Sho
     )
 
 
+@pytest.mark.long  # notebook 07 has it
 def test_what_orders_have_cost_on_their_way_is_told_by_the_topics(shop: Callable[..., Shop]) -> None:
     """Messages of each order, by topic, the time they took, and where one stands."""
     made = shop(ship={1})
@@ -246,7 +247,16 @@ class PackedProcess(Process):
     script = "packed_member.py"
 
 
-@pytest.mark.parametrize("what", ["done", "undone"])
+@pytest.mark.parametrize(
+    ("shop", "what"),
+    [
+        pytest.param(Chain, "done", id="broker-done"),
+        pytest.param(Chain, "undone", id="broker-undone", marks=pytest.mark.long),
+        pytest.param(Mediated, "done", id="mediator-done", marks=pytest.mark.long),
+        pytest.param(Mediated, "undone", id="mediator-undone"),
+    ],
+    indirect=["shop"],
+)
 def test_a_processor_that_is_killed_between_its_two_commits_has_its_effect_once(
     shop: Callable[..., Shop], what: str
 ) -> None:
@@ -355,6 +365,7 @@ def test_a_step_that_is_done_and_cancelled_at_once(dsn: str, done: bool) -> None
 # -- one more step, while orders are under way -------------------------------------------------------------------------
 
 
+@pytest.mark.long  # notebook 07 adds it in both
 def test_a_fraud_check_added_to_the_broker_topology_touches_no_running_consumer(chain: Callable[..., Chain]) -> None:
     """correctness 42: it reads what was placed from the first order on. What it fails is taken back wherever it is: an
     order that is through, one that is under way, one that comes later."""
@@ -387,6 +398,7 @@ def test_a_fraud_check_added_to_the_broker_topology_touches_no_running_consumer(
         assert {effect.id for effect in made.steps[step].effects()} == {"order-2", "order-4", "order-6"}
 
 
+@pytest.mark.long  # test_mediator.py has another version
 def test_a_fraud_check_is_one_more_step_of_the_mediators_next_version(cluster: Cluster, dsn: str) -> None:
     """correctness 42: orders under way end without it, new ones go through it."""
     made = Mediated(cluster, dsn, {FRAUD: {3}})

@@ -130,7 +130,15 @@ def test_an_order_without_its_cart_goes_to_the_dead_letters(cluster: Cluster, ca
 # -- what keeps them from booking twice, and what does not -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("guard", "times"), [("offset", 2), ("none", 2), ("pessimistic", 1), ("optimistic", 1)])
+@pytest.mark.parametrize(
+    ("guard", "times"),
+    [
+        ("offset", 2),
+        pytest.param("none", 2, marks=pytest.mark.long),
+        ("pessimistic", 1),
+        pytest.param("optimistic", 1, marks=pytest.mark.long),
+    ],
+)
 def test_two_records_for_one_order(
     dsn: str, carts: orders.Carts, checkouts: Topic[OrderCheckoutCompleted], guard: Guard, times: int
 ) -> None:
@@ -148,7 +156,15 @@ def test_two_records_for_one_order(
         assert (costs.waited > 0) == (guard == "pessimistic")
 
 
-@pytest.mark.parametrize(("guard", "times"), [("offset", 1), ("none", 2), ("pessimistic", 1), ("optimistic", 1)])
+@pytest.mark.parametrize(
+    ("guard", "times"),
+    [
+        ("offset", 1),
+        ("none", 2),
+        pytest.param("pessimistic", 1, marks=pytest.mark.long),
+        pytest.param("optimistic", 1, marks=pytest.mark.long),
+    ],
+)
 def test_killed_when_it_has_booked_and_not_committed(
     dsn: str, carts: orders.Carts, checkouts: Topic[OrderCheckoutCompleted], guard: Guard, times: int
 ) -> None:

@@ -73,6 +73,7 @@ def test_own_topics_with_more_partitions_than_their_source_are_refused_with_the_
         member.journal.wait(lambda: sorted(done) == [0, 1, 2, 3, 4], what="all that waited")
 
 
+@pytest.mark.long  # the next one has more than that
 def test_partitions_added_to_a_retry_topic_end_its_consumer(cluster: Cluster) -> None:
     """The next one reads them, or says why it does not: here there are more than the source has."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
@@ -168,6 +169,7 @@ def lab(connection: Connection) -> Iterator[Lab]:
     lab._end(0)
 
 
+@pytest.mark.long  # test_partitions_added.py has it under load
 def test_partitions_added_to_a_topic_that_a_lab_reads_are_read(lab: Lab) -> None:
     """What the board counts, and what verdict, records and trace find."""
     ordered = lab.topic("orders", 1, Order)

@@ -61,6 +61,7 @@ def test_a_lab_adds_partitions_once_and_takes_none_away(lab: Lab) -> None:
             lab.add_partitions(grown, wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_pods_are_ready_once_they_share_the_partitions_that_were_added(lab: Lab) -> None:
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, print), replicas=2)
@@ -216,6 +217,7 @@ def test_partitions_added_while_records_wait_in_retry_topics(
     assert Counter(handler.done) == Counter([0, 1, 10, 11, 12, 13, 23])
 
 
+@pytest.mark.long
 def test_a_lane_that_is_blocked_stays_so_while_partitions_are_added(cluster: Cluster) -> None:
     """Its place in the order is kept; what comes in the new partition is handled meanwhile."""
     topic, group, well = fresh_topic(cluster), fresh_group(), threading.Event()
@@ -239,6 +241,7 @@ def test_a_lane_that_is_blocked_stays_so_while_partitions_are_added(cluster: Clu
     assert done == [1, 11, 0, 10, 20]
 
 
+@pytest.mark.long
 def test_what_waits_in_retry_topics_is_told_though_they_have_fewer_partitions_than_their_source(lab: Lab) -> None:
     """They were made when the source had fewer. The console's figure was not a number."""
     source = lab.topic("orders", 1, Order)

@@ -220,6 +220,7 @@ class Endpoint(HttpService):
         return web.Response()
 
 
+@pytest.mark.long  # notebook 04 has both
 def test_the_scheduler_calls_once_a_month_and_once_a_year(lab: Lab) -> None:
     scheduler, endpoint = JobScheduler(lab.port("jobs"), month=0.1), Endpoint(lab.port("noted"))
     with serving(scheduler, endpoint):
@@ -238,6 +239,7 @@ def test_the_scheduler_calls_once_a_month_and_once_a_year(lab: Lab) -> None:
         assert all(later - sooner >= length for sooner, later in pairwise(times))
 
 
+@pytest.mark.long
 def test_a_provider_that_fails_half_the_time_refuses_its_share(lab: Lab, ledger: str) -> None:
     provider = PaymentsProvider(lab.port("flaky"), dsn=ledger)
     with serving(provider):

@@ -80,6 +80,13 @@ def view(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[View]:
         yield made
 
 
+# For tests of which the first tier needs one database: the file, or the one that locks rows rather than all of it.
+IN_A_FILE = pytest.mark.parametrize("view", ["sqlite", pytest.param("postgres", marks=pytest.mark.long)], indirect=True)
+IN_POSTGRES = pytest.mark.parametrize(
+    "view", [pytest.param("sqlite", marks=pytest.mark.long), "postgres"], indirect=True
+)
+
+
 @pytest.fixture
 def in_file(tmp_path: Path) -> Iterator[SqliteView]:
     with SqliteView(tmp_path / "view.db", "apps", {"app": "text"}, ["app"], key="site") as made:
@@ -287,6 +294,7 @@ def test_what_a_projection_asks_and_that_is_not_there_yet_is_asked_again(cluster
     assert in_file.rejected() == []
 
 
+@IN_POSTGRES
 def test_a_key_that_is_in_two_partitions_has_its_newest_rows_once(view: View) -> None:
     """As after partitions were added: two writers, each with its partition, and the newer version is not there yet."""
 
@@ -307,6 +315,7 @@ def test_a_key_that_is_in_two_partitions_has_its_newest_rows_once(view: View) ->
     other.close()
 
 
+@IN_A_FILE
 def test_partitions_added_under_a_view_are_projected_by_the_writer_that_runs(cluster: Cluster, view: View) -> None:
     """Keys move. An older version that comes later, from the partition of before, changes nothing; how stale the view
     is counts the new partitions too."""
@@ -440,6 +449,7 @@ def test_a_writer_goes_on_where_the_view_is_not_where_its_group_is(cluster: Clus
     assert sum(lag(cluster, group, [topic.name]).values()) == 0
 
 
+@pytest.mark.long  # a session long; one is held up below
 def test_a_frozen_writer_that_wakes_up_when_another_has_taken_over_changes_nothing(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -534,6 +544,7 @@ def test_two_groups_on_one_view_write_each_record_once(cluster: Cluster, tmp_pat
         assert one.content() == expected(200)
 
 
+@IN_A_FILE
 def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> None:
     """correctness 28: the offsets of the topic that was deleted say nothing of the one of its name."""
     topic = fresh_topic(cluster, 1, Site)
@@ -554,6 +565,7 @@ def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> No
     assert view.content() == {"c": [("forum",)]}
 
 
+@IN_A_FILE
 def test_a_view_that_is_beyond_the_end_of_its_topic_demands_a_rebuild(cluster: Cluster, view: View) -> None:
     """correctness 28, 32: the topic has lost records that the view has; those that come in their place would be passed
     over."""
@@ -768,6 +780,7 @@ def test_a_full_disk_loses_nothing_and_is_gone_on_from(cluster: Cluster, tmp_pat
         assert view.rejected() == []
 
 
+@pytest.mark.long  # notebook 01 kills one
 def test_a_postgres_killed_while_writing_loses_and_doubles_nothing(cluster: Cluster, postgres: Any) -> None:
     topic = fresh_topic(cluster, 2)
     numbered(topic, *range(100))
@@ -838,6 +851,7 @@ def test_a_rebuild_beside_is_switched_to_without_a_failed_read(cluster: Cluster,
     assert stale(topic, view) == 0  # of the generation that is shown
 
 
+@IN_A_FILE
 def test_a_generation_that_lacks_what_readers_have_is_not_switched_to(cluster: Cluster, view: View) -> None:
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"), site("b", 1, "stores"))

@@ -130,6 +130,7 @@ def test_a_commit_whose_answer_is_lost_is_asked_for_again_and_done_once(lab: Lab
     assert values(topic) == [1]
 
 
+@pytest.mark.long
 def test_a_record_that_was_held_back_too_long_may_be_there_all_the_same(lab: Lab, proxy: Proxy) -> None:
     topic = fresh_topic(lab.cluster)
     producer = connected(proxy, topic, timeout=1.0)

@@ -167,6 +167,7 @@ def test_a_header_whose_name_is_no_text_harms_nobody(cluster: Cluster) -> None:
     assert handler.done == [*many, 100]
 
 
+@pytest.mark.long  # test_retry_policies.py compares the names
 def test_names_that_differ_by_where_a_dot_is_do_not_collide(cluster: Cluster) -> None:
     """correctness 12: Kafka takes "." and "_" for the same, and would not make the second consumer's topics."""
     topic = fresh_topic(cluster)
@@ -231,6 +232,7 @@ def refuse(record: Record[int]) -> None:
     raise ConnectionError("no")
 
 
+@pytest.mark.long
 def test_order_by_key(cluster: Cluster) -> None:
     """correctness 13, 14"""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -243,6 +245,7 @@ def test_order_by_key(cluster: Cluster) -> None:
     assert [letter.attempts for letter in letters(topic, group)] == [3, 3]
 
 
+@pytest.mark.long  # test_consumer_group.py has a rebalance in a back-off
 def test_blocking_longer_than_the_poll_interval_evicts_nobody(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +261,7 @@ def test_blocking_longer_than_the_poll_interval_evicts_nobody(
     assert not member.journal.of(Step.LOST)
 
 
+@pytest.mark.long  # test_consumer_group.py stops one too
 def test_a_shutdown_in_a_long_back_off_is_quick_and_loses_nothing(cluster: Cluster) -> None:
     """correctness 5: returns at once; the record is delivered again, its attempts counted anew."""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -273,6 +277,7 @@ def test_a_shutdown_in_a_long_back_off_is_quick_and_loses_nothing(cluster: Clust
     assert letters(topic, group) == []
 
 
+@pytest.mark.long  # test_consumer_group.py has one too
 def test_a_rebalance_during_a_long_back_off_moves_the_blocked_partition(cluster: Cluster) -> None:
     """correctness 5: the next owner blocks on the same record; nothing is committed past it, and nothing set aside."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
@@ -345,6 +350,7 @@ def test_a_trail_is_bounded_however_often_and_loudly_a_record_fails(cluster: Clu
     assert (letter.place, letter.attempts, len(letter.failed), len(letter.error)) == (f"{topic.name}/0/0", 63, 50, 500)
 
 
+@pytest.mark.long
 def test_what_becomes_non_retriable_in_a_retry_topic_is_called_no_more(cluster: Cluster) -> None:
     """correctness 14"""
     topic, group = fresh_topic(cluster), fresh_group()
@@ -421,6 +427,7 @@ def test_two_always_failing_records_of_one_partition_both_reach_the_queue(cluste
     assert [letter.value for letter in letters(topic, group)] == ["1", "3"]
 
 
+@pytest.mark.long  # test_blocked_lanes.py has one that is refused
 @pytest.mark.parametrize("policy", [retry_topics(0.1), dead_letter()], ids=["retry topic", "queue"])
 def test_what_cannot_be_published_three_times_waits_and_is_not_lost(
     cluster: Cluster, policy: Any, monkeypatch: pytest.MonkeyPatch
@@ -518,7 +525,11 @@ def test_what_waits_in_topics_of_an_earlier_policy_is_handled_under_the_next_one
     assert (letter.place, letter.attempts) == (f"{topic.name}/0/1", 3)
 
 
-@pytest.mark.parametrize("policy", [blocking(0.05, 0.05), blocking(exponential(0.05, cap=0.1))])
+@pytest.mark.parametrize(
+    "policy",
+    [blocking(0.05, 0.05), pytest.param(blocking(exponential(0.05, cap=0.1)), marks=pytest.mark.long)],
+    ids=["so often", "for ever"],
+)
 def test_what_an_earlier_policy_set_aside_begins_with_the_next_one(
     cluster: Cluster, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +567,7 @@ def test_a_member_ends_when_another_policy_of_its_group_left_topics_it_does_not_
     assert handler.done == [1]
 
 
+@pytest.mark.long  # test_partitions_added.py has that, and more
 def test_partitions_added_to_the_source_are_retried_too(cluster: Cluster) -> None:
     topic, group = fresh_topic(cluster), fresh_group()
     handler = Handler({5: 1})
@@ -600,10 +612,10 @@ def beside() -> Exception:
     [
         (wrapped, 1),
         (lambda: ExceptionGroup("two", [ConnectionError(), ExceptionGroup("one", [ValueError()])]), 1),
-        (lambda: ExceptionGroup("one", [wrapped()]), 1),
+        pytest.param(lambda: ExceptionGroup("one", [wrapped()]), 1, marks=pytest.mark.long),
         (beside, 2),
         (ring, 2),
-        (lambda: ExceptionGroup("two", [ConnectionError(), KeyError()]), 2),
+        pytest.param(lambda: ExceptionGroup("two", [ConnectionError(), KeyError()]), 2, marks=pytest.mark.long),
     ],
     ids=["raised from", "grouped", "both", "context", "ring", "none"],
 )

@@ -51,6 +51,7 @@ def remains(cluster: Cluster) -> dict[Step, Remains]:
     return found
 
 
+@pytest.mark.long  # several kills; test_consumer_crash.py has them without retries
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.value)
 def test_a_crash_after_publishing_loses_nothing(remains: dict[Step, Remains], step: Step) -> None:
     """correctness 10, 11: what is committed was in the retry topic before; the rest is delivered again."""

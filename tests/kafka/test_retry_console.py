@@ -49,6 +49,7 @@ def failing(lab: Lab, retry: Policy) -> tuple[RetryConsole, Any]:
     return lab.retry_console(shop), source
 
 
+@pytest.mark.long  # test_blocked_lanes.py has what they do
 def test_the_buttons_of_what_is_blocked(lab: Lab) -> None:
     console, source = failing(lab, blocking(300))
     assert "Nothing is blocked" in press(console.unblock, "Skip this record")

@@ -132,6 +132,7 @@ def test_connection_is_to_the_embedded_broker(connection: Connection, state_dir:
     assert is_alive(now.pid)
 
 
+@pytest.mark.long  # test_producer.py sends to one that nobody made
 def test_topics_are_made_on_purpose_only(cluster: Cluster) -> None:
     own = Producer(cluster, timeout=1)  # the process's shared one would remember the failure
     own.send("never-created", b"{}")

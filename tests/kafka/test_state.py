@@ -211,6 +211,7 @@ def test_topics_that_are_read_together_share_the_state_of_a_number(cluster: Clus
         exactly_once([first, fresh_topic(cluster, 3)], handle, group, store=store).prepare()
 
 
+@pytest.mark.long  # test_aggregation.py replays one
 def test_a_replayed_record_leaves_the_queue_in_its_transaction(cluster: Cluster) -> None:
     topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
     broken = True
@@ -385,6 +386,7 @@ def test_what_was_not_committed_of_a_topic_that_is_made_anew_is_not_written(
     assert stored(store) == {"sum": 3}
 
 
+@pytest.mark.long
 def test_nor_is_it_when_the_group_takes_the_partition_first(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """correctness 32: as it does when the client saw that there was no topic for a moment."""
     monkeypatch.setattr(loop_module, "GONE", ())

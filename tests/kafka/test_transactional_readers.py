@@ -73,7 +73,7 @@ def test_a_view_over_markers_and_aborted_records_is_complete(cluster: Cluster, v
         assert content(view)["last"] == 9
 
 
-@pytest.mark.parametrize("end", ["commit", "abort"])
+@pytest.mark.parametrize("end", [pytest.param("commit", marks=pytest.mark.long), "abort"])
 def test_a_view_beside_an_open_transaction_has_what_is_before_it(cluster: Cluster, view: SqliteView, end: str) -> None:
     """correctness 23: what comes after it waits too, and is there once it has ended."""
     topic, group = fresh_topic(cluster), fresh_group()

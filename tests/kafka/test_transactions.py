@@ -311,6 +311,7 @@ def test_a_group_that_was_exactly_once_becomes_at_least_once(cluster: Cluster) -
     assert values(output) == [0, 1]
 
 
+@pytest.mark.long  # test_transactional_readers.py
 def test_a_consumer_and_a_store_read_over_markers(cluster: Cluster) -> None:
     """correctness 25: of what was made exactly once readers are done although the last offsets are markers."""
     topic, output, group = fresh_topic(cluster), compacted(cluster), fresh_group()

@@ -38,15 +38,7 @@ from labkit.runtime.proxy import Proxy
 
 REQUESTS = ["InitProducerId", "AddOffsetsToTxn", "TxnOffsetCommit", "AddPartitionsToTxn", "Produce", "EndTxn"]
 FAULTS = ["is lost", "has its answer lost", "is never answered"]
-FIRST = {
-    ("EndTxn", "has its answer lost"),
-    ("AddPartitionsToTxn", "is never answered"),
-}
-BREAKS = [
-    pytest.param(name, fault, id=f"{name} {fault}", marks=() if (name, fault) in FIRST else pytest.mark.long)
-    for name in REQUESTS
-    for fault in FAULTS
-]
+BREAKS = [pytest.param(name, fault, id=f"{name} {fault}") for name in REQUESTS for fault in FAULTS]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +53,7 @@ def proxy(broker: PrivateBroker) -> Iterator[Proxy]:
     broker.proxy.recover()
 
 
+@pytest.mark.long  # test_transactions_faults.py has a commit without an answer
 @pytest.mark.parametrize(("name", "fault"), BREAKS)
 def test_a_request_that_gets_lost_on_its_way_loses_and_doubles_nothing(
     broker: PrivateBroker, proxy: Proxy, name: str, fault: str
@@ -126,7 +119,8 @@ def test_who_is_fenced_at_a_step_ends_and_loses_and_doubles_nothing(cluster: Clu
     assert values(output) == list(range(11))
 
 
-@pytest.mark.parametrize("step", [pytest.param(Step.OFFSETS_SENT, marks=pytest.mark.long), Step.FLUSHED])
+@pytest.mark.long
+@pytest.mark.parametrize("step", [Step.OFFSETS_SENT, Step.FLUSHED])
 def test_a_transaction_that_lasts_too_long_loses_and_doubles_nothing(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, step: Step
 ) -> None:

@@ -156,6 +156,7 @@ def test_a_user_who_came_after_the_last_look_keeps_it(tmp_path: Path, somebody: 
     user.close()
 
 
+@pytest.mark.long
 def test_nobody_is_let_in_once_it_is_stopping(keep: Keep) -> None:
     """One who came just before, and asks only now, would hold a broker whose data is being removed."""
     running = keep(sys.executable, "-c", STUBBORN)  # so it takes a while to end
@@ -196,6 +197,7 @@ def test_sigterm_ends_it_for_everybody(keep: Keep) -> None:
     assert not running.folder.exists()
 
 
+@pytest.mark.long  # the one above ignores SIGTERM
 def test_frozen_child_is_ended(keep: Keep) -> None:
     running = keep(sys.executable, "-c", STUBBORN)
     wait_until((running.folder / "stubborn").exists, 10)
@@ -204,6 +206,7 @@ def test_frozen_child_is_ended(keep: Keep) -> None:
     wait_until(running.is_gone)
 
 
+@pytest.mark.long
 def test_restarts_a_ready_child_with_growing_waits(keep: Keep) -> None:
     running = keep()
     running.make_ready()

@@ -55,9 +55,9 @@ def test_versions_follow_each_other_and_change_apps() -> None:
 
 
 def test_one_change_in_twenty_is_a_deletion() -> None:
-    many = list(changes(400, 4000, pages=0))
-    assert many == list(changes(400, 4000, pages=0))
-    same = [(one.id, one.version) for one in updates(400, 4000, pages=0)]
+    many = list(changes(200, 1500, pages=0))
+    assert many == list(changes(200, 1500, pages=0))
+    same = [(one.id, one.version) for one in updates(200, 1500, pages=0)]
     assert [(name, version) for name, version, _ in many] == same
     deleted = [one for _, _, one in many].count(None)
     assert 0.04 < deleted / len(many) < 0.06
@@ -67,7 +67,7 @@ def test_one_change_in_twenty_is_a_deletion() -> None:
         assert one is None or (one.id, one.version) == (name, version)
         there[name] = one is not None
     assert 0 < list(there.values()).count(False) < deleted  # some are back
-    assert None not in [one for _, _, one in changes(400, 1000, pages=0, deletes=0)]
+    assert None not in [one for _, _, one in changes(200, 500, pages=0, deletes=0)]
 
 
 def test_sites_stream_by_in_constant_memory() -> None:
