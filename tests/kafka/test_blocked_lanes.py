@@ -159,7 +159,7 @@ def test_skip_all_until_resume(cluster: Cluster) -> None:
         put(topic, 4, partition=0)
         blocked_at(lanes, f"{topic.name}/0/4")
         assert lanes.skip_all() == 1
-        member.wait_committed({0: 5})
+        member.wait_committed({0: 5, 1: 1})
         lanes.resume()
         assert sorted(int(one.value or -1) for one in lanes.skipped()) == [1, 2, 4, 11]
     assert handler.done == [0, 3]
