@@ -33,7 +33,7 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
 from labkit.lab.travel import pack, unpack
 from labkit.patterns.key_value_store import KeyValueStore, StoreClosed, StoreNotReady
-from labkit.runtime.broker import Broker
+from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.private import PrivateBroker
 
 
@@ -752,6 +752,7 @@ class Prompt(PrivateBroker):
 
     def _make(self) -> None:
         often = "log.initial.task.delay.ms=500\nlog.retention.check.interval.ms=500\n"
+        self._kafka = prepare()
         self._broker = Broker.create(self.folder, self._kafka, extra=often)
 
 
