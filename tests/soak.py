@@ -199,7 +199,7 @@ def soak(seed: int, records: int, rate: float, guarantee: Guarantee = "at least 
         print(verdict)
         print(verdict.explain())
         with Reader(done) as reader:
-            wrong = disorder(source, reader.rest(), order)
+            wrong = disorder(source, reader.read_to_end(), order)
         print(f"first deliveries out of order within a lane: {len(wrong)}", *wrong[:5], sep="\n  ")
         if too_little := chaos.too_little(records / rate):
             print("too little chaos:", too_little)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
@@ -20,12 +18,15 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     TopicDescription,
 )
 
+from labkit.kafka.clients import forget, kept
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
 from labkit.kafka.refusal import explain, is_final
 
 T = TypeVar("T")
 
 ANSWER = 5.0  # seconds for one answer of the broker, before a second client asks once more
+
+ADMINS = 8  # clusters with an admin client that is kept
 
 # What all of labkit's clients have in common.
 _COMMON = {
@@ -81,7 +82,7 @@ class Cluster:
         heard: list[KafkaError] = []
         security = dict(self.security)
         # A client of its own: only its callback hears why a connection failed, and an old one knows old brokers.
-        held = [_client(self, {"error_cb": heard.append})]
+        held = [_client(self, heard.append)]
         until, addresses, wait = time.monotonic() + timeout, self.bootstrap.count(",") + 1, 0.1
         refused: dict[str, KafkaError] = {}  # by broker: while one is left that may take us, there is hope
         failure: KafkaException | None = None
@@ -313,7 +314,7 @@ class Cluster:
                 # The next question goes to a new client: one that lived through a broker that was frozen or killed can
                 # hold on to the leaders of before, or wait for ever for a controller that answers everybody else.
                 if admin(self) is client:
-                    _admin.cache_clear()
+                    forget(self, _client)
                 # Who keeps the error that is raised from this must not keep the client, which would go on trying.
                 del client
                 error.with_traceback(None)
@@ -368,37 +369,18 @@ PASSING = (
 )
 
 
-def _client(cluster: Cluster, own: Mapping[str, Any]) -> AdminClient:
-    """A new admin client. Raises ClientRefused when there can be none with these settings."""
+def _client(cluster: Cluster, hear: Callable[[KafkaError], object] | None = None) -> AdminClient:
+    """A new admin client, which tells `hear` its errors. Raises ClientRefused when no client takes these settings."""
     try:
-        return AdminClient(cluster.config(own))
+        return AdminClient(cluster.config({} if hear is None else {"error_cb": hear}))
     except KafkaException as error:
         why = explain(error.args[0], dict(cluster.security))
         raise ClientRefused(f"the client settings for {cluster.bootstrap} do not work: {why}") from error
 
 
-@lru_cache(maxsize=8)
-def _admin(cluster: Cluster, _process: int) -> AdminClient:
-    """One admin client for each cluster and process."""
-    return _client(cluster, {})
-
-
-inherited: list[object] = []
-"""In a forked process the clients made before the fork: they have no threads here, and to end one would crash."""
-
-
-def _keep_inherited() -> None:
-    global _admin
-    inherited.append(_admin)
-    _admin = lru_cache(maxsize=8)(_admin.__wrapped__)
-
-
-os.register_at_fork(after_in_child=_keep_inherited)
-
-
 def admin(cluster: Cluster) -> AdminClient:
     """The process's admin client for `cluster`. Raises ClientRefused."""
-    return _admin(cluster, os.getpid())
+    return kept(_client, cluster, most=ADMINS)
 
 
 def _reason(error: Exception) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
 from typing import Any
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
-from labkit.kafka.cluster import ANSWER, Cluster, inherited
+from labkit.kafka.clients import forget, kept
+from labkit.kafka.cluster import ANSWER, Cluster
 
 ASKERS = 64  # groups whose offsets are asked for in turn, each by a client that is kept: more than a lab has
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
@@ -58,11 +57,11 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
 
     def committed(_admin: AdminClient) -> list[TopicPartition]:
         try:
-            answer = _asker(cluster, group, os.getpid()).committed(places, timeout=2 * ANSWER)
+            answer = kept(_asker, cluster, group, most=ASKERS).committed(places, timeout=2 * ANSWER)
             if errors := [one.error for one in answer if one.error is not None]:
                 raise KafkaException(errors[0])  # not to be taken for "nothing committed"
         except KafkaException:
-            _asker.cache_clear()  # one that lived through a restart can go on asking the coordinator of before
+            forget(cluster, _asker)  # one that lived through a restart can go on asking the coordinator of before
             raise
         return answer
 
@@ -70,8 +69,7 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
     return {(one.topic, one.partition): one.offset for one in answer if one.offset >= 0}
 
 
-@lru_cache(maxsize=ASKERS)
-def _asker(cluster: Cluster, group: str, _process: int) -> Client:
+def _asker(cluster: Cluster, group: str) -> Client:
     """A client that joins no group and only asks for offsets. The admin client's own question must not be used: it
     ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040).
 
@@ -80,15 +78,6 @@ def _asker(cluster: Cluster, group: str, _process: int) -> Client:
     """
     own = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
     return Client(cluster.config(own))
-
-
-def _keep_inherited() -> None:
-    global _asker
-    inherited.append(_asker)
-    _asker = lru_cache(maxsize=ASKERS)(_asker.__wrapped__)
-
-
-os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def end_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int], int]:

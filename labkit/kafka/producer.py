@@ -24,6 +24,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import Message as Report
 from confluent_kafka import Producer as Client
 
+from labkit.kafka.clients import kept
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMissing
 from labkit.kafka.records import CAUSE, CORRELATION, MADE_BY, Record
@@ -325,26 +326,18 @@ def _tell(on_delivery: OnDelivery, error: KafkaError | None, message: Report) ->
     on_delivery(None if error is None else error.str(), message.partition() or 0, message.offset() or 0)
 
 
-_producers: dict[tuple[Cluster, int, bool, bool], Producer] = {}
-_making = threading.Lock()
-
-
 def producer(cluster: Cluster, reports: bool = False, copies: bool = False) -> Producer:
     """The process's one producer for `cluster`: what one thread sends, another one's `flush` confirms.
 
     With `reports` another one, of which each sender hears what became of its own records; with `copies` too, one for
     records as they were before.
     """
-    key = (cluster, os.getpid(), reports, copies)
-    found = _producers.get(key)
-    if found is None:
-        with _making:
-            # Who hears of each of its records can send it again; of the others a time-out would end the consumer.
-            found = _producers.get(key) or Producer(
-                cluster, 30.0 if reports else OUTAGE, reports=reports, copies=copies
-            )
-            _producers[key] = found
-    return found
+    return kept(_producer, cluster, reports, copies)
+
+
+def _producer(cluster: Cluster, reports: bool, copies: bool) -> Producer:
+    # Who hears of each of its records can send it again; of the others a time-out would end the consumer.
+    return Producer(cluster, 30.0 if reports else OUTAGE, reports=reports, copies=copies)
 
 
 def deliver(
@@ -384,13 +377,6 @@ def deliver(
             f"{topic}: {left:,} of {sent:,} records were not confirmed within {timeout:g} s: is the broker up? "
             "They may still arrive"
         )
-
-
-def let_go(cluster: Cluster) -> None:
-    """Forget the process's producers for `cluster`, with what they have not sent."""
-    with _making:
-        for key in [key for key in _producers if key[:2] == (cluster, os.getpid())]:
-            del _producers[key]
 
 
 def end_transactions(cluster: Cluster, transactional_ids: Iterable[str], timeout: float = 30.0) -> None:

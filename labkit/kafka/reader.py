@@ -77,7 +77,7 @@ class Reader(Generic[T]):
         self._starts = starts or {}
         self._read(range(topic.partitions) if partitions is None else partitions)
 
-    def take(self, timeout: float) -> list[Record[T]]:
+    def poll(self, timeout: float) -> list[Record[T]]:
         """What is there: waits at most `timeout` seconds for a first record.
 
         Raises TopicMissing when the topic was deleted.
@@ -107,15 +107,15 @@ class Reader(Generic[T]):
         with suppress(KafkaException):
             self._read(self._client.list_topics(self.topic.name, LOOK).topics[self.topic.name].partitions)
 
-    def rest(self, timeout: float = 30.0) -> list[Record[T]]:
+    def read_to_end(self, timeout: float = 30.0) -> list[Record[T]]:
         """Everything up to the end the topic has now, in partitions too that were added to it.
 
         Raises ClusterUnreachable when that takes too long.
         """
         self._read(number for _, number in end_offsets(self.topic.cluster, [self.topic.name]))
-        return [record for messages in self.to_end(timeout) for record in self._records(messages)]
+        return [record for messages in self.messages_to_end(timeout) for record in self._records(messages)]
 
-    def to_end(self, timeout: float) -> Iterator[list[Message]]:
+    def messages_to_end(self, timeout: float) -> Iterator[list[Message]]:
         """Messages, not decoded, up to the end that its partitions have now. No list of them is waited for long: some
         are empty.
 
@@ -136,7 +136,6 @@ class Reader(Generic[T]):
             yield self.messages(0.1)
 
     def close(self) -> None:
-        """Let the client go."""
         self._client.close()
 
     def __enter__(self) -> Reader[T]:

@@ -35,6 +35,26 @@ class Message(Protocol):
     def error(self) -> Any: ...
 
 
+def coordinates(message: Message) -> str:
+    """`topic/partition/offset` of a record as the client delivers it."""
+    return place_of(message.topic(), message.partition(), message.offset())
+
+
+class Placed:
+    """What comes from one record."""
+
+    __slots__ = ()
+
+    topic: str
+    partition: int
+    offset: int
+
+    @property
+    def place(self) -> str:
+        """`topic/partition/offset`, the name under which logs and verdicts know the record."""
+        return place_of(self.topic, self.partition, self.offset)
+
+
 class WholeRecord:
     """A value that is read from the whole record, its headers included, and not from the record's value alone."""
 
@@ -79,7 +99,7 @@ def _has_nan(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_has_nan, value))
 
 
-class Record(Generic[T]):
+class Record(Placed, Generic[T]):
     """One record as a handler sees it: decoded key and value, with its place.
 
     A null value (a tombstone on a compacted topic) arrives as `None`. Timestamp and headers are read when asked for,
@@ -110,11 +130,6 @@ class Record(Generic[T]):
     def raw_headers(self) -> list[tuple[str, bytes | None]]:
         """Headers as they came: in order, repeated ones too, values as bytes. Whoever sends may give them like this."""
         return headers_of(self._message)
-
-    @property
-    def place(self) -> str:
-        """`topic/partition/offset`, the name under which logs and verdicts know the record."""
-        return place_of(self.topic, self.partition, self.offset)
 
     def __repr__(self) -> str:
         return f"Record({self.place}, key={self.key!r}, value={self.value!r})"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import DeliveryFailed, LabkitError
+from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMismatch
 from labkit.kafka.producer import Headers, deliver, producer
 from labkit.kafka.records import T, encode
 
@@ -64,6 +63,20 @@ class Topic(Generic[T]):
         with self._explaining():
             deliver(self.cluster, self.name, raw, timeout)
 
+    def check_compacted(self, purpose: str) -> dict[str, str]:
+        """Its settings. Raises TopicMismatch unless it is compacted, and has as many partitions as this says;
+        TopicMissing, ClusterUnreachable."""
+        config = self.cluster.topic_config(self.name)
+        if (policy := config["cleanup.policy"]) != "compact":
+            raise TopicMismatch(
+                f"topic {self.short} cannot {purpose}: with cleanup.policy={policy} Kafka deletes what is old, the "
+                "latest value of a key too. Make it with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
+            )
+        there = self.cluster.topics().get(self.name)
+        if there and there != self.partitions:
+            raise TopicMismatch(f"topic {self.short} has {there} partitions, not {self.partitions}: use that number")
+        return config
+
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         """Tell with a failure what the client does not say: that too few replicas are in sync."""
@@ -89,6 +102,3 @@ class Topic(Generic[T]):
     def __repr__(self) -> str:
         many = "1 partition" if self.partitions == 1 else f"{self.partitions} partitions"
         return f"Topic({self.short}, {many} of {getattr(self.value, '__name__', self.value)})"
-
-    def _repr_html_(self) -> str:
-        return f"<span title='{html.escape(self.name, quote=True)}'>{html.escape(repr(self))}</span>"

@@ -60,7 +60,7 @@ def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Eff
     """What took effect in a topic, and what of it could not be read."""
     with Reader(topic) as reader:
         try:
-            records = reader.rest(READ)
+            records = reader.read_to_end(READ)
         except ClusterUnreachable as error:
             return [], str(error)
     found = []

@@ -548,7 +548,7 @@ class Lab:
         import pandas as pd
 
         with Reader(topic) as reader:
-            found = sorted(reader.rest(), key=lambda record: record.timestamp)[-last:]
+            found = sorted(reader.read_to_end(), key=lambda record: record.timestamp)[-last:]
         if poison := undecodable(reader):
             print(f"Not shown: {poison}")  # noqa: T201
         rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]

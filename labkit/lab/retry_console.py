@@ -54,7 +54,7 @@ class RetryConsole:
         self.topic = self.consumer.mains[0]
         self.lanes = BlockedLanes(self.topic, self.consumer.group)
         self.letters = DeadLetters(self.topic, self.consumer.group)
-        delays = self.consumer.policy(self.topic).topics
+        delays = self.consumer.retry.topics
         _, *own = self.consumer.own_topics(self.topic)
         self._retry_topics = {f"in {delay:g} s": topic for topic, delay in zip(own, delays, strict=True)}
         for topic in self.consumer.co_partitioned[self.topic.name][1 + len(own) :]:  # of an earlier policy

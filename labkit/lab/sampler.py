@@ -44,7 +44,7 @@ class Tally:
 
     def read(self) -> None:
         """Take in what is new."""
-        while records := self._reader.take(0):
+        while records := self._reader.poll(0):
             for record in records:
                 if record.value is None:
                     continue  # a tombstone is no effect
@@ -145,7 +145,7 @@ class Sampler:
     def _sample(self) -> str | None:
         """Take one. What could not be read is left out; returns why."""
         self._look()
-        for record in self._reports.take(0):
+        for record in self._reports.poll(0):
             report = record.value
             self._look_for_eviction(report)
             self._handled[report.deployment, report.pod, report.process] = report

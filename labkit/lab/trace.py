@@ -65,7 +65,7 @@ def _belonging(business_id: object, by: str | Callable[[Any], Any], topics: Coll
     found: set[str] = set()
     for topic in topics:
         with Reader(topic) as reader:
-            for record in reader.rest():
+            for record in reader.read_to_end():
                 get = record.headers.get
                 everything.append(Seen(record.place, record.timestamp, get(CORRELATION), get(CAUSE), get(MADE_BY)))
                 try:

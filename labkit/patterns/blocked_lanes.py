@@ -20,20 +20,21 @@ import msgspec
 
 from labkit.kafka.consumer.failures import FailedRecord
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import LabkitError, error_text, place_of
+from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.producer import POD, producer
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import encode
+from labkit.kafka.records import Placed, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.patterns.trails import own_topic, shown, trail_of
 
 LANES, SKIPS = "lanes", "skips"  # what the two topics are called
+SKIP_ALL = "skip all"  # the key of that command
 TAKEN = 10.0  # seconds for a consumer to do what it was told
 
 
-class Blocked(msgspec.Struct, frozen=True, tag=True):
+class Blocked(Placed, msgspec.Struct, frozen=True, tag=True):
     """A record that its lane cannot get past."""
 
     topic: str
@@ -47,11 +48,6 @@ class Blocked(msgspec.Struct, frozen=True, tag=True):
     error: str
     member: str
     """Who holds it: a pod, or a host and process."""
-
-    @property
-    def place(self) -> str:
-        """`topic/partition/offset`."""
-        return place_of(self.topic, self.partition, self.offset)
 
 
 class Skip(msgspec.Struct, frozen=True, tag=True):
@@ -92,10 +88,6 @@ def _skip_key(place: str) -> str:
     return f"skip {place}"
 
 
-def _skip_all_key(partition: str = "") -> str:
-    return f"skip all {partition}".strip()
-
-
 # -- Seen from outside -------------------------------------------------------------------------------------------------
 
 
@@ -116,8 +108,7 @@ class BlockedLanes(GroupEntries[Blocked]):
 
     @property
     def skipping(self) -> bool:
-        """Whether all that fails is skipped, somewhere."""
-        return any(key.startswith(_skip_all_key()) for key in self.store.snapshot())
+        return SKIP_ALL in self.store.snapshot()
 
     def skip(self, place: str, timeout: float = TAKEN) -> Blocked:
         """Let the record at `topic/partition/offset` be, once. Returns what was skipped, once it was.
@@ -133,33 +124,26 @@ class BlockedLanes(GroupEntries[Blocked]):
         self._wait(lambda: place not in self._now(), timeout, f"skip {place}")
         return one
 
-    def skip_all(self, partition: str = "", timeout: float = TAKEN) -> int:
-        """Skip every record that fails, in `topic/partition` or everywhere, from now on until `resume`.
+    def skip_all(self, timeout: float = TAKEN) -> int:
+        """Skip every record that fails, from now on until `resume`.
 
         Returns how many were blocked, once these are skipped. Raises LabkitError when nobody does it.
         """
-        now = {place for place in self._now() if not partition or place.rpartition("/")[0] == partition}
-        self.store.put(_skip_all_key(partition), Skip(self._me, time.time()))
+        now = self._now().keys()
+        self.store.put(SKIP_ALL, Skip(self._me, time.time()))
         self._wait(lambda: not now & self._now().keys(), timeout, "skip all")
         return len(now)
 
-    def resume(self, partition: str = "") -> None:
-        """Take `skip_all` back: the next failure blocks again. Without a partition, everywhere.
-
-        Raises LabkitError when nothing is skipped.
-        """
-        keys = [key for key in self.store.snapshot() if key.startswith(_skip_all_key())]
-        if partition:
-            keys = [key for key in keys if key == _skip_all_key(partition)]
-        if not keys:
-            raise LabkitError(f"group {self.group} skips nothing{f' in {partition}' if partition else ''}")
-        for key in keys:
-            self.store.delete(key)
+    def resume(self) -> None:
+        """Take `skip_all` back: the next failure blocks again. Raises LabkitError when nothing is skipped."""
+        if not self.skipping:
+            raise LabkitError(f"group {self.group} skips nothing")
+        self.store.delete(SKIP_ALL)
 
     def skipped(self) -> list[Skipped]:
         """Every skip there was, oldest first. One whose consumer crashed before it committed is listed again."""
         with Reader(self._skips) as reader:
-            return [record.value for record in reader.rest()]
+            return [record.value for record in reader.read_to_end()]
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         until = time.monotonic() + timeout
@@ -191,7 +175,6 @@ class Commands:
         self._subscription = self.store.subscribe(self._changed)
 
     def on_step(self, step: Step, subject: Any) -> None:
-        """A step of the consumer."""
         if step is Step.FAILED:
             self._command(subject)
         elif step is Step.BLOCKED:
@@ -217,16 +200,14 @@ class Commands:
                     del self._mine[place]
 
     def close(self) -> None:
-        """Hear no more."""
         self.store.close()
         self._producer.unconfirmed(2.0)
 
     def _command(self, failed: FailedRecord) -> None:
         """Put on a record what stands about it in the store, once; take off what stands there no more."""
-        partition = f"{failed.topic}/{failed.partition}"
         with self._lock:
             found = None
-            for key in (_skip_key(failed.place), _skip_all_key(partition), _skip_all_key()):
+            for key in (_skip_key(failed.place), SKIP_ALL):
                 with suppress(LabkitError):  # not loaded yet: then it wakes us; or somebody wrote nonsense there
                     if found is None and isinstance(entry := self.store.get(key), Skip):
                         found = entry

@@ -45,7 +45,7 @@ class Projection(Generic[T]):
 
     The key of a record is the key in the view. A tombstone deletes it; so does a function that returns None. A record
     that does not decode, whose function raises, or whose rows the database refuses is set aside with its place
-    (`view.aside()`), and the view goes on.
+    (`view.rejected()`), and the view goes on.
     """
 
     topic: Topic[T]
@@ -88,7 +88,7 @@ class Projection(Generic[T]):
         partition, last = batch[0].partition, batch[-1]
         after = self.view.reached(partition)  # before anybody's function runs: another writer may come meanwhile
         changes: list[tuple[int, Change]] = []
-        aside: list[tuple[int, str]] = []
+        rejected: list[tuple[int, str]] = []
         for record in batch:
             try:
                 if isinstance(record, PoisonRecord):
@@ -97,15 +97,15 @@ class Projection(Generic[T]):
             except Unavailable:
                 raise  # of what the function asks: the batch comes again
             except Exception as error:
-                aside.append((record.offset, _reason(error)))
+                rejected.append((record.offset, _reason(error)))
         moment = time.time() if isinstance(last, PoisonRecord) else last.timestamp
         try:
-            self.view.apply(Batch(partition, after, last.offset + 1, moment, changes, aside))
+            self.view.apply(Batch(partition, after, last.offset + 1, moment, changes, rejected))
         except Exception as error:
             if len(batch) > 1 or not self.view.is_about_rows(error):
                 raise  # the consumer hands them over again, one by one
-            aside = [(last.offset, _reason(error))]
-            self.view.apply(Batch(partition, after, last.offset + 1, moment, [], aside))
+            rejected = [(last.offset, _reason(error))]
+            self.view.apply(Batch(partition, after, last.offset + 1, moment, [], rejected))
 
     def change(self, record: Record[T]) -> Change:
         """What a record means to the view. Raises LabkitError, or what the function raises."""
@@ -161,27 +161,27 @@ class Staleness:
                 self._topic_id, self._seen_complete = topic_id, False
                 self._looks.clear()  # its ends were another topic's
                 self._empty.clear()
-            marks = self.view.marks(self.topic.name)
-            if any(mark.topic_id != topic_id for mark in marks.values()):
+            checkpoints = self.view.checkpoints(self.topic.name)
+            if any(one.topic_id != topic_id for one in checkpoints.values()):
                 raise ViewOutdated(
                     f"view {self.view.table} was made of another topic {self.topic.short}, which was deleted and made "
-                    "anew: build it anew (a generation more), and switch to that"
+                    "anew: build it anew (a generation more), and promote that"
                 )
-            beyond = [number for number, mark in marks.items() if mark.next_offset > ends.get(number, 0)]
+            beyond = [number for number, one in checkpoints.items() if one.next_offset > ends.get(number, 0)]
             now = end_offsets(cluster, name) if beyond else {}  # it may just have got there
-            if beyond := [one for one in beyond if marks[one].next_offset > now.get((name[0], one), 0)]:
+            if beyond := [one for one in beyond if checkpoints[one].next_offset > now.get((name[0], one), 0)]:
                 raise ViewOutdated(
                     f"view {self.view.table} has {self.topic.short}/{beyond[0]} up to offset "
-                    f"{marks[beyond[0]].next_offset:,}, where the topic has no records: build it anew (a generation "
-                    "more), and switch to that"
+                    f"{checkpoints[beyond[0]].next_offset:,}, where the topic has no records: build it anew (a "
+                    "generation more), and promote that"
                 )
             # Of what was deleted from the topic's beginning nothing is lacking.
-            starts = {} if len(marks) == len(ends) else start_offsets(cluster, name)
+            starts = {} if len(checkpoints) == len(ends) else start_offsets(cluster, name)
         except LabkitError:
             self.records = None
             raise
         reached = {
-            number: marks[number].next_offset if number in marks else starts.get((name[0], number), 0)
+            number: checkpoints[number].next_offset if number in checkpoints else starts.get((name[0], number), 0)
             for number in ends
         }
         reached = {number: self._past_markers(number, at, ends[number]) for number, at in reached.items()}
@@ -192,9 +192,9 @@ class Staleness:
             self._looks = deque(look for number, look in enumerate(self._looks) if number % 2 == 0)
         behind = [number for number, end in ends.items() if reached[number] < end]
         self.records = sum(ends[number] - reached[number] for number in behind)
-        if not self._seen_complete and all(number in marks for number in behind):
+        if not self._seen_complete and all(number in checkpoints for number in behind):
             # What it lacks of a partition is newer than what it has.
-            self._since = min((marks[number].time for number in behind), default=moment)
+            self._since = min((checkpoints[number].time for number in behind), default=moment)
 
     def _past_markers(self, number: int, at: int, end: int) -> int:
         """The view stores no offsets of markers, or of records that were aborted: nobody is handed those. Where it

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import msgspec
 
-from labkit.kafka.errors import DeliveryFailed, LabkitError, place_of
+from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.producer import RawHeaders, deliver
-from labkit.kafka.records import Message, WholeRecord, encode, headers_of
+from labkit.kafka.records import Message, Placed, WholeRecord, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.trails import HEADER, Trail, own_topic, text_of, trail_of, with_header
@@ -36,7 +36,7 @@ class _Told(msgspec.Struct, frozen=True, omit_defaults=True):
     replayed: float | None = None
 
 
-class DeadLetter(WholeRecord, msgspec.Struct, frozen=True, omit_defaults=True):
+class DeadLetter(Placed, WholeRecord, msgspec.Struct, frozen=True, omit_defaults=True):
     """A record that could not be handled. Times are seconds since 1970."""
 
     topic: str
@@ -62,11 +62,6 @@ class DeadLetter(WholeRecord, msgspec.Struct, frozen=True, omit_defaults=True):
     """If a name comes twice, a value is null or no UTF-8, and `headers` so not all there is."""
     replayed: float | None = None
     """When it was last put back; it is here until that succeeds."""
-
-    @property
-    def place(self) -> str:
-        """`topic/partition/offset` where it came from first: its name in the queue."""
-        return place_of(self.topic, self.partition, self.offset)
 
     @classmethod
     def of(cls, message: Message) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from abc import abstractmethod
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any, Self, TypeVar
@@ -45,7 +44,6 @@ class GroupEntries(Mapping[str, V]):
         return self._now().items()
 
     def close(self) -> None:
-        """Look no more."""
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -57,6 +55,3 @@ class GroupEntries(Mapping[str, V]):
     def __repr__(self) -> str:
         holds = f"{len(self):,}" if self.store.ready else "closed"
         return f"{type(self).__name__}({self.topic.short} of {self.group}, {holds})"
-
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"

@@ -46,11 +46,11 @@ from labkit.patterns.mediator_states import (
     came_again,
 )
 from labkit.patterns.own_topics import check, create, waiting
-from labkit.patterns.retries import MILLISECOND, Policy, RetryingConsumer, dead_letter, written
+from labkit.patterns.retries import MILLISECOND, Policy, RetryingConsumer, dead_letter, seconds_of, written
 
 E = TypeVar("E")
 
-TIMEOUTS = re.compile(r"-timeouts-(\d+)(s|ms)$")  # how the name of a topic of timeouts ends
+TIMEOUTS = re.compile(r"-timeouts-(\d+m?s)$")  # how the name of a topic of timeouts ends
 
 
 class Refused(LabkitError):
@@ -214,7 +214,7 @@ class _Orchestrating(RetryingConsumer):
 def _delay(name: str) -> float:
     """The seconds for which timeouts wait in a topic of this name; 0 in any other one."""
     found = TIMEOUTS.search(name)
-    return 0.0 if found is None else int(found[1]) / (1 if found[2] == "s" else 1000)
+    return 0.0 if found is None else seconds_of(found[1])
 
 
 def _due(delay: float, record: Record[Any]) -> float:

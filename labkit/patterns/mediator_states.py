@@ -281,7 +281,6 @@ def _compensate(process: Process, state: ProcessState, reason: str, now: float) 
 
 
 def _undo(state: ProcessState, now: float) -> ProcessState:
-    """Undo the next one of the plan."""
     undone = state.undone
     left = [name for name in state.plan if name not in undone]
     return _ask(state, left[0], "undo", now) if left else replace(state, status="compensated", trouble="")

@@ -19,14 +19,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import msgspec
 
 from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import (
     ClientRefused,
-    ClusterUnreachable,
     LabkitError,
     RecordsDeleted,
     TopicMissing,
@@ -36,6 +35,7 @@ from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, parser
 from labkit.kafka.topics import Topic
+from labkit.patterns.look import Look
 from labkit.patterns.notice_window import Bounds, Entry, Position, Window
 
 PATIENCE = 30.0  # seconds for the window to be read
@@ -177,6 +177,7 @@ class Notifications(Generic[N]):
         self._known = threading.Event()  # the window was read, or never will be
         self._stop = threading.Event()
         self._failure: LabkitError | None = None
+        self._short = 0  # looks, one after the other, in which the topic ended before what was read
         self._trouble = "it has only just begun"
         self._thread = threading.Thread(target=self._run, name=f"notifications {topic.short}", daemon=True)
         self._thread.start()
@@ -295,17 +296,18 @@ class Notifications(Generic[N]):
             raise TopicMissing(f"topic {self.topic.short} does not exist at {cluster.bootstrap}: create it first")
         window = Window(topic_id, starts, self.bounds)
         with Reader(self.topic, partitions=starts, starts=starts) as reader:
-            for messages in reader.to_end(PATIENCE):
+            for messages in reader.messages_to_end(PATIENCE):
                 for channel, entry in self._entries(messages):
                     window.add(channel, entry)
                 if self._stop.is_set():
                     return
             self._passed(window, reader)
             self._show(window)
-            with _Look(self, topic_id, len(starts)) as look:
+            self._short = 0
+            with Look(lambda: self._look(window, topic_id), LOOK) as look:
                 while not self._stop.is_set():
                     self._deliver(window, self._entries(reader.messages(TURN)), reader)
-                    look.check()
+                    look.answer()
 
     def _entries(self, messages: Iterable[Message]) -> list[tuple[str, Entry]]:
         """What is notices, with their channels."""
@@ -358,6 +360,25 @@ class Notifications(Generic[N]):
         for subscription in woken:
             subscription._wake()
 
+    def _look(self, window: Window, topic_id: str) -> None:
+        """Look whether the topic is the one that the window was read from. Raises LabkitError when it is not."""
+        read, short = dict(window.ends), self.topic.short
+        found = self.topic.cluster.topic_id(self.topic.name)
+        ends = {number: end for (_, number), end in end_offsets(self.topic.cluster, [self.topic.name]).items()}
+        if found != topic_id:
+            raise TopicMissing(f"topic {short} was made anew: whoever listens starts over")
+        if len(ends) != len(read):
+            raise RecordsDeleted(
+                f"topic {short} has {len(ends)} partitions now, not {len(read)}: channels lie elsewhere, and whoever "
+                "listens starts over"
+            )
+        # A broker that just came back may say for some seconds that the topic ends earlier than it does.
+        self._short = self._short + 1 if any(at > ends[number] for number, at in read.items()) else 0
+        if self._short > SHORT:
+            raise RecordsDeleted(f"topic {short} has lost records that were read: whoever listens starts over")
+        if not self._short and self._window is window:
+            self._too_far(ends)
+
     def _too_far(self, ends: Mapping[int, int]) -> None:
         """A page that has seen more than there is: Kafka lost records. It would be told nothing of what takes their
         place."""
@@ -369,55 +390,3 @@ class Notifications(Generic[N]):
                 subscription._begin(self._readable(), None)
         for subscription in far:
             subscription._wake()
-
-
-class _Look:
-    """Looks whether the topic is the one it was. In a thread: without Kafka an answer takes its time."""
-
-    def __init__(self, notifications: Notifications[Any], topic_id: str, partitions: int) -> None:
-        self._notifications, self._topic_id, self._partitions = notifications, topic_id, partitions
-        self._failure: LabkitError | None = None
-        self._short = 0  # looks, one after the other, in which the topic ended before what was read
-        self._stop = threading.Event()
-
-    def check(self) -> None:
-        """Raises LabkitError when it is another one now."""
-        if self._failure is not None:
-            raise self._failure
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._run, name="look at a topic of notifications", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(LOOK):
-            try:
-                self._look()
-            except ClusterUnreachable:
-                pass  # it comes back; meanwhile nothing changes
-            except LabkitError as error:
-                self._failure = error
-                return
-
-    def _look(self) -> None:
-        topic = self._notifications.topic
-        window = self._notifications._window
-        read = dict(window.ends) if window is not None else {}
-        found = topic.cluster.topic_id(topic.name)
-        ends = {number: end for (_, number), end in end_offsets(topic.cluster, [topic.name]).items()}
-        if found != self._topic_id:
-            raise TopicMissing(f"topic {topic.short} was made anew: whoever listens starts over")
-        if len(ends) != self._partitions:
-            raise RecordsDeleted(
-                f"topic {topic.short} has {len(ends)} partitions now, not {self._partitions}: channels lie elsewhere, "
-                "and whoever listens starts over"
-            )
-        # A broker that just came back may say for some seconds that the topic ends earlier than it does.
-        self._short = self._short + 1 if any(at > ends[number] for number, at in read.items()) else 0
-        if self._short > SHORT:
-            raise RecordsDeleted(f"topic {topic.short} has lost records that were read: whoever listens starts over")
-        if not self._short and not self._stop.is_set():
-            self._notifications._too_far(ends)

@@ -16,7 +16,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -37,7 +37,7 @@ from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
 LISTED = 10.0  # seconds for a new topic to be listed everywhere
-RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+)(s|ms)$")  # how its name ends: which one, and its delay
+RETRY_TOPIC = re.compile(r"retry(\d+)-(\d+m?s)$")  # how its name ends: which one, and its delay
 
 
 @dataclass(frozen=True)
@@ -152,29 +152,29 @@ def _errors(types: Iterable[type[BaseException]]) -> tuple[type[BaseException], 
 class RetryingConsumer(Consumer):
     """A Consumer that deals with failed records as `retry` says, and reads its own retry topics and replayed records.
 
-    `retry` is one policy, or one for each topic by its name or short name. Lag counts what waits in retry topics too.
-    When it is changed, what waits in topics of the policy before is handled as well, each record when it was to be.
-    Of `co_partitioned` it takes the topics for which `not_before` tells a time.
+    Lag counts what waits in retry topics too. When the policy is changed, what waits in topics of the one before is
+    handled as well, each record when it was to be. Of `co_partitioned` it takes the topics for which `not_before` tells
+    a time.
     """
 
-    retry: Policy | Mapping[str, Policy] = field(default_factory=dead_letter)
+    retry: Policy = field(default_factory=dead_letter)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.retry, Policy):
+            raise LabkitError(f"retry is a policy, such as blocking(1, 5, 30), not {self.retry!r}")
         super().__post_init__()
         if self.batch is not None and self.store is None:
             raise LabkitError(
                 "a RetryingConsumer takes records one by one, as each may have to wait for its time: leave out batch, "
                 "or take a Consumer, which tries the records of a batch that fails one by one"
             )
-        for topic in self.mains:
-            if self.store is not None and (self.policy(topic).topics or self.policy(topic).blocks != fixed()):
-                raise LabkitError(
-                    "a handler with state depends on nothing but its arguments, so another attempt would fail as the "
-                    "first one did: retry=dead_letter()"
-                )
-            self.policy(topic)
-            if self.group:
-                self.own_topics(topic)  # names that are too long are told now
+        if self.store is not None and (self.retry.topics or self.retry.blocks != fixed()):
+            raise LabkitError(
+                "a handler with state depends on nothing but its arguments, so another attempt would fail as the "
+                "first one did: retry=dead_letter()"
+            )
+        for topic in self.mains if self.group else ():
+            self.own_topics(topic)  # names that are too long are told now
 
     @property
     def mains(self) -> tuple[Topic[Any], ...]:
@@ -192,18 +192,9 @@ class RetryingConsumer(Consumer):
         others = self.co_partitioned.get(main.name, ())
         return [*own, *(one for one in others if one.name in self.not_before or self.is_left(main, one.name, names))]
 
-    def policy(self, topic: Topic[Any]) -> Policy:
-        """What is done with failed records of this topic. Raises LabkitError when nothing was said."""
-        retry: Any = self.retry
-        if isinstance(retry, Mapping):
-            retry = retry.get(topic.name, retry.get(topic.short))
-        if not isinstance(retry, Policy):
-            raise LabkitError(f"retry for topic {topic.short} is a policy, such as blocking(1, 5, 30), not {retry!r}")
-        return retry
-
     def own_topics(self, topic: Topic[Any]) -> list[Topic[Any]]:
         """Where replayed records of this topic come back, then its retry topics in order: as many partitions."""
-        names = [f"retry{n}-{written(seconds)}" for n, seconds in enumerate(self.policy(topic).topics, 1)]
+        names = [f"retry{n}-{written(seconds)}" for n, seconds in enumerate(self.retry.topics, 1)]
         retries = [replace(topic, name=own_topic(topic.name, self.group, name)) for name in names]
         return [replay_topic(topic, self.group), *retries]
 
@@ -219,7 +210,7 @@ class RetryingConsumer(Consumer):
         for main in self.mains:
             own = self.own_topics(main)
             kept: list[Topic[Any]] = [dead_letters_topic(main, self.group), lanes_topic(main, self.group)]
-            needs = list(zip(own, map(waiting, (0.0, *self.policy(main).topics)), strict=True))
+            needs = list(zip(own, map(waiting, (0.0, *self.retry.topics)), strict=True))
             needs += [(topic, STORED) for topic in kept]
             needs += [(skips_topic(main, self.group), FOR_EVER)]
             made = {topic.name for topic, _ in needs}
@@ -262,10 +253,9 @@ class RetryingConsumer(Consumer):
         with _Retries(ready) as retries:
             has_state = self.store is not None
             not_before = ready.not_before if has_state else {**ready.not_before, **retries.not_before()}
-            on_change = _both(self.on_change, retries.on_change)
             handle: Callable[..., Any] = retries.handle_with_state if has_state else retries.handle
             bound = replace(
-                ready, handler=handle, on_failure=retries.decide, on_change=on_change, not_before=not_before
+                ready, handler=handle, on_failure=retries.decide, on_change=retries.on_change, not_before=not_before
             )
             Consumer.run(bound, stop, report)
 
@@ -281,15 +271,9 @@ def written(seconds: float) -> str:
     return f"{whole}ms" if whole % 1000 else f"{whole // 1000}s"
 
 
-def _both(first: Report | None, second: Report) -> Report:
-    if first is None:
-        return second
-
-    def tell(step: Step, subject: Any) -> None:
-        first(step, subject)
-        second(step, subject)
-
-    return tell
+def seconds_of(delay: str) -> float:
+    """The seconds of a delay as it is written in a topic's name."""
+    return int(delay[:-2]) / 1000 if delay.endswith("ms") else float(delay[:-1])
 
 
 # -- What it does while it runs ----------------------------------------------------------------------------------------
@@ -314,9 +298,8 @@ class _Retries:
         for main in consumer.mains:
             self.stages[main.name] = _Stage(main, 0, 0.0, own=False)
             for own in consumer.co_partitioned[main.name]:
-                number, delay, unit = end.groups() if (end := RETRY_TOPIC.search(own.name)) else ("0", "0", "s")
-                seconds = int(delay) / (1000 if unit == "ms" else 1)
-                self.stages[own.name] = _Stage(main, int(number), seconds, own=True)
+                number, delay = end.groups() if (end := RETRY_TOPIC.search(own.name)) else ("0", "0s")
+                self.stages[own.name] = _Stage(main, int(number), seconds_of(delay), own=True)
 
     def __enter__(self) -> Self:
         self.commands = {main.name: Commands(main, self.group) for main in self.consumer.mains}
@@ -366,6 +349,8 @@ class _Retries:
 
     def on_change(self, step: Step, subject: Any) -> None:
         """The consumer's `on_change`: who looks on from outside hears of what is blocked."""
+        if self.consumer.on_change is not None:
+            self.consumer.on_change(step, subject)
         if step in (Step.FAILED, Step.BLOCKED, Step.RECOVERED):
             self.commands[self.stages[subject.topic].main.name].on_step(step, subject)
             return
@@ -390,7 +375,7 @@ class _Retries:
     def decide(self, failed: FailedRecord) -> Decision:
         """The consumer's `on_failure`: what the policy, or a command, says."""
         stage = self.stages[failed.topic]
-        policy = self.consumer.policy(stage.main)
+        policy = self.consumer.retry
         trail = self.trail(failed, stage)
         if isinstance(failed.command, Skip):
             return self.skip(failed, stage, trail, failed.command)

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import msgspec
 
-from labkit.kafka.errors import LabkitError, place_of
+from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import RawHeaders
-from labkit.kafka.records import Message, headers_of
+from labkit.kafka.records import Message, Placed, headers_of
 
 HEADER = "labkit-retry"
 SHOWN = 1000  # characters of a key or a value that are shown
@@ -27,7 +27,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
 Time = Annotated[float, msgspec.Meta(ge=0, le=FUTURE)]
 
 
-class Trail(msgspec.Struct, omit_defaults=True, frozen=True):
+class Trail(Placed, msgspec.Struct, omit_defaults=True, frozen=True):
     """Where a record came from first, which never changes, and what has happened to it since."""
 
     topic: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
@@ -46,11 +46,6 @@ class Trail(msgspec.Struct, omit_defaults=True, frozen=True):
     """When it may be handled, in seconds since 1970."""
     replayed: bool = False
     """It comes out of the dead-letter queue, and leaves that once it is handled."""
-
-    @property
-    def place(self) -> str:
-        """`topic/partition/offset` where it came from first."""
-        return place_of(self.topic, self.partition, self.offset)
 
 
 def parse(header: str | bytes | None) -> Trail | None:

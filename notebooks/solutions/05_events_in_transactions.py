@@ -8,6 +8,6 @@ loyalty = RetryingConsumer(
 exercise(
     "A consumer of checkouts that sends points exactly once; NoCard goes to the dead letters.",
     check=lambda loyalty: loyalty.guarantee == "exactly once" and loyalty.handler is reward
-    and loyalty.topics == checkouts and NoCard in loyalty.policy(checkouts).non_retriable,
+    and loyalty.topics == checkouts and NoCard in loyalty.retry.non_retriable,
     loyalty=loyalty,
 )

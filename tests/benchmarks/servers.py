@@ -58,7 +58,7 @@ def kill(bench: Bench) -> Iterator[Row]:
                 topic.flush()
                 took.append(killed(topic))
                 with Reader(topic) as reader:
-                    missing = set(range(RECORDS + 1)) - {record.value for record in reader.rest()}
+                    missing = set(range(RECORDS + 1)) - {record.value for record in reader.read_to_end()}
                 lost += len(missing)
                 say(f"  kill: confirmed again after {took[-1]:.2f} s, {len(missing)} of {RECORDS:,} lost")
         finally:

@@ -224,7 +224,7 @@ def slow_handler(bench: Bench) -> Iterator[Row]:
         seen: list[tuple[float, float]] = []  # of the other partitions: when it was sent, and when its output was read
         slow, until = 0, time.monotonic() + 2 * SLOW * TIMES + 60
         while (len(seen) < _others() or slow < TIMES) and time.monotonic() < until:
-            for partition, sent in (record.value for record in reader.take(0.1)):
+            for partition, sent in (record.value for record in reader.poll(0.1)):
                 slow += partition == 0
                 if partition > 0:
                     seen.append((sent, time.time()))
@@ -250,7 +250,7 @@ def _warm_up(source: Topic[float], reader: Reader[tuple[int, float]]) -> None:
     first, until = 0, time.monotonic() + 60
     while first < 3:
         assert time.monotonic() < until, "the first outputs are missing"
-        first += sum(1 for _ in reader.take(0.1))
+        first += sum(1 for _ in reader.poll(0.1))
 
 
 def _others() -> int:

@@ -31,7 +31,7 @@ def orders(count: int, first: int = 0) -> Iterator[Order]:
 def values(topic: Topic[Any]) -> list[Any]:
     """All values of a topic."""
     with Reader(topic) as reader:
-        return [record.value for record in reader.rest()]
+        return [record.value for record in reader.read_to_end()]
 
 
 def said(deployment: Deployment, text: str, pod: str | None = None) -> bool:

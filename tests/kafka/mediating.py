@@ -169,7 +169,7 @@ class Orders:
     def partition_of(self, instance: str) -> int:
         """Where its state is."""
         with Reader(self.mediator.store) as reader:
-            return next(record.partition for record in reader.rest() if record.key == instance)
+            return next(record.partition for record in reader.read_to_end() if record.key == instance)
 
     def wait(self, timeout: float = 30.0, **statuses: str) -> None:
         """Wait until orders stand so."""

@@ -70,7 +70,7 @@ def transaction(topic: Topic[Any], *records: tuple[str, Any], end: str = "commit
 def on_disk(topic: Topic[Any]) -> list[tuple[int, str | None, Any]]:
     """What a topic still holds: offset, key, value."""
     with Reader(topic) as reader:
-        return [(record.offset, record.key, record.value) for record in reader.rest()]
+        return [(record.offset, record.key, record.value) for record in reader.read_to_end()]
 
 
 def compact(topic: Topic[Any], done: Callable[[], object], timeout: float = 60.0) -> None:

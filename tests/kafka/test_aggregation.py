@@ -41,7 +41,7 @@ def done(member: Member) -> None:
 def places(topic: Topic[Any]) -> set[tuple[str | None, int]]:
     """Which keys lie in which partitions."""
     with Reader(topic) as reader:
-        return {(record.key, record.partition) for record in reader.rest()}
+        return {(record.key, record.partition) for record in reader.read_to_end()}
 
 
 def test_jobs_are_counted_and_the_end_of_an_import_is_told_once(cluster: Cluster) -> None:

@@ -110,7 +110,6 @@ def test_a_skip_of_what_is_not_blocked_is_refused(cluster: Cluster) -> None:
         put(topic, *range(3))
         blocked_at(lanes, f"{topic.name}/0/1")
         assert repr(lanes) == f"BlockedLanes({topic.short} of {group}, 1)"
-        assert lanes._repr_html_() == f"<span>{lanes!r}</span>"
         for offset in (0, 2):
             with pytest.raises(LabkitError, match=f"is not blocked by .*/0/{offset}: there it is .*/0/1"):
                 lanes.skip(f"{topic.name}/0/{offset}")
@@ -141,25 +140,25 @@ def test_a_forged_skip_of_another_offset_does_nothing(cluster: Cluster) -> None:
 
 
 def test_skip_all_until_resume(cluster: Cluster) -> None:
-    """Every failing record is skipped, in one partition or in all, each with its trace; then failures block again."""
+    """Every failing record is skipped, each with its trace; then failures block again."""
     topic, group = fresh_topic(cluster, 2), fresh_group()
     handler = Stubborn(1, 2, 4, 11)
     with Member(consumer_of(topic, handler, group)) as member, looking(topic, group) as lanes:
         put(topic, *range(4), partition=0)
         put(topic, 11, partition=1)
         blocked_at(lanes, f"{topic.name}/0/1", f"{topic.name}/1/0")
-        assert lanes.skip_all(f"{topic.name}/0") == 1
-        member.wait_committed({0: 4})
+        assert lanes.skip_all() == 2
+        member.wait_committed({0: 4, 1: 1})
         assert lanes.skipping
-        assert set(lanes) == {f"{topic.name}/1/0"}
+        assert set(lanes) == set()
         lanes.resume()
         assert not lanes.skipping
         old = f"skip {topic.name}/0/0"  # the consumer takes it back once it has heard all that was said before
         lanes.store.put(old, Skip("me", 0.0))
         wait_until(lambda: old not in lanes.store, 20, "the consumer to hear of it")
         put(topic, 4, partition=0)
-        blocked_at(lanes, f"{topic.name}/0/4", f"{topic.name}/1/0")
-        assert lanes.skip_all() == 2
+        blocked_at(lanes, f"{topic.name}/0/4")
+        assert lanes.skip_all() == 1
         member.wait_committed({0: 5, 1: 1})
         lanes.resume()
         assert sorted(int(one.value or -1) for one in lanes.skipped()) == [1, 2, 4, 11]

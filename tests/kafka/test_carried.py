@@ -13,10 +13,11 @@ from confluent_kafka import Producer as Client
 from consuming import Member, fresh_group, fresh_topic
 from processes import wait_until
 
+from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed, LabkitError
-from labkit.kafka.producer import POD, let_go
+from labkit.kafka.producer import POD
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
@@ -51,9 +52,9 @@ def refuse(record: Record[Any]) -> None:
 def pod(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Records say which pod made them."""
     monkeypatch.setenv(POD, "shop-1")
-    let_go(cluster)
+    forget(cluster)
     yield
-    let_go(cluster)
+    forget(cluster)
 
 
 def carried(message: Any) -> tuple[Any, ...]:
@@ -92,7 +93,7 @@ def test_a_value_that_is_null_empty_or_no_text_comes_back_as_it_was(cluster: Clu
     ):
         wait_until(lambda: len(queue) == 1, 20, "the dead letter")
         with Reader(dead_letters_topic(topic, group)) as reader:  # as `lab.records` shows it
-            (record,) = reader.rest()
+            (record,) = reader.read_to_end()
         (letter,) = queue.values()
         assert record.value == letter
         assert (letter.value is None) == (value is None)
@@ -179,7 +180,7 @@ def test_what_is_no_dead_letter_disturbs_none(cluster: Cluster) -> None:
         for headers in (None, [("labkit-retry", b"{"), ("labkit-dead-letter", None)]):
             write(kept, b"1", b"elsewhere/0/0", headers)
         with Reader(kept) as reader:
-            stored = next(one for one in reader.rest() if isinstance(one.value, DeadLetter))
+            stored = next(one for one in reader.read_to_end() if isinstance(one.value, DeadLetter))
             assert len(reader.poison) == 2
         write(kept, b"1", b"elsewhere/0/1", stored._message.headers())  # it says that it came from elsewhere
         wait_until(lambda: len(queue.store.unreadable) == 2, 20, "what is none")

@@ -120,7 +120,7 @@ def test_of_a_batch_that_fails_the_policy_gets_the_record_that_does_it(cluster: 
     assert asked == [(20, 1)]  # nobody asks about an innocent one
     assert [failed.offset for failed in member.journal.of(Step.FAILED)] == [20]
     with Reader(aside) as reader:
-        assert [record.value for record in reader.rest()] == [20]
+        assert [record.value for record in reader.read_to_end()] == [20]
 
 
 def test_after_records_that_are_set_aside_the_next_ones_come_together_again(cluster: Cluster) -> None:

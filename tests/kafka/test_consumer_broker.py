@@ -87,7 +87,7 @@ def test_what_is_set_aside_while_the_broker_is_away_blocks_its_lane_and_is_there
             assert len(member.journal.of(Step.FAILED)) == 1
         member.wait_committed({0: 2})
     with Reader(aside) as reader:
-        assert [record.value for record in reader.rest()] == [0, 1]
+        assert [record.value for record in reader.read_to_end()] == [0, 1]
 
 
 @pytest.mark.long
@@ -122,7 +122,7 @@ def test_ten_seconds_without_a_broker(cluster: Cluster) -> None:
         put(topic, 100, partition=0)
         member.wait_committed({0: 101, 1: 100})
     with Reader(output) as reader:
-        assert {r.value for r in reader.rest()} == {*range(101), *range(1000, 1100)}
+        assert {r.value for r in reader.read_to_end()} == {*range(101), *range(1000, 1100)}
 
 
 @pytest.mark.long

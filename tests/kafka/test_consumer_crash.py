@@ -85,4 +85,4 @@ def test_a_crash_at_any_step_loses_nothing(remains: dict[Crash, Remains], crash:
         member.wait_committed({0: 11}, timeout=20)
     assert again == list(range(left.committed, 11))
     with Reader(left.output) as reader:  # what was committed had its output confirmed
-        assert {record.value for record in reader.rest()} >= set(range(left.committed))
+        assert {record.value for record in reader.read_to_end()} >= set(range(left.committed))

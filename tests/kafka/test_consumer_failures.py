@@ -130,7 +130,7 @@ def test_what_is_set_aside_names_the_poison_as_its_cause(cluster: Cluster) -> No
         member.wait_committed({0: 5})
     assert [record.value for record in member.journal.of(Step.HANDLED)] == [1, 2, 3]
     with Reader(dead) as reader:
-        found = {record.value: record.headers[CAUSE] for record in reader.rest()}
+        found = {record.value: record.headers[CAUSE] for record in reader.read_to_end()}
     assert found == {place: place for place in (f"{topic.name}/0/2", f"{topic.name}/0/4")}
 
 
@@ -358,7 +358,7 @@ def test_a_handler_that_fails_has_sent_nothing(cluster: Cluster) -> None:
         member.wait_committed({0: 1})
     assert len(calls) == 4
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == [10, 20]
+        assert [record.value for record in reader.read_to_end()] == [10, 20]
 
 
 def test_what_a_hook_sends_is_no_output_of_the_record(cluster: Cluster) -> None:
@@ -379,7 +379,7 @@ def test_what_a_hook_sends_is_no_output_of_the_record(cluster: Cluster) -> None:
     with Member(consumer) as member:
         member.wait_committed({0: 3})
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == [0, 0, 1, 1, 1, 2, 2]
+        assert [record.value for record in reader.read_to_end()] == [0, 0, 1, 1, 1, 2, 2]
 
 
 def test_a_batch_that_fails_has_sent_nothing(cluster: Cluster) -> None:
@@ -396,7 +396,7 @@ def test_a_batch_that_fails_has_sent_nothing(cluster: Cluster) -> None:
     with Member(Consumer(topic, handle, group, batch=10)) as member:
         member.wait_committed({0: 20})
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == list(range(20))
+        assert [record.value for record in reader.read_to_end()] == list(range(20))
 
 
 def test_a_handler_that_sends_ten_thousand_records(cluster: Cluster) -> None:
@@ -405,7 +405,7 @@ def test_a_handler_that_sends_ten_thousand_records(cluster: Cluster) -> None:
     with Member(Consumer(topic, lambda record: [output.send(n) for n in range(10_000)] and None, group)) as member:
         member.wait_committed({0: 1})
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == list(range(10_000))
+        assert [record.value for record in reader.read_to_end()] == list(range(10_000))
 
 
 def test_what_cannot_be_sent_fails_in_the_handler(cluster: Cluster) -> None:
@@ -463,7 +463,7 @@ def test_what_threads_of_a_handler_send(cluster: Cluster) -> None:
     assert len(refused) == 1
     assert "without a copy of its context" in refused[0]
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == [2]
+        assert [record.value for record in reader.read_to_end()] == [2]
 
 
 def test_what_a_handler_delivered_stays_delivered(cluster: Cluster) -> None:
@@ -479,7 +479,7 @@ def test_what_a_handler_delivered_stays_delivered(cluster: Cluster) -> None:
     with Member(Consumer(topic, handle, group, on_failure=lambda failed: Stop())) as member:
         assert str(member.ends()) == "no"
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == [2]
+        assert [record.value for record in reader.read_to_end()] == [2]
 
 
 def test_what_a_handler_sends_names_its_cause(cluster: Cluster) -> None:
@@ -493,7 +493,7 @@ def test_what_a_handler_sends_names_its_cause(cluster: Cluster) -> None:
         member.journal.wait(lambda: sum(committed(topic, group).values()) == 40)
         handled = {record.value: record.place for record in member.journal.of(Step.HANDLED)}
     with Reader(output) as reader:
-        records = reader.rest()
+        records = reader.read_to_end()
     assert {record.value: record.headers[CAUSE] for record in records} == handled
     assert all(record.headers["correlation-id"] == f"c-{record.value}" for record in records)
 

@@ -181,7 +181,7 @@ def test_what_a_late_result_sent_is_not_sent(cluster: Cluster) -> None:
     with Member(Consumer(topic, lambda record: output.send(10 + record.value), group)) as second:
         second.wait_committed({0: 2})
     with Reader(output) as reader:
-        assert [record.value for record in reader.rest()] == [0, 11]
+        assert [record.value for record in reader.read_to_end()] == [0, 11]
 
 
 TELL = (Step.BLOCKED, Step.RECOVERED)  # what says that a lane waits, or that it does no more

@@ -129,7 +129,7 @@ def test_jobs_of_one_request_are_spread_and_their_reports_together(cluster: Clus
 def placed(topic: Topic[Any]) -> set[tuple[int, str | None]]:
     """Partitions and keys of a topic's records."""
     with Reader(topic) as reader:
-        return {(record.partition, record.key) for record in reader.rest()}
+        return {(record.partition, record.key) for record in reader.read_to_end()}
 
 
 def test_a_job_that_comes_twice_changes_nothing_and_is_reported_again(

@@ -75,7 +75,7 @@ def test_no_question_about_a_topic_makes_it(creating: Cluster) -> None:
             question(topic.name)
     assert lag(creating, fresh_group(), [topic.name]) == {}
     with Reader(topic) as reader, suppress(LabkitError):
-        reader.take(1.0)
+        reader.poll(1.0)
     Stock(creating).wait_for_refreshes(1)
     assert topic.name not in creating.topics()
 

@@ -179,7 +179,6 @@ def test_purge_removes_for_good(place: tuple[Topic[Any], str], queue: DeadLetter
     put(place[0], *range(3), key="k")
     holds(queue, 3)
     assert repr(queue) == f"DeadLetters({place[0].short} of {place[1]}, 3)"
-    assert queue._repr_html_() == f"<span>{queue!r}</span>"
     first, *_ = queue
     with pytest.raises(LabkitError, match="is not among"):
         queue.purge(first, "elsewhere/0/0")

@@ -115,7 +115,7 @@ class Seen:
         self.found: list[tuple[str | None, int]] = []
 
     def look(self) -> list[tuple[str | None, int]]:
-        events = [record for record in self._reader.take(0.02) if record.value and record.value["after"]]
+        events = [record for record in self._reader.poll(0.02) if record.value and record.value["after"]]
         self.found += [(event.key, event.value["after"]["version"]) for event in events]
         return self.found
 
@@ -197,9 +197,9 @@ def test_a_column_that_is_added_and_a_row_that_is_deleted(
     table.execute("update things set version = 2 where id = 8")
     table.execute("delete from things where id = 7")
     with Reader(topic) as reader:
-        events = reader.rest()
+        events = reader.read_to_end()
         while len(events) < ROWS + 4:
-            events += reader.take(1)
+            events += reader.poll(1)
     assert {event.value["op"] for event in events[:ROWS]} == {"r"}
     assert events[0].value["after"] == {"id": 1, "version": 1}
     changed, other, deleted, tombstone = events[ROWS:]
@@ -298,7 +298,7 @@ def test_a_mirror_copies_each_record_once_though_its_worker_is_killed(
 
 def _values(topic: Topic[Any]) -> list[Any]:
     with Reader(topic) as reader:
-        return [record.value for record in reader.rest()]
+        return [record.value for record in reader.read_to_end()]
 
 
 # -- What is refused, or fails

@@ -33,7 +33,7 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
 from labkit.lab.travel import pack, unpack
 from labkit.patterns.key_value_store import KeyValueStore, StoreClosed, StoreNotReady
-from labkit.runtime.broker import Broker
+from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.private import PrivateBroker
 
 
@@ -51,7 +51,7 @@ def store(cluster: Cluster) -> Iterator[KeyValueStore[Any]]:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores look ten times a second where their topic ends, instead of every three seconds."""
-    monkeypatch.setattr("labkit.patterns.key_value_store.LOOK", 0.1)
+    monkeypatch.setattr("labkit.patterns.key_value_store.follower.LOOK", 0.1)
 
 
 # -- a mapping
@@ -77,7 +77,6 @@ def test_it_is_a_mapping_of_what_was_written(cluster: Cluster) -> None:
         assert "SD" not in store
         assert len(store) == 1
         assert repr(store).endswith("1 entries)")
-        assert f">{store!r}</span>" in store._repr_html_()
         assert store.lag() == 0
 
 
@@ -359,10 +358,10 @@ def test_an_end_before_what_was_read_is_no_deletion(cluster: Cluster, monkeypatc
         asked.append(time.monotonic())
         return {(name, 0): 0 for name in topics}
 
-    monkeypatch.setattr("labkit.patterns.key_value_store.LOOK", 0.1)
+    monkeypatch.setattr("labkit.patterns.key_value_store.follower.LOOK", 0.1)
     with KeyValueStore(store_topic(cluster, 1)) as store:
         store.put("a", 1)
-        monkeypatch.setattr("labkit.patterns.key_value_store.end_offsets", late)
+        monkeypatch.setattr("labkit.patterns.key_value_store.follower.end_offsets", late)
         wait_until(lambda: len(asked) > 3, what="looks at the end")
         store.put("b", 2)
         assert store.snapshot() == {"a": 1, "b": 2}
@@ -397,7 +396,7 @@ def test_aborted_records_never_show(cluster: Cluster) -> None:
         assert again.snapshot() == {"a": 1, "c": 3}
 
 
-def test_records_without_a_key_are_passed_over_and_counted(cluster: Cluster) -> None:
+def test_records_without_a_key_are_passed_over(cluster: Cluster) -> None:
     topic = store_topic(cluster, 1)
     topic.create()
     # A broker refuses such records for a compacted topic; one that was compacted later may hold them.
@@ -407,7 +406,6 @@ def test_records_without_a_key_are_passed_over_and_counted(cluster: Cluster) -> 
     alter(loose, COMPACTED)
     with KeyValueStore(loose) as store:
         assert store.snapshot() == {"a": 1}
-        assert store.ignored == 2
 
 
 def test_a_write_that_the_broker_refuses_says_why(cluster: Cluster) -> None:
@@ -475,7 +473,7 @@ def test_a_read_after_put_sees_it_and_no_read_goes_back(cluster: Cluster) -> Non
 @pytest.mark.long
 def test_no_read_goes_back_while_it_is_loaded_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second: nothing tells it that it has seen all."""
-    monkeypatch.setattr("labkit.patterns.key_value_store._Look.all_was_read", lambda look, positions: 0.0)
+    monkeypatch.setattr(KeyValueStore, "_all_was_read", lambda store, seen: 0.0)
     topic = store_topic(cluster, 1, config={**COMPACTED, "delete.retention.ms": "1000"})
     stop = threading.Event()
     with KeyValueStore(topic) as store, KeyValueStore(topic) as other:
@@ -580,12 +578,11 @@ def test_a_subscriber_that_raises_is_told_the_next_change(
             raise ValueError("what a subscriber may do")
         seen.append((key, old, new))
 
-    subscription = store.subscribe(callback)
+    store.subscribe(callback)
     store.put("a", "bad")
-    wait_until(lambda: subscription.failures == 1, what="the failure")
+    wait_until(lambda: "what a subscriber may do" in caplog.text, what="the failure")
     store.put("a", "good")
     wait_until(lambda: seen == [("a", "bad", "good")], what="the next change")
-    assert "what a subscriber may do" in caplog.text
 
 
 @pytest.mark.parametrize("error", [Untellable, Untraceable])
@@ -602,7 +599,7 @@ def test_a_subscriber_whose_error_cannot_be_told_is_told_the_next_change(
 
     subscription = store.subscribe(callback)
     store.put("a", "bad")
-    wait_until(lambda: subscription.failures == 1, what="the failure")
+    wait_until(lambda: subscription.behind == 0, what="the failure")
     store.put("a", "good")
     wait_until(lambda: seen == ["good"], what="the next change")
 
@@ -641,7 +638,6 @@ def test_a_subscriber_may_write_to_the_same_store(store: KeyValueStore[Any]) -> 
     subscription = store.subscribe(count_down)
     store.put("n", 5)
     wait_until(lambda: store.get("n") == 0 and subscription.behind == 0, what="the countdown")
-    assert subscription.failures == 0
 
 
 # -- closing, travelling
@@ -756,6 +752,7 @@ class Prompt(PrivateBroker):
 
     def _make(self) -> None:
         often = "log.initial.task.delay.ms=500\nlog.retention.check.interval.ms=500\n"
+        self._kafka = prepare()
         self._broker = Broker.create(self.folder, self._kafka, extra=often)
 
 

@@ -226,7 +226,7 @@ def test_a_content_is_read_once_the_lab_has_settled(lab: Lab, monkeypatch: pytes
 
     def content() -> dict[str, int]:
         with Reader(shop.shipped) as reader:
-            return {str(record.value.id): record.value.id for record in reader.rest()}
+            return {str(record.value.id): record.value.id for record in reader.read_to_end()}
 
     found = lab.verdict(truth, content, name="shipped", timeout=0.3)
     assert str(found).startswith("unknown: shipped: shop is 5 records behind · 5 sent · 0 took effect so far")

@@ -454,7 +454,7 @@ def test_partitions_added_to_a_steps_commands_double_nothing(cluster: Cluster, t
 
     def asked() -> dict[int, list[str]]:
         with Reader(reserve) as reader:
-            found = [(record.partition, record.key or "") for record in reader.rest()]
+            found = [(record.partition, record.key or "") for record in reader.read_to_end()]
         return {number: [key for at, key in found if at == number] for number in range(3)}
 
     with orders.processors("charge", "ship"), Member(orders.consumer()):

@@ -129,9 +129,9 @@ def test_who_reads_from_an_offset_hears_that_it_was_deleted(cluster: Cluster) ->
     put(topic, 0, 1, 2, 3)
     trim(topic, 3)
     with Reader(topic, starts={0: 3}) as reader:
-        assert [record.value for record in reader.rest()] == [3]
+        assert [record.value for record in reader.read_to_end()] == [3]
     with Reader(topic, starts={0: 2}) as late, pytest.raises(RecordsDeleted, match=topic.short):
-        late.rest()
+        late.read_to_end()
 
 
 def more_partitions(topic: Topic[Any]) -> None:

@@ -428,7 +428,7 @@ def test_a_failure_that_overtakes_has_the_order_never_done(chain: Callable[..., 
         made.wait_effects(completed(2))
         wait_until(lambda: orders.journeys([made.failed])[early.id].messages.total() == 2, 30, "charge to say so")
     with Reader(made.failed) as reader:
-        assert sorted(record.value.step for record in reader.rest()) == ["charge", FRAUD]
+        assert sorted(record.value.step for record in reader.read_to_end()) == ["charge", FRAUD]
     assert made.effects() == completed(2)
 
 

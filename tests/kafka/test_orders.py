@@ -102,7 +102,7 @@ def test_what_is_paid_becomes_parcels_movements_and_invoices(
     first = delivery.bookings()[0]
     assert (first.place, first.where, first.key) == ("parcels/0", "parcels", None)
     with Reader(checkouts) as reader:
-        sources = {record.value.id: record.place.rpartition(".")[2] for record in reader.rest()}
+        sources = {record.value.id: record.place.rpartition(".")[2] for record in reader.read_to_end()}
     assert {booking.id: booking.cause for booking in delivery.bookings()} == sources
 
 
@@ -202,7 +202,7 @@ def test_two_that_book_one_order_at_once(
         checkouts.send(carts.check_out(purchase), purchase.id)
     checkouts.flush()
     with Reader(checkouts) as reader:
-        other, record = sorted(reader.rest(), key=lambda record: record.value.id, reverse=True)
+        other, record = sorted(reader.read_to_end(), key=lambda record: record.value.id, reverse=True)
     handler: Any = delivery.consumer("group").handler
     with closing(handler):
         handler(other)  # it makes the tables

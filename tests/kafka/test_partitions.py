@@ -200,10 +200,10 @@ def test_a_reader_goes_on_in_the_others_when_partitions_are_added(cluster: Clust
     topic = fresh_topic(cluster)
     put(topic, 0, 1)
     with Reader(topic) as reader:
-        assert [record.value for record in reader.rest()] == [0, 1]
+        assert [record.value for record in reader.read_to_end()] == [0, 1]
         cluster.add_partitions(topic.name, 3)
         send(topic, {0: 2, 2: 3})
-        assert sorted(record.value for record in reader.rest()) == [2, 3]  # the others not once more
+        assert sorted(record.value for record in reader.read_to_end()) == [2, 3]  # the others not once more
         assert reader.positions() == {(topic.name, 0): 3, (topic.name, 1): 0, (topic.name, 2): 1}
 
 
@@ -246,7 +246,7 @@ def test_what_clients_with_different_partitioners_wrote_is_right_and_told(
     assert second.flush(20) == 0
     lies: defaultdict[str, set[int]] = defaultdict(set)
     with Reader(topic) as reader:
-        for record in reader.rest():
+        for record in reader.read_to_end():
             lies[record.key or ""].add(record.partition)
     with KeyValueStore(topic) as store:
         assert store.snapshot() == dict.fromkeys(keys[::2], "new")
@@ -305,7 +305,7 @@ def test_a_store_writes_a_key_where_it_lies(cluster: Cluster) -> None:
         assert store.scattered == {}
         assert store.loads == 1
     with Reader(topic) as reader:
-        assert {record.partition for record in reader.rest()} == {0}
+        assert {record.partition for record in reader.read_to_end()} == {0}
 
 
 def test_a_key_in_two_partitions_is_deleted_in_both(cluster: Cluster) -> None:
@@ -320,7 +320,7 @@ def test_a_key_in_two_partitions_is_deleted_in_both(cluster: Cluster) -> None:
         store.delete("a")
         assert shown(store) == {}
     with Reader(topic) as reader:
-        assert {record.partition for record in reader.rest() if record.value is None} == {0, 1}
+        assert {record.partition for record in reader.read_to_end() if record.value is None} == {0, 1}
 
 
 def test_of_a_key_in_two_partitions_only_the_newest_record_must_be_readable(cluster: Cluster) -> None:
@@ -341,7 +341,7 @@ def test_of_a_key_in_two_partitions_only_the_newest_record_must_be_readable(clus
 
 
 def test_what_is_remembered_of_deleted_keys_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.patterns.store_contents.SPARE", 10)
+    monkeypatch.setattr("labkit.patterns.key_value_store.contents.SPARE", 10)
     with KeyValueStore(store_topic(cluster, 2)) as store:
         store.update({"a": 1, "b": 2})
         for number in range(8):

@@ -282,7 +282,7 @@ def test_what_kafka_refuses_does_not_count_as_asked_for(cluster: Cluster, ledger
         assert ask(f"{service.url}/due", "POST", Due("refused", 1)) == (202, {"requested": 3})
         assert ask(f"{service.url}/due", "POST", Due("refused", 1)) == (202, {"requested": 0})
     with Reader(topic) as reader:
-        assert [record.value.id for record in reader.rest()] == ["500-1", "501-1", "502-1"]
+        assert [record.value.id for record in reader.read_to_end()] == ["500-1", "501-1", "502-1"]
 
 
 def test_a_subscription_that_is_made_meanwhile_is_asked_for_next_time(cluster: Cluster, ledger: str) -> None:
@@ -300,4 +300,4 @@ def test_a_subscription_that_is_made_meanwhile_is_asked_for_next_time(cluster: C
         for _ in range(2):
             assert ask(f"{service.url}/due", "POST", Due("meanwhile", 1)) == (202, {"requested": 1})
     with Reader(topic) as reader:
-        assert [record.value.id for record in reader.rest()] == ["600-1", "601-1"]
+        assert [record.value.id for record in reader.read_to_end()] == ["600-1", "601-1"]

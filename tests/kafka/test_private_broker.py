@@ -114,7 +114,7 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
     broker.restart()
     assert broker.state is ServerState.RUNNING
     with Reader(topic) as reader:
-        assert sorted(record.value for record in reader.rest()) == list(range(1000))
+        assert sorted(record.value for record in reader.read_to_end()) == list(range(1000))
 
 
 @pytest.mark.long
@@ -132,7 +132,7 @@ def test_killed_again_before_it_is_let_back_in_it_comes_back(broker: PrivateBrok
     restarting.join(60)
     broker.restart()
     with Reader(topic) as reader:
-        assert [record.value for record in reader.rest()] == [1]
+        assert [record.value for record in reader.read_to_end()] == [1]
 
 
 @pytest.mark.long
@@ -144,7 +144,7 @@ def test_killed_amid_commits_it_writes_their_markers_when_it_is_back(broker: Pri
     broker.restart()
     committing.join()
     with Reader(topic) as reader:
-        assert reader.rest()
+        assert reader.read_to_end()
 
 
 @pytest.mark.long
@@ -168,7 +168,7 @@ def test_restarted_in_good_order_or_from_frozen_it_keeps_port_and_data(broker: P
     broker.freeze()
     broker.restart()
     with Reader(topic) as reader:
-        assert [record.value for record in reader.rest()] == [1, 2]
+        assert [record.value for record in reader.read_to_end()] == [1, 2]
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ from labkit.kafka.topics import Topic
 
 def read(topic: Topic[Any]) -> list[Record[Any]]:
     with Reader(topic) as reader:
-        return reader.rest(10)
+        return reader.read_to_end(10)
 
 
 def java_partition(key: bytes, partitions: int) -> int:

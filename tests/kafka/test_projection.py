@@ -134,7 +134,7 @@ def test_a_view_follows_creations_updates_and_deletions(cluster: Cluster, view: 
     assert view.keys("app", "forum", after="a") == ["c"]
     assert view.keys("app", "forum", limit=1) == ["a"]
     assert view.count() == 3
-    assert view.aside() == []
+    assert view.rejected() == []
 
 
 def test_a_view_that_adds_up_counts_every_record_once(cluster: Cluster, view: View) -> None:
@@ -226,12 +226,12 @@ def test_what_cannot_be_projected_is_set_aside_with_its_place(cluster: Cluster, 
     with Member(Projection(topic, rows, view).consumer(fresh_group())) as member:
         catch_up(member, view, topic)
     assert view.content() == {"a": [("stores",)], "g": [("stores",)], "h": [("forum",)], "k": [("forum",)]}
-    aside = view.aside()
-    assert [(name, partition, offset) for name, partition, offset, _ in aside] == [
+    rejected = view.rejected()
+    assert [(name, partition, offset) for name, partition, offset, _ in rejected] == [
         (topic.name, 0, offset) for offset in (1, 2, 3, 4, 5, 6, 8, 10, 11, 13)
     ]
     for (*_, reason), said in zip(
-        aside,
+        rejected,
         ("by zero", "not decode", "no key", "-1", "no row of app", "", "many", "Unicode", "character: ?", "Untellable"),
         strict=True,
     ):
@@ -248,7 +248,7 @@ def test_a_value_of_another_type_than_the_column_is_set_aside(cluster: Cluster, 
         with Member(made.consumer(fresh_group())) as member:
             catch_up(member, view, topic)
         assert view.content() == {"a": [(1,)], "d": [(2,)]}
-        assert [offset for _, _, offset, _ in view.aside()] == [1, 2, 4]
+        assert [offset for _, _, offset, _ in view.rejected()] == [1, 2, 4]
         assert view.keys("value", "2") == ["d"]
         for value in ("abc", str(2**70)):
             with pytest.raises(LabkitError, match="has no such value") as refused:
@@ -291,7 +291,7 @@ def test_what_a_projection_asks_and_that_is_not_there_yet_is_asked_again(cluster
     with Member(Projection(topic, rows, in_file).consumer(fresh_group())) as member:
         catch_up(member, in_file, topic)
     assert set(in_file.content()) == {"a", "b", "c"}
-    assert in_file.aside() == []
+    assert in_file.rejected() == []
 
 
 @IN_POSTGRES
@@ -341,7 +341,7 @@ def test_partitions_added_under_a_view_are_projected_by_the_writer_that_runs(clu
         catch_up(member, view, topic)
         assert {number for _, number in member.journal.assigned()} == {0, 1, 2}
     assert view.content() == {key: [("forum",)] for key in keys[1:]}
-    assert {number: mark.next_offset for number, mark in view.marks(topic.name).items()} == {0: 16, 1: 5, 2: 4}
+    assert {number: mark.next_offset for number, mark in view.checkpoints(topic.name).items()} == {0: 16, 1: 5, 2: 4}
     sender.send(topic.name, encode(Site(5, ["stores"])), "b", partition=2)
     sender.flush()
     staleness.look()
@@ -508,7 +508,7 @@ def test_a_worker_held_while_its_partition_goes_and_comes_back_changes_nothing(
     mine.table = others.table = f"numbers_{uuid.uuid4().hex[:8]}"
     numbered(topic, *range(50))
     with Reader(topic) as reader:
-        records = list(reader.rest())
+        records = list(reader.read_to_end())
     held, go_on = threading.Event(), threading.Event()
 
     def rows(record: Record[int]) -> list[tuple[int]]:
@@ -529,7 +529,7 @@ def test_a_worker_held_while_its_partition_goes_and_comes_back_changes_nothing(
         go_on.set()
         worker.join(10)
         assert not worker.is_alive()
-        assert mine.marks(topic.name)[0].next_offset == 50
+        assert mine.checkpoints(topic.name)[0].next_offset == 50
         assert mine.content() == expected(50)
 
 
@@ -559,9 +559,9 @@ def test_a_topic_made_anew_demands_a_rebuild(cluster: Cluster, view: View) -> No
         error = member.ends()
     assert isinstance(error, ViewOutdated)
     assert "generation=2" in str(error)
-    with view.beside() as beside, build(beside, topic) as member:
+    with view.next_generation() as beside, build(beside, topic) as member:
         member.wait_committed({0: 1})
-        beside.switch()
+        beside.promote()
     assert view.content() == {"c": [("forum",)]}
 
 
@@ -579,11 +579,11 @@ def test_a_view_that_is_beyond_the_end_of_its_topic_demands_a_rebuild(cluster: C
         error = member.ends()
     assert isinstance(error, LabkitError)
     assert f"{topic.name}/0 from offset 100 on" in str(error)
-    with view.beside() as beside, build(beside, topic) as member:
+    with view.next_generation() as beside, build(beside, topic) as member:
         member.wait_committed({0: 1})
         with pytest.raises(LabkitError, match="force=True"):
-            beside.switch()
-        beside.switch(force=True)
+            beside.promote()
+        beside.promote(force=True)
     assert view.content() == {"a": [("stores",)]}
     assert stale(topic, view) == 0
 
@@ -606,9 +606,9 @@ def test_how_stale_a_view_of_a_topic_made_anew_is_cannot_be_told(cluster: Cluste
     assert staleness.records is None
     before = staleness.seconds
     assert before is not None
-    with in_file.beside() as beside, build(beside, topic) as member:
+    with in_file.next_generation() as beside, build(beside, topic) as member:
         member.wait_committed({0: 1})
-        beside.switch()
+        beside.promote()
     staleness.look()
     assert staleness.records == 0
     assert staleness.seconds is not None
@@ -619,7 +619,7 @@ def test_how_stale_a_view_of_a_topic_made_anew_is_cannot_be_told(cluster: Cluste
 
 
 def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.patterns.views.BUSY", 0.2)
+    monkeypatch.setattr("labkit.patterns.views.sqlite.BUSY", 0.2)
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"))
     with build(in_file, topic) as member, closing(sqlite3.connect(in_file.path, isolation_level=None)) as other:
@@ -637,7 +637,7 @@ def test_a_locked_file_is_waited_for(cluster: Cluster, in_file: SqliteView, monk
 def test_a_file_that_is_locked_when_partitions_come_is_waited_for(
     cluster: Cluster, in_file: SqliteView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labkit.patterns.views.BUSY", 0.2)
+    monkeypatch.setattr("labkit.patterns.views.sqlite.BUSY", 0.2)
     topic = fresh_topic(cluster, 1, Site)
     send(topic, site("a", 1, "stores"))
     tries: list[Any] = []
@@ -689,10 +689,10 @@ def test_a_view_of_an_older_form_is_built_beside_and_switched_to(cluster: Cluste
         error = member.ends()
     assert isinstance(error, ViewOutdated)
     assert "generation=2" in str(error)
-    with newer.beside() as newest, Member(Projection(topic, rows, newest).consumer(fresh_group())) as member:
+    with newer.next_generation() as newest, Member(Projection(topic, rows, newest).consumer(fresh_group())) as member:
         member.wait_committed({0: 1})
         assert in_file.rows("a") == [("stores",)]
-        newest.switch()
+        newest.promote()
         assert newest.rows("a") == [("stores", 1)]
 
 
@@ -772,12 +772,12 @@ def test_a_full_disk_loses_nothing_and_is_gone_on_from(cluster: Cluster, tmp_pat
     ):
         failure = member.journal.wait_for(Step.FAILED)[0]
         assert isinstance(failure.error, sqlite3.OperationalError)
-        marks = view.marks(topic.name)
+        marks = view.checkpoints(topic.name)
         assert (marks[0].next_offset if marks else 0) == len(view.content())  # all or nothing
         view.pages = 100_000
         catch_up(member, view, topic)
         assert len(view.content()) == 300
-        assert view.aside() == []
+        assert view.rejected() == []
 
 
 @pytest.mark.long  # notebook 01 kills one
@@ -840,9 +840,9 @@ def test_a_rebuild_beside_is_switched_to_without_a_failed_read(cluster: Cluster,
     def shouted(record: Record[Site]) -> list[tuple[str]]:
         return [(app.upper(),) for app in record.value.apps]
 
-    with view.beside() as beside, Member(Projection(topic, shouted, beside).consumer(fresh_group())) as member:
+    with view.next_generation() as beside, Member(Projection(topic, shouted, beside).consumer(fresh_group())) as member:
         member.journal.wait(lambda: sum(committed(topic, member.consumer.group).values()) == 50)
-        beside.switch()
+        beside.promote()
     wait_until(lambda: seen[-1] == (("STORES",), ("FORUM",)), 5, "the rebuilt view to be read")
     stop.set()
     for thread in threads:
@@ -857,13 +857,13 @@ def test_a_generation_that_lacks_what_readers_have_is_not_switched_to(cluster: C
     send(topic, site("a", 1, "stores"), site("b", 1, "stores"))
     with build(view, topic) as member:
         catch_up(member, view, topic)
-    with view.beside() as beside:
+    with view.next_generation() as beside:
         with pytest.raises(LabkitError, match=f"{topic.name}/0 by 2"):
-            beside.switch()
+            beside.promote()
         assert set(view.content()) == {"a", "b"}
         with build(beside, topic) as member:
             member.wait_committed({0: 2})
-        beside.switch()
+        beside.promote()
     assert set(view.content()) == {"a", "b"}
 
 
@@ -914,7 +914,7 @@ def test_what_was_deleted_from_the_topic_is_not_lacking(cluster: Cluster, in_fil
     with build(in_file, topic) as member:
         catch_up(member, in_file, topic)
     assert len(in_file.content()) == 1
-    assert set(in_file.marks(topic.name)) == {0}
+    assert set(in_file.checkpoints(topic.name)) == {0}
     assert stale(topic, in_file) == 0
 
 

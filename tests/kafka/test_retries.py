@@ -399,18 +399,6 @@ def test_two_groups_on_one_topic_do_not_take_each_others_retries(cluster: Cluste
     assert {value: len(times) for value, times in other.calls.items()} == {1: 1, 2: 2}
 
 
-def test_each_topic_keeps_to_its_own_policy(cluster: Cluster) -> None:
-    topic, other, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
-    put(topic, 1)
-    put(other, 2)
-    handler = Handler({1: ALWAYS, 2: ALWAYS})
-    retry = {topic.name: blocking(0.05, 0.05), other.name: retry_topics(0.05)}
-    run_to_rest(RetryingConsumer((topic, other), handler, group, retry=retry))
-    assert [len(handler.calls[value]) for value in (1, 2)] == [3, 2]
-    assert [letter.value for letter in letters(topic, group)] == ["1"]
-    assert [letter.value for letter in letters(other, group)] == ["2"]
-
-
 # -- The queue
 
 
@@ -719,4 +707,4 @@ def test_a_consumer_without_failures_has_a_quiet_life(cluster: Cluster) -> None:
     assert Step.COMMITTED in seen
     assert not seen & {Step.HANDLING, Step.HANDLED}
     with Reader(dead_letters_topic(topic, group)) as reader:
-        assert reader.rest() == []
+        assert reader.read_to_end() == []

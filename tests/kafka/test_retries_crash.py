@@ -46,7 +46,7 @@ def remains(cluster: Cluster) -> dict[Step, Remains]:
             assert process.ends() == -9
         retries = RetryingConsumer(topic, print, group, retry=retry_topics(DELAY)).sources[2]
         with Reader(retries) as reader:
-            set_aside = {record.value for record in reader.rest()}
+            set_aside = {record.value for record in reader.read_to_end()}
         found[step] = Remains(topic, group, committed(topic, group).get(0, 0), set_aside)
     return found
 

@@ -96,8 +96,8 @@ def arrived(topic: Topic[Any], count: int) -> dict[str | None, list[int]]:
                 found[record.key].append(record.value)
             return sum(map(len, found.values())) >= count
 
-        wait_until(lambda: take(reader.take(0.2)), 90, f"{count} records of {topic.short}")
-        take(reader.rest())
+        wait_until(lambda: take(reader.poll(0.2)), 90, f"{count} records of {topic.short}")
+        take(reader.read_to_end())
     return found
 
 
@@ -141,7 +141,7 @@ def test_what_crosses_is_as_it_was_and_what_was_aborted_does_not_cross(centres: 
 
     def seen(one: Topic[Any]) -> list[tuple[Any, ...]]:
         with Reader(one) as reader:
-            found = [message for messages in reader.to_end(60) for message in messages]
+            found = [message for messages in reader.messages_to_end(60) for message in messages]
         return sorted((it.partition(), it.key(), it.value(), it.headers(), it.timestamp()) for it in found)
 
     wait_until(lambda: len(seen(copy)) >= 3, 30, "three records")

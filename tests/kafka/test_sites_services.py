@@ -24,10 +24,10 @@ import pytest
 from consuming import Member, alter, fresh_group, fresh_topic, put
 from processes import wait_until
 
+from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.producer import let_go
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
@@ -214,7 +214,7 @@ def table(dsn: str) -> dict[str, int]:
 def told(topic: Topic[Site]) -> dict[str, int]:
     """Highest version by id, as the topic has it."""
     with Reader(topic) as reader:
-        return {one.value.id: one.value.version for one in reader.rest() if one.value is not None}
+        return {one.value.id: one.value.version for one in reader.read_to_end() if one.value is not None}
 
 
 def test_metasite_answers_with_pieces_of_a_large_object(cluster: Cluster, dsn: str) -> None:
@@ -293,7 +293,7 @@ def test_a_change_that_kafka_does_not_confirm_is_told_in_time(dsn: str, monkeypa
         status, said = ask(f"{url}/sites/{site_id(1)}?version=2", "DELETE")
         assert status == 503
         assert "not confirmed within 8 s: is the broker up? They may still arrive" in said
-    let_go(nobody.cluster)
+    forget(nobody.cluster)
 
 
 @pytest.mark.parametrize(

@@ -148,14 +148,14 @@ def test_a_stop_while_a_state_is_read_makes_nothing_of_half_of_it(
     topic, group, store = fresh_topic(cluster), fresh_group(), store_topic(cluster, 1, int)
     put(topic, 1)
     member = Member(exactly_once(topic, lambda state, record: {"sum": 1}, group, store=store))
-    whole = Reader.to_end
+    whole = Reader.messages_to_end
 
     def stopped(reader: Reader[Any], timeout: float) -> Iterator[list[Message]]:
         for messages in whole(reader, timeout):
             member.stopping.set()
             yield messages
 
-    monkeypatch.setattr(Reader, "to_end", stopped)
+    monkeypatch.setattr(Reader, "messages_to_end", stopped)
     raw(store, (b"sum", b"5"))
     with member:
         member.ends()
@@ -206,7 +206,7 @@ def test_topics_that_are_read_together_share_the_state_of_a_number(cluster: Clus
         names = [first.name, second.name]
         member.journal.wait(lambda: not sum(lag(cluster, group, names).values()), what="no lag")
     with Reader(store) as reader:
-        assert {record.partition: record.value for record in reader.rest()} == {0: 40, 1: 50}
+        assert {record.partition: record.value for record in reader.read_to_end()} == {0: 40, 1: 50}
     with pytest.raises(TopicMismatch):
         exactly_once([first, fresh_topic(cluster, 3)], handle, group, store=store).prepare()
 

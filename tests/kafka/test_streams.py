@@ -84,12 +84,12 @@ def report(commands: Topic[str], requests: range, jobs: range, total: int) -> No
 
 def newest(topic: Topic[int]) -> dict[str | None, int]:
     with Reader(topic) as reader:
-        return {record.key: record.value for record in reader.rest()}
+        return {record.key: record.value for record in reader.read_to_end()}
 
 
 def keys(topic: Topic[int]) -> Counter[str | None]:
     with Reader(topic) as reader:
-        return Counter(record.key for record in reader.rest())
+        return Counter(record.key for record in reader.read_to_end())
 
 
 def wait_counted(counts: Deployment, records: int, timeout: float = READY) -> None:

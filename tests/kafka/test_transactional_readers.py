@@ -110,10 +110,10 @@ def test_a_reader_that_waits_for_an_open_transaction_says_so(cluster: Cluster) -
     put(topic, 1, partition=0)
     opened = transaction(topic, ("b", 2), end="open", partition=1)
     with Reader(topic) as reader, pytest.raises(ClusterUnreachable, match=r"open transaction .* partition 1"):
-        reader.rest(0.5)
+        reader.read_to_end(0.5)
     opened.abort_transaction(20)
     with Reader(topic) as reader:
-        assert [record.value for record in reader.rest()] == [1]
+        assert [record.value for record in reader.read_to_end()] == [1]
     assert sum(end_offsets(cluster, [topic.name]).values()) == 3
 
 

@@ -37,7 +37,7 @@ def retrying(
 def values(topic: Topic[Any], committed: bool = True) -> list[Any]:
     """What readers see, of committed records or of all, a partition in order of its offsets."""
     with Reader(topic, committed) as reader:
-        return [record.value for record in reader.rest()]
+        return [record.value for record in reader.read_to_end()]
 
 
 def visible(topic: Topic[Any]) -> int:

@@ -109,7 +109,7 @@ class Imports(Served):
     def heard(self) -> list[tuple[str | None, ImportNotice]]:
         """Channels and notices so far."""
         with Reader(self.notices) as reader:
-            return [(record.key, record.value) for record in reader.rest()]
+            return [(record.key, record.value) for record in reader.read_to_end()]
 
     def ended(self) -> list[str]:
         """The requests that were told to be completed, in order."""

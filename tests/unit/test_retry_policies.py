@@ -143,13 +143,7 @@ def test_batches_are_refused_when_it_is_made() -> None:
             RetryingConsumer(TOPIC, print, "g", retry=retry, batch=10)
 
 
-def test_each_topic_may_have_a_policy_of_its_own() -> None:
-    other = Topic(TOPIC.cluster, "shop.returns", 1, int)
-    both = RetryingConsumer((TOPIC, other), print, "g", retry={"orders": blocking(1), "shop.returns": retry_topics(2)})
-    assert both.policy(TOPIC) == blocking(1)
-    assert both.policy(other) == retry_topics(2)
-    with pytest.raises(LabkitError, match="retry for topic returns is a policy"):
-        RetryingConsumer((TOPIC, other), print, "g", retry={"orders": blocking(1)})
+def test_what_is_no_policy_is_refused() -> None:
     with pytest.raises(LabkitError, match="is a policy, such as"):
         RetryingConsumer(TOPIC, print, "g", retry=3)  # type: ignore[arg-type]
 

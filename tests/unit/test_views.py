@@ -79,7 +79,6 @@ def test_what_a_view_cannot_be_made_of_is_told_at_once(
 def test_a_view_shows_its_table_and_where_it_is_and_no_password() -> None:
     in_file = SqliteView("/tmp/<a>/view.db", "apps", {"app": "text"}, generation=2)
     assert repr(in_file) == "SqliteView(apps_2 in /tmp/<a>/view.db)"
-    assert in_file._repr_html_() == "<span>SqliteView(apps_2 in /tmp/&lt;a&gt;/view.db)</span>"
     for dsn, where in {
         "host=db port=5432 user=me password=secret dbname=shop": "host=db, port=5432, dbname=shop",
         "postgresql://me:secret@db/shop": "host=db, dbname=shop",
@@ -88,4 +87,3 @@ def test_a_view_shows_its_table_and_where_it_is_and_no_password() -> None:
     }.items():
         view = PostgresView(dsn, "apps", {"app": "text"})
         assert repr(view) == f"PostgresView(apps_1 in {where})"
-        assert "secret" not in view._repr_html_()

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from labkit.kafka.errors import DeliveryFailed, place_of
+from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import Headers
-from labkit.kafka.records import Message, Record
+from labkit.kafka.records import Message, Placed, Record
 
 TIMES = 50  # of failed attempts that are kept: the newest
 
@@ -45,7 +45,7 @@ class Stop:
 Decision: TypeAlias = Retry | SetAside | Stop
 
 
-class FailedRecord:
+class FailedRecord(Placed):
     """A record whose attempts have failed so far, from the first failure until it is finished or taken away.
 
     `record` is None for a poison record, which has no value to show; `message` has its bytes in any case. Times are
@@ -92,11 +92,6 @@ class FailedRecord:
         """What can be read of its key."""
         key = self.message.key()
         return None if key is None else key.decode(errors="replace")
-
-    @property
-    def place(self) -> str:
-        """`topic/partition/offset`."""
-        return place_of(self.topic, self.partition, self.offset)
 
     def put_command(self, command: Any) -> None:
         """Put a command on it, and have the policy answer that now, in the middle of any back-off. From any thread; it

@@ -9,9 +9,8 @@ import msgspec
 from confluent_kafka import KafkaError
 from confluent_kafka import Message as DeliveryReport
 
-from labkit.kafka.errors import place_of
 from labkit.kafka.producer import Output
-from labkit.kafka.records import Message
+from labkit.kafka.records import Message, coordinates
 
 # Refusals that another attempt would not mend: of a record, and of a topic.
 RECORD_REFUSED = (
@@ -45,8 +44,7 @@ class Held(msgspec.Struct, eq=False, gc=False):
         """What errors call its outputs."""
         if not self.messages:
             return "a value of the handler's state"
-        first = self.messages[0]
-        return f"what the handler of {place_of(first.topic(), first.partition(), first.offset())} sent"
+        return f"what the handler of {coordinates(self.messages[0])} sent"
 
     def __call__(self, error: KafkaError | None, message: DeliveryReport | None) -> None:
         """Note a refusal."""

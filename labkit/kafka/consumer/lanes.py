@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 
 class LaneState(Enum):
-    """What a lane does now."""
-
     IDLE = "idle"
     """Nothing to do."""
     RUNNING = "running"
@@ -73,23 +71,6 @@ class Lane:
 
 class Partition:
     """One assigned partition: its lanes, and how far it has got."""
-
-    __slots__ = (
-        "active",
-        "at_end",
-        "commit_requested",
-        "committed",
-        "given_up",
-        "held",
-        "lanes",
-        "lock",
-        "next_offset",
-        "number",
-        "paused",
-        "seeking",
-        "state",
-        "topic",
-    )
 
     def __init__(self, topic: str, number: int, start: int) -> None:
         self.topic, self.number = topic, number

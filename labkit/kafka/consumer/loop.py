@@ -5,9 +5,7 @@ Records go to lanes (see `lanes`), which run on a bounded thread pool (`workers`
 
 from __future__ import annotations
 
-import faulthandler
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +19,14 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from labkit.kafka.consumer.assignment import GONE, Assignment
 from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
 from labkit.kafka.consumer.lanes import Partition
-from labkit.kafka.consumer.run import Run, log
+from labkit.kafka.consumer.run import Run
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.state import StateHandler, garbage_kept
 from labkit.kafka.consumer.steps import Report
 from labkit.kafka.consumer.transactions import ExactlyOnce
-from labkit.kafka.consumer.watchdog import EXIT_DEADLINE
+from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, end_process, overrun
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, place_of
+from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.records import Message
 from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
@@ -286,19 +284,7 @@ class Loop:
             began = lane.began
             if began is not None and self.shared.clock - began > self.spec.deadline:
                 with suppress(IndexError):  # it returned just now
-                    first = lane.queue[0]
-                    self.overrun(place_of(first.topic(), first.partition(), first.offset()))
-
-    def overrun(self, place: str) -> None:
-        """End the process, as Python cannot end a thread."""
-        try:
-            log(
-                f"handler of {place} has run for more than its deadline of {self.spec.deadline:g} s; "
-                "the process ends, the record will be delivered again. Stacks:"
-            )
-            faulthandler.dump_traceback(all_threads=True)
-        finally:
-            os._exit(EXIT_DEADLINE)
+                    end_process(overrun(lane.queue[0], self.spec.deadline), EXIT_DEADLINE)
 
     def guarded(self, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         """A callback for the client. What it raises ends the loop, but not through the client: that could never close

@@ -54,7 +54,6 @@ def log(text: str) -> None:
 
 
 def log_traceback(error: BaseException, trace: TracebackType | None) -> None:
-    """Log the traceback of somebody else's error, if it can be had."""
     try:
         traceback.print_exception(type(error), error, trace)
     except Exception as broken:

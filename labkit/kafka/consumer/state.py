@@ -29,12 +29,12 @@ from labkit.kafka.consumer.lanes import Lane, Partition
 from labkit.kafka.consumer.run import Run
 from labkit.kafka.consumer.spec import Spec
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, Watchdog
+from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, Watchdog, overrun
 from labkit.kafka.consumer.workers import Workers
-from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMismatch, error_text, place_of, safe_text
+from labkit.kafka.errors import HandlerExit, LabkitError, PoisonRecord, TopicMismatch, error_text, safe_text
 from labkit.kafka.producer import HandlerContext, Output, handling
 from labkit.kafka.reader import Reader
-from labkit.kafka.records import Message, Record, encode, parser
+from labkit.kafka.records import Message, Record, coordinates, encode, parser
 from labkit.kafka.topics import Topic
 
 V = TypeVar("V")
@@ -97,16 +97,9 @@ def check_store(spec: Spec) -> None:
     store = spec.store
     if store is None:
         return
-    policy = store.cluster.topic_config(store.name)["cleanup.policy"]
-    if policy != "compact":
-        raise TopicMismatch(
-            f"topic {store.short} cannot keep a state: with cleanup.policy={policy} Kafka deletes what is old. Make it "
-            "with cleanup.policy=compact; in a lab: lab.topic(…, compacted=True)"
-        )
+    store.check_compacted("keep a state")
     there = store.cluster.topics()
     kept = there.get(store.name)
-    if kept and kept != store.partitions:
-        raise TopicMismatch(f"topic {store.short} has {kept} partitions, not {store.partitions}: use that number")
     own = {topic.name for topics in spec.co_partitioned.values() for topic in topics}
     for topic in spec.sources:
         read = there.get(topic.name)
@@ -140,7 +133,7 @@ def restore(run: Run, numbers: Iterable[int]) -> dict[int, PartitionState]:
     if max(states) >= store.partitions:  # added while it runs
         raise _other_number(run.spec.sources[0].short, max(states) + 1, store.short, store.partitions)
     with Reader(store, partitions=sorted(states)) as reader:
-        for messages in reader.to_end(RESTORE):
+        for messages in reader.messages_to_end(RESTORE):
             for message in messages:
                 key, value, values = message.key(), message.value(), states[message.partition()].values
                 if value is not None and key is not None:
@@ -265,7 +258,7 @@ class StateHandler:
         state, context = partition.state, self.context
         assert state is not None  # noqa: S101
         context.record, context.collecting = None, True
-        self.watchdog.what = f"handler of {_place(messages[0])} has run for more than {self.spec.deadline:g} s"
+        self.watchdog.what = overrun(messages[0], self.spec.deadline)
         changes: Changes = {}
         failure: BaseException | None = None
         try:
@@ -325,7 +318,7 @@ class StateHandler:
             self.run.end(error)
             return
         if not isinstance(error, Exception):
-            told = f"the handler ended the process ({safe_text(error, of=repr)}) on {_place(messages[0])}"
+            told = f"the handler ended the process ({safe_text(error, of=repr)}) on {coordinates(messages[0])}"
             self.run.end(HandlerExit(f"{told}, which is not committed"))
             return
         if len(messages) > 1:
@@ -381,7 +374,3 @@ def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[
     """These changes as the transaction takes them."""
     for key, value in changes.items():
         yield Output(store, value, key, state.number, [])
-
-
-def _place(message: Message) -> str:
-    return place_of(message.topic(), message.partition(), message.offset())

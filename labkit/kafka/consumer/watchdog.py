@@ -6,8 +6,10 @@ import faulthandler
 import os
 import threading
 import time
+from typing import NoReturn
 
 from labkit.kafka.consumer.run import log
+from labkit.kafka.records import Message, coordinates
 
 EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
 
@@ -34,7 +36,6 @@ class Watchdog:
         threading.Thread(target=self._watch, name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Look no more."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -44,8 +45,18 @@ class Watchdog:
             age = age + min(now - before, 1.0) if self._inside and self._calls == seen else 0.0
             seen, before = self._calls, now
             if age > self.limit:
-                try:
-                    log(f"{self.what}; the process ends, nothing is lost. Stacks:")
-                    faulthandler.dump_traceback(all_threads=True)
-                finally:
-                    os._exit(self.exit_code)
+                end_process(self.what, self.exit_code)
+
+
+def overrun(message: Message, deadline: float) -> str:
+    """What the log tells of a handler that takes too long with this record."""
+    return f"handler of {coordinates(message)} has run for more than its deadline of {deadline:g} s"
+
+
+def end_process(why: str, exit_code: int) -> NoReturn:
+    """End the process at once, and say where its threads are."""
+    try:
+        log(f"{why}; the process ends, nothing is lost. Stacks:")
+        faulthandler.dump_traceback(all_threads=True)
+    finally:
+        os._exit(exit_code)

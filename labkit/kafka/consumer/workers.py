@@ -17,9 +17,9 @@ from labkit.kafka.consumer.failures import Decision, FailedRecord, Retry, SetAsi
 from labkit.kafka.consumer.lanes import Lane, LaneState, Partition
 from labkit.kafka.consumer.run import Run, log, log_traceback
 from labkit.kafka.consumer.steps import Step
-from labkit.kafka.errors import DeliveryFailed, HandlerExit, PoisonRecord, error_text, place_of, safe_text
+from labkit.kafka.errors import DeliveryFailed, HandlerExit, PoisonRecord, error_text, safe_text
 from labkit.kafka.producer import HandlerContext, handling
-from labkit.kafka.records import Message, Record, decoder
+from labkit.kafka.records import Message, Record, coordinates, decoder
 
 STAY = 256  # records a lane may handle before it lets other lanes have its worker
 CONFIRM = 5.0  # seconds for what is set aside to be confirmed, before its lane counts as blocked
@@ -256,12 +256,12 @@ class Workers:
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return self._end(lane, error, message)
         if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
-            log(f"{_place(message)} failed while its partition was given up: {error_text(error)}")
+            log(f"{coordinates(message)} failed while its partition was given up: {error_text(error)}")
             lane.began = None
             self.run.wake.set()
             return False
         if many > 1:  # which of them it was is known once they come one by one: only then the policy is asked
-            log(f"{many} records from {_place(message)} on failed, now one by one: {error_text(error)}")
+            log(f"{many} records from {coordinates(message)} on failed, now one by one: {error_text(error)}")
             lane.one_by_one, lane.began = many, None
             return True
         failed = lane.failed
@@ -417,7 +417,7 @@ class Workers:
     def _end(self, lane: Lane, error: BaseException, message: Message | None = None) -> bool:
         """Let the consumer stop with an error; the lane's current record stays uncommitted."""
         if not isinstance(error, Exception):
-            place = "a record" if message is None else _place(message)
+            place = "a record" if message is None else coordinates(message)
             error = HandlerExit(
                 f"the handler ended the process ({safe_text(error, of=repr)}) on {place}, which is not committed"
             )
@@ -436,7 +436,3 @@ class Workers:
             while below is not None and below.tb_frame.f_globals.get("__name__", "").startswith(OURS):
                 below = below.tb_next
             log_traceback(error, below)
-
-
-def _place(message: Message) -> str:
-    return place_of(message.topic(), message.partition(), message.offset())

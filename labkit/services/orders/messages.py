@@ -73,6 +73,6 @@ def _messages(topics: Iterable[Topic[Any]]) -> Iterator[tuple[str, str, float]]:
     for topic in topics:
         with Reader(topic) as reader:
             reader.look()  # partitions that were added are its own, too
-            for messages in reader.to_end(READ):
+            for messages in reader.messages_to_end(READ):
                 for one in messages:
                     yield topic.short, (one.key() or b"").decode(errors="replace"), one.timestamp()[1] / 1000

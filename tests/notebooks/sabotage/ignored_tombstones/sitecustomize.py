@@ -1,6 +1,6 @@
 """A store that passes over tombstones: every Python process of the run imports this."""
 
-from labkit.patterns.store_contents import Contents
+from labkit.patterns.key_value_store.contents import Contents
 
 _apply = Contents.apply
 

@@ -1,10 +1,10 @@
 """Views that take what comes last for the newest: every Python process of the run imports this."""
 
-from labkit.patterns import views
+from labkit.patterns.views import view
 
 
 def _last(changes, stored):  # type: ignore[no-untyped-def]
     return [change._replace(version=change.version or 0) for change in {one.key: one for one in changes}.values()]
 
 
-views.newest = _last
+view.newest = _last

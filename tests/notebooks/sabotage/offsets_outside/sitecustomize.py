@@ -17,7 +17,7 @@ class _RowsOnly:
 
 
 def _mark_first(self, database, batch, stored):  # type: ignore[no-untyped-def]
-    _put(self, database, batch._replace(changes=[], aside=[]), stored)
+    _put(self, database, batch._replace(changes=[], rejected=[]), stored)
 
     def rows() -> None:
         with self._lock, self._transaction() as later:

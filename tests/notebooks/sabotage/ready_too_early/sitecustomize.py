@@ -1,5 +1,5 @@
 """A store that calls itself loaded before it has read anything: every Python process of the run imports this."""
 
-from labkit.patterns import key_value_store
+from labkit.patterns.key_value_store import follower
 
-key_value_store._behind = lambda positions, ends: 0
+follower.behind = lambda positions, ends: 0

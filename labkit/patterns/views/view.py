@@ -1,101 +1,48 @@
-"""Views: tables in a database of the reader's own that say of themselves which records they are made of.
-
-- The offset a view was built up to is read, and stored, in the transaction of the rows: of what a writer that was
-  frozen has in hand, nothing is written that another one has written meanwhile.
-- Beside it stands the topic's UUID: a topic made anew under its name is not taken for the old one.
-- Of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back. Nor does a
-  second change of the same version, which cannot be told from the first one that comes again.
-"""
+"""A view: its tables, what is written to them in one transaction, its generations, and what is read from it."""
 
 from __future__ import annotations
 
-import html
-import os
 import re
-import sqlite3
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import copy
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast
+from typing import Any, ClassVar, Self, cast
 
-from labkit.kafka.errors import LabkitError, Unavailable
+from labkit.kafka.errors import LabkitError
+from labkit.patterns.views.changes import (
+    Batch,
+    Change,
+    Checkpoint,
+    Database,
+    Row,
+    ViewOutdated,
+    ViewTakenBack,
+    ViewUnavailable,
+    insert,
+    newest,
+    placeholders,
+)
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
-AT_ONCE = 500  # rows in one statement
-LARGEST_BATCH = 10_000  # records in one transaction, whose keys are looked up in one statement
 BUSY = 5.0  # seconds to wait for another writer of the database
 
-
-class ViewOutdated(LabkitError):
-    """The view was made of another topic, or for other columns: it must be built anew."""
-
-
-class ViewTakenBack(LabkitError):
-    """The view lost what this writer had put into it (its file was deleted): the writer has to start again."""
-
-
-class ViewUnavailable(Unavailable):
-    """There is no view to be read (yet), or its database does not answer."""
+_SHARED = (
+    "create table if not exists view_definitions (view text primary key, name text, definition text, shown int)",
+    """create table if not exists view_offsets (view text, topic text, partition int, topic_id text,
+    next_offset bigint, time double precision, primary key (view, topic, partition))""",
+    """create table if not exists view_rejected (view text, topic text, partition int, record bigint, reason text,
+    primary key (view, topic, partition, record))""",
+)
 
 
-Row = tuple[Any, ...]
-
-
-class Change(NamedTuple):
-    """What one record means to a view."""
-
-    key: str
-    version: int | None
-    """None: newer than whatever is there, whose version it keeps."""
-    rows: Sequence[Row] | None
-    """Replace all rows of the key. None: the key is deleted."""
-    replaces: bool = True
-    """False if the view has never had this key: then there are no rows to be taken away."""
-
-
-class Batch(NamedTuple):
-    """Changes of one partition, in order, and how far the view has got with them."""
-
-    partition: int
-    after: int
-    """The view had everything before this offset when the batch was begun."""
-    next_offset: int
-    time: float
-    """When the last of its records was produced, in seconds since 1970."""
-    changes: Sequence[tuple[int, Change]]
-    """With the offsets of their records."""
-    aside: Sequence[tuple[int, str]]
-    """Records that could not be projected: offset and reason."""
-
-
-class Mark(NamedTuple):
-    """How far a view has got in a partition."""
-
-    next_offset: int
-    time: float
-    topic_id: str
-    """Of another topic of that name, offsets say nothing."""
-
-
-class Database(Protocol):
-    """A connection in a transaction; parameters are marked `?`."""
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Any: ...
-
-
-def insert(database: Database, table: str, rows: Sequence[Row], conflict: str = "") -> None:
-    """Insert rows, many in one statement: SQLite lets other threads in at each, and waits to be let in again.
-
-    `conflict` says what becomes of those that are there already ("do nothing").
-    """
-    for start in range(0, len(rows), AT_ONCE):
-        part = rows[start : start + AT_ONCE]
-        values = ", ".join([f"({_marks(part[0])})"] * len(part))
-        sql = f"insert into {table} values {values}" + (f" on conflict {conflict}" if conflict else "")
-        database.execute(sql, [value for row in part for value in row])
+# How far a view is behind the one that is shown; a topic that was made anew since cannot be compared.
+_BEHIND = """select o.topic, o.partition, o.next_offset - coalesce(n.next_offset, 0) from view_offsets o
+join view_definitions d on d.view = o.view
+left join view_offsets n on n.view = ? and n.topic = o.topic and n.partition = o.partition
+where d.name = ? and d.shown = 1 and o.next_offset > coalesce(n.next_offset, 0) and not exists
+(select 1 from view_offsets a where a.view = ? and a.topic = o.topic and a.topic_id <> o.topic_id) order by 1, 2"""
 
 
 class View(ABC):
@@ -105,7 +52,7 @@ class View(ABC):
     A view that fills its table in another way than row for row overrides `write`, and nothing else. One whose records
     each add their rows, and replace none, sets `adds_up`.
 
-    To build it anew, project into `view.beside()` with a group of its own, then `switch` that.
+    To build it anew, project into `view.next_generation()` with a group of its own, then `promote` that.
     """
 
     adds_up: ClassVar[bool] = False
@@ -154,15 +101,12 @@ class View(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name} in {self._where()})"
 
-    def _repr_html_(self) -> str:
-        return f"<span>{html.escape(repr(self))}</span>"
-
     # -- what a new view overrides
 
     def write(self, database: Database, changes: Sequence[Change]) -> None:
         """Put these changes, one a key, into the table `name`. Runs in the transaction that also moves the offset."""
         if before := [change.key for change in changes if change.replaces]:
-            database.execute(f"delete from {self.name} where {self.key} in ({_marks(before)})", before)
+            database.execute(f"delete from {self.name} where {self.key} in ({placeholders(before)})", before)
         insert(database, self.name, [(change.key, *row) for change in changes for row in change.rows or ()])
 
     # -- writing
@@ -200,8 +144,8 @@ class View(ABC):
         1. claim:  the stored offset is read, and kept from other writers; what is before it is written already;
         2. select: of each key the last change, if it is newer than what is there; all changes of one that adds up;
         3. write:  rows, and versions, those of deleted keys too;
-        4. aside:  the places of records that could not be projected;
-        5. mark:   the offset moves on.
+        4. reject: the places of records that could not be projected;
+        5. move:   the offset moves on.
 
         Raises ViewTakenBack when the view has lost what was before the batch; ViewOutdated, ViewUnavailable.
         """
@@ -238,16 +182,16 @@ class View(ABC):
             newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
             insert(database, f"{self.name}_keys", list(keys.values()), newer)
         place = (self.name, self._topic, batch.partition)
-        aside = [(*place, *aside) for aside in batch.aside if aside[0] >= stored]
-        insert(database, "view_aside", aside, "do nothing")
-        mark = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
-        database.execute(mark, (batch.next_offset, batch.time, *place))
+        rejected = [(*place, *one) for one in batch.rejected if one[0] >= stored]
+        insert(database, "view_rejected", rejected, "do nothing")
+        moved = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
+        database.execute(moved, (batch.next_offset, batch.time, *place))
 
     def _versions(self, database: Database, changes: Sequence[Change]) -> dict[str, int]:
         keys = list({change.key for change in changes})
         if not keys:
             return {}
-        sql = f"select {self.key}, version from {self.name}_keys where {self.key} in ({_marks(keys)})"
+        sql = f"select {self.key}, version from {self.name}_keys where {self.key} in ({placeholders(keys)})"
         return dict(database.execute(sql, keys).fetchall())
 
     def _stored(self, database: Database) -> dict[int, int]:
@@ -266,13 +210,13 @@ class View(ABC):
 
     # -- generations
 
-    def beside(self) -> Self:
-        """The same view one generation on: built by a group of its own, unseen by readers until its `switch`."""
+    def next_generation(self) -> Self:
+        """The same view one generation on: built by a group of its own, unseen by readers until it is promoted."""
         made = copy(self)
         made.generation += 1
         return made
 
-    def switch(self, force: bool = False) -> None:
+    def promote(self, force: bool = False) -> None:
         """Let readers see this generation from now on; a read sees the one before or this one, and never fails.
 
         Raises LabkitError while it has less of the topic than the generation that is shown, which `force` allows.
@@ -283,7 +227,7 @@ class View(ABC):
                 places = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
                 raise LabkitError(
                     f"view {self.name} is behind the one that is shown: {places} records; wait for it. If the topic "
-                    "has lost these records, switch(force=True)"
+                    "has lost these records, promote(force=True)"
                 )
             self._show(database)
 
@@ -383,14 +327,14 @@ class View(ABC):
         """How many rows it has."""
         return int(self._read(f"select count(*) from {self.table}")[0][0])
 
-    def marks(self, topic: str) -> dict[int, Mark]:
+    def checkpoints(self, topic: str) -> dict[int, Checkpoint]:
         """How far it has got, by partition."""
         sql = f"select partition, next_offset, time, topic_id from {self.table}_offsets where topic = ?"
-        return {partition: Mark(*mark) for partition, *mark in self._read(sql, (topic,))}
+        return {partition: Checkpoint(*one) for partition, *one in self._read(sql, (topic,))}
 
-    def aside(self) -> list[tuple[str, int, int, str]]:
+    def rejected(self) -> list[tuple[str, int, int, str]]:
         """The records of this generation that could not be projected: topic, partition, offset, reason."""
-        sql = "select topic, partition, record, reason from view_aside where view = ? order by 1, 2, 3"
+        sql = "select topic, partition, record, reason from view_rejected where view = ? order by 1, 2, 3"
         return cast(list[tuple[str, int, int, str]], self._read(sql, (self.name,)))
 
     def close(self) -> None:
@@ -425,7 +369,7 @@ class View(ABC):
             self._disconnect()
         if self._writer is None:
             writer = self._connect()
-            with _closed_unless_done(writer):
+            with closed_unless_done(writer):
                 self._start(writer)
                 self._make(writer)
                 writer.execute("commit")
@@ -468,227 +412,11 @@ class View(ABC):
         """Whether the database refuses these rows, and would again and again."""
 
 
-_SHARED = (
-    "create table if not exists view_definitions (view text primary key, name text, definition text, shown int)",
-    """create table if not exists view_offsets (view text, topic text, partition int, topic_id text,
-    next_offset bigint, time double precision, primary key (view, topic, partition))""",
-    """create table if not exists view_aside (view text, topic text, partition int, record bigint, reason text,
-    primary key (view, topic, partition, record))""",
-)
-
-
-# How far a view is behind the one that is shown; a topic that was made anew since cannot be compared.
-_BEHIND = """select o.topic, o.partition, o.next_offset - coalesce(n.next_offset, 0) from view_offsets o
-join view_definitions d on d.view = o.view
-left join view_offsets n on n.view = ? and n.topic = o.topic and n.partition = o.partition
-where d.name = ? and d.shown = 1 and o.next_offset > coalesce(n.next_offset, 0) and not exists
-(select 1 from view_offsets a where a.view = ? and a.topic = o.topic and a.topic_id <> o.topic_id) order by 1, 2"""
-
-
-class SqliteView(View):
-    """A view in a file, in WAL mode: any number of processes read it while one writes.
-
-    A transaction that power loss takes back takes its offset back too. A writer that is frozen in the middle of a
-    transaction keeps the others waiting until it goes on or ends; readers do not notice.
-    """
-
-    _of_keys = " without rowid"  # one tree instead of two
-
-    def __init__(
-        self,
-        path: Path | str,
-        table: str,
-        columns: Mapping[str, str],
-        indexes: Sequence[str] = (),
-        key: str = "id",
-        generation: int = 1,
-    ) -> None:
-        self.path = str(Path(path).absolute())
-        super().__init__(table, columns, indexes, key, generation)
-        with closing(sqlite3.connect(":memory:")) as trial:  # told here, and not by a pod that dies of it
-            self._make(trial)
-
-    def _where(self) -> str:
-        return self.path
-
-    def _connect(self) -> sqlite3.Connection:
-        try:
-            connection = self._open("rwc")
-            with _closed_unless_done(connection):
-                connection.execute("pragma journal_mode = wal")
-                connection.execute("pragma synchronous = normal")
-        except sqlite3.Error as error:
-            raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
-        return connection
-
-    def _open(self, mode: str) -> sqlite3.Connection:
-        # Our lock keeps threads apart. "rw" makes no file: who reads must not be the one who makes an empty view.
-        uri = f"{Path(self.path).as_uri()}?mode={mode}"
-        connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
-        self._file = self._identity()
-        return connection
-
-    def _start(self, database: Any) -> None:
-        try:
-            database.execute("begin immediate")
-        except sqlite3.OperationalError as error:
-            raise ViewUnavailable(f"view {self.name} cannot be written: {self.path}: {error}") from error
-
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def _is_stale(self) -> bool:
-        """Whether the file was deleted: what is written to it, or read from it, would be seen by nobody else."""
-        return self._file is None or self._file != self._identity()
-
-    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        with self._lock:
-            try:
-                if self._reading is not None and self._is_stale():
-                    self._disconnect()
-                if self._reading is None:
-                    self._reading = self._open("rw")
-                found: list[Row] = self._reading.execute(sql, parameters).fetchall()
-                return found
-            except sqlite3.Error as error:
-                raise ViewUnavailable(f"view {self.table} cannot be read: {self.path}: {error}") from error
-
-    def _is_about_names(self, error: Exception) -> bool:
-        said = str(error)
-        words = ("syntax error", "reserved for internal use", "to delete table", "to delete view")
-        return isinstance(error, sqlite3.OperationalError) and any(word in said for word in words)
-
-    def is_about_rows(self, error: Exception) -> bool:
-        kinds = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
-        return isinstance(error, (*kinds, OverflowError, UnicodeError))
-
-
-class PostgresView(View):
-    """A view in a PostgreSQL, named by its connection string; needs psycopg (`pip install 'labkit[postgres]'`).
-
-    The server ends the transaction of a writer that is frozen in the middle of it after 5 s.
-    """
-
-    def __init__(
-        self,
-        dsn: str,
-        table: str,
-        columns: Mapping[str, str],
-        indexes: Sequence[str] = (),
-        key: str = "id",
-        generation: int = 1,
-    ) -> None:
-        self.dsn = dsn
-        super().__init__(table, columns, indexes, key, generation)
-
-    def _where(self) -> str:
-        try:
-            from psycopg.conninfo import conninfo_to_dict
-
-            told = conninfo_to_dict(self.dsn)
-        except Exception:  # no psycopg, or no connection string: what may have a password in it is not shown
-            return "a PostgreSQL"
-        return ", ".join(f"{name}={told[name]}" for name in ("host", "port", "dbname") if name in told) or "PostgreSQL"
-
-    def _connect(self) -> _Marked:
-        return _Marked(self._dial())
-
-    def _dial(self) -> Any:
-        import psycopg
-
-        try:
-            connection = psycopg.connect(self.dsn, autocommit=True, connect_timeout=int(BUSY))
-            with _closed_unless_done(connection):
-                connection.execute(f"set idle_in_transaction_session_timeout = {int(BUSY * 1000)}")
-        except psycopg.Error as error:
-            raise ViewUnavailable(f"view {self.name}: its database does not answer: {error}") from error
-        return connection
-
-    def _start(self, database: Any) -> None:
-        database.execute("begin")
-        # One writer at a time: two that make the tables at once would both find none, and two with different partitions
-        # may have the same key (partitions were added), of which either would find no rows to replace.
-        who = "labkit views" if self._writer is None else self.name
-        database.execute("select pg_advisory_xact_lock(hashtext(?))", (who,))
-
-    def _is_stale(self) -> bool:
-        return bool(self._writer.connection.broken)
-
-    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        import psycopg
-
-        with self._lock:
-            try:
-                if self._reading is None:
-                    self._reading = _Marked(self._dial())
-                found: list[Row] = self._reading.execute(sql, parameters).fetchall()
-                return found
-            except psycopg.DataError as error:
-                raise LabkitError(f"view {self.table} has no such value: {error}") from error
-            except psycopg.Error as error:
-                reading, self._reading = self._reading, None
-                reading.close()
-                raise ViewUnavailable(f"view {self.table} cannot be read: {error}") from error
-
-    def _is_about_names(self, error: Exception) -> bool:
-        import psycopg
-
-        # What its statements say is wrong. Rights may still be granted.
-        refused = isinstance(error, psycopg.ProgrammingError)
-        return refused and not isinstance(error, psycopg.errors.InsufficientPrivilege)
-
-    def is_about_rows(self, error: Exception) -> bool:
-        import psycopg
-
-        values = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.DatatypeMismatch)
-        if isinstance(error, (*values, psycopg.errors.ProgramLimitExceeded, UnicodeError)):
-            return True
-        return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
-
-
-class _Marked:
-    """A connection of psycopg that takes `?` for a parameter."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
-        return self.connection.execute(sql.replace("?", "%s"), parameters)
-
-    def close(self) -> None:
-        self.connection.close()
-
-
 @contextmanager
-def _closed_unless_done(connection: Any) -> Iterator[None]:
+def closed_unless_done(connection: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
         with suppress(Exception):
             connection.close()
         raise
-
-
-def _marks(values: Sequence[Any]) -> str:
-    return ", ".join("?" * len(values))
-
-
-def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]:
-    """Of each key the last change that is newer than what is there; `stored` has the versions that are."""
-    versions = dict(stored)
-    kept: dict[str, Change] = {}
-    for change in changes:
-        known = versions.get(change.key)
-        if change.version is None:
-            change = change._replace(version=-1 if known is None else known)
-        elif known is not None and change.version <= known:
-            continue
-        versions[change.key] = cast(int, change.version)
-        if change.key not in stored:
-            change = Change(change.key, change.version, change.rows, replaces=False)
-        kept[change.key] = change
-    return list(kept.values())

@@ -46,7 +46,6 @@ class Contents(Generic[V]):
     def __init__(self, value: type[V], timed: bool = False) -> None:
         self.entries: dict[str, V] = {}
         self.unreadable: dict[str, Unreadable] = {}
-        self.ignored = 0
         self.unsure = False
         # In which partition each key lies; deleted ones too, or an older record from elsewhere would bring them back.
         # That takes time and memory: while no key has come twice, a list has them, in the order of the entries.
@@ -73,7 +72,6 @@ class Contents(Generic[V]):
         for message in messages:
             raw_key, raw, partition = message.key(), message.value(), message.partition()
             if raw_key is None:
-                self.ignored += 1
                 continue
             error = None
             try:

@@ -1,0 +1,44 @@
+"""A question that is asked every so often in a thread of its own: without Kafka an answer takes its time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar
+
+from labkit.kafka.errors import ClusterUnreachable, LabkitError
+
+A = TypeVar("A")
+
+
+class Look(Generic[A]):
+    """Asks `ask` every so many seconds, while this context lasts. It ends with the first failure."""
+
+    def __init__(self, ask: Callable[[], A], every: float) -> None:
+        self._ask, self._every = ask, every
+        self._answer: A | None = None
+        self._failure: LabkitError | None = None
+        self._stop = threading.Event()
+
+    def answer(self) -> A | None:
+        """The last answer, if there was one. Raises LabkitError when the question did."""
+        if self._failure is not None:
+            raise self._failure
+        return self._answer
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._run, name="look at a topic", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every):
+            try:
+                self._answer = self._ask()
+            except ClusterUnreachable:
+                pass  # it comes back; meanwhile nothing changes
+            except LabkitError as error:
+                self._failure = error
+                return
