@@ -13,10 +13,11 @@ from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load, identifier
 from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.panels import Read
+from labkit.lab.pods import PodState
 from labkit.lab.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples

@@ -11,10 +11,12 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
-from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.brokers import kafka_away
+from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
 from labkit.lab.metrics import History, clock
 from labkit.lab.planned import Plans
+from labkit.lab.pods import PodState
 from labkit.lab.servers import ServerFaults
 
 if TYPE_CHECKING:
@@ -36,17 +38,6 @@ class Settled:
 
     def __repr__(self) -> str:
         return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
-
-
-def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
-    """Why Kafka does not work, and what mends it; None when a majority of its brokers is there."""
-    away = [one for one in brokers if one.away]
-    if 2 * len(away) < len(brokers):
-        return None
-    said = ", ".join(f"{one.name} is {one.state.value}" for one in away)
-    if len(brokers) == 1:
-        return f"{said}: lab.broker.recover() mends it"
-    return f"{said}, which leaves no majority of {len(brokers)} brokers: recover() them in lab.brokers"
 
 
 @dataclass(frozen=True)

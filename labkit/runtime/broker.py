@@ -369,6 +369,18 @@ def free_ports(count: int = 2) -> tuple[int, ...]:
     raise LabkitError(f"no free port between {PORTS.start} and {PORTS.stop} on {HOST}")
 
 
+def held_port() -> socket.socket:
+    """A socket that is bound, and never listens: connections go to those who do, and nobody else gets its port."""
+    while True:
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            held.bind((HOST, free_ports()[0]))
+            return held
+        except OSError:  # taken meanwhile, or connections that were closed a moment ago still have it
+            held.close()
+
+
 def is_free(port: int) -> bool:
     """Whether nobody has this port on the loopback interface right now."""
     with socket.socket() as probe:

@@ -12,10 +12,10 @@ import pytest
 from processes import wait_until
 
 from labkit.lab.board import Board, _log_html
-from labkit.lab.deployment import Pod, PodState
 from labkit.lab.faults import Action
 from labkit.lab.metrics import Fault, History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
+from labkit.lab.pods import Pod, PodState
 
 PANELS = [
     lag_panel(["orders"]),
