@@ -16,7 +16,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab import runs
-from labkit.lab.metrics import Fault, History, clock
+from labkit.lab.metrics import History, clock
 from labkit.lab.pod import Runnable, message
 from labkit.lab.pods import GRACE, UP, LogLine, Pod
 from labkit.lab.telemetry import PodReport, Waiting
@@ -100,9 +100,8 @@ class Deployment:
                 )
             gone = self._pods[replicas:]
             if replicas != len(self._pods):
-                now = time.time()
                 # Partitions move for as long as pods leave. Noted first: they may be gone at the next moment.
-                self.history.begin(Fault(now, None if gone else now, "scale", self.name, f"scale to {replicas}"))
+                self.history.note("scale", self.name, f"scale to {replicas}", stands=bool(gone))
             self._pods = self._pods[:replicas]
             self._pods += [Pod(self, index) for index in range(len(self._pods), replicas)]
             self._retired += gone

@@ -26,7 +26,7 @@ from labkit.lab.deployment import Deployment, GroupMember, pane
 from labkit.lab.faults import Action, Service, Switch, Target
 from labkit.lab.kafka_connect import Connect
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History
+from labkit.lab.metrics import History
 from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
@@ -164,9 +164,7 @@ class Lab(Asking, Brokers):
         _check_partitions(partitions)
         grown = replace(topic, partitions=partitions)
         if self.cluster.add_partitions(topic.name, partitions):
-            now = time.time()
-            text = f"{topic.short}: {partitions} partitions"
-            self._history.begin(Fault(now, now, "add partitions", topic.short, text))
+            self._history.note("add partitions", topic.short, f"{topic.short}: {partitions} partitions")
         self.topics[topic.short] = grown
         return grown
 
@@ -188,7 +186,7 @@ class Lab(Asking, Brokers):
             if isinstance(runnable, GroupMember):
                 made.runnable = runnable.prepare()  # when nothing can be refused any more
             if (before := self.deployments.get(name)) is not None:
-                self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
+                self._history.note("redeploy", name, f"redeploy {name}", stands=True)
                 before.drain()  # its group's partitions are free, and its work is committed, before pods start
                 self._history.end("redeploy", name, time.time())
             self.deployments[name] = made

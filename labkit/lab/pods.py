@@ -135,7 +135,7 @@ class Pod(Target):
                 return
             self.child.kill()
             self._killed = True
-            self._befell("kill", f"kill pod {self.index}")
+            self.history.note("kill", self.name, f"kill pod {self.index}")
             if self._frozen:
                 self._frozen = False
                 self._ended("freeze")
@@ -248,8 +248,8 @@ class Pod(Target):
         drained = self._kill_at is not None and code in (0, -signal.SIGTERM)
         killed = self._killed
         self._killed, self._frozen, self._slow, self._kill_at = False, False, 0.0, None
-        if not killed and not drained:
-            self._befell("death", f"pod {self.index} died")  # nobody asked for it; what it had in hand comes again
+        if not killed and not drained:  # nobody asked for it; what it had in hand comes again
+            self.history.note("death", self.name, f"pod {self.index} died")
         self._again("drained" if drained else _ended(code), now)
 
     def _again(self, why: str, now: float) -> None:
