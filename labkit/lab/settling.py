@@ -31,7 +31,6 @@ class Settled:
 
     ok: bool
     reason: str = ""
-    seconds: float = 0.0
 
     def __bool__(self) -> bool:
         return self.ok
@@ -57,7 +56,7 @@ class Settling:
         begun, calm, quiet_since = time.monotonic(), 0, float("inf")
         while True:
             if hopeless := self.hopeless():
-                return Settled(False, hopeless, time.monotonic() - begun)
+                return Settled(False, hopeless)
             moving = self.moving()
             now = time.monotonic()
             quiet_since = float("inf") if moving else min(quiet_since, now)
@@ -67,11 +66,10 @@ class Settling:
             reason = moving or self.plans.waiting() or ""
             # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
             calm = 0 if reason else calm + 1
-            spent = now - begun
             if calm >= 2:
-                return Settled(True, "", spent)
-            if spent > timeout:
-                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}", spent)
+                return Settled(True)
+            if now - begun > timeout:
+                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}")
             time.sleep(0.05)
 
     def unsettled(self) -> str | None:

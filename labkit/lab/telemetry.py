@@ -29,7 +29,6 @@ class Waiting(msgspec.Struct):
     place: str
     attempt: int
     since: float
-    next_attempt: float
     error: str
 
 
@@ -40,7 +39,6 @@ class PodReport(msgspec.Struct):
     pod: str
     process: int
     time: float
-    state: str = "running"
     handled: int = 0
     failed: int = 0
     lost: int = 0
@@ -95,9 +93,7 @@ class Telemetry:
         elif step is Step.BLOCKED:
             error = error_text(subject.refused or subject.error)
             with self._lock:
-                self._waiting[subject.place] = Waiting(
-                    subject.place, subject.attempt, subject.since, subject.due, error
-                )
+                self._waiting[subject.place] = Waiting(subject.place, subject.attempt, subject.since, error)
         elif step is Step.RECOVERED:
             with self._lock:
                 self._waiting.pop(subject.place, None)
@@ -121,11 +117,11 @@ class Telemetry:
                     self._report.lost += 1
                     self._report.away = self._unheard_since(time.time())
 
-    def close(self, state: str) -> None:
-        """Send the last word: "stopped" or "failed"."""
+    def close(self) -> None:
+        """Send the last word."""
         self._over.set()
         self._thread.join(2)
-        self._send(self._now(state))
+        self._send(self._now())
         try:
             self._producer.flush(2)
         except DeliveryFailed:
@@ -144,14 +140,14 @@ class Telemetry:
                     self._pause = (before, self._awake)
             if self._undelivered():
                 sent = None
-            now = self._now("running")
+            now = self._now()
             if sent is None or msgspec.structs.replace(now, time=sent.time) != sent:
                 self._send(now)
                 sent = now
             if self._over.wait(INTERVAL):
                 return
 
-    def _now(self, state: str) -> PodReport:
+    def _now(self) -> PodReport:
         with self._lock:
             new = len(self._done)
             del self._done[:new]
@@ -159,7 +155,6 @@ class Telemetry:
             return msgspec.structs.replace(
                 self._report,
                 time=time.time(),
-                state=state,
                 assigned=sorted(self._assigned),
                 waiting=list(self._waiting.values()),
                 counts=dict(self._report.counts),
