@@ -16,12 +16,9 @@ from labkit.lab.anomalies import HARMLESS, WRONG, Anomaly, Timeline, differences
 from labkit.lab.metrics import clock
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from labkit.lab.metrics import Fault
 
 NAMED = 10  # anomalies of a kind
-COLUMNS = ["kind", "id", "key", "place", "first_place", "pod", "time", "explanation"]
 # The same words with extras and without: how many there are depends on the moment of the fault.
 EXTRAS = "any extra is a redelivery after a fault, or was sent again"
 
@@ -52,14 +49,6 @@ class Verdict:
         if kind not in (*WRONG, *HARMLESS):
             raise LabkitError(f"there is no kind {kind!r} of anomalies, but {', '.join((*WRONG, *HARMLESS))}")
         return [anomaly for anomaly in self.found if anomaly.kind == kind]
-
-    @property
-    def anomalies(self) -> pd.DataFrame:
-        """Every anomaly as a row: kind, id, key, place, first_place, pod, time (UTC), explanation."""
-        import pandas as pd  # only who asks for a table waits for pandas
-
-        frame = pd.DataFrame(self.found, columns=COLUMNS)
-        return frame.assign(time=pd.to_datetime(frame["time"].astype("float64"), unit="s"))
 
     def __str__(self) -> str:
         """One line of invariants, the same for every valid run of a load; below it the ids of what was found."""
