@@ -320,33 +320,22 @@ class Broker:
             controller.terminate()
             controller.wait(START_SECONDS)
 
-    def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    def wait_until_ready(self, lives: Callable[[], bool]) -> None:
         """Wait until the broker answers, and is in its cluster; `lives` tells whether its process still runs.
 
-        Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason,
-        ClusterUnreachable when it is still silent after `seconds`.
+        Raises LabkitError: see `wait_until_ready`.
         """
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if not lives():
-                kind = PortTaken if "Address already in use" in log_tail(self.log, 400) else LabkitError
-                raise kind(f"the embedded Kafka broker ended at once. Its log says:\n{log_tail(self.log)}")
-            try:
-                socket.create_connection((HOST, self.port), 1).close()
-            except OSError:
-                time.sleep(0.01)  # nothing tells when another process opens a port
-                continue
-            try:
-                found = self.cluster.describe(2)
-                # Whoever took the port before our broker did may be a Kafka too.
-                if self.node in found.brokers and found.cluster_id == self.cluster_id:
-                    return
-            except ClusterUnreachable:
-                continue
-        raise ClusterUnreachable(
-            f"the embedded Kafka broker did not answer at {self.cluster.bootstrap} within {seconds:g} s. "
-            f"Its log says:\n{log_tail(self.log)}"
-        )
+        name = f"the embedded Kafka broker at {self.cluster.bootstrap}"
+        wait_until_ready(name, self.log, self._answers, lives, START_SECONDS)
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection((HOST, self.port), 1).close()
+            found = self.cluster.describe(2)
+        except (OSError, ClusterUnreachable):
+            return False
+        # Whoever took the port before our broker did may be a Kafka too.
+        return self.node in found.brokers and found.cluster_id == self.cluster_id
 
 
 def _is_fenced(log: str) -> bool:
@@ -408,6 +397,24 @@ def log_tail(path: Path, lines: int = 15) -> str:
             return b"\n".join(file.read().splitlines()[-lines:]).decode(errors="replace")
     except OSError:
         return f"(no log at {path})"
+
+
+def wait_until_ready(
+    name: str, log: Path, answers: Callable[[], bool], lives: Callable[[], bool], seconds: float
+) -> None:
+    """Wait until a server that was started answers; `lives` tells whether its process still runs.
+
+    Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason, and when it is
+    still silent after `seconds`.
+    """
+    until = time.monotonic() + seconds
+    while not answers():
+        if not lives():
+            kind = PortTaken if "Address already in use" in log_tail(log, 400) else LabkitError
+            raise kind(f"{name} ended at once. Its log says:\n{log_tail(log)}")
+        if time.monotonic() > until:
+            raise LabkitError(f"{name} did not answer within {seconds:g} s. Its log says:\n{log_tail(log)}")
+        time.sleep(0.01)  # nothing tells when another process opens a port
 
 
 def _exercise(cluster: Cluster) -> None:
