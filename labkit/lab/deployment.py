@@ -69,12 +69,10 @@ class Deployment:
 
     @property
     def group(self) -> str | None:
-        """Its consumer group, if it has one."""
         return self.runnable.group if isinstance(self.runnable, GroupMember) else None
 
     @property
     def topics(self) -> list[Topic[object]]:
-        """The topics it consumes."""
         return list(self.runnable.sources) if isinstance(self.runnable, GroupMember) else []
 
     @property
@@ -136,7 +134,6 @@ class Deployment:
         return len(held) == len(set(held)) and every <= set(held) and sum(map(bool, shares)) >= holders
 
     def note(self, pod: str, text: str) -> None:
-        """Add a line to the log."""
         self._log.append(LogLine(time.time(), pod, text))
 
     def heard(self, report: PodReport) -> None:

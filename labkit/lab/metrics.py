@@ -159,7 +159,6 @@ class History:
             return self._last.get((metric, label), float("nan"))
 
     def standing(self) -> list[Fault]:
-        """The faults that have not ended."""
         return [fault for fault in self.faults if fault.end is None]
 
     def snapshot(self, since: float = 0.0) -> Snapshot:

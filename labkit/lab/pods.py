@@ -92,7 +92,6 @@ class Pod(Target):
 
     @property
     def state(self) -> PodState:
-        """What it is doing."""
         child = self.child
         if child is None and self._wanted and not self.restarts:
             return PodState.STARTING  # for the first time: nothing has happened to it

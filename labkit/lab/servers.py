@@ -91,7 +91,6 @@ class ServerFaults(Target):
 
     @property
     def away(self) -> bool:
-        """Whether it is down or frozen."""
         return self.state in (_DOWN, _FROZEN)
 
     def look(self, deaths: int = 0) -> None:

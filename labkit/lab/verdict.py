@@ -113,15 +113,12 @@ def judge(
     others: Collection[str] = (),
     unknown: str | None = None,
 ) -> Verdict:
-    """Compare what was sent with what took effect in one stage. Nothing needs to be sorted.
+    """Compare what was sent with what took effect in one stage, as `Lab.verdict` says. Nothing needs to be sorted.
 
-    A mapping `sent` gives each id the value it is to have in the end, a mapping `done` the value it has. An effect
-    listed twice with the same place is one effect. `faults`: all that moves partitions or restarts pods, rebalances and
-    scaling too. `exactly_once` admits no extra, unless its id was sent again. `ordered`: each key is to take effect in
-    the order of sending. `early`: ids that something was done for before its time. `rejected`: ids that were set aside,
-    accounted for by that. None: not asked. `others`: ids not to look at. `unknown`: why nothing can be claimed (not
-    settled, a laptop asleep …). Where nothing was confirmed nothing was tested: unknown too, unless something is wrong
-    all the same.
+    An effect listed twice with the same place is one effect. `faults`: all that moves partitions or restarts pods,
+    rebalances and scaling too. `exactly_once` admits an extra whose id was sent again. `others`: ids not to look at.
+    `unknown`: why nothing can be claimed (not settled, a laptop asleep …). Where nothing was confirmed nothing was
+    tested: unknown too, unless something is wrong all the same.
 
     Raises LabkitError when the two cannot be compared.
     """

@@ -85,11 +85,9 @@ class Server(ABC):
         """Return once it answers. Raises PortTaken when somebody took its port, LabkitError when it does not answer."""
 
     def _home(self) -> Path:
-        """Where its folder is."""
         return state_dir()
 
     def _stop(self, child: Child) -> None:
-        """Ask it to end in good order."""
         child.terminate()
 
     @property
