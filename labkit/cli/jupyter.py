@@ -8,7 +8,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Self
 from urllib.parse import quote
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import log_tail
+from labkit.runtime.broker import wait_until_ready
 
 START_SECONDS = 60.0  # a cold start on a slow disk; 2 s is usual
 STOP_SECONDS = 15.0  # Jupyter gives each kernel 5 s
@@ -87,17 +86,17 @@ class Jupyter:
 
         direct = build_opener(ProxyHandler({})).open  # never by the proxy of the environment
         facts = self._folder / "runtime" / f"jpserver-{self._child.pid}.json"
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self._child.poll() is not None:
-                raise LabkitError(f"JupyterLab ended at once. Its log says:\n{log_tail(self.log)}")
+
+        def answers() -> bool:
             try:
                 self.address = str(json.loads(facts.read_text())["url"])
-                with direct(f"{self.address}api", timeout=5):
-                    return self.address
+                direct(f"{self.address}api", timeout=5).close()
             except (OSError, ValueError, URLError):
-                time.sleep(0.05)  # nothing tells when another process opens a port
-        raise LabkitError(f"JupyterLab did not answer within {START_SECONDS:g} s. Its log says:\n{log_tail(self.log)}")
+                return False
+            return True
+
+        wait_until_ready("JupyterLab", self.log, answers, lambda: self._child.poll() is None, START_SECONDS)
+        return self.address
 
     def link(self, notebook: str) -> str:
         """The address of a notebook, token included."""

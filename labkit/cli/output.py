@@ -12,12 +12,10 @@ Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 def say_json(value: object) -> None:
-    """Print a value as indented JSON."""
     typer.echo(json.dumps(value, indent=2))
 
 
 def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows in columns."""
     typer.echo(table(heads, rows))
 
 

@@ -36,7 +36,7 @@ STRIKE = ("kill", "death", "freeze", "eviction", "restart")  # and not "slow", w
 
 @dataclass(frozen=True, slots=True)
 class Anomaly:
-    """One deviation. `place`, `pod`, `time`: of the effect in question; `first_…`: of that compared with."""
+    """One deviation. `place`: of the effect in question; `first_…`: of that compared with."""
 
     kind: str  # one of WRONG (as "maybe lost" … in an unknown verdict), or of HARMLESS
     id: str
@@ -44,9 +44,7 @@ class Anomaly:
     explanation: str
     place: str | None = None
     first_place: str | None = None
-    pod: str | None = None
     first_pod: str | None = None
-    time: float | None = None
     fault: Fault | None = None  # what explains a redelivery
 
     def __str__(self) -> str:
@@ -236,4 +234,4 @@ def _misplaced(moments: Sequence[_Moment], ranks: Sequence[float]) -> Iterator[t
 
 def _anomaly(kind: str, effect: Effect, why: str, first: Effect | None = None, fault: Fault | None = None) -> Anomaly:
     places = effect.place, first and first.place
-    return Anomaly(kind, effect.id, effect.key, why, *places, effect.pod, first and first.pod, effect.time, fault)
+    return Anomaly(kind, effect.id, effect.key, why, *places, first and first.pod, fault)

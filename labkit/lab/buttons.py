@@ -65,5 +65,4 @@ class Button:
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line."""
     return " ".join(safe_text(error).split()) or type(error).__name__

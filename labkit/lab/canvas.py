@@ -104,7 +104,6 @@ def _font(size: float, bold: bool) -> ImageFont.FreeTypeFont:
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:
-    """Width in pixels of a text as it is drawn."""
     return _font(size, bold).getlength(text)
 
 

@@ -26,10 +26,9 @@ FOLDER = "comparison"  # beside the notebooks, where their kernels run
 ELSEWHERE = "LABKIT_COMPARISON"  # environment variable: another folder, for tests
 NOTEBOOKS = ("01", "02", "03", "04", "05", "06", "07")  # the titles of their rows begin so
 NONE = "–"
-NOT_READ = (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class Way(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Way(msgspec.Struct, frozen=True):
     """One way to do a notebook's work, with what it costs. None: it does not apply, or nobody has measured it."""
 
     name: str
@@ -54,7 +53,7 @@ COLUMNS = {
 }
 
 
-class _Row(msgspec.Struct, forbid_unknown_fields=True):
+class _Row(msgspec.Struct):
     title: str
     ways: list[Way]
 
@@ -77,23 +76,18 @@ def write(notebook: str, title: str, ways: Sequence[Way]) -> pd.DataFrame:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(msgspec.json.encode(row))
         os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        fix = "Notebook 07 will miss this row. Make the folder writable, and run this cell again."
-        print(f"{path} cannot be written: {error_text(error)}. {fix}")  # noqa: T201
+    except OSError as error:  # which names the file
+        fix = "Make the folder writable, and run this cell again."
+        print(f"Notebook 07 will miss this row: {error_text(error)}. {fix}")  # noqa: T201
     return _table([row])
 
 
 def read() -> pd.DataFrame:
-    """All rows. Lines say which are missing, and which files are none."""
+    """All rows. A line says which are missing: a file that cannot be read is none."""
     rows = []
     for path in sorted(_folder().glob("*.json")):
-        try:
+        with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             rows.append(msgspec.json.decode(path.read_bytes(), type=_Row))
-        except NOT_READ as error:
-            fix = f"Delete it, and run the cell `compare` of the notebook {path.stem} again."
-            print(f"{path} is no row that this version of labkit can read: {error_text(error)}. {fix}")  # noqa: T201
     there = {row.title[:2] for row in rows}
     if missing := [number for number in NOTEBOOKS if number not in there]:
         books, whose = ("notebooks", "their rows") if missing[1:] else ("notebook", "its row")

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.lab.metrics import Fault, History
+from labkit.lab.metrics import History
 from labkit.runtime.proxy import Proxy
 
 _FIX = {  # by the state in which a verb makes no sense
@@ -117,12 +117,7 @@ class Target:
 
     def _began(self, kind: str, text: str, since: float | None = None, needs_mending: bool = False) -> None:
         """Note a fault that stands."""
-        self.history.begin(Fault(since or time.time(), None, kind, self.name, text, needs_mending))
-
-    def _befell(self, kind: str, text: str) -> None:
-        """Note a fault that is over at once."""
-        now = time.time()
-        self.history.begin(Fault(now, now, kind, self.name, text))
+        self.history.note(kind, self.name, text, stands=True, since=since, needs_mending=needs_mending)
 
     def _ended(self, *kinds: str) -> None:
         """Note the end of what stands, of all if no kinds are named."""
@@ -184,7 +179,7 @@ class Service(Target):
         positive(count, "count")
         with self._lock:
             self._switch.tell(self.name, {**self._all(), "cut": count})  # told once: the service counts it down
-        self._befell("cut", f"cut {count} connections of {self.name}")
+        self.history.note("cut", self.name, f"cut {count} connections of {self.name}")
 
     def tell(self, text: str, seconds: float | None = None, **told: object) -> None:
         """Have it do something else that it understands: `tell("customer 7 stuck", stuck="customer 7")`.

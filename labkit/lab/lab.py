@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import html
 import os
 import socket
 import threading
@@ -13,41 +12,34 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-import psutil
-
-from labkit.kafka.effects import Sent
-from labkit.kafka.errors import LabkitError, error_text
-from labkit.kafka.reader import Reader
+from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import comparison, evidence, runs
+from labkit.lab import runs
+from labkit.lab.asking import Asking
 from labkit.lab.board import Board
-from labkit.lab.comparison import Way
+from labkit.lab.brokers import Brokers, kafka_away
 from labkit.lab.control import Control
-from labkit.lab.deployment import Deployment, GroupMember, PodState, pane
-from labkit.lab.faults import Action, Connection, Service, Switch, Target
+from labkit.lab.deployment import Deployment, GroupMember, pane
+from labkit.lab.faults import Action, Service, Switch, Target
 from labkit.lab.kafka_connect import Connect
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History
-from labkit.lab.panels import Panel, completed_panel, lag_panel, replica_panels, retries_panel, store_panels
+from labkit.lab.metrics import History
+from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable
 from labkit.lab.retry_console import RetryConsole
-from labkit.lab.sampler import Sampler, undecodable
-from labkit.lab.servers import Cache, Database, ServerFaults
-from labkit.lab.settling import Settled, Settling, kafka_away
+from labkit.lab.sampler import Sampler
+from labkit.lab.servers import Cache, Database
+from labkit.lab.settling import Settling
+from labkit.lab.status import kafka_line, lab_table, status_line
 from labkit.lab.telemetry import PodReport
-from labkit.lab.trace import trace
 from labkit.lab.travel import pack
-from labkit.lab.verdict import Verdict, judge
-from labkit.runtime.broker import HOST, free_ports
+from labkit.runtime.broker import held_port
 from labkit.runtime.connect import connect, private
 from labkit.runtime.server import ServerState
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 S = TypeVar("S", Database, Cache, Connect)
 
@@ -58,7 +50,7 @@ LEAVE = 20.0  # seconds that `close` waits for the sessions of killed pods to en
 _open: dict[str, Lab] = {}  # by notebook: a cell may run again. A lab lives until it is closed, forgotten or not
 
 
-class Lab:
+class Lab(Asking, Brokers):
     """A run of one notebook on a Kafka: names of its own, and everything that happens in it.
 
     `notebook` is its name, used in the names of topics and groups. `pace` makes loads faster and fault windows shorter
@@ -109,15 +101,7 @@ class Lab:
         self._plans = Plans()
         self._at_end: list[Callable[[], object]] = []
         self._history = History()
-        self._shared = "this Kafka is shared with other notebooks and `make lab`. "
-        self._shared += f"One of your own to break: Lab({self.notebook!r}, cluster='private')"
-        own = self.connection.brokers
-        self.brokers = tuple(ServerFaults(one.name, one, self._history, needed=len(own) == 1) for one in own)
-        """Faults of each broker."""
-        if not own:
-            self.brokers = (ServerFaults("Kafka", None, self._history, self._shared),)
-        broker = self.connection.broker
-        self._proxied = [] if broker is None else [Connection(broker.proxy, self._history)]
+        self._know_brokers(self.notebook, self._history)
         self._targets: list[Database | Cache | Connect | Service] = []
         self._ports: dict[str, socket.socket] = {}
         self._boards: dict[tuple[str, ...], Board] = {}
@@ -180,9 +164,7 @@ class Lab:
         _check_partitions(partitions)
         grown = replace(topic, partitions=partitions)
         if self.cluster.add_partitions(topic.name, partitions):
-            now = time.time()
-            text = f"{topic.short}: {partitions} partitions"
-            self._history.begin(Fault(now, now, "add partitions", topic.short, text))
+            self._history.note("add partitions", topic.short, f"{topic.short}: {partitions} partitions")
         self.topics[topic.short] = grown
         return grown
 
@@ -204,7 +186,7 @@ class Lab:
             if isinstance(runnable, GroupMember):
                 made.runnable = runnable.prepare()  # when nothing can be refused any more
             if (before := self.deployments.get(name)) is not None:
-                self._history.begin(Fault(time.time(), None, "redeploy", name, f"redeploy {name}"))
+                self._history.note("redeploy", name, f"redeploy {name}", stands=True)
                 before.drain()  # its group's partitions are free, and its work is committed, before pods start
                 self._history.end("redeploy", name, time.time())
             self.deployments[name] = made
@@ -275,80 +257,14 @@ class Lab:
         """
         self._check_open()
         if name not in self._ports:
-            self._ports[name] = _held_port()
+            self._ports[name] = held_port()
         return int(self._ports[name].getsockname()[1])
-
-    @property
-    def broker(self) -> ServerFaults:
-        """Faults of the broker. Raises LabkitError where there are several."""
-        if len(self.brokers) > 1:
-            raise LabkitError(
-                f"this lab has {len(self.brokers)} brokers: take one of lab.brokers, or lab.leader(topic, partition)"
-            )
-        return self.brokers[0]
-
-    def leader(self, topic: Topic[Any], partition: int = 0) -> ServerFaults:
-        """Faults of the broker that leads this partition: its records are written there, and read from there. Kafka
-        misses a broker that has died only some seconds later, and calls it the leader until then.
-
-        Raises LabkitError for a partition that is not there, or has no leader; ClusterUnreachable.
-        """
-        self._check_open(topic)
-        found = self.cluster.partitions(topic.name)
-        if partition not in found:
-            raise LabkitError(f"{topic.short} has partitions 0 to {len(found) - 1}, not {partition!r}")
-        if (leader := found[partition].leader) < 0:
-            raise LabkitError(
-                f"{topic.short}/{partition} has no leader now: too many of lab.brokers are away, recover() them"
-            )
-        return self.brokers[leader - 1] if len(self.brokers) > 1 else self.brokers[0]
-
-    def replicas(self, topic: Topic[Any]) -> list[Panel]:
-        """Panels for a board: how many partitions of a topic each broker leads, and how many replicas are in sync.
-
-        Raises LabkitError where there is one broker.
-        """
-        self._check_open(topic)
-        if len(self.brokers) == 1:
-            raise LabkitError("replicas are on several brokers: Lab(…, cluster='private', brokers=3) has three")
-        return replica_panels(topic, [one.name for one in self.brokers])
-
-    @property
-    def proxy(self) -> Connection:
-        """The way to this lab's own broker that can be cut, slowed down and held back. A pod takes it if its topics
-        have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not.
-
-        Raises LabkitError where the broker is shared, or there are several.
-        """
-        self._check_open()
-        if len(self.brokers) > 1:
-            raise LabkitError(
-                f"a lab with {len(self.brokers)} brokers has no proxy, as each of them tells clients where the others "
-                "are. A lab with one broker has one: Lab(…, cluster='private')"
-            )
-        if not self._proxied:
-            raise LabkitError(self._shared)
-        return self._proxied[0]
 
     @property
     def folder(self) -> Path:
         """A folder for files of this run: the databases of views, say. It goes when the lab is closed."""
         self._check_open()
         return self.run.folder
-
-    def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
-        """Wait until every pod of these runs and consumers share all partitions of their topics, those too that were
-        added; see `wait_until`."""
-        everyone = self.deployments.values()
-        there: dict[str, int] = {}
-        with suppress(LabkitError):  # while Kafka is away: those with which they were deployed
-            there = self.cluster.topics()
-        beside = {
-            one.name: [it for it in everyone if it is not one and it.group == one.group is not None]
-            for one in deployments
-        }
-        what = f"{', '.join(beside)} to be ready"
-        self.wait_until(lambda: all(one.ready(beside[one.name], there) for one in deployments), what, timeout)
 
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this lab is closed, before Kafka is let go."""
@@ -433,166 +349,6 @@ class Lab:
         made = self._consoles[deployment.name] = RetryConsole(self, deployment)
         return made
 
-    # -- looking at what happened ----------------------------------------------------------------------------------
-
-    def seconds(self, told: float) -> float:
-        """A length of time at this lab's pace."""
-        return told / self.pace
-
-    def figure(self, metric: str, label: str | None = None) -> float:
-        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`. A
-        panel of one line is a metric without labels: `lab.figure("charged")`."""
-        return self._history.now(metric, metric if label is None else label)
-
-    def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-        """Wait until a condition holds, which is looked at every 20 ms. While a service that it asks does not answer
-        (OSError) it does not hold.
-
-        Raises LabkitError after `timeout` seconds: it names `what` was waited for, and has the pods' last lines.
-        """
-        until = time.monotonic() + timeout
-        while True:
-            try:
-                if answer := condition():
-                    return
-                why = "" if answer is False else f" ({answer!r})"
-            except OSError as error:
-                why = f" ({error_text(error)})"
-            if time.monotonic() > until:
-                raise LabkitError(f"not within {timeout:g} s: {what}{why}{self._said()}")
-            time.sleep(0.02)
-
-    def settle(self, timeout: float = 60.0) -> Settled:
-        """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
-
-        What was planned by `when` and is still waiting once all is at rest is dropped. Where waiting cannot help it
-        answers at once: while Kafka or Kafka Connect is down or frozen, a pod is frozen, or records are tried again
-        against a service or database that somebody has to bring back (waiting would keep the buttons from working),
-        and when a load, a connector, or what was planned by `when`, has failed.
-        """
-        return self._settling.settle(timeout)
-
-    def unsettled(self) -> str | None:
-        """Why this lab is not at rest now; None when it is."""
-        return self._settling.unsettled()
-
-    def verdict(
-        self,
-        sent: Load[Any] | Iterable[Load[Any]] | Iterable[Sent] | Mapping[Any, Any],
-        done: Topic[Any] | evidence.Content | Callable[[], Topic[Any] | evidence.Content],
-        by: str | Callable[[Any], str] = "id",
-        name: str = "",
-        exactly_once: bool = False,
-        ordered: bool = True,
-        early: Iterable[str] | Callable[[], Iterable[str]] | None = None,
-        rejected: Iterable[str] | Callable[[], Iterable[str]] | None = None,
-        timeout: float = 60.0,
-    ) -> Verdict:
-        """Wait until the lab has settled, then compare what was sent with what took effect, by business id.
-
-        `sent`: loads, `Sent` tuples, or a mapping from an id to the value it is to have in the end. `done`: the topic
-        in which work takes effect, `Effect`s (of a ledger), or a mapping from an id to the value it has (in a view).
-        `early`, `rejected`: ids of what was done before its time, and of what was set aside (None: not asked). These
-        three may be functions, which are called once the lab has settled.
-
-        `exactly_once` admits no extra; `ordered`: each key is to take effect in the order of sending; `name` says what
-        was looked at. The answer is `unknown`, with its reason, while the lab has not settled. If it is not `valid`,
-        the pods' last lines are printed. Raises LabkitError for a value without the id, and for what cannot be
-        compared.
-        """
-        given = sent if isinstance(sent, Mapping) else [sent] if isinstance(sent, Load) else list(sent)
-        self._check_open(*given, done)
-        stale = None
-        was_read = any(isinstance(one, dict | list | tuple | set) for one in (done, early, rejected))
-        if was_read and (reason := self.unsettled()):
-            stale = f"what took effect was read before the lab had settled ({reason}): give a function that reads it"
-        self.settle(timeout)
-        # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
-        # record that is handled between two looks may have made one upstream of what was looked at first.
-        unknown = self.unsettled() or self.unsettled() or stale
-        sends, others = evidence.sends(given, self.loads)
-        effects, poison = evidence.took_effect(done() if callable(done) else done, identifier(by))
-        found = judge(
-            sends,
-            effects,
-            self._history.faults,
-            name=name,
-            exactly_once=exactly_once,
-            ordered=ordered,
-            early=early() if callable(early) else early,
-            rejected=rejected() if callable(rejected) else rejected,
-            others=others,
-            unknown=unknown or poison,
-        )
-        if found.result != "valid":
-            for deployment in self.deployments:
-                self.logs(deployment)
-        return found
-
-    def compare(self, title: str, *ways: Way) -> pd.DataFrame:
-        """Show what each way costs, the pattern last, and keep it as this notebook's row for `comparison`.
-
-        `title` begins with the notebook's number, and ends with what the figures are for: "06 Aggregation: an import".
-        """
-        return comparison.write(runs.plain(self.notebook, "notebook"), title, ways)
-
-    def comparison(self) -> pd.DataFrame:
-        """The rows that notebooks beside this one have kept; a line says whose is missing."""
-        return comparison.read()
-
-    def records(self, topic: Topic[Any], last: int = 10) -> pd.DataFrame:
-        """The newest records of a topic as a table: partition, offset, key, value, time (UTC).
-
-        Records that do not decode are not in it; a line says how many.
-        """
-        import pandas as pd
-
-        with Reader(topic) as reader:
-            found = sorted(reader.read_to_end(), key=lambda record: record.timestamp)[-last:]
-        if poison := undecodable(reader):
-            print(f"Not shown: {poison}")  # noqa: T201
-        rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]
-        table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])
-        return table.assign(time=pd.to_datetime(table["time"], unit="s").dt.round("ms"))
-
-    def size_on_disk(self, topic: Topic[Any]) -> int:
-        """Bytes of a topic's records in Kafka's files, all replicas. Raises LabkitError where Kafka is not this lab's
-        own."""
-        if not self.connection.brokers:
-            raise LabkitError("only of a Kafka of its own does a lab know the files: Lab(…, cluster='private')")
-        total = 0
-        for broker in self.connection.brokers:
-            for file in broker.folder.glob(f"data/{topic.name}-*/*.log"):
-                with suppress(FileNotFoundError):  # Kafka has just deleted it
-                    total += file.stat().st_size
-        return total
-
-    def history(self) -> pd.DataFrame:
-        """Everything the sampler saw, tidy: time, seconds, metric, label, value."""
-        return self._history.frame()
-
-    def trace(self, id: object, by: str | Callable[[Any], Any] = "id") -> pd.DataFrame:  # noqa: A002 - as `by` names it
-        """One record's life across pods, faults and redeliveries, oldest first.
-
-        Columns: time (UTC), seconds since the first row, event, place, pod, detail. `by` is the business id that `id`
-        is a value of. A handling shows by what it sent. Raises LabkitError when no record of this lab's topics has it.
-        """
-        self._check_open()
-        return trace(id, by, list(self.topics.values()), self.faults)
-
-    @property
-    def faults(self) -> list[Fault]:
-        """What was done to this lab, oldest first."""
-        return self._history.faults
-
-    def logs(self, name: str, lines: int = 20) -> None:
-        """Print the last lines of a deployment's log: what its pods printed, and what befell them."""
-        if name not in self.deployments:
-            there = ", ".join(self.deployments) or "none so far"
-            raise LabkitError(f"there is no deployment {name!r} in this lab: there is {there}")
-        for line in self.deployments[name].log[-lines:]:
-            print(line)  # noqa: T201
-
     def close(self) -> None:
         """End pods, loads and boards; delete this run's topics and groups; let go of Kafka.
 
@@ -638,22 +394,12 @@ class Lab:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closing else f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}"
+        state = "closed" if self._closing else kafka_line(self.connection)
         return f"Lab {self.notebook} (run {self.run.id}): {state}"
 
     def _repr_html_(self) -> str:
-        rows: Mapping[str, str] = {
-            **({"state": f"closed: {self._again}"} if self._closing else {}),
-            "Kafka": f"{_ORIGIN[self.connection.origin]} at {self.cluster.bootstrap}",
-            "run": f"{self.run.id}: topics and groups are named <code>{html.escape(self.run.prefix)}…</code>",
-            "running": ", ".join(map(repr, self.deployments.values())) or "nothing yet",
-            "memory": f"{_memory(self.deployments.values()) / 1e6:,.0f} MB in this notebook and its pods",
-            "other labs": ", ".join(name.split(".")[2] for name, _ in runs.living() if name != self.run.prefix)
-            or "none",
-        }
-        left = "style='text-align:left'"
-        lines = "".join(f"<tr><th {left}>{name}</th><td>{text}</td></tr>" for name, text in rows.items())
-        return f"<table><caption {left}><b>Lab {html.escape(self.notebook)}</b></caption>{lines}</table>"
+        closed = self._again if self._closing else ""
+        return lab_table(self.notebook, self.run, self.connection, self.deployments.values(), closed)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -669,22 +415,6 @@ class Lab:
     def _workers(self) -> list[Connect]:
         return [one for one in self._targets if isinstance(one, Connect)]
 
-    @property
-    def _again(self) -> str:
-        return f"run the notebook again from the cell with Lab({self.notebook!r})"
-
-    def _check_open(self, *things: object) -> None:
-        """Raises LabkitError when this lab is closed, or when one of `things` belongs to an earlier run of it."""
-        if self._closing:
-            raise LabkitError(f"this lab is closed: {self._again}")
-        earlier = self.run.prefix.removesuffix(f"{self.run.id}.")
-        for thing in things:
-            topic = thing.topic if isinstance(thing, Load) else thing
-            name = topic.name if isinstance(topic, Topic) else self.run.prefix
-            stale = isinstance(thing, Deployment) and self.deployments.get(thing.name) is not thing
-            if stale or (name.startswith(earlier) and not name.startswith(self.run.prefix)):
-                raise LabkitError(f"{thing!r} belongs to an earlier run: run the notebook's cells again from the first")
-
     def _look_at_kafka(self) -> None:
         """Deaths that nobody ordered are faults too: without them, what was redelivered would have no explanation."""
         deaths = 0
@@ -696,57 +426,13 @@ class Lab:
             for worker in self._workers:
                 worker.look()
 
-    def _said(self) -> str:
-        """How deployments stand, and the last lines of their pods."""
-        return "".join("\n  ".join([f"\n{one!r}", *map(str, one.log[-10:])]) for one in self.deployments.values())
-
     def _status(self, deployments: Sequence[Deployment]) -> str:
-        brokers = [f"{one.name} {one.state.value}" for one in self.brokers if one.state is not ServerState.RUNNING]
-        kafka = brokers or [self._sampler.trouble or "Kafka up"]
-        return " · ".join([*map(self._status_of, deployments), *kafka, *(one.status_line() for one in self._workers)])
-
-    def _status_of(self, deployment: Deployment) -> str:
-        pods = deployment.pods
-        running = sum(pod.state in (PodState.RUNNING, PodState.SLOW) for pod in pods)
-        again = [f"pod {pod.index} restarted {pod.restarts}×" for pod in pods if pod.restarts]
-        more = f" ({', '.join(again)})" if again else ""
-        rate = f" · {self._sampler.rate.get(deployment.name, 0.0):,.0f} records/s" if deployment.topics else ""
-        return f"{deployment.name}: {running} of {len(pods)} pods running{more}{rate}"
-
-
-_ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
-    "external": "your own cluster",
-    "compose": "the broker of docker-compose.yml",
-    "embedded": "embedded Apache Kafka",
-    "private": "an embedded Apache Kafka of its own",
-}
+        return status_line(deployments, self._sampler, self.brokers, self._workers)
 
 
 def _check_partitions(partitions: int) -> None:
     if not isinstance(partitions, int) or not 1 <= partitions <= 1000:
         raise LabkitError(f"a topic has 1 to 1000 partitions, not {partitions!r}")
-
-
-def _memory(deployments: Iterable[Deployment]) -> int:
-    """Bytes of memory that this process and its pods hold."""
-    children = [pod.child for deployment in deployments for pod in deployment.pods]
-    used = 0
-    for process in (os.getpid(), *(child.pid for child in children if child is not None)):
-        with suppress(psutil.Error):  # it has just ended
-            used += psutil.Process(process).memory_info().rss
-    return used
-
-
-def _held_port() -> socket.socket:
-    """A socket that is bound, and never listens: connections go to those who do, and nobody else gets its port."""
-    while True:
-        held = socket.socket()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            held.bind((HOST, free_ports()[0]))
-            return held
-        except OSError:  # taken meanwhile, or connections that were closed a moment ago still have it
-            held.close()
 
 
 def _pace() -> float:

@@ -63,7 +63,6 @@ class Load(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
         return not self._thread.is_alive()
 
     def wait(self, timeout: float = 60.0) -> None:

@@ -122,13 +122,24 @@ class History:
             self._samples += sorted(kept, key=_time_of)
             self._version += 1
 
-    def begin(self, fault: Fault) -> Fault:
-        """Note a fault: an instant, a window already over, or one that stands (`end` None) until `end()`."""
+    def note(
+        self,
+        kind: str,
+        target: str,
+        text: str,
+        *,
+        stands: bool = False,
+        since: float | None = None,
+        until: float | None = None,
+        needs_mending: bool = False,
+    ) -> None:
+        """Note a fault, by default an instant: now. It may have lasted `since` then, and it may stand until `end()`."""
+        now = time.time()
+        fault = Fault(since or now, None if stands else until or now, kind, target, text, needs_mending)
         with self._lock:
             self._faults.append(fault)
             self._version += 1
             self._changed = max(self._changed, fault.start)
-        return fault
 
     def end(self, kind: str, target: str, at: float) -> Fault | None:
         """End all standing faults of this kind on this target; returns the newest, None when none stands."""
@@ -148,7 +159,6 @@ class History:
             return self._last.get((metric, label), float("nan"))
 
     def standing(self) -> list[Fault]:
-        """The faults that have not ended."""
         return [fault for fault in self.faults if fault.end is None]
 
     def snapshot(self, since: float = 0.0) -> Snapshot:

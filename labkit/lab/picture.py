@@ -261,7 +261,6 @@ def _time_ticks(window: float) -> list[tuple[float, str]]:
 
 
 def _rule(x0: float, y0: float, x1: float, y1: float, colour: str, width: float, style: Style = "solid") -> Line:
-    """A straight line."""
     return Line(np.array((x0, x1)), np.array((y0, y1)), colour, width, style)
 
 

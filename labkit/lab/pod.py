@@ -55,6 +55,7 @@ def main() -> int:
     sys.stdin = open(os.devnull)  # noqa: SIM115 - a handler that reads it must not take our commands
     telemetry = Telemetry(topic, deployment, name, os.getpid(), stop)
     threading.Thread(target=_obey, args=(pipe, telemetry), name="commands", daemon=True).start()
+    code = 1
     try:
         runnable.run(stop, telemetry)
     except LabkitError as error:
@@ -62,10 +63,9 @@ def main() -> int:
     except BaseException:
         traceback.print_exc()
     else:
-        telemetry.close("stopped")
-        return 0
-    telemetry.close("failed")
-    return 1
+        code = 0
+    telemetry.close()
+    return code
 
 
 def _obey(pipe: BinaryIO, telemetry: Telemetry) -> None:

@@ -120,7 +120,6 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
 
 
 def _drop(path: Path) -> None:
-    """Remove a run's record, and its files."""
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     path.unlink(missing_ok=True)
 

@@ -13,10 +13,11 @@ from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.metrics import History, Sample
 from labkit.lab.panels import Read
+from labkit.lab.pods import PodState
 from labkit.lab.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples
@@ -132,7 +133,7 @@ class Sampler:
             slept = (time.time() - wall) - (time.monotonic() - mono)
             if slept > ASLEEP:
                 # Sessions ended meanwhile: without this, what was redelivered would have no explanation.
-                self.history.begin(Fault(wall, time.time(), "sleep", "machine", f"the machine slept {slept:.0f} s"))
+                self.history.note("sleep", "machine", f"the machine slept {slept:.0f} s", since=wall)
             wall, mono = time.time(), time.monotonic()
             try:
                 self.trouble = self._sample()
@@ -197,7 +198,7 @@ class Sampler:
             if (fault.kind, fault.target) == ("freeze", report.pod) and not over:
                 return  # somebody did
         text = f"{report.pod} lost its partitions"
-        self.history.begin(Fault(report.away, report.time, "eviction", report.pod, text))
+        self.history.note("eviction", report.pod, text, since=report.away, until=report.time)
 
     def _of_pods(self, name: str, deployment: Deployment) -> list[tuple[str, str, float]]:
         reports = [report for (of, _, _), report in self._handled.items() if of == name]

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import cast
 
 from labkit.lab.faults import Target
-from labkit.lab.metrics import Fault, History
+from labkit.lab.metrics import History
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import Server, ServerState
 from labkit.runtime.valkey import Valkey
@@ -91,7 +91,6 @@ class ServerFaults(Target):
 
     @property
     def away(self) -> bool:
-        """Whether it is down or frozen."""
         return self.state in (_DOWN, _FROZEN)
 
     def look(self, deaths: int = 0) -> None:
@@ -99,7 +98,7 @@ class ServerFaults(Target):
         before, self._looked = self._looked, time.time()
         if deaths > self._deaths:
             self._deaths = deaths
-            self.history.begin(Fault(before, self._looked, "death", self.name, f"{self.name} died"))
+            self.history.note("death", self.name, f"{self.name} died", since=before)
         with self._doing:
             killed = any((one.kind, one.target) == ("kill", self.name) for one in self.history.standing())
             if self.state is _DOWN and not killed:

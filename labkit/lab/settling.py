@@ -11,10 +11,12 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
-from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.brokers import kafka_away
+from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
 from labkit.lab.metrics import History, clock
 from labkit.lab.planned import Plans
+from labkit.lab.pods import PodState
 from labkit.lab.servers import ServerFaults
 
 if TYPE_CHECKING:
@@ -29,24 +31,12 @@ class Settled:
 
     ok: bool
     reason: str = ""
-    seconds: float = 0.0
 
     def __bool__(self) -> bool:
         return self.ok
 
     def __repr__(self) -> str:
         return "settled: no lag, nothing waits" if self.ok else f"unknown: {self.reason}"
-
-
-def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
-    """Why Kafka does not work, and what mends it; None when a majority of its brokers is there."""
-    away = [one for one in brokers if one.away]
-    if 2 * len(away) < len(brokers):
-        return None
-    said = ", ".join(f"{one.name} is {one.state.value}" for one in away)
-    if len(brokers) == 1:
-        return f"{said}: lab.broker.recover() mends it"
-    return f"{said}, which leaves no majority of {len(brokers)} brokers: recover() them in lab.brokers"
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class Settling:
         begun, calm, quiet_since = time.monotonic(), 0, float("inf")
         while True:
             if hopeless := self.hopeless():
-                return Settled(False, hopeless, time.monotonic() - begun)
+                return Settled(False, hopeless)
             moving = self.moving()
             now = time.monotonic()
             quiet_since = float("inf") if moving else min(quiet_since, now)
@@ -76,11 +66,10 @@ class Settling:
             reason = moving or self.plans.waiting() or ""
             # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
             calm = 0 if reason else calm + 1
-            spent = now - begun
             if calm >= 2:
-                return Settled(True, "", spent)
-            if spent > timeout:
-                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}", spent)
+                return Settled(True)
+            if now - begun > timeout:
+                return Settled(False, f"after {timeout:g} s: {reason or 'only just calm'}")
             time.sleep(0.05)
 
     def unsettled(self) -> str | None:

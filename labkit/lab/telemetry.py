@@ -19,6 +19,7 @@ from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
 
 INTERVAL = 0.2  # seconds between two reports
+AGAIN = 2.0  # seconds after which a report is sent again that is as it was: a broker that was away may have missed it
 HANDLING, HANDLED = Step.HANDLING, Step.HANDLED  # a member of an enum is slow to look up, for every record
 UNHEARD = 7.0  # seconds that a member was not heard of when it is told that it lost its partitions: a session, and more
 
@@ -29,7 +30,6 @@ class Waiting(msgspec.Struct):
     place: str
     attempt: int
     since: float
-    next_attempt: float
     error: str
 
 
@@ -40,7 +40,6 @@ class PodReport(msgspec.Struct):
     pod: str
     process: int
     time: float
-    state: str = "running"
     handled: int = 0
     failed: int = 0
     lost: int = 0
@@ -55,7 +54,7 @@ class PodReport(msgspec.Struct):
 
 
 class Telemetry:
-    """Collects the steps of one running pod and sends a PodReport whenever something changed.
+    """Collects the steps of one running pod and sends a PodReport whenever something changed, and every two seconds.
 
     Once `stop` is set, nothing is held up any more: a slow pod drains as soon as another one.
     """
@@ -78,7 +77,6 @@ class Telemetry:
         # A producer of its own: a telemetry record that is not delivered must not hold up a commit. Not idempotent: the
         # first report, by which a pod counts as running, would wait for up to a second; and the newest one wins anyway.
         self._producer = Producer(topic.cluster, timeout=5.0, idempotent=False)
-        self._refused = 0
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
 
@@ -95,9 +93,7 @@ class Telemetry:
         elif step is Step.BLOCKED:
             error = error_text(subject.refused or subject.error)
             with self._lock:
-                self._waiting[subject.place] = Waiting(
-                    subject.place, subject.attempt, subject.since, subject.due, error
-                )
+                self._waiting[subject.place] = Waiting(subject.place, subject.attempt, subject.since, error)
         elif step is Step.RECOVERED:
             with self._lock:
                 self._waiting.pop(subject.place, None)
@@ -121,11 +117,11 @@ class Telemetry:
                     self._report.lost += 1
                     self._report.away = self._unheard_since(time.time())
 
-    def close(self, state: str) -> None:
-        """Send the last word: "stopped" or "failed"."""
+    def close(self) -> None:
+        """Send the last word."""
         self._over.set()
         self._thread.join(2)
-        self._send(self._now(state))
+        self._send(self._now())
         try:
             self._producer.flush(2)
         except DeliveryFailed:
@@ -142,16 +138,14 @@ class Telemetry:
                 before, self._awake = self._awake, time.time()
                 if self._awake - before > 5 * INTERVAL:
                     self._pause = (before, self._awake)
-            if self._undelivered():
-                sent = None
-            now = self._now("running")
-            if sent is None or msgspec.structs.replace(now, time=sent.time) != sent:
+            now = self._now()
+            if sent is None or now.time - sent.time >= AGAIN or msgspec.structs.replace(now, time=sent.time) != sent:
                 self._send(now)
                 sent = now
             if self._over.wait(INTERVAL):
                 return
 
-    def _now(self, state: str) -> PodReport:
+    def _now(self) -> PodReport:
         with self._lock:
             new = len(self._done)
             del self._done[:new]
@@ -159,7 +153,6 @@ class Telemetry:
             return msgspec.structs.replace(
                 self._report,
                 time=time.time(),
-                state=state,
                 assigned=sorted(self._assigned),
                 waiting=list(self._waiting.values()),
                 counts=dict(self._report.counts),
@@ -170,10 +163,4 @@ class Telemetry:
         try:
             self._producer.send(self.topic.name, encode(report), self._report.pod)
         except DeliveryFailed:
-            pass  # see _undelivered
-
-    def _undelivered(self) -> bool:
-        """Whether a report was lost since the last look, to a broker that was away: then it is to be said again."""
-        self._producer.unconfirmed(0)  # only so does the client tell
-        lost, self._refused = self._producer.refused - self._refused, self._producer.refused
-        return lost > 0
+            pass  # it is said again

@@ -15,7 +15,6 @@ import io
 import pickle
 import sys
 import types
-from collections import deque
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
@@ -25,6 +24,8 @@ import msgspec
 from labkit.kafka.errors import LabkitError
 
 STAYS = "_stays_in_the_notebook"  # a class with this attribute is refused; it says what to do instead
+KNOWN = (types.FunctionType, types.MethodType, functools.partial, type)  # a learner knows the names within, and
+# those within a notebook's own classes: the attributes of others are nobody's business
 MAKE_IT_THERE = "make it inside the handler, or in a function that the handler calls"
 
 
@@ -38,10 +39,10 @@ def pack(thing: Any) -> bytes:
         return _pickled(thing)
     except CannotTravel:
         raise
-    except _Refused as refused:
-        raise CannotTravel(f"{_where_is(refused.thing, thing)} cannot travel to a pod: {refused.advice}") from None
     except Exception as error:  # whatever a type raises that does not want to be pickled
-        raise CannotTravel(f"{_what_fails(thing)} cannot travel to a pod ({error}): {MAKE_IT_THERE}") from error
+        variable, culprit = _culprit(thing, "", thing, []) or ("something the handler uses", None)
+        why = f": {getattr(type(culprit), STAYS)}" if hasattr(type(culprit), STAYS) else f" ({error}): {MAKE_IT_THERE}"
+        raise CannotTravel(f"{variable} cannot travel to a pod{why}") from None
 
 
 def unpack(packed: bytes) -> Any:
@@ -49,19 +50,12 @@ def unpack(packed: bytes) -> Any:
     return pickle.loads(packed)  # noqa: S301 - comes through a pipe from the process that started this one
 
 
-class _Refused(Exception):
-    def __init__(self, thing: Any, advice: str) -> None:
-        super().__init__(advice)
-        self.thing, self.advice = thing, advice
-
-
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
-        advice = getattr(type(obj), STAYS, None)
-        if advice is not None:
-            raise _Refused(obj, advice)
+        if hasattr(type(obj), STAYS):
+            raise pickle.PicklingError("it stays in the notebook")
         if isinstance(obj, io.TextIOWrapper) and obj not in (sys.stdout, sys.stderr):
-            raise _Refused(obj, MAKE_IT_THERE)  # cloudpickle would send a copy of what the file holds now
+            raise pickle.PicklingError("an open file")  # cloudpickle would send a copy of what it holds now
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
             raise CannotTravel(
                 f"{obj.__name__} is a msgspec Struct of this notebook, whose fields do not reach a pod. "
@@ -118,49 +112,37 @@ def _lasting(module: str) -> bool:
 # -- naming what cannot travel -------------------------------------------------------------------------------------
 
 
-def _where_is(culprit: Any, thing: Any) -> str:
-    """The variable that is, or holds, the culprit."""
-    kind = type(culprit).__name__
-    for name, variable, value in _walk(thing):
-        if value is culprit and name:
-            return f"the variable '{name}' (a {kind})"
-        if value is culprit and variable:
-            return f"the variable '{variable}' (holds a {kind})"
-    return f"a {kind}"
+def _culprit(value: Any, name: str, named: Any, seen: list[Any]) -> tuple[str, Any] | None:
+    """The innermost part of `value` that does not travel: the variable that is it, or holds it, and itself.
 
-
-def _what_fails(thing: Any) -> str:
-    """The nearest variable that cannot be pickled: a value rather than what holds it, that rather than a function."""
-    failing: dict[int, str] = {}  # by how little it says
-    for name, _, value in _walk(thing):
-        if name is None:
+    `named` is the nearest thing around it that has a name, and `name` that name. None for what fails for the sake of
+    something in `seen` only.
+    """
+    seen.append(value)
+    ends = True
+    unknown = name and not isinstance(value, KNOWN) and _lasting(type(value).__module__)
+    for called, part in () if hasattr(type(value), STAYS) else _parts(value, name if named is value else None):
+        if _travels(part):
             continue
-        try:
-            _pickled(value)
-        except Exception:
-            failing.setdefault(_vague(value), f"the variable '{name}' (a {type(value).__name__})")
-    return failing[min(failing)] if failing else "something the handler uses"
+        ends = False
+        inside = (called, part) if called and not unknown else (name, named)
+        if not any(part is one for one in seen) and (found := _culprit(part, *inside, seen)):
+            return found
+    if not ends:
+        return None
+    if not name:
+        return f"a {type(value).__name__}", value
+    if isinstance(named, list | tuple | set | frozenset | dict | type):
+        return f"the variable '{name}' (holds a {type(value).__name__})", value
+    return f"the variable '{name}' (a {type(named).__name__})", value
 
 
-def _vague(value: Any) -> int:
-    if isinstance(value, types.FunctionType | types.MethodType | functools.partial | type):
-        return 2
-    return int(isinstance(value, list | tuple | set | frozenset | dict) or not _lasting(type(value).__module__))
-
-
-def _walk(thing: Any) -> Iterator[tuple[str | None, str | None, Any]]:
-    """All that is pickled with `thing`, nearest first: its name or None, the last name on the way to it, itself."""
-    seen: set[int] = set()
-    ahead: deque[tuple[str | None, str | None, Any]] = deque([(None, None, thing)])
-    kept = []  # what is made on the way must not be freed, or its id could come again
-    while ahead:
-        name, above, value = ahead.popleft()
-        if id(value) in seen or isinstance(value, types.ModuleType | str | bytes | int | float | None):
-            continue
-        seen.add(id(value))
-        kept.append(value)
-        yield name, name or above, value
-        ahead.extend((part, name or above, found) for part, found in _parts(value, name))
+def _travels(thing: Any) -> bool:
+    try:
+        _pickled(thing)
+    except Exception:
+        return False
+    return True
 
 
 def _parts(value: Any, name: str | None) -> Iterator[tuple[str | None, Any]]:
@@ -230,5 +212,5 @@ def _plain(members: Any) -> Iterator[Any]:
             yield member.__func__
         elif isinstance(member, property):
             yield from (part for part in (member.fget, member.fset, member.fdel) if part is not None)
-        else:
+        elif not inspect.isdatadescriptor(member):  # of its fields, which are not pickled
             yield member

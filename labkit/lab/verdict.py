@@ -16,12 +16,9 @@ from labkit.lab.anomalies import HARMLESS, WRONG, Anomaly, Timeline, differences
 from labkit.lab.metrics import clock
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from labkit.lab.metrics import Fault
 
 NAMED = 10  # anomalies of a kind
-COLUMNS = ["kind", "id", "key", "place", "first_place", "pod", "time", "explanation"]
 # The same words with extras and without: how many there are depends on the moment of the fault.
 EXTRAS = "any extra is a redelivery after a fault, or was sent again"
 
@@ -52,14 +49,6 @@ class Verdict:
         if kind not in (*WRONG, *HARMLESS):
             raise LabkitError(f"there is no kind {kind!r} of anomalies, but {', '.join((*WRONG, *HARMLESS))}")
         return [anomaly for anomaly in self.found if anomaly.kind == kind]
-
-    @property
-    def anomalies(self) -> pd.DataFrame:
-        """Every anomaly as a row: kind, id, key, place, first_place, pod, time (UTC), explanation."""
-        import pandas as pd  # only who asks for a table waits for pandas
-
-        frame = pd.DataFrame(self.found, columns=COLUMNS)
-        return frame.assign(time=pd.to_datetime(frame["time"].astype("float64"), unit="s"))
 
     def __str__(self) -> str:
         """One line of invariants, the same for every valid run of a load; below it the ids of what was found."""
@@ -124,15 +113,12 @@ def judge(
     others: Collection[str] = (),
     unknown: str | None = None,
 ) -> Verdict:
-    """Compare what was sent with what took effect in one stage. Nothing needs to be sorted.
+    """Compare what was sent with what took effect in one stage, as `Lab.verdict` says. Nothing needs to be sorted.
 
-    A mapping `sent` gives each id the value it is to have in the end, a mapping `done` the value it has. An effect
-    listed twice with the same place is one effect. `faults`: all that moves partitions or restarts pods, rebalances and
-    scaling too. `exactly_once` admits no extra, unless its id was sent again. `ordered`: each key is to take effect in
-    the order of sending. `early`: ids that something was done for before its time. `rejected`: ids that were set aside,
-    accounted for by that. None: not asked. `others`: ids not to look at. `unknown`: why nothing can be claimed (not
-    settled, a laptop asleep …). Where nothing was confirmed nothing was tested: unknown too, unless something is wrong
-    all the same.
+    An effect listed twice with the same place is one effect. `faults`: all that moves partitions or restarts pods,
+    rebalances and scaling too. `exactly_once` admits an extra whose id was sent again. `others`: ids not to look at.
+    `unknown`: why nothing can be claimed (not settled, a laptop asleep …). Where nothing was confirmed nothing was
+    tested: unknown too, unless something is wrong all the same.
 
     Raises LabkitError when the two cannot be compared.
     """

@@ -9,6 +9,7 @@ import html
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,24 @@ import ipywidgets
 from labkit.kafka.errors import error_text
 
 _OK, _MISSING = "#00835F", "#B84F00"
+
+
+@dataclass(frozen=True, repr=False)
+class Shown:
+    """A text, and how a notebook draws it. True for an exercise that is filled in, and right."""
+
+    text: str
+    as_html: str
+    ok: bool = False
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.as_html
 
 
 # -- Predict ---------------------------------------------------------------------------------------------------------
@@ -73,52 +92,34 @@ def predict(question: str, options: Sequence[str]) -> Prediction:
 # -- Exercise --------------------------------------------------------------------------------------------------------
 
 
-class Exercise:
-    """Whether an exercise is filled in, and right. True when it is both."""
-
-    def __init__(self, task: str, missing: Sequence[str], wrong: str | None) -> None:
-        self.task, self.missing, self.wrong = task, tuple(missing), wrong
-
-    def __bool__(self) -> bool:
-        return not self.missing and self.wrong is None
-
-    def __repr__(self) -> str:
-        if self.missing:
-            return f"Exercise: {self.task} Still to fill in: {', '.join(self.missing)}."
-        if self.wrong is not None:
-            return f"Exercise: {self.task} Not yet: {self.wrong}"
-        return f"Exercise: {self.task} Done."
-
-    def _repr_html_(self) -> str:
-        if self.missing:
-            names = ", ".join(f"<code>{html.escape(name)}</code>" for name in self.missing)
-            colour, state = _MISSING, f"Still to fill in: {names}."
-        elif self.wrong is not None:
-            colour, state = _MISSING, f"Not yet: {html.escape(self.wrong)}"
-        else:
-            colour, state = _OK, "Done."
-        return (
-            f'<div style="border-left:3px solid {colour};padding:2px 10px"><b>Exercise.</b> '
-            f'{html.escape(self.task)} <span style="color:{colour}">{state}</span></div>'
-        )
-
-
-def exercise(task: str, check: Callable[..., object] | None = None, **answers: object) -> Exercise:
+def exercise(task: str, check: Callable[..., object] | None = None, **answers: object) -> Shown:
     """Say what is still missing of an exercise; never raises.
 
     An answer counts as missing while it is `...`, holds one, or is a function with nothing but one in it. When all are
     there, `check(**answers)` may judge them: None or True is right, False wrong, a text says what is wrong.
     """
     missing = [name for name, answer in answers.items() if _unfilled(answer)]
-    wrong = None
-    if not missing and check is not None:
-        try:
-            result = check(**answers)
-            if result is not None and result is not True:
-                wrong = str(result) if result else "this is not what was asked for."
-        except Exception as error:
-            wrong = error_text(error)
-    return Exercise(task, missing, wrong)
+    if missing:
+        names = ", ".join(f"<code>{html.escape(name)}</code>" for name in missing)
+        return _exercise(task, f"Still to fill in: {', '.join(missing)}.", f"Still to fill in: {names}.")
+    try:
+        result = True if check is None else check(**answers)
+        if result is None or result is True:
+            return _exercise(task, "Done.", "Done.", ok=True)
+        wrong = str(result) if result else "this is not what was asked for."
+    except Exception as error:
+        wrong = error_text(error)
+    return _exercise(task, f"Not yet: {wrong}", f"Not yet: {html.escape(wrong)}")
+
+
+def _exercise(task: str, state: str, as_html: str, ok: bool = False) -> Shown:
+    colour = _OK if ok else _MISSING
+    return Shown(
+        f"Exercise: {task} {state}",
+        f'<div style="border-left:3px solid {colour};padding:2px 10px"><b>Exercise.</b> '
+        f'{html.escape(task)} <span style="color:{colour}">{as_html}</span></div>',
+        ok,
+    )
 
 
 def _blank(*_: object) -> object: ...
@@ -145,40 +146,10 @@ def _unfilled(answer: object) -> bool:
 # -- Hint and solution -----------------------------------------------------------------------------------------------
 
 
-class Hint:
-    """A text that opens at a click."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return f"Hint: {self.text}"
-
-    def _repr_html_(self) -> str:
-        # `code` is all the Markdown a hint needs.
-        text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.text)).replace("\n", "<br>")
-        return f"<details><summary>Hint</summary><p>{text}</p></details>"
-
-
-def hint(text: str) -> Hint:
-    """A hint that stays folded until it is clicked. `code` in backticks is set as code."""
-    return Hint(text)
-
-
-class Solution:
-    """The source of a solved cell, or why there is none."""
-
-    def __init__(self, source: str | None, trouble: str = "") -> None:
-        self.source, self.trouble = source, trouble
-
-    def __repr__(self) -> str:
-        return self.trouble if self.source is None else self.source
-
-    def _repr_html_(self) -> str:
-        if self.source is None:
-            return f"<p>{html.escape(self.trouble)}</p>"
-        # Folded: "run all cells" must not give it away.
-        return f"<details><summary>Solution</summary><pre>{html.escape(self.source)}</pre></details>"
+def hint(text: str) -> Shown:
+    """A hint that stays folded until it is clicked. `code` in backticks is set as code, which is all a hint needs."""
+    as_html = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)).replace("\n", "<br>")
+    return Shown(f"Hint: {text}", f"<details><summary>Hint</summary><p>{as_html}</p></details>")
 
 
 _CELL = re.compile(r"^# %% *(\S+) *$", re.MULTILINE)
@@ -191,14 +162,14 @@ def read_solutions(path: Path) -> dict[str, str]:
     return {parts[i]: parts[i + 1].strip("\n") for i in range(1, len(parts), 2)}
 
 
-def solution(cell_id: str) -> Solution:
+def solution(cell_id: str) -> Shown:
     """Show the solution of an exercise. Never raises: what is missing is said in place.
 
     Solutions are in `notebooks/solutions/<notebook>.py`, looked for from the working folder upwards.
     """
     folder = _solutions_folder(Path.cwd())
     if folder is None:
-        return Solution(None, f"No folder notebooks/solutions here or above {Path.cwd().name}: is this a full clone?")
+        return _no_solution(f"No folder notebooks/solutions here or above {Path.cwd().name}: is this a full clone?")
     # The server says which notebook this is; where it does not, the cell's id alone has to do.
     notebook = Path(os.environ.get("JPY_SESSION_NAME", "")).stem
     files = sorted(folder.glob("*.py"), key=lambda file: (file.stem != notebook, file.name))
@@ -207,12 +178,18 @@ def solution(cell_id: str) -> Solution:
         try:
             cells = read_solutions(file)
         except (OSError, UnicodeDecodeError) as error:
-            return Solution(None, f"notebooks/solutions/{file.name} cannot be read: {error}")
+            return _no_solution(f"notebooks/solutions/{file.name} cannot be read: {error}")
         if cell_id in cells:
-            return Solution(cells[cell_id])
+            # Folded: "run all cells" must not give it away.
+            source = html.escape(cells[cell_id])
+            return Shown(cells[cell_id], f"<details><summary>Solution</summary><pre>{source}</pre></details>")
         known += cells
     listed = ", ".join(known) if known else "none"
-    return Solution(None, f"No solution with the cell id {cell_id!r}. There are: {listed}.")
+    return _no_solution(f"No solution with the cell id {cell_id!r}. There are: {listed}.")
+
+
+def _no_solution(why: str) -> Shown:
+    return Shown(why, f"<p>{html.escape(why)}</p>")
 
 
 def _solutions_folder(start: Path) -> Path | None:

@@ -320,33 +320,22 @@ class Broker:
             controller.terminate()
             controller.wait(START_SECONDS)
 
-    def wait_until_ready(self, lives: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    def wait_until_ready(self, lives: Callable[[], bool]) -> None:
         """Wait until the broker answers, and is in its cluster; `lives` tells whether its process still runs.
 
-        Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason,
-        ClusterUnreachable when it is still silent after `seconds`.
+        Raises LabkitError: see `wait_until_ready`.
         """
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if not lives():
-                kind = PortTaken if "Address already in use" in log_tail(self.log, 400) else LabkitError
-                raise kind(f"the embedded Kafka broker ended at once. Its log says:\n{log_tail(self.log)}")
-            try:
-                socket.create_connection((HOST, self.port), 1).close()
-            except OSError:
-                time.sleep(0.01)  # nothing tells when another process opens a port
-                continue
-            try:
-                found = self.cluster.describe(2)
-                # Whoever took the port before our broker did may be a Kafka too.
-                if self.node in found.brokers and found.cluster_id == self.cluster_id:
-                    return
-            except ClusterUnreachable:
-                continue
-        raise ClusterUnreachable(
-            f"the embedded Kafka broker did not answer at {self.cluster.bootstrap} within {seconds:g} s. "
-            f"Its log says:\n{log_tail(self.log)}"
-        )
+        name = f"the embedded Kafka broker at {self.cluster.bootstrap}"
+        wait_until_ready(name, self.log, self._answers, lives, START_SECONDS)
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection((HOST, self.port), 1).close()
+            found = self.cluster.describe(2)
+        except (OSError, ClusterUnreachable):
+            return False
+        # Whoever took the port before our broker did may be a Kafka too.
+        return self.node in found.brokers and found.cluster_id == self.cluster_id
 
 
 def _is_fenced(log: str) -> bool:
@@ -367,6 +356,18 @@ def free_ports(count: int = 2) -> tuple[int, ...]:
     if len(found) == count:
         return found
     raise LabkitError(f"no free port between {PORTS.start} and {PORTS.stop} on {HOST}")
+
+
+def held_port() -> socket.socket:
+    """A socket that is bound, and never listens: connections go to those who do, and nobody else gets its port."""
+    while True:
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            held.bind((HOST, free_ports()[0]))
+            return held
+        except OSError:  # taken meanwhile, or connections that were closed a moment ago still have it
+            held.close()
 
 
 def is_free(port: int) -> bool:
@@ -396,6 +397,24 @@ def log_tail(path: Path, lines: int = 15) -> str:
             return b"\n".join(file.read().splitlines()[-lines:]).decode(errors="replace")
     except OSError:
         return f"(no log at {path})"
+
+
+def wait_until_ready(
+    name: str, log: Path, answers: Callable[[], bool], lives: Callable[[], bool], seconds: float
+) -> None:
+    """Wait until a server that was started answers; `lives` tells whether its process still runs.
+
+    Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason, and when it is
+    still silent after `seconds`.
+    """
+    until = time.monotonic() + seconds
+    while not answers():
+        if not lives():
+            kind = PortTaken if "Address already in use" in log_tail(log, 400) else LabkitError
+            raise kind(f"{name} ended at once. Its log says:\n{log_tail(log)}")
+        if time.monotonic() > until:
+            raise LabkitError(f"{name} did not answer within {seconds:g} s. Its log says:\n{log_tail(log)}")
+        time.sleep(0.01)  # nothing tells when another process opens a port
 
 
 def _exercise(cluster: Cluster) -> None:

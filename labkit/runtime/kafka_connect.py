@@ -17,7 +17,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.producer import end_transactions
 from labkit.runtime import slots
-from labkit.runtime.broker import HOST, LOGGING, PortTaken, free_ports, log_tail
+from labkit.runtime.broker import HOST, LOGGING, free_ports, log_tail, wait_until_ready
 from labkit.runtime.child import Child
 from labkit.runtime.connectors import MIRROR, POSTGRES, Connector, with_fix
 from labkit.runtime.jars import connect_jars
@@ -185,16 +185,7 @@ class KafkaConnect(Server):
         return Child(command, cwd=self.folder, output=self.log)
 
     def _wait_until_ready(self, child: Child) -> None:
-        until = time.monotonic() + ANSWER
-        while not self._answers():
-            if child.poll() is not None:
-                said = log_tail(self.log)
-                if "Address already in use" in log_tail(self.log, 400):
-                    raise PortTaken(f"somebody took port {self.port} before Kafka Connect did")
-                raise LabkitError(f"Kafka Connect ended at once. Its log says:\n{said}")
-            if time.monotonic() > until:
-                raise LabkitError(f"Kafka Connect did not answer within {ANSWER:g} s:\n{log_tail(self.log)}")
-            time.sleep(LOOK)
+        wait_until_ready(self.name, self.log, self._answers, lambda: child.poll() is None, ANSWER)
 
     def _answers(self) -> bool:
         try:

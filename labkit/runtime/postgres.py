@@ -7,12 +7,11 @@ import pwd
 import shutil
 import signal
 import tempfile
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import HOST, PortTaken, free_ports, log_tail
+from labkit.runtime.broker import HOST, free_ports, log_tail, wait_until_ready
 from labkit.runtime.child import Child
 from labkit.runtime.server import Server
 
@@ -84,27 +83,27 @@ class Postgres(Server):
         return Child(command, cwd=self.folder, output=self.log, user=self._user)
 
     def _wait_until_ready(self, child: Child) -> None:
+        wait_until_ready(self.name, self.log, self._answers, self._lives, ANSWER)
+
+    def _answers(self) -> bool:
         import psycopg
 
-        until = time.monotonic() + ANSWER
-        while True:
-            try:
-                psycopg.connect(self.dsn, connect_timeout=2).close()
-                return
-            except psycopg.OperationalError as error:
-                if time.monotonic() > until:
-                    said = log_tail(self.log)
-                    raise LabkitError(f"PostgreSQL did not answer within {ANSWER:g} s ({error}):\n{said}") from error
-            if child.poll() is not None:
-                said = log_tail(self.log, 6)
-                if "could not bind" in said:
-                    raise PortTaken(f"somebody took port {self.port} before PostgreSQL did")
-                if not any(sign in said for sign in STILL_THERE) or time.monotonic() > until:
-                    raise LabkitError(f"PostgreSQL ended at once. Its log says:\n{said}")
-                # One that was killed is not gone at once: it waits to be reaped, and its backends hold its memory.
-                child.close()
-                child = self._child = self._launch()
-            time.sleep(0.02)  # nothing tells when another process opens a port
+        try:
+            psycopg.connect(self.dsn, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _lives(self) -> bool:
+        if self._child.poll() is None:
+            return True
+        said = log_tail(self.log, 6)
+        if "could not bind" in said or not any(sign in said for sign in STILL_THERE):
+            return False
+        # One that was killed is not gone at once: it waits to be reaped, and its backends hold its memory.
+        self._child.close()
+        self._child = self._launch()
+        return True
 
     def _stop(self, child: Child) -> None:
         child.signal(signal.SIGINT)  # its "fast" shutdown: connections are ended, not waited for

@@ -49,7 +49,6 @@ class BrokerServer(Server):
 
     @property
     def log(self) -> Path:
-        """What it logs: warnings and errors."""
         return self._broker.log
 
     def _launch(self) -> Child:

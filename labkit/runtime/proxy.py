@@ -24,11 +24,6 @@ from labkit.runtime.broker import HOST, PortTaken, free_ports
 # The requests that a fault may begin with, and their keys in Kafka's protocol.
 REQUESTS = {
     "Produce": 0,
-    "Fetch": 1,
-    "Metadata": 3,
-    "OffsetCommit": 8,
-    "JoinGroup": 11,
-    "Heartbeat": 12,
     "InitProducerId": 22,
     "AddPartitionsToTxn": 24,
     "AddOffsetsToTxn": 25,

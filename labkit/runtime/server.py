@@ -85,11 +85,9 @@ class Server(ABC):
         """Return once it answers. Raises PortTaken when somebody took its port, LabkitError when it does not answer."""
 
     def _home(self) -> Path:
-        """Where its folder is."""
         return state_dir()
 
     def _stop(self, child: Child) -> None:
-        """Ask it to end in good order."""
         child.terminate()
 
     @property
@@ -119,13 +117,11 @@ class Server(ABC):
     def kill(self) -> None:
         """kill -9, frozen or not. It stays down until `restart`. What it had confirmed is in its files."""
         with self._lock:
-            self._living("kill")
             self._end()
 
     def freeze(self) -> None:
         """SIGSTOP: it holds its connections and answers nothing, until `thaw` or `kill`."""
         with self._lock:
-            self._living("freeze")
             self._child.signal(signal.SIGSTOP)
             self._frozen = True
 
@@ -181,10 +177,6 @@ class Server(ABC):
     def _end(self) -> None:
         self._child.close()  # kill -9, if it still runs
         self._frozen = False
-
-    def _living(self, verb: str) -> None:
-        if self.state is ServerState.DOWN:
-            raise LabkitError(f"cannot {verb} {self.name}: it is down. Recover it first")
 
 
 def warn_if_memory_is_short(name: str, needs: int) -> None:

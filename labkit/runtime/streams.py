@@ -71,7 +71,6 @@ class StreamsCounter:
 
     @property
     def sources(self) -> tuple[Topic[Any], ...]:
-        """The topics it reads."""
         return (self.commands,)
 
     def prepare(self) -> StreamsCounter:

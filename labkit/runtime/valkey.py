@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-import time
 from pathlib import Path
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import HOST, PortTaken, free_ports, log_tail
+from labkit.runtime.broker import HOST, free_ports, wait_until_ready
 from labkit.runtime.child import Child
 from labkit.runtime.server import Server
 
@@ -36,16 +35,7 @@ class Valkey(Server):
         return Child([str(self._program), *options], cwd=self.folder, output=self.log)
 
     def _wait_until_ready(self, child: Child) -> None:
-        until = time.monotonic() + ANSWER
-        while not self._answers():
-            said = log_tail(self.log, 6)
-            if child.poll() is not None:
-                if "Address already in use" in said:
-                    raise PortTaken(f"somebody took port {self.port} before Valkey did")
-                raise LabkitError(f"Valkey ended at once. Its log says:\n{said}")
-            if time.monotonic() > until:
-                raise LabkitError(f"Valkey did not answer within {ANSWER:g} s. Its log says:\n{said}")
-            time.sleep(0.01)  # nothing tells when another process opens a port
+        wait_until_ready(self.name, self.log, self._answers, lambda: child.poll() is None, ANSWER)
 
     def _answers(self) -> bool:
         try:

@@ -12,9 +12,10 @@ from typing import cast
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
 from labkit.lab.board import Board
-from labkit.lab.deployment import Deployment, Pod, PodState
-from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.deployment import Deployment
+from labkit.lab.metrics import History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
+from labkit.lab.pods import Pod, PodState
 from labkit.lab.sampler import TICK
 
 SECONDS = 15.0
@@ -113,7 +114,7 @@ class BusyLab:
         ]
         self.history.record(samples)
         if self._ticks % 60 == 30:
-            self.history.begin(Fault(at, at, "kill", "shop-1", "kill pod 1"))
+            self.history.note("kill", "shop-1", "kill pod 1", since=at, until=at)
         elif self._ticks % 60 == 45:
-            self.history.begin(Fault(at - 3, at, "freeze", "shop-2", "freeze pod 2"))
+            self.history.note("freeze", "shop-2", "freeze pod 2", since=at - 3, until=at)
         self.log.append(f"shop-{self._ticks % 4} | charge {self._ticks} failed, attempt 1: TimeoutError: no answer")

@@ -11,8 +11,9 @@ from processes import wait_until
 from labkit import Lab
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment, PodState
+from labkit.lab.deployment import Deployment
 from labkit.lab.metrics import Fault
+from labkit.lab.pods import PodState
 
 
 class Order(msgspec.Struct):

@@ -22,7 +22,7 @@ from aiohttp import web
 from lab_helpers import wait_ready, wait_running
 from processes import is_alive, wait_until
 
-import labkit.lab.lab as module
+import labkit.runtime.broker as module
 from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Measured, Report, Step

@@ -108,9 +108,6 @@ def test_killed_it_stays_down_and_comes_back_with_all_that_was_confirmed(broker:
     assert not is_alive(before)
     with pytest.raises(ClusterUnreachable):
         broker.cluster.describe(1)
-    for fault in (broker.kill, broker.freeze):
-        with pytest.raises(LabkitError, match="it is down"):
-            fault()
     broker.restart()
     assert broker.state is ServerState.RUNNING
     with Reader(topic) as reader:

@@ -336,7 +336,7 @@ def test_what_makes_no_sense_is_refused(proxy: Proxy) -> None:
         with pytest.raises(LabkitError, match="at most 10 s each way"):
             proxy.slow(seconds)
     for fault in (proxy.cut, proxy.hold):
-        with pytest.raises(LabkitError, match=r"one of Produce, Fetch, .* not with 'produce'"):
+        with pytest.raises(LabkitError, match=r"one of Produce, InitProducerId, .* not with 'produce'"):
             fault("produce")
     assert proxy.state == "open"
     proxy.hold("EndTxn")

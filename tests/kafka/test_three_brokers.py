@@ -30,8 +30,8 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.lab import control
+from labkit.lab.brokers import kafka_away
 from labkit.lab.load import Load
-from labkit.lab.settling import kafka_away
 from labkit.runtime import private as making
 from labkit.runtime.broker import HOST, Broker, free_ports
 from labkit.runtime.home import state_dir as state_folder

@@ -12,10 +12,10 @@ import pytest
 from processes import wait_until
 
 from labkit.lab.board import Board, _log_html
-from labkit.lab.deployment import Pod, PodState
 from labkit.lab.faults import Action
-from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.metrics import History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
+from labkit.lab.pods import Pod, PodState
 
 PANELS = [
     lag_panel(["orders"]),
@@ -122,7 +122,7 @@ def test_a_history_at_rest_for_the_whole_picture_is_drawn_once(make: Make) -> No
         tick(history)
         board.redraw()
     assert board.frames == 1
-    history.begin(Fault(now, None, "freeze", "shop-1", "freeze pod 1"))
+    history.note("freeze", "shop-1", "freeze pod 1", stands=True, since=now)
     board.redraw()
     assert board.frames == 2
 
@@ -431,7 +431,7 @@ def test_history_is_a_tidy_frame_and_keeps_faults() -> None:
     frame = history.frame()
     assert frame["seconds"].tolist() == [0.0, 0.0, 2.5, 2.5]
     assert frame["time"].dtype.kind == "M"
-    history.begin(Fault(1_001.0, None, "freeze", "shop-1", "freeze pod 1"))
+    history.note("freeze", "shop-1", "freeze pod 1", stands=True, since=1_001.0)
     assert [fault.target for fault in history.standing()] == ["shop-1"]
     assert history.end("freeze", "shop-0", 1_002.0) is None
     ended = history.end("freeze", "shop-1", 1_002.0)

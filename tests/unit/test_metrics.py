@@ -46,8 +46,8 @@ def test_a_series_that_falls_silent_keeps_its_last_value_and_the_order_of_time()
 def test_a_recovery_ends_all_that_stands() -> None:
     history = History()
     for start in (1.0, 2.0):
-        history.begin(Fault(start, None, "scale", "shop", f"scale at {start}"))
-    history.begin(Fault(2.5, None, "scale", "other", "scale"))
+        history.note("scale", "shop", f"scale at {start}", stands=True, since=start)
+    history.note("scale", "other", "scale", stands=True, since=2.5)
     assert history.end("scale", "shop", 3.0) == Fault(2.0, 3.0, "scale", "shop", "scale at 2.0")
     assert [fault.target for fault in history.standing()] == ["other"]
     assert history.end("scale", "shop", 4.0) is None

@@ -379,17 +379,6 @@ def test_unknown_of_every_kind() -> None:
     assert judge({}, {}).result == "unknown"  # nothing was tested
 
 
-def test_the_table_of_anomalies() -> None:
-    columns = ["kind", "id", "key", "place", "first_place", "pod", "time", "explanation"]
-    assert list(judge(send(1), [effect(0)], []).anomalies.columns) == columns
-    frame = judge(send(3), [effect(0), effect(0, 1, time=START + 1.5)], []).anomalies
-    assert list(frame["kind"]) == ["lost", "lost", "duplicated"]
-    assert frame["time"].dtype.kind == "M"
-    assert list(frame["time"].isna()) == [True, True, False]
-    assert frame["time"].iloc[2].timestamp() == START + 1.5
-    assert judge(send(2), [], []).anomalies["time"].isna().all()
-
-
 def test_a_kind_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(LabkitError, match="no kind 'out_of_order'"):
         judge(send(1), [effect(0)]).of("out_of_order")
