@@ -3,11 +3,13 @@ or either cluster. Everything that crosses takes 20 ms each way."""
 
 from __future__ import annotations
 
+import csv
 import threading
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,8 +26,12 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.lab.kafka_connect import Connect
+from labkit.patterns.retries import RetryingConsumer, blocking, exponential
+from labkit.services import contacts
+from labkit.services.contacts import ContactsJob, JobFinished
 
 KEYS = 8
+FILE = Path(__file__).parents[2] / "data" / "contacts.csv"
 
 
 @dataclass
@@ -36,16 +42,16 @@ class Centres:
     google: Lab
     connect: Connect
 
-    def out(self) -> tuple[Topic[Any], Topic[Any]]:
+    def out(self, value: Any = int) -> tuple[Topic[Any], Topic[Any]]:
         """A new topic at home, and its copy at google."""
-        topic = self.home.topic(fresh(), 4, int)
+        topic = self.home.topic(fresh(), 4, value)
         copy = at(topic, self.google.cluster)
         self.connect.start(mirror([topic], to=self.google.proxy.cluster, name=topic.short))
         return topic, copy
 
-    def back(self) -> tuple[Topic[Any], Topic[Any]]:
+    def back(self, value: Any = int) -> tuple[Topic[Any], Topic[Any]]:
         """A new topic at google, and its copy at home."""
-        copy = self.home.topic(fresh(), 4, int)
+        copy = self.home.topic(fresh(), 4, value)
         topic = at(copy, self.google.cluster)
         source = replace(topic, cluster=self.google.proxy.cluster)
         self.connect.start(mirror([source], to=self.home.cluster, name=topic.short))
@@ -214,6 +220,37 @@ def test_nothing_is_lost_or_doubled_in_either_direction(centres: Centres, befall
     for topic, copy in ways:
         send(topic, range(count, count + KEYS))  # after all that might come again
         assert arrived(copy, count + KEYS) == in_order(count + KEYS)
+
+
+@pytest.mark.long
+def test_a_database_over_there_that_is_killed_costs_no_contact_and_no_report(centres: Centres) -> None:
+    """Jobs go out to the importers, which store contacts over there; their reports come back."""
+    contents = centres.google.postgres()
+    jobs, jobs_there = centres.out(ContactsJob)
+    reports_there, reports = centres.back(JobFinished)
+    importer = contacts.Importer(contents.dsn, contacts.Reports(reports_there))
+    again = blocking(exponential(0.1, cap=1))  # for as long as it takes
+    importing = RetryingConsumer(jobs_there, importer, guarantee="exactly once", retry=again)
+    importers = centres.google.deploy("importers", importing, 2)
+    centres.google.wait_ready(importers)
+    assert contacts.send_jobs(FILE, jobs, "YYY", size=5) == 200
+    wait_until(lambda: contacts.stored(contents.dsn, "YYY"), 60, "the first contacts")
+    contents.kill()
+    assert len(reported(reports)) < 200, "all was done before"
+    contents.recover()
+    wait_until(lambda: len(reported(reports)) >= 200, 90, "all reports")
+    assert reported(reports) == Counter(range(1, 201))
+    emails = {one.email for one in contacts.stored(contents.dsn, "YYY")}
+    with open(FILE, encoding="utf-8", newline="") as file:
+        there = [row["email"].lower() for row in csv.DictReader(file)]
+    assert emails == {one for one in there if one.count("@") == 1 and one.split("@")[0] and "@example." in one}
+    importers.scale(0)
+
+
+def reported(reports: Topic[Any]) -> Counter[int]:
+    """How often each job was reported."""
+    with Reader(reports) as reader:
+        return Counter(one.value.job for one in reader.read_to_end())
 
 
 @pytest.mark.long
