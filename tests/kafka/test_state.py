@@ -386,7 +386,6 @@ def test_what_was_not_committed_of_a_topic_that_is_made_anew_is_not_written(
     assert stored(store) == {"sum": 3}
 
 
-@pytest.mark.long
 def test_nor_is_it_when_the_group_takes_the_partition_first(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """correctness 32: as it does when the client saw that there was no topic for a moment."""
     monkeypatch.setattr(loop_module, "GONE", ())
