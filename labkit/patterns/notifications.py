@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -68,7 +68,7 @@ class Outcome(Enum):
     """Nobody knows what it missed. It reads the state where that is kept, and goes on from here."""
 
 
-class Told(NamedTuple):
+class Told(msgspec.Struct, frozen=True, gc=False):
     """Something for a subscriber: an outcome, a notice, or just the position."""
 
     position: str
@@ -106,9 +106,9 @@ class Subscription:
                 self._first = None
             epoch = self._window.epoch
             while self._waiting and len(found) < most:
-                partition, offset, about, notice = self._waiting.popleft()
-                self._size -= len(notice)
-                found.append(Told(f"{epoch}.{partition}:{offset + 1}", None, about, notice))
+                entry = self._waiting.popleft()
+                self._size -= len(entry.notice)
+                found.append(Told(f"{epoch}.{entry.partition}:{entry.offset + 1}", None, entry.id, entry.notice))
         return found
 
     def beat(self) -> Told | None:
