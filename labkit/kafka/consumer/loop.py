@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from operator import methodcaller
 from typing import Any, cast
 
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Message as Fetched
 
 from labkit.kafka.consumer.assignment import GONE, Assignment
 from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
@@ -30,6 +30,8 @@ from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.records import Message
 from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
+# Called with every record: the methods themselves take a sixth of the time of a `methodcaller`.
+TOPIC, PARTITION = cast(Callable[[Message], str], Fetched.topic), cast(Callable[[Message], int], Fetched.partition)
 BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 FULL = 0.1  # seconds a partition may stay full before it is paused
@@ -48,10 +50,6 @@ class Loop:
         self.shared = Run(spec, stop, report)
         self.partitions = self.shared.partitions
         self.by_key = spec.order == "key"
-        # For one topic a call that stays in C: it comes with every record.
-        self.partition_of: Callable[[Message], Any] = (
-            methodcaller("partition") if len(spec.sources) == 1 else lambda one: (one.topic(), one.partition())
-        )
         at_once = BATCH if spec.store is None else max(BATCH, spec.batch or 1)
         self.batch = max(1, min(at_once, spec.max_ahead // 2))
         self.commits: Commits = (ExactlyOnce if spec.guarantee == "exactly once" else AtLeastOnce)(self.shared)
@@ -131,6 +129,7 @@ class Loop:
                 rest = self.client.consume(most - 1, 0)
                 self.shared.more = self.states is not None and len(rest) == most - 1
                 yield cast(list[Message], rest)
+                rest.clear()  # before garbage is collected: it would look at each of them once more
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
@@ -139,10 +138,9 @@ class Loop:
         ends: list[Message] = []
         if special := [message for message in messages if message.error() is not None]:
             messages = [message for message in messages if message.error() is None]
-        for _, group in itertools.groupby(messages, self.partition_of):  # neighbours are mostly of one partition
-            neighbours = list(group)
-            first = neighbours[0]
-            batches.setdefault((first.topic(), first.partition()), []).extend(neighbours)
+        for topic, of_topic in itertools.groupby(messages, TOPIC):  # neighbours are mostly of one partition
+            for number, group in itertools.groupby(of_topic, PARTITION):
+                batches.setdefault((topic, number), []).extend(group)
         for message in special:
             if (error := message.error()) is not None and error.code() == KafkaError._PARTITION_EOF:
                 ends.append(message)
