@@ -22,6 +22,7 @@ from processes import wait_until
 
 from labkit import Lab, capture, mirror
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
@@ -172,6 +173,7 @@ def test_rows_then_changes_are_captured_exactly_once_though_the_worker_is_killed
     with captured(connect, dsn, topic):
         connect.kill()
         assert connect.status_line() == "Kafka Connect down"
+        assert lab.verdict([Sent("1", "1", 0)], topic).reason == "Kafka Connect is down: recover it first"
         assert list(connect.status().state) == ["unknown"]
         with pytest.raises(LabkitError, match="cannot start a connector: Kafka Connect is down: recover it first"):
             connect.start(capture(dsn, "things", topic))
@@ -322,6 +324,8 @@ def test_a_connector_that_fails_for_good_says_why_and_another_takes_its_place(
         "capture-fails failed (IllegalArgumentException: Unknown field: nope: name the column" in connect.status_line()
     )
     assert connect.status_line() in lab._status([])
+    reason = lab.verdict([Sent("1", "1", 0)], topic).reason  # it may still bring what was sent
+    assert str(reason).startswith("connector capture-fails failed: IllegalArgument")
     connect.start(good)
     with closing(Seen(topic)) as seen:
         seen.more(ROWS)

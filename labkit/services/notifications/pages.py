@@ -20,9 +20,11 @@ import re
 import resource
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import IntEnum
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -38,7 +40,7 @@ HELLO = 5.0  # seconds for a page to say which channel it wants
 BEAT = 10.0  # seconds until a page in which nothing happens is told its position
 DEAD = 30.0  # seconds from one ping to the next; a page that does not answer is gone
 CLOSING = 2.0  # seconds for a page to say good-bye too
-SHARE = 100  # notices for one page, after which others have their turn
+SHARE = 100  # notices for one page at once, after which others have their turn
 UNSENT = 65_536  # bytes that the kernel holds for a page that does not read
 
 OTHER_FILES = 500  # that a process opens, beside its pages
@@ -86,7 +88,7 @@ class Listening(Protocol):
         """Whether nothing comes any more: the page has to come back."""
 
     def take(self) -> list[Told]:
-        """Some of what is there. Nothing: it was told all of it."""
+        """What is there. If that is `SHARE` or more, there may be more still."""
 
     def beat(self) -> Told | None:
         """The position of a page that was told all there is; None if something waits."""
@@ -152,6 +154,8 @@ class Pages(Generic[L]):
         self.connections, self.lifetime = connections, lifetime
         self._openings = Rate(openings)
         self._sockets: set[web.WebSocketResponse] = set()
+        self._woken: deque[_Connection] = deque()
+        self._is_waking = False
         allow_files(connections + OTHER_FILES)
 
     def open(self, request: web.Request) -> web.Response:
@@ -206,7 +210,8 @@ class Pages(Generic[L]):
                 return
             expires = self.channels.check_owner(hello.channel, hello.key)
             connection = _Connection(request, page, expires)
-            connection.subscription = self.source.open(hello.channel, hello.position, connection.wake)
+            wake = partial(self._wake, connection, asyncio.get_running_loop())
+            connection.subscription = self.source.open(hello.channel, hello.position, wake)
         except ChannelUnknown as error:
             await _close(page, CloseCode.NOT_YOURS, str(error))
         except ChannelExpired as error:
@@ -218,6 +223,19 @@ class Pages(Generic[L]):
                 await connection.run()
             finally:
                 self.source.leave(connection.subscription)
+
+    def _wake(self, connection: _Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """There is something to be told. Called by the thread that follows the topic, or by another connection. It is
+        the loop that wakes them: many at once, as each call into it takes as long as a notice."""
+        self._woken.append(connection)
+        if not self._is_waking:
+            self._is_waking = True
+            loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._is_waking = False  # first: whoever comes from now on calls again
+        while self._woken:
+            self._woken.popleft().wake()
 
     async def _hello(self, page: web.WebSocketResponse) -> Hello | None:
         """What a page says first; None when the connection is closed."""
@@ -248,10 +266,7 @@ class _Connection:
         self._beats: asyncio.TimerHandle
 
     def wake(self) -> None:
-        """There is something to be told. Called by the thread that follows the topic, or by another connection."""
-        self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
+        """There is something to be told, or it was dropped."""
         if self.subscription.dropped and (transport := self._request.transport) is not None:
             transport.abort()  # what was written and not read is given up too; a `send` that waits fails
         self._woken.set()
@@ -288,8 +303,9 @@ class _Connection:
                 told = [beat]
             while told:
                 await self._write([_text(one) for one in told])
-                if len(told) >= SHARE:
-                    await asyncio.sleep(0)  # a page that reads fast leaves time to the others
+                if len(told) < SHARE:
+                    break  # what comes now wakes it again
+                await asyncio.sleep(0)  # a page that reads fast leaves time to the others
                 told = self.subscription.take()
             self._told_at = self._loop.time()
         await _close(self._page, CloseCode.EXPIRED, "the time of this channel is over: open another one")
