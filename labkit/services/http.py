@@ -88,10 +88,12 @@ class HttpService:
         try:
             await runner.setup()
             await web.TCPSite(runner, HOST, self.port, reuse_port=True).start()
-            while not stop.is_set():
+            ends = False
+            while not ends:
+                ends = stop.is_set()  # before the figures: they are told a last time
                 for measured in (figures.measured(), *self.measured(app)):
                     report(Step.MEASURED, measured)
-                await asyncio.sleep(TELL)
+                await asyncio.sleep(0 if ends else TELL)
         finally:
             await runner.cleanup()
             await self.finish(app)
