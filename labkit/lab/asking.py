@@ -15,9 +15,8 @@ from labkit.kafka.topics import Topic
 from labkit.lab import comparison, evidence, runs
 from labkit.lab.comparison import Way
 from labkit.lab.deployment import Deployment
+from labkit.lab.history import Fault, History
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History
-from labkit.lab.sampler import undecodable
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.trace import trace
 from labkit.lab.verdict import Verdict, judge
@@ -168,7 +167,7 @@ class Asking:
 
         with Reader(topic) as reader:
             found = sorted(reader.read_to_end(), key=lambda record: record.timestamp)[-last:]
-        if poison := undecodable(reader):
+        if poison := reader.undecodable:
             print(f"Not shown: {poison}")  # noqa: T201
         rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]
         table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])

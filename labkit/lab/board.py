@@ -18,7 +18,7 @@ from labkit.lab.buttons import Button, Say, one_line
 from labkit.lab.canvas import render, render_small
 from labkit.lab.deployment import Deployment
 from labkit.lab.faults import Action
-from labkit.lab.metrics import History, clock
+from labkit.lab.history import History, clock
 from labkit.lab.panels import Panel
 from labkit.lab.pods import Pod, PodState
 

@@ -9,7 +9,7 @@ from typing import Any
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.lab import faults
-from labkit.lab.metrics import History
+from labkit.lab.history import History
 from labkit.lab.panels import Panel, replica_panels
 from labkit.lab.servers import ServerFaults
 from labkit.runtime.connect import Connection

@@ -16,7 +16,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab import runs
-from labkit.lab.metrics import History, clock
+from labkit.lab.history import History, clock
 from labkit.lab.pod import Runnable, message
 from labkit.lab.pods import GRACE, UP, LogLine, Pod
 from labkit.lab.telemetry import PodReport, Waiting

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.lab.metrics import History
+from labkit.lab.history import History
 from labkit.runtime.proxy import Proxy
 
 _FIX = {  # by the state in which a verb makes no sense

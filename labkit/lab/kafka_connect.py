@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.lab import runs
-from labkit.lab.metrics import History
+from labkit.lab.history import History
 from labkit.lab.servers import ServerFaults
 from labkit.runtime import slots
 from labkit.runtime.connectors import POSTGRES, Connector

@@ -24,9 +24,9 @@ from labkit.lab.brokers import Brokers, kafka_away
 from labkit.lab.control import Control
 from labkit.lab.deployment import Deployment, GroupMember, pane
 from labkit.lab.faults import Action, Service, Switch, Target
+from labkit.lab.history import History
 from labkit.lab.kafka_connect import Connect
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import History
 from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
 from labkit.lab.pod import Runnable

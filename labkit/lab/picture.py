@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from labkit.lab.canvas import Area, Floats, Line, Mark, Scene, Style, Text, shorten, text_width
-from labkit.lab.metrics import Fault, Sample
+from labkit.lab.history import Fault, Sample
 from labkit.lab.panels import GREEN, GREY, NAMED, ORANGE, PURPLE, SKY, Panel, Plot
 
 Points: TypeAlias = tuple[Floats, Floats]

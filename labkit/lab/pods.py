@@ -21,7 +21,7 @@ from labkit.kafka.consumer import EXIT_DEADLINE, EXIT_NO_ANSWER
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import short_name
 from labkit.lab.faults import Target, positive
-from labkit.lab.metrics import clock
+from labkit.lab.history import clock
 from labkit.lab.telemetry import PodReport, Waiting
 from labkit.runtime.child import Child
 

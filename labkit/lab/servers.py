@@ -10,7 +10,7 @@ from enum import Enum
 from typing import cast
 
 from labkit.lab.faults import Target
-from labkit.lab.metrics import History
+from labkit.lab.history import History
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import Server, ServerState
 from labkit.runtime.valkey import Valkey

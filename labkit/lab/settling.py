@@ -13,8 +13,8 @@ from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
 from labkit.lab.brokers import kafka_away
 from labkit.lab.deployment import Deployment
+from labkit.lab.history import History, clock
 from labkit.lab.load import Load
-from labkit.lab.metrics import History, clock
 from labkit.lab.planned import Plans
 from labkit.lab.pods import PodState
 from labkit.lab.servers import ServerFaults

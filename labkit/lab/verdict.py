@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
 from labkit.lab.anomalies import HARMLESS, WRONG, Anomaly, Timeline, differences, find
-from labkit.lab.metrics import clock
+from labkit.lab.history import clock
 
 if TYPE_CHECKING:
-    from labkit.lab.metrics import Fault
+    from labkit.lab.history import Fault
 
 NAMED = 10  # anomalies of a kind
 # The same words with extras and without: how many there are depends on the moment of the fault.

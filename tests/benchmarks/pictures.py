@@ -13,7 +13,7 @@ from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
 from labkit.lab.board import Board
 from labkit.lab.deployment import Deployment
-from labkit.lab.metrics import History, Sample
+from labkit.lab.history import History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 from labkit.lab.pods import Pod, PodState
 from labkit.lab.sampler import TICK

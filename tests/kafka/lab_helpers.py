@@ -12,7 +12,7 @@ from labkit import Lab
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab.deployment import Deployment
-from labkit.lab.metrics import Fault
+from labkit.lab.history import Fault
 from labkit.lab.pods import PodState
 
 

@@ -13,7 +13,7 @@ from processes import wait_until
 
 from labkit.lab.board import Board, _log_html
 from labkit.lab.faults import Action
-from labkit.lab.metrics import History, Sample
+from labkit.lab.history import History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 from labkit.lab.pods import Pod, PodState
 

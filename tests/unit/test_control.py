@@ -14,7 +14,7 @@ import pytest
 from labkit.kafka.errors import LabkitError
 from labkit.lab.control import Answer, Control, Order, ask
 from labkit.lab.faults import Service, Target
-from labkit.lab.metrics import History
+from labkit.lab.history import History
 
 
 class Noted:

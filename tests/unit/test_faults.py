@@ -8,7 +8,7 @@ from processes import wait_until
 
 from labkit.kafka.errors import LabkitError
 from labkit.lab.faults import Service
-from labkit.lab.metrics import History
+from labkit.lab.history import History
 
 
 class Switch:

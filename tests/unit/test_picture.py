@@ -11,7 +11,7 @@ from PIL import Image
 
 from labkit.kafka.errors import LabkitError
 from labkit.lab import canvas, picture
-from labkit.lab.metrics import Fault, Sample
+from labkit.lab.history import Fault, Sample
 from labkit.lab.panels import Panel, blocked_panel, completed_panel, lag_panel, panel, retries_panel, set_aside_panel
 
 T = 1_800_000_000.0

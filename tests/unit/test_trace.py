@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labkit.lab.metrics import Fault
+from labkit.lab.history import Fault
 from labkit.lab.trace import Row, Seen, life, related
 
 T = 1_700_000_000.0

@@ -14,7 +14,7 @@ import pytest
 from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
 from labkit.lab.anomalies import Anomaly
-from labkit.lab.metrics import Fault
+from labkit.lab.history import Fault
 from labkit.lab.verdict import NotValid, Verdict, judge
 
 START = 1_700_000_000.0
