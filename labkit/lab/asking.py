@@ -14,9 +14,9 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab import comparison, evidence, runs
 from labkit.lab.comparison import Way
-from labkit.lab.deployment import Deployment
 from labkit.lab.history import Fault, History
 from labkit.lab.load import Load, identifier
+from labkit.lab.pods.deployment import Deployment
 from labkit.lab.settling import Settled, Settling
 from labkit.lab.trace import trace
 from labkit.lab.verdict import Verdict, judge

@@ -22,21 +22,21 @@ from labkit.lab.asking import Asking
 from labkit.lab.board import Board
 from labkit.lab.brokers import Brokers, kafka_away
 from labkit.lab.control import Control
-from labkit.lab.deployment import Deployment, GroupMember, pane
 from labkit.lab.faults import Action, Service, Switch, Target
 from labkit.lab.history import History
 from labkit.lab.kafka_connect import Connect
 from labkit.lab.load import Load, identifier
 from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.planned import Planned, Plans
-from labkit.lab.pod import Runnable
+from labkit.lab.pods.deployment import Deployment, GroupMember, pane
+from labkit.lab.pods.process import Runnable
+from labkit.lab.pods.telemetry import PodReport
+from labkit.lab.pods.travel import pack
 from labkit.lab.retry_console import RetryConsole
 from labkit.lab.sampler import Sampler
 from labkit.lab.servers import Cache, Database
 from labkit.lab.settling import Settling
 from labkit.lab.status import kafka_line, lab_table, status_line
-from labkit.lab.telemetry import PodReport
-from labkit.lab.travel import pack
 from labkit.runtime.broker import held_port
 from labkit.runtime.connect import connect, private
 from labkit.runtime.server import ServerState

@@ -13,12 +13,12 @@ from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
 from labkit.lab.history import History, Sample
 from labkit.lab.load import Load, identifier
 from labkit.lab.panels import Read
-from labkit.lab.pods import PodState
-from labkit.lab.telemetry import PodReport
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import PodState
+from labkit.lab.pods.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples
 FROZEN = 2.0  # seconds after a freeze within which a pod tells that its partitions went meanwhile

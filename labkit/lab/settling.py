@@ -12,11 +12,11 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
 from labkit.lab.brokers import kafka_away
-from labkit.lab.deployment import Deployment
 from labkit.lab.history import History, clock
 from labkit.lab.load import Load
 from labkit.lab.planned import Plans
-from labkit.lab.pods import PodState
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import PodState
 from labkit.lab.servers import ServerFaults
 
 if TYPE_CHECKING:

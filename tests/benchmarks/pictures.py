@@ -12,10 +12,10 @@ from typing import cast
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
 from labkit.lab.board import Board
-from labkit.lab.deployment import Deployment
 from labkit.lab.history import History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
-from labkit.lab.pods import Pod, PodState
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import Pod, PodState
 from labkit.lab.sampler import TICK
 
 SECONDS = 15.0

@@ -15,7 +15,7 @@ from labkit.lab.board import Board, _log_html
 from labkit.lab.faults import Action
 from labkit.lab.history import History, Sample
 from labkit.lab.panels import completed_panel, lag_panel, retries_panel
-from labkit.lab.pods import Pod, PodState
+from labkit.lab.pods.pod import Pod, PodState
 
 PANELS = [
     lag_panel(["orders"]),
