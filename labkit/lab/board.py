@@ -16,7 +16,7 @@ from IPython import display
 from labkit.lab import picture
 from labkit.lab.buttons import Button, Say, one_line
 from labkit.lab.canvas import render, render_small
-from labkit.lab.faults import Action
+from labkit.lab.faults.target import Action
 from labkit.lab.history import History, clock
 from labkit.lab.panels import Panel
 from labkit.lab.pods.deployment import Deployment

@@ -16,7 +16,7 @@ import ipywidgets
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab.buttons import Button
-from labkit.lab.faults import Action
+from labkit.lab.faults.target import Action
 from labkit.lab.history import clock
 from labkit.lab.panels import Panel, blocked_panel, lag_panel, set_aside_panel
 from labkit.lab.pods.deployment import Deployment

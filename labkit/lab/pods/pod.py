@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from labkit.kafka.consumer import EXIT_DEADLINE, EXIT_NO_ANSWER
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import short_name
-from labkit.lab.faults import Target, positive
+from labkit.lab.faults.target import Target, positive
 from labkit.lab.history import clock
 from labkit.lab.pods.telemetry import PodReport, Waiting
 from labkit.runtime.child import Child
