@@ -12,11 +12,11 @@ from labkit.lazy import lazy_names
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from labkit.lab.board.panels import panel as panel
     from labkit.lab.comparison import Way as Way
     from labkit.lab.comparison import lines_of as lines_of
     from labkit.lab.lab import Lab as Lab
     from labkit.lab.pages import Page as Page
-    from labkit.lab.panels import panel as panel
     from labkit.lab.widgets import exercise as exercise
     from labkit.lab.widgets import hint as hint
     from labkit.lab.widgets import predict as predict
@@ -30,7 +30,7 @@ else:
             "lab.comparison": "Way lines_of",
             "lab.lab": "Lab",
             "lab.pages": "Page",
-            "lab.panels": "panel",
+            "lab.board.panels": "panel",
             "lab.widgets": "exercise hint predict solution",
             "runtime.connectors": "capture mirror",
         },

@@ -7,10 +7,10 @@ from typing import Any
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
+from labkit.lab.board.panels import Panel, replica_panels
 from labkit.lab.faults.connection import ConnectionFaults
 from labkit.lab.faults.servers import ServerFaults
 from labkit.lab.history import History
-from labkit.lab.panels import Panel, replica_panels
 from labkit.runtime.connect import Connection
 
 

@@ -19,7 +19,9 @@ from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
 from labkit.lab.asking import Asking
-from labkit.lab.board import Board
+from labkit.lab.board.board import Board
+from labkit.lab.board.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
+from labkit.lab.board.sampler import Sampler
 from labkit.lab.brokers import Brokers
 from labkit.lab.faults.control_socket import Control
 from labkit.lab.faults.kafka_connect import Connect
@@ -29,13 +31,11 @@ from labkit.lab.faults.service import Service, Switch
 from labkit.lab.faults.target import Action, Target
 from labkit.lab.history import History
 from labkit.lab.load import Load, identifier
-from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.pods.deployment import Deployment, GroupMember, pane
 from labkit.lab.pods.process import Runnable
 from labkit.lab.pods.telemetry import PodReport
 from labkit.lab.pods.travel import pack
 from labkit.lab.retry_console import RetryConsole
-from labkit.lab.sampler import Sampler
 from labkit.lab.settling import Settling
 from labkit.lab.status import kafka_line, lab_table, status_line
 from labkit.runtime.broker import held_port

@@ -11,10 +11,10 @@ import ipywidgets
 import pytest
 from processes import wait_until
 
-from labkit.lab.board import Board, _log_html
+from labkit.lab.board.board import Board, _log_html
+from labkit.lab.board.panels import completed_panel, lag_panel, retries_panel
 from labkit.lab.faults.target import Action
 from labkit.lab.history import History, Sample
-from labkit.lab.panels import completed_panel, lag_panel, retries_panel
 from labkit.lab.pods.pod import Pod, PodState
 
 PANELS = [

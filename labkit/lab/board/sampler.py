@@ -13,9 +13,9 @@ from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
+from labkit.lab.board.panels import Read
 from labkit.lab.history import History, Sample
 from labkit.lab.load import Load, identifier
-from labkit.lab.panels import Read
 from labkit.lab.pods.deployment import Deployment
 from labkit.lab.pods.pod import PodState
 from labkit.lab.pods.telemetry import PodReport
