@@ -27,10 +27,10 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "lab.board.panels": "panel",
             "lab.comparison": "Way lines_of",
             "lab.lab": "Lab",
             "lab.pages": "Page",
-            "lab.board.panels": "panel",
             "lab.widgets": "exercise hint predict solution",
             "runtime.connectors": "capture mirror",
         },

@@ -12,14 +12,15 @@ from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab import comparison, evidence, runs
+from labkit.lab import comparison, runs
 from labkit.lab.comparison import Way
 from labkit.lab.history import Fault, History
 from labkit.lab.load import Load, identifier
 from labkit.lab.pods.deployment import Deployment
-from labkit.lab.settling import Settled, Settling
-from labkit.lab.trace import trace
-from labkit.lab.verdict import Verdict, judge
+from labkit.lab.verdict import evidence
+from labkit.lab.verdict.settling import Settled, Settling
+from labkit.lab.verdict.trace import trace
+from labkit.lab.verdict.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -36,8 +36,8 @@ from labkit.lab.pods.process import Runnable
 from labkit.lab.pods.telemetry import PodReport
 from labkit.lab.pods.travel import pack
 from labkit.lab.retry_console import RetryConsole
-from labkit.lab.settling import Settling
 from labkit.lab.status import kafka_line, lab_table, status_line
+from labkit.lab.verdict.settling import Settling
 from labkit.runtime.broker import held_port
 from labkit.runtime.connect import connect, private
 from labkit.runtime.server import ServerState
