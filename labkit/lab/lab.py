@@ -18,7 +18,6 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
-from labkit.lab.asking import Asking
 from labkit.lab.board.board import Board
 from labkit.lab.board.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.board.sampler import Sampler
@@ -31,6 +30,7 @@ from labkit.lab.faults.service import Service, Switch
 from labkit.lab.faults.target import Action, Target
 from labkit.lab.history import History
 from labkit.lab.load import Load, identifier
+from labkit.lab.observing import Observing
 from labkit.lab.pods.deployment import Deployment, GroupMember, pane
 from labkit.lab.pods.process import Runnable
 from labkit.lab.pods.telemetry import PodReport
@@ -51,7 +51,7 @@ LEAVE = 20.0  # seconds that `close` waits for the sessions of killed pods to en
 _open: dict[str, Lab] = {}  # by notebook: a cell may run again. A lab lives until it is closed, forgotten or not
 
 
-class Lab(Asking, Brokers):
+class Lab(Observing, Brokers):
     """A run of one notebook on a Kafka: names of its own, and everything that happens in it.
 
     `notebook` is its name, used in the names of topics and groups. `pace` makes loads faster and fault windows shorter

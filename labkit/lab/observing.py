@@ -1,4 +1,4 @@
-"""What a lab answers: whether it has come to rest, what took effect, and what happened on the way."""
+"""What a lab lets one see: it waits for what is to happen, and answers what has: figures, records, verdicts, logs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Asking:
+class Observing:
     """The part of a Lab that answers what happens, and happened, in it."""
 
     notebook: str
