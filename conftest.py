@@ -72,7 +72,7 @@ def add_solved(items: list[pytest.Item]) -> None:
 
 def solutions_in(file: Path) -> dict[str, str]:
     """The solutions of a notebook's exercises, by the id of the cell."""
-    from labkit.lab.widgets import read_solutions  # with all of Jupyter: only where there is a notebook
+    from labkit.lab.exercises import read_solutions  # with all of Jupyter: only where there is a notebook
 
     return read_solutions(file)
 

@@ -12,26 +12,26 @@ from labkit.lazy import lazy_names
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from labkit.lab.board.panels import panel as panel
     from labkit.lab.comparison import Way as Way
     from labkit.lab.comparison import lines_of as lines_of
+    from labkit.lab.exercises import exercise as exercise
+    from labkit.lab.exercises import hint as hint
+    from labkit.lab.exercises import predict as predict
+    from labkit.lab.exercises import solution as solution
     from labkit.lab.lab import Lab as Lab
     from labkit.lab.pages import Page as Page
-    from labkit.lab.panels import panel as panel
-    from labkit.lab.widgets import exercise as exercise
-    from labkit.lab.widgets import hint as hint
-    from labkit.lab.widgets import predict as predict
-    from labkit.lab.widgets import solution as solution
     from labkit.runtime.connectors import capture as capture
     from labkit.runtime.connectors import mirror as mirror
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "lab.board.panels": "panel",
             "lab.comparison": "Way lines_of",
+            "lab.exercises": "exercise hint predict solution",
             "lab.lab": "Lab",
             "lab.pages": "Page",
-            "lab.panels": "panel",
-            "lab.widgets": "exercise hint predict solution",
             "runtime.connectors": "capture mirror",
         },
     )

@@ -30,8 +30,8 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE, Record
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
-from labkit.lab.pods import Pod, PodState
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import Pod, PodState
 
 PARTITIONS, KEYS = 8, 64
 MOST_PODS = 4

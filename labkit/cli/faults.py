@@ -11,7 +11,7 @@ from labkit.cli.names import Name
 from labkit.cli.output import Json, say_json, say_table
 
 if TYPE_CHECKING:
-    from labkit.lab.control import TargetState
+    from labkit.lab.faults.control_socket import TargetState
 
 
 def fault(
@@ -27,7 +27,7 @@ def fault(
 ) -> None:
     """Break something that runs in a notebook, or mend it; without arguments, say what there is."""
     from labkit.kafka.errors import LabkitError
-    from labkit.lab.control import Order, ask
+    from labkit.lab.faults.control_socket import Order, ask
 
     there = _targets()
     if not target:
@@ -57,7 +57,7 @@ def _targets() -> list[tuple[Name, Path, TargetState]]:
     """
     from labkit.kafka.errors import LabkitError
     from labkit.lab import runs
-    from labkit.lab.control import Order, ask
+    from labkit.lab.faults.control_socket import Order, ask
 
     own = [name for prefix, _ in runs.living() if (name := Name.parse(prefix)).learner == runs.learner()]
     found = []

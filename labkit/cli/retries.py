@@ -13,7 +13,7 @@ from labkit.cli.names import Learner, Name, resolve
 from labkit.cli.output import Json, say_json, table
 from labkit.cli.topics import kafka
 from labkit.kafka.errors import LabkitError
-from labkit.lab.metrics import clock
+from labkit.lab.history import clock
 
 if TYPE_CHECKING:
     from labkit.kafka.topics import Topic

@@ -135,6 +135,16 @@ class Reader(Generic[T]):
                 )
             yield self.messages(0.1)
 
+    @property
+    def undecodable(self) -> str | None:
+        """What it had to pass over so far, in words."""
+        if not self.poison:
+            return None
+        first, short = self.poison[0], self.topic.short
+        many = "1 record" if len(self.poison) == 1 else f"{len(self.poison):,} records"
+        does = "does" if len(self.poison) == 1 else "do"
+        return f"{many} of {short} {does} not decode: {short}/{first.partition}/{first.offset}: {first.reason}"
+
     def close(self) -> None:
         self._client.close()
 

@@ -1,1 +1,1 @@
-"""What a notebook holds: labs and their pods, loads, boards, verdicts, and the learner's widgets."""
+"""What a notebook holds: a Lab, its pods, faults, board and verdict in a room each, and what a learner fills in."""

@@ -1,29 +1,17 @@
-"""The brokers of a lab's Kafka: which there are, who leads what, and whether enough of them are there to work."""
+"""The brokers of a lab's Kafka: which there are, who leads what, and the way to a single one that can be cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
-from labkit.lab import faults
-from labkit.lab.metrics import History
-from labkit.lab.panels import Panel, replica_panels
-from labkit.lab.servers import ServerFaults
+from labkit.lab.board.panels import Panel, replica_panels
+from labkit.lab.faults.connection import ConnectionFaults
+from labkit.lab.faults.servers import ServerFaults
+from labkit.lab.history import History
 from labkit.runtime.connect import Connection
-
-
-def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
-    """Why Kafka does not work, and what mends it; None when a majority of its brokers is there."""
-    away = [one for one in brokers if one.away]
-    if 2 * len(away) < len(brokers):
-        return None
-    said = ", ".join(f"{one.name} is {one.state.value}" for one in away)
-    if len(brokers) == 1:
-        return f"{said}: lab.broker.recover() mends it"
-    return f"{said}, which leaves no majority of {len(brokers)} brokers: recover() them in lab.brokers"
 
 
 class Brokers:
@@ -41,7 +29,7 @@ class Brokers:
         if not own:
             self.brokers = (ServerFaults("Kafka", None, history, self._shared),)
         broker = self.connection.broker
-        self._proxied = [] if broker is None else [faults.Connection(broker.proxy, history)]
+        self._proxied = [] if broker is None else [ConnectionFaults(broker.proxy, history)]
 
     @property
     def broker(self) -> ServerFaults:
@@ -79,7 +67,7 @@ class Brokers:
         return replica_panels(topic, [one.name for one in self.brokers])
 
     @property
-    def proxy(self) -> faults.Connection:
+    def proxy(self) -> ConnectionFaults:
         """The way to this lab's own broker that can be cut, slowed down and held back. A pod takes it if its topics
         have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not.
 

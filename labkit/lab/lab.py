@@ -18,25 +18,26 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
-from labkit.lab.asking import Asking
-from labkit.lab.board import Board
-from labkit.lab.brokers import Brokers, kafka_away
-from labkit.lab.control import Control
-from labkit.lab.deployment import Deployment, GroupMember, pane
-from labkit.lab.faults import Action, Service, Switch, Target
-from labkit.lab.kafka_connect import Connect
+from labkit.lab.board.board import Board
+from labkit.lab.board.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
+from labkit.lab.board.sampler import Sampler
+from labkit.lab.brokers import Brokers
+from labkit.lab.faults.control_socket import Control
+from labkit.lab.faults.kafka_connect import Connect
+from labkit.lab.faults.planned import Planned, Plans
+from labkit.lab.faults.servers import Cache, Database, kafka_away
+from labkit.lab.faults.service import Service, Switch
+from labkit.lab.faults.target import Action, Target
+from labkit.lab.history import History
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import History
-from labkit.lab.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
-from labkit.lab.planned import Planned, Plans
-from labkit.lab.pod import Runnable
+from labkit.lab.observing import Observing
+from labkit.lab.pods.deployment import Deployment, GroupMember, pane
+from labkit.lab.pods.process import Runnable
+from labkit.lab.pods.telemetry import PodReport
+from labkit.lab.pods.travel import pack
 from labkit.lab.retry_console import RetryConsole
-from labkit.lab.sampler import Sampler
-from labkit.lab.servers import Cache, Database
-from labkit.lab.settling import Settling
 from labkit.lab.status import kafka_line, lab_table, status_line
-from labkit.lab.telemetry import PodReport
-from labkit.lab.travel import pack
+from labkit.lab.verdict.settling import Settling
 from labkit.runtime.broker import held_port
 from labkit.runtime.connect import connect, private
 from labkit.runtime.server import ServerState
@@ -50,7 +51,7 @@ LEAVE = 20.0  # seconds that `close` waits for the sessions of killed pods to en
 _open: dict[str, Lab] = {}  # by notebook: a cell may run again. A lab lives until it is closed, forgotten or not
 
 
-class Lab(Asking, Brokers):
+class Lab(Observing, Brokers):
     """A run of one notebook on a Kafka: names of its own, and everything that happens in it.
 
     `notebook` is its name, used in the names of topics and groups. `pace` makes loads faster and fault windows shorter
@@ -110,13 +111,7 @@ class Lab(Asking, Brokers):
         self._telemetry.create({"retention.ms": "3600000"})
         self._sampler = Sampler(self._history, self._telemetry, self.deployments, self.loads, self._look_at_kafka)
         self._settling = Settling(
-            self.cluster,
-            self.brokers,
-            lambda: self._workers,
-            self.deployments,
-            self.loads,
-            self._plans,
-            self._history,
+            self.cluster, self.brokers, lambda: self._workers, self.deployments, self.loads, self._plans, self._history
         )
         self._deploying = threading.Lock()
         self._closing = self._closed = False

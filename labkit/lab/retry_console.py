@@ -15,11 +15,11 @@ import ipywidgets
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
-from labkit.lab.buttons import Button
-from labkit.lab.deployment import Deployment
-from labkit.lab.faults import Action
-from labkit.lab.metrics import clock
-from labkit.lab.panels import Panel, blocked_panel, lag_panel, set_aside_panel
+from labkit.lab.board.buttons import Button
+from labkit.lab.board.panels import Panel, blocked_panel, lag_panel, set_aside_panel
+from labkit.lab.faults.target import Action
+from labkit.lab.history import clock
+from labkit.lab.pods.deployment import Deployment
 from labkit.patterns.blocked_lanes import Blocked, BlockedLanes
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters
 from labkit.patterns.retries import RetryingConsumer

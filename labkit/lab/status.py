@@ -11,11 +11,11 @@ from typing import Literal
 import psutil
 
 from labkit.lab import runs
-from labkit.lab.deployment import Deployment
-from labkit.lab.kafka_connect import Connect
-from labkit.lab.pods import UP
-from labkit.lab.sampler import Sampler
-from labkit.lab.servers import ServerFaults
+from labkit.lab.board.sampler import Sampler
+from labkit.lab.faults.kafka_connect import Connect
+from labkit.lab.faults.servers import ServerFaults
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import UP
 from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState
 

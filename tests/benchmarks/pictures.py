@@ -11,12 +11,12 @@ from typing import cast
 
 from benchmarks.bench import Bench, say
 from benchmarks.report import Goal, Row
-from labkit.lab.board import Board
-from labkit.lab.deployment import Deployment
-from labkit.lab.metrics import History, Sample
-from labkit.lab.panels import completed_panel, lag_panel, retries_panel
-from labkit.lab.pods import Pod, PodState
-from labkit.lab.sampler import TICK
+from labkit.lab.board.board import Board
+from labkit.lab.board.panels import completed_panel, lag_panel, retries_panel
+from labkit.lab.board.sampler import TICK
+from labkit.lab.history import History, Sample
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import Pod, PodState
 
 SECONDS = 15.0
 WINDOW = 60.0

@@ -15,7 +15,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.pods import PodState
+from labkit.lab.pods.pod import PodState
 from labkit.runtime import shared
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child

@@ -11,9 +11,9 @@ from processes import wait_until
 from labkit import Lab
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
-from labkit.lab.metrics import Fault
-from labkit.lab.pods import PodState
+from labkit.lab.history import Fault
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import PodState
 
 
 class Order(msgspec.Struct):

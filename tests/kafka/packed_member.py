@@ -7,7 +7,7 @@ import threading
 
 from member import OPTIONS, told
 
-from labkit.lab.travel import unpack
+from labkit.lab.pods.travel import unpack
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.patterns.blocked_lanes import BlockedLanes
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, blocking

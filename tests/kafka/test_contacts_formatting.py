@@ -16,7 +16,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.patterns.retries import RetryingConsumer, blocking, exponential
 from labkit.runtime.broker import free_ports
 from labkit.services import contacts

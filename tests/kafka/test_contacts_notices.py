@@ -22,7 +22,7 @@ from uploading import FILE, HEADER, MINE, YOURS, Imports, upload
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.records import Record
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, blocking
 from labkit.services import contacts

@@ -10,7 +10,7 @@ from processes import wait_until
 from uploading import MINE, Served
 
 from labkit.kafka.consumer.steps import Step
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.runtime.broker import free_ports
 from labkit.services import contacts
 from labkit.services.clients import ask

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from labkit import Lab
 from labkit.cli.main import app
 from labkit.kafka.consumer import Consumer
-from labkit.lab.pods import PodState
+from labkit.lab.pods.pod import PodState
 from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState
 from labkit.services.faults import Misbehaviour, ServiceFaults

@@ -27,8 +27,8 @@ from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
-from labkit.lab.faults import Target
-from labkit.lab.kafka_connect import Connect
+from labkit.lab.faults.kafka_connect import Connect
+from labkit.lab.faults.target import Target
 from labkit.runtime import kafka_connect, postgres, slots
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection

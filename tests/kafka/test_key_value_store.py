@@ -31,7 +31,7 @@ from labkit.kafka.errors import (
 from labkit.kafka.lag import start_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.patterns.key_value_store import KeyValueStore, StoreClosed, StoreNotReady
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.private import PrivateBroker

@@ -18,9 +18,9 @@ from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.records import Record
-from labkit.lab.deployment import Deployment
+from labkit.lab.history import Fault
 from labkit.lab.load import Load
-from labkit.lab.metrics import Fault
+from labkit.lab.pods.deployment import Deployment
 from labkit.runtime.connect import Connection
 from labkit.runtime.home import state_dir
 from labkit.runtime.server import ServerState

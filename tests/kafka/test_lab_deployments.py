@@ -20,9 +20,9 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
-from labkit.lab.deployment import Deployment
-from labkit.lab.pods import PodState
-from labkit.lab.travel import CannotTravel
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import PodState
+from labkit.lab.pods.travel import CannotTravel
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.runtime.connect import Connection
 
@@ -95,7 +95,7 @@ def test_a_crashed_pod_comes_back_under_its_name(lab: Lab) -> None:
 
 @pytest.mark.long
 def test_a_pod_that_keeps_dying_is_started_ever_less_often(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.lab.pods.STABLE", 1000.0)  # however long a start takes here, it is no recovery
+    monkeypatch.setattr("labkit.lab.pods.pod.STABLE", 1000.0)  # however long a start takes here, it is no recovery
     topic = lab.topic("orders", 1, Order)
     lab.load(topic, orders(1), rate=1000).wait()
 
@@ -164,8 +164,8 @@ def test_each_fault_of_a_pod_and_its_end(lab: Lab) -> None:
 
 @pytest.mark.long
 def test_a_pod_that_keeps_dying_is_started_at_once_when_it_recovers(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.lab.pods.FIRST_RESTART", 300.0)
-    monkeypatch.setattr("labkit.lab.pods.LONGEST_RESTART", 300.0)
+    monkeypatch.setattr("labkit.lab.pods.pod.FIRST_RESTART", 300.0)
+    monkeypatch.setattr("labkit.lab.pods.pod.LONGEST_RESTART", 300.0)
     shop = lab.deploy("shop", Consumer(lab.topic("orders", 1, Order), print))
     wait_ready(shop)
     shop.pods[0].kill()
@@ -462,7 +462,7 @@ def test_lag_without_pods_says_so(lab: Lab) -> None:
 
 @pytest.mark.long
 def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.lab.pods.GRACE", 0.5)
+    monkeypatch.setattr("labkit.lab.pods.pod.GRACE", 0.5)
     topic = lab.topic("orders", 1, Order)
 
     def deaf(record: object) -> None:
@@ -481,7 +481,7 @@ def test_a_pod_that_will_not_drain_is_killed(lab: Lab, monkeypatch: pytest.Monke
 
 @pytest.mark.long
 def test_a_drain_that_ends_in_a_kill_is_over(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.lab.pods.GRACE", 0.5)
+    monkeypatch.setattr("labkit.lab.pods.pod.GRACE", 0.5)
     topic = lab.topic("orders", 1, Order)
     shop = lab.deploy("shop", Consumer(topic, lambda record: time.sleep(600), drain=60))
     lab.load(topic, orders(1), rate=1000).wait()

@@ -17,9 +17,9 @@ from processes import wait_until
 from labkit import Lab
 from labkit.kafka import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
-from labkit.lab import sampler
-from labkit.lab.panels import panel, replica_panels
-from labkit.lab.travel import CannotTravel
+from labkit.lab.board import sampler
+from labkit.lab.board.panels import panel, replica_panels
+from labkit.lab.pods.travel import CannotTravel
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

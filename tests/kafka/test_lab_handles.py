@@ -13,8 +13,8 @@ from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
 from labkit.lab.load import Load
+from labkit.lab.pods.deployment import Deployment
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

@@ -13,8 +13,8 @@ from lab_helpers import Order, orders
 from processes import wait_until
 
 from labkit import Lab
-from labkit.lab.planned import Planned
-from labkit.lab.settling import QUIET
+from labkit.lab.faults.planned import Planned
+from labkit.lab.verdict.settling import QUIET
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

@@ -22,8 +22,8 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
-from labkit.lab.deployment import Deployment
 from labkit.lab.lab import _close_all
+from labkit.lab.pods.deployment import Deployment
 from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.retries import RetryingConsumer, retry_topics
 from labkit.patterns.trails import own_topic

@@ -27,7 +27,7 @@ from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
-from labkit.lab.panels import panel
+from labkit.lab.board.panels import panel
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres

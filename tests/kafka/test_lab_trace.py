@@ -15,7 +15,7 @@ from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
-from labkit.lab.deployment import Deployment, pane
+from labkit.lab.pods.deployment import Deployment, pane
 from labkit.patterns.trails import own_topic
 from labkit.runtime.connect import Connection
 

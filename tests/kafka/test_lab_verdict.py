@@ -24,9 +24,9 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.evidence import effects
-from labkit.lab.settling import Settled
-from labkit.lab.verdict import NotValid
+from labkit.lab.verdict.evidence import effects
+from labkit.lab.verdict.settling import Settled
+from labkit.lab.verdict.verdict import NotValid
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -210,7 +210,7 @@ def test_what_comes_to_rest_while_the_verdict_reads_is_not_lost(
         return seen
 
     with monkeypatch.context() as patch:
-        patch.setattr("labkit.lab.evidence.effects", read_and_dawdle)
+        patch.setattr("labkit.lab.verdict.evidence.effects", read_and_dawdle)
         verdict = lab.verdict(load, shop.shipped, timeout=0)
     assert verdict.result == "unknown"
     assert "shop is" in (verdict.reason or "")
@@ -274,7 +274,7 @@ def test_what_is_planned_has_to_happen_first(lab: Lab, monkeypatch: pytest.Monke
     allowed = False
     lab.when(lambda: allowed, shop.pods.pods[0].kill)
     with monkeypatch.context() as patch:
-        patch.setattr("labkit.lab.settling.QUIET", 60.0)  # what nothing can bring about any more is dropped
+        patch.setattr("labkit.lab.verdict.settling.QUIET", 60.0)  # what nothing can bring about any more is dropped
         assert "planned (kill) waits for its condition" in lab.settle(0.3).reason
     allowed = True
     assert lab.settle(20)

@@ -23,7 +23,7 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack
+from labkit.lab.pods.travel import pack
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.mediator import Mediator, Refused
 from labkit.patterns.mediator_states import Process as OrderProcess

@@ -22,7 +22,7 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, dead_letter
 from labkit.runtime.broker import free_ports

@@ -22,7 +22,7 @@ from labkit.kafka.lag import end_offsets, lag
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
+from labkit.lab.pods.deployment import Deployment
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, blocking, dead_letter, retry_topics
 from labkit.runtime.connect import Connection

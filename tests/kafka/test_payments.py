@@ -22,7 +22,7 @@ from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
-from labkit.lab.verdict import judge
+from labkit.lab.verdict.verdict import judge
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres

@@ -25,7 +25,7 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
-from labkit.lab.kafka_connect import Connect
+from labkit.lab.faults.kafka_connect import Connect
 from labkit.patterns.retries import RetryingConsumer, blocking, exponential
 from labkit.services import contacts
 from labkit.services.contacts import ContactsJob, JobFinished

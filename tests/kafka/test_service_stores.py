@@ -18,7 +18,7 @@ from stores import raw, store_topic
 from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.lab.panels import store_lag
+from labkit.lab.board.panels import store_lag
 from labkit.patterns.key_value_store import KeyValueStore, StoreNotReady
 from labkit.services.faults import NONE, Misbehaviour, ServiceFaults
 from labkit.services.time_zones.bookings import Bookings

@@ -19,7 +19,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
+from labkit.lab.pods.deployment import Deployment
 from labkit.runtime.streams import StreamsCounter, internal_topics
 
 pytestmark = pytest.mark.usefixtures("connection")

@@ -29,8 +29,8 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.lab import control
-from labkit.lab.brokers import kafka_away
+from labkit.lab.faults import control_socket
+from labkit.lab.faults.servers import kafka_away
 from labkit.lab.load import Load
 from labkit.runtime import private as making
 from labkit.runtime.broker import HOST, Broker, free_ports
@@ -138,7 +138,7 @@ def test_without_a_majority_kafka_is_away(lab: Lab) -> None:
     one.freeze()
     assert kafka_away(lab.brokers) is None  # the others go on without it
     assert lab._status([]) == "Kafka 1 frozen"
-    assert control.ask(lab.run.folder, control.Order("Kafka 2", "freeze")) is not None
+    assert control_socket.ask(lab.run.folder, control_socket.Order("Kafka 2", "freeze")) is not None
     assert two.state is ServerState.FROZEN
     assert repr(lab.settle()) == (
         "unknown: Kafka 1 is frozen, Kafka 2 is frozen, which leaves no majority of 3 brokers: recover() them in "

@@ -12,7 +12,7 @@ from lab_helpers import Order, Shipped, orders
 from processes import wait_until
 from stores import store_topic, transaction
 
-import labkit.lab.evidence as evidence
+import labkit.lab.verdict.evidence as evidence
 from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable

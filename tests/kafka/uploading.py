@@ -26,7 +26,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Report, Step
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import pack
+from labkit.lab.pods.travel import pack
 from labkit.patterns.aggregation import AtomicKeyValueStore, Command, ImportKey
 from labkit.runtime.broker import free_ports
 from labkit.services import contacts
@@ -52,7 +52,7 @@ OPTIONS: dict[str, Any] = {"largest": 100_000, "at_once": 1}
 
 RUN = """
 import sys, threading
-from labkit.lab.travel import unpack
+from labkit.lab.pods.travel import unpack
 unpack(sys.stdin.buffer.read()).run(threading.Event(), lambda *_: print("ready", flush=True))
 """
 

@@ -109,7 +109,7 @@ def of_this_lab(state: Path) -> list[psutil.Process]:
 
 def pods(state: Path) -> list[psutil.Process]:
     """Those that are pods, or watch over one."""
-    return [one for one in of_this_lab(state) if "labkit.lab.pod" in one.cmdline()]
+    return [one for one in of_this_lab(state) if "labkit.lab.pods.process" in one.cmdline()]
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ import pytest
 from outputs import PICTURE, PICTURE_BYTES
 
 from labkit.cli.lab import ROOT
-from labkit.lab.widgets import read_solutions
+from labkit.lab.exercises import read_solutions
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from outputs import ROOT, execute
 
-from labkit.lab.widgets import read_solutions
+from labkit.lab.exercises import read_solutions
 
 
 def printed(cell: nbformat.NotebookNode) -> str:

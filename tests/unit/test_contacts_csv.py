@@ -14,7 +14,7 @@ import pytest
 
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import encode
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.travel import pack, unpack
 from labkit.services.contacts.content import DOMAINS, PHONES, Contact, contacts, write_csv
 from labkit.services.contacts.exports import LARGEST, CsvRefused
 from labkit.services.contacts.importer import BadRow, sort_out

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from processes import wait_until
 
 from labkit.kafka.errors import LabkitError
-from labkit.lab.faults import Service
-from labkit.lab.metrics import History
+from labkit.lab.faults.service import Service
+from labkit.lab.history import History
 
 
 class Switch:

@@ -10,9 +10,17 @@ import pytest
 from PIL import Image
 
 from labkit.kafka.errors import LabkitError
-from labkit.lab import canvas, picture
-from labkit.lab.metrics import Fault, Sample
-from labkit.lab.panels import Panel, blocked_panel, completed_panel, lag_panel, panel, retries_panel, set_aside_panel
+from labkit.lab.board import canvas, picture
+from labkit.lab.board.panels import (
+    Panel,
+    blocked_panel,
+    completed_panel,
+    lag_panel,
+    panel,
+    retries_panel,
+    set_aside_panel,
+)
+from labkit.lab.history import Fault, Sample
 
 T = 1_800_000_000.0
 PANELS = [

@@ -13,7 +13,7 @@ import soak
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
-from labkit.lab.pods import PodState
+from labkit.lab.pods.pod import PodState
 from labkit.runtime.server import ServerState
 
 WORK = Topic(Cluster("127.0.0.1:1"), "work", 1, soak.Work)

@@ -12,8 +12,8 @@ from processes import wait_until
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Measured, Step
 from labkit.kafka.topics import Topic
-from labkit.lab import telemetry
-from labkit.lab.telemetry import PodReport, Telemetry
+from labkit.lab.pods import telemetry
+from labkit.lab.pods.telemetry import PodReport, Telemetry
 
 
 class Line:

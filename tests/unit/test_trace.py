@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labkit.lab.metrics import Fault
-from labkit.lab.trace import Row, Seen, life, related
+from labkit.lab.history import Fault
+from labkit.lab.verdict.trace import Row, Seen, life, related
 
 T = 1_700_000_000.0
 ORDERS, SHIPPED = "labkit.me.book.run.orders/2", "labkit.me.book.run.shipped/1"

@@ -13,7 +13,7 @@ import pytest
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.topics import Topic
-from labkit.lab.travel import CannotTravel, pack, unpack
+from labkit.lab.pods.travel import CannotTravel, pack, unpack
 
 IMPORTS = """
 import enum, functools, math, threading, time
@@ -25,11 +25,11 @@ from msgspec.json import decode, encode
 """
 SEND = """
 import sys
-from labkit.lab.travel import pack
+from labkit.lab.pods.travel import pack
 print(check(), file=sys.stderr)
 sys.stdout.buffer.write(pack(check))
 """
-RECEIVE = "import sys\nfrom labkit.lab.travel import unpack\nprint(unpack(sys.stdin.buffer.read())())\n"
+RECEIVE = "import sys\nfrom labkit.lab.pods.travel import unpack\nprint(unpack(sys.stdin.buffer.read())())\n"
 
 
 def arrives(source: str) -> str:
@@ -218,7 +218,7 @@ def test_one_class_stays_one_class() -> None:
 
 
 def test_a_struct_that_a_pod_can_import_travels_by_its_name() -> None:
-    from labkit.lab.telemetry import PodReport
+    from labkit.lab.pods.telemetry import PodReport
 
     assert unpack(pack(PodReport)) is PodReport
 

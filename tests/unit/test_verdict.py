@@ -13,9 +13,9 @@ import pytest
 
 from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
-from labkit.lab.anomalies import Anomaly
-from labkit.lab.metrics import Fault
-from labkit.lab.verdict import NotValid, Verdict, judge
+from labkit.lab.history import Fault
+from labkit.lab.verdict.anomalies import Anomaly
+from labkit.lab.verdict.verdict import NotValid, Verdict, judge
 
 START = 1_700_000_000.0
 CRASH = Fault(START + 50, START + 50, "kill", "shop-1", "kill pod 1")
@@ -385,7 +385,7 @@ def test_a_kind_that_is_none_is_refused_by_name() -> None:
 
 
 def test_pandas_waits_until_it_is_asked_for() -> None:
-    script = "import sys, labkit.lab.verdict; assert 'pandas' not in sys.modules"
+    script = "import sys, labkit.lab.verdict.verdict; assert 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.lab import runs
-from labkit.lab.metrics import History
-from labkit.lab.servers import ServerFaults
+from labkit.lab.faults.servers import ServerFaults
+from labkit.lab.history import History
 from labkit.runtime import slots
 from labkit.runtime.connectors import POSTGRES, Connector
 from labkit.runtime.kafka_connect import ConnectorStatus, KafkaConnect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from labkit.lab.metrics import Fault, History, Sample
+from labkit.lab.history import Fault, History, Sample
 
 TICK = 0.25
 

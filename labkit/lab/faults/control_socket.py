@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from labkit.kafka.errors import LabkitError, error_text
-from labkit.lab.faults import Target
+from labkit.lab.faults.target import Target
 
 WAIT = 60.0  # seconds until something is done: a broker that stops in good order and starts again takes some of them
 LOOK = 5.0  # seconds until all targets are told

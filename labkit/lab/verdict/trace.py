@@ -14,9 +14,8 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE, CORRELATION, MADE_BY
 from labkit.kafka.topics import Topic, short_name
+from labkit.lab.history import Fault
 from labkit.lab.load import identifier
-from labkit.lab.metrics import Fault
-from labkit.lab.sampler import undecodable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +72,7 @@ def _belonging(business_id: object, by: str | Callable[[Any], Any], topics: Coll
                         found.add(record.place)
                 except LabkitError:
                     pass  # it has no such id; what led to it may
-            trouble += f"; {undecodable(reader)}" if reader.poison else ""
+            trouble += f"; {reader.undecodable}" if reader.poison else ""
     if not found:
         names = ", ".join(topic.short for topic in topics) or "none: lab.topic(…) makes one"
         named = f"{by} {wanted}" if isinstance(by, str) else f"id {wanted}"

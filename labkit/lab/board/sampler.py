@@ -13,12 +13,12 @@ from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE
 from labkit.kafka.topics import Topic
-from labkit.lab.deployment import Deployment
+from labkit.lab.board.panels import Read
+from labkit.lab.history import History, Sample
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import History, Sample
-from labkit.lab.panels import Read
-from labkit.lab.pods import PodState
-from labkit.lab.telemetry import PodReport
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import PodState
+from labkit.lab.pods.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples
 FROZEN = 2.0  # seconds after a freeze within which a pod tells that its partitions went meanwhile
@@ -66,7 +66,7 @@ class Tally:
     @property
     def trouble(self) -> str | None:
         """What could not be counted."""
-        return self._nameless or undecodable(self._reader)
+        return self._nameless or self._reader.undecodable
 
     def close(self) -> None:
         """Let the client go."""
@@ -251,14 +251,3 @@ class Sampler:
             self._counted[number] = self._counted.get(number, 0) + len(fresh)
             self._ids.setdefault(load.topic.short, set()).update(one.id for one in fresh)
         return {topic: len(ids) for topic, ids in self._ids.items()}
-
-
-def undecodable(reader: Reader[Any]) -> str | None:
-    """What a reader had to pass over, in words."""
-    if not (poison := reader.poison):
-        return None
-    first = poison[0]
-    many = "1 record" if len(poison) == 1 else f"{len(poison):,} records"
-    does = "does" if len(poison) == 1 else "do"
-    short = reader.topic.short
-    return f"{many} of {short} {does} not decode: {short}/{first.partition}/{first.offset}: {first.reason}"

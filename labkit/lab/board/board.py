@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 from IPython import display
 
-from labkit.lab import picture
-from labkit.lab.buttons import Button, Say, one_line
-from labkit.lab.canvas import render, render_small
-from labkit.lab.deployment import Deployment
-from labkit.lab.faults import Action
-from labkit.lab.metrics import History, clock
-from labkit.lab.panels import Panel
-from labkit.lab.pods import Pod, PodState
+from labkit.lab.board import picture
+from labkit.lab.board.buttons import Button, Say, one_line
+from labkit.lab.board.canvas import render, render_small
+from labkit.lab.board.panels import Panel
+from labkit.lab.faults.target import Action
+from labkit.lab.history import History, clock
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import Pod, PodState
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""What a lab answers: whether it has come to rest, what took effect, and what happened on the way."""
+"""What a lab lets one see: it waits for what is to happen, and answers what has: figures, records, verdicts, logs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from labkit.kafka.effects import Sent
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.lab import comparison, evidence, runs
+from labkit.lab import comparison, runs
 from labkit.lab.comparison import Way
-from labkit.lab.deployment import Deployment
+from labkit.lab.history import Fault, History
 from labkit.lab.load import Load, identifier
-from labkit.lab.metrics import Fault, History
-from labkit.lab.sampler import undecodable
-from labkit.lab.settling import Settled, Settling
-from labkit.lab.trace import trace
-from labkit.lab.verdict import Verdict, judge
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.verdict import evidence
+from labkit.lab.verdict.settling import Settled, Settling
+from labkit.lab.verdict.trace import trace
+from labkit.lab.verdict.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Asking:
+class Observing:
     """The part of a Lab that answers what happens, and happened, in it."""
 
     notebook: str
@@ -168,7 +168,7 @@ class Asking:
 
         with Reader(topic) as reader:
             found = sorted(reader.read_to_end(), key=lambda record: record.timestamp)[-last:]
-        if poison := undecodable(reader):
+        if poison := reader.undecodable:
             print(f"Not shown: {poison}")  # noqa: T201
         rows = [(one.partition, one.offset, one.key, one.value, one.timestamp) for one in found]
         table = pd.DataFrame(rows, columns=["partition", "offset", "key", "value", "time"])

@@ -11,16 +11,15 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.topics import short_name
-from labkit.lab.brokers import kafka_away
-from labkit.lab.deployment import Deployment
+from labkit.lab.faults.planned import Plans
+from labkit.lab.faults.servers import ServerFaults, kafka_away
+from labkit.lab.history import History, clock
 from labkit.lab.load import Load
-from labkit.lab.metrics import History, clock
-from labkit.lab.planned import Plans
-from labkit.lab.pods import PodState
-from labkit.lab.servers import ServerFaults
+from labkit.lab.pods.deployment import Deployment
+from labkit.lab.pods.pod import PodState
 
 if TYPE_CHECKING:
-    from labkit.lab.kafka_connect import Connect
+    from labkit.lab.faults.kafka_connect import Connect
 
 QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
 

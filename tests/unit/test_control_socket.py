@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from labkit.kafka.errors import LabkitError
-from labkit.lab.control import Answer, Control, Order, ask
-from labkit.lab.faults import Service, Target
-from labkit.lab.metrics import History
+from labkit.lab.faults.control_socket import Answer, Control, Order, ask
+from labkit.lab.faults.service import Service
+from labkit.lab.faults.target import Target
+from labkit.lab.history import History
 
 
 class Noted:
@@ -74,7 +75,7 @@ def test_nonsense_is_refused(tmp_path: Path, question: bytes) -> None:
 
 
 def test_a_lab_whose_kernel_is_frozen_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.lab.control.LOOK", 0.1)
+    monkeypatch.setattr("labkit.lab.faults.control_socket.LOOK", 0.1)
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as door:
         door.bind(os.path.join(folder, "control"))
         door.listen()  # it connects, and nobody answers

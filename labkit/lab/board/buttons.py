@@ -9,7 +9,7 @@ from typing import TypeAlias
 import ipywidgets
 
 from labkit.kafka.errors import safe_text
-from labkit.lab.faults import Action
+from labkit.lab.faults.target import Action
 
 Say: TypeAlias = Callable[[str, bool], None]
 """Where a click's answer goes: what its action returned as a text, or why it failed; and whether it failed."""

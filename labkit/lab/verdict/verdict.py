@@ -1,6 +1,6 @@
 """The verdict: what was sent against what took effect, by business id. Valid, invalid, or unknown and why.
 
-It claims only what the evidence shows, as Jepsen's checkers do; `labkit.lab.anomalies` has the rules.
+It claims only what the evidence shows, as Jepsen's checkers do; `labkit.lab.verdict.anomalies` has the rules.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from labkit.kafka.effects import Effect, Sent
 from labkit.kafka.errors import LabkitError
-from labkit.lab.anomalies import HARMLESS, WRONG, Anomaly, Timeline, differences, find
-from labkit.lab.metrics import clock
+from labkit.lab.history import clock
+from labkit.lab.verdict.anomalies import HARMLESS, WRONG, Anomaly, Timeline, differences, find
 
 if TYPE_CHECKING:
-    from labkit.lab.metrics import Fault
+    from labkit.lab.history import Fault
 
 NAMED = 10  # anomalies of a kind
 # The same words with extras and without: how many there are depends on the moment of the fault.

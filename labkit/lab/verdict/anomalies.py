@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from labkit.kafka.effects import Effect, Sent
 
 if TYPE_CHECKING:
-    from labkit.lab.metrics import Fault
+    from labkit.lab.history import Fault
 
 WRONG = ("lost", "duplicated", "out of order", "early", "wrong", "unexpected")  # in the order of a verdict's line
 # "sent again": `sent` lists its id often enough. "resent": it does not, but another source record made it.

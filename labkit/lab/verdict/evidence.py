@@ -11,7 +11,6 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import CAUSE, MADE_BY
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab.load import Load
-from labkit.lab.sampler import undecodable
 
 READ = 30.0  # seconds for a topic to be read to its end
 
@@ -70,4 +69,4 @@ def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Eff
         cause, place = record.headers.get(CAUSE), short_name(record.place)
         cause, name = cause and short_name(cause), identify(record.value)
         found.append(Effect(name, record.key, place, record.timestamp, cause, record.headers.get(MADE_BY)))
-    return found, undecodable(reader)
+    return found, reader.undecodable

@@ -15,7 +15,7 @@ from labkit.kafka.lag import end_offsets
 if TYPE_CHECKING:
     from labkit.kafka.cluster import Partition
     from labkit.kafka.topics import Topic
-    from labkit.lab.deployment import Deployment
+    from labkit.lab.pods.deployment import Deployment
 
 T = TypeVar("T")
 Read: TypeAlias = Callable[[], float | None]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.lab.widgets import exercise, hint, predict, read_solutions, solution
+from labkit.lab.exercises import exercise, hint, predict, read_solutions, solution
 
 OPTIONS = ["lost", "handled twice", "wait"]
 

@@ -1,16 +1,16 @@
-"""Servers that a lab can break: the Kafka of a lab that has one to itself, its databases and its caches."""
+"""Servers that a lab can break: the brokers of a Kafka of its own, its databases and its caches."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import cast
 
-from labkit.lab.faults import Target
-from labkit.lab.metrics import History
+from labkit.lab.faults.target import Target
+from labkit.lab.history import History
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import Server, ServerState
 from labkit.runtime.valkey import Valkey
@@ -118,6 +118,17 @@ class ServerFaults(Target):
     def _own(self, verb: str) -> Server:
         self._check(verb)
         return cast(Server, self._server)  # or the check would have refused
+
+
+def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
+    """Why Kafka does not work, and what mends it; None when a majority of its brokers is there."""
+    away = [one for one in brokers if one.away]
+    if 2 * len(away) < len(brokers):
+        return None
+    said = ", ".join(f"{one.name} is {one.state.value}" for one in away)
+    if len(brokers) == 1:
+        return f"{said}: lab.broker.recover() mends it"
+    return f"{said}, which leaves no majority of {len(brokers)} brokers: recover() them in lab.brokers"
 
 
 class Database(ServerFaults):

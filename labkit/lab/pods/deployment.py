@@ -16,10 +16,10 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic, short_name
 from labkit.lab import runs
-from labkit.lab.metrics import History, clock
-from labkit.lab.pod import Runnable, message
-from labkit.lab.pods import GRACE, UP, LogLine, Pod
-from labkit.lab.telemetry import PodReport, Waiting
+from labkit.lab.history import History, clock
+from labkit.lab.pods.pod import GRACE, UP, LogLine, Pod
+from labkit.lab.pods.process import Runnable, message
+from labkit.lab.pods.telemetry import PodReport, Waiting
 from labkit.runtime.streams import StreamsCounter
 
 GroupMember: TypeAlias = Consumer | StreamsCounter

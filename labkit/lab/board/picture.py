@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from labkit.lab.canvas import Area, Floats, Line, Mark, Scene, Style, Text, shorten, text_width
-from labkit.lab.metrics import Fault, Sample
-from labkit.lab.panels import GREEN, GREY, NAMED, ORANGE, PURPLE, SKY, Panel, Plot
+from labkit.lab.board.canvas import Area, Floats, Line, Mark, Scene, Style, Text, shorten, text_width
+from labkit.lab.board.panels import GREEN, GREY, NAMED, ORANGE, PURPLE, SKY, Panel, Plot
+from labkit.lab.history import Fault, Sample
 
 Points: TypeAlias = tuple[Floats, Floats]
 """Times and values."""

@@ -1,4 +1,4 @@
-"""A pod: one OS process that runs one thing until it is told to stop. `python -m labkit.lab.pod NAME`.
+"""A pod: one OS process that runs one thing until it is told to stop. `python -m labkit.lab.pods.process NAME`.
 
 It gets what to run through its stdin (length, then the notebook's import path and what `pack` made), then commands,
 one a line: `slow SECONDS`. SIGTERM drains it. Exit code 0: drained. 1: what it runs raised. 70: a handler overran its
@@ -21,8 +21,8 @@ from labkit.kafka.consumer.steps import Report
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.kafka.producer import POD
 from labkit.kafka.topics import Topic
-from labkit.lab.telemetry import PodReport, Telemetry
-from labkit.lab.travel import pack, unpack
+from labkit.lab.pods.telemetry import PodReport, Telemetry
+from labkit.lab.pods.travel import pack, unpack
 
 HEADER = struct.Struct(">Q")
 

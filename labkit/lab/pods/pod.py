@@ -1,7 +1,7 @@
 """One pod of a deployment: its process is started, fed, broken, mended, buried and started again, with back-off.
 
 What a learner does to a pod only states a wish or sends a signal, so that buttons and cells return at once. The thread
-of its deployment does the rest. (What runs inside is `labkit.lab.pod`.)
+of its deployment does the rest. (What runs inside is `labkit.lab.pods.process`.)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 from labkit.kafka.consumer import EXIT_DEADLINE, EXIT_NO_ANSWER
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import short_name
-from labkit.lab.faults import Target, positive
-from labkit.lab.metrics import clock
-from labkit.lab.telemetry import PodReport, Waiting
+from labkit.lab.faults.target import Target, positive
+from labkit.lab.history import clock
+from labkit.lab.pods.telemetry import PodReport, Waiting
 from labkit.runtime.child import Child
 
 if TYPE_CHECKING:
-    from labkit.lab.deployment import Deployment
+    from labkit.lab.pods.deployment import Deployment
 
 GRACE = 10.0  # seconds a pod gets to drain before it is killed
 FIRST_RESTART, LONGEST_RESTART = 0.1, 10.0  # seconds before a dead pod is started again, doubling
@@ -229,7 +229,7 @@ class Pod(Target):
     def _start(self, now: float, payload: bytes) -> None:
         self._born, self._at_once = now, False
         try:
-            self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pod", self.name])
+            self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pods.process", self.name])
         except (LabkitError, OSError) as error:  # no memory or no process to be had: tried again
             self._again(f"could not be started: {error}", now)
             return
