@@ -165,7 +165,7 @@ def _retried(group: str, learner: str) -> tuple[Name, list[Topic[Any]]]:
     """A group, and the topics that it reads with retries. Raises LabkitError naming the groups that do."""
     from labkit.kafka.topics import Topic
     from labkit.patterns.blocked_lanes import LANES
-    from labkit.patterns.trails import digest, taken_apart
+    from labkit.patterns.own_topics import digest, taken_apart
 
     with kafka() as connection:
         cluster = connection.cluster

@@ -26,8 +26,8 @@ from labkit.kafka.errors import LabkitError, PoisonRecord
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.mediator import Refused
+from labkit.patterns.own_topics import taken_apart
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, exponential
-from labkit.patterns.trails import taken_apart
 from labkit.services.orders.processors import OrderPlaced, OrderStep
 
 
