@@ -1,4 +1,4 @@
-"""What a group with retries keeps of a topic, seen from outside: entries of a store, by the place they are about."""
+"""What a group with retries keeps about a topic, seen from outside: entries of a store, by the place of a record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ V = TypeVar("V")
 
 
 class GroupEntries(Mapping[str, V]):
-    """A mapping in which all that is looked at together is of one moment, oldest first. `kept` is the store's topic.
+    """A mapping, oldest entry first. What one call returns is of one moment. `kept` is the store's topic.
 
     Raises TopicMissing when no consumer with retries ever ran there.
     """
@@ -24,7 +24,7 @@ class GroupEntries(Mapping[str, V]):
 
     @abstractmethod
     def _now(self) -> dict[str, V]:
-        """All there are, oldest first."""
+        """All entries, oldest first."""
 
     def __getitem__(self, place: str) -> V:
         return self._now()[place]
@@ -36,11 +36,11 @@ class GroupEntries(Mapping[str, V]):
         return len(self._now())
 
     def values(self) -> ValuesView[V]:
-        """All of one moment: some may leave while they are looked at."""
+        """The values of one moment: some may leave while you look at them."""
         return self._now().values()
 
     def items(self) -> ItemsView[str, V]:
-        """The same, with their places."""
+        """Places and values of one moment."""
         return self._now().items()
 
     def close(self) -> None:
