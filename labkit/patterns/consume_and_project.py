@@ -156,9 +156,7 @@ class Staleness:
             ends = {number: end for (_, number), end in end_offsets(cluster, name).items()}
             if not ends:
                 raise ClusterUnreachable(f"topic {self.topic.short} is not listed by {cluster.bootstrap}")
-            topic_id = cluster.topic_id(
-                self.topic.name
-            )  # after the ends, which may so be those of the topic before, but not of a later one
+            topic_id = cluster.topic_id(self.topic.name)  # asked after the ends: so they are of no later topic
             if topic_id != self._topic_id:
                 self._topic_id, self._seen_complete = topic_id, False
                 self._looks.clear()  # its ends were another topic's
