@@ -157,9 +157,7 @@ class Mediator(Generic[E]):
         if not found:
             raise LabkitError(f"process {self.newest.name} has no step {step!r}")
         if undo is None and any(one.compensated for one in found):
-            raise LabkitError(
-                f"step {step} may have to be undone: give its processor undo=…, or it compensated=False"
-            )
+            raise LabkitError(f"step {step} may have to be undone: give its processor undo=…, or it compensated=False")
         newest = found[0]
         return RetryingConsumer(
             *(newest.commands, _Processor(step, self.replies, self.initial.value, do, cancel, undo, newest.retry)),

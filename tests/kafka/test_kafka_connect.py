@@ -582,7 +582,7 @@ def test_memory_that_gets_short_is_told_before_a_worker_starts(
     monkeypatch.setattr(KafkaConnect, "_make", stop)
     with pytest.raises(LabkitError, match="far enough"):
         KafkaConnect(cluster, "x.")
-    assert "400 MB are available, for Kafka Connect it takes 250" in capsys.readouterr().out
+    assert "400 MB are available, and 250 MB are needed for Kafka Connect" in capsys.readouterr().out
 
 
 def test_the_name_of_a_slot_fits_and_tells_topics_apart() -> None:
