@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from labkit.cli.names import Name
-from labkit.cli.output import Json, say_json, say_table
+from labkit.cli.output import Json, say_json, table
 
 if TYPE_CHECKING:
     from labkit.lab.control import TargetState
@@ -79,10 +79,8 @@ def _list(there: list[tuple[Name, Path, TargetState]], as_json: bool) -> None:
 
         say_json([{**to_builtins(one), **name.whose} for name, _, one in there])
         return
-    say_table(
-        ("notebook", "target", "is", "stands", "what can be done"),
-        [
-            (name.notebook, one.target, one.state, ", ".join(one.stands) or "–", ", ".join(one.can) or "–")
-            for name, _, one in there
-        ],
+    rows = (
+        (name.notebook, one.target, one.state, ", ".join(one.stands) or "–", ", ".join(one.can) or "–")
+        for name, _, one in there
     )
+    typer.echo(table(("notebook", "target", "is", "stands", "what can be done"), rows))

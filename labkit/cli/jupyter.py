@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Self
 from urllib.parse import quote
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 from labkit.runtime.broker import wait_until_ready
 
@@ -23,7 +23,7 @@ STOP_SECONDS = 15.0  # Jupyter gives each kernel 5 s
 _PAGE = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
 
 
-class Jupyter:
+class Jupyter(Closing):
     """A running JupyterLab. `close` shuts its kernels down and removes what it needed on disk.
 
     Its log goes to `log`. `extra` are more command line options. The user's own Jupyter settings hold, below ours.
@@ -123,9 +123,3 @@ class Jupyter:
         finally:
             self._child.close()
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -15,10 +15,6 @@ def say_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    typer.echo(table(heads, rows))
-
-
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], none: str = "") -> str:
     """Rows in columns as wide as they need to be, numbers to the right; `none` if there are no rows."""
     rows = list(rows)

@@ -76,37 +76,15 @@ class DeadLetter(Placed, WholeRecord, msgspec.Struct, frozen=True, omit_defaults
 
     @classmethod
     def _made(
-        cls,
-        history: RetryHistory,
-        details: _Details,
-        key: bytes | None,
-        value: bytes | None,
-        headers: RawHeaders | None,
+        cls, history: RetryHistory, details: _Details, key: bytes | None, value: bytes | None, headers: RawHeaders
     ) -> Self:
-        raw = tuple(one for one in headers or () if one[0] not in (HEADER, LETTER, KEY))
+        raw = tuple(one for one in headers if one[0] not in (HEADER, LETTER, KEY))
         text = {name: text_of(one) or "" for name, one in raw}
         as_text = tuple((name, one.encode()) for name, one in text.items())
-        return cls(
-            *(
-                history.topic,
-                history.partition,
-                history.offset,
-                history.timestamp,
-                history.group,
-                text_of(key),
-                text_of(value),
-            ),
-            *(
-                text,
-                history.attempts,
-                history.failed,
-                history.error,
-                details.at,
-                _unless_text(key),
-                _unless_text(value),
-            ),
-            *(None if raw == as_text else raw, details.replayed),
-        )
+        origin = (history.topic, history.partition, history.offset, history.timestamp, history.group)
+        failure = (history.attempts, history.failed, history.error, details.at)
+        unlike_text = (_unless_text(key), _unless_text(value), None if raw == as_text else raw)
+        return cls(*origin, text_of(key), text_of(value), text, *failure, *unlike_text, details.replayed)
 
     def original(self, replayed: bool = False) -> tuple[bytes | None, bytes | None, RawHeaders]:
         """The record as it was, with its retry history: value, key, headers."""
@@ -174,7 +152,7 @@ class DeadLetters(GroupEntries[DeadLetter]):
         """
         letters, cluster = self._chosen(places), self.topic.cluster
         now, back = time.time(), replay_topic(self.topic, self.group)
-        # First the queue says so: the consumer may be done with a record before that could come.
+        # This comes first: the consumer may be done with a replayed record at once.
         noted = (msgspec.structs.replace(letter, replayed=now).kept() for letter in letters)
         deliver(cluster, self.store.topic.name, noted, CONFIRM, copies=True)
         try:

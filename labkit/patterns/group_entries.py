@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
+from labkit.closing import Closing
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 
 V = TypeVar("V")
 
 
-class GroupEntries(Mapping[str, V]):
+class GroupEntries(Closing, Mapping[str, V]):
     """A mapping, oldest entry first. What one call returns is of one moment. `kept` is the store's topic.
 
     Raises TopicMissing when no consumer with retries ever ran there.
@@ -45,12 +46,6 @@ class GroupEntries(Mapping[str, V]):
 
     def close(self) -> None:
         self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         holds = f"{len(self):,}" if self.store.ready else "closed"

@@ -229,9 +229,7 @@ class RetryingConsumer(Consumer):
             left = [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
             if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
                 names = ", ".join(one.name for one in left)
-                raise LabkitError(
-                    f"records wait in {names}, maybe for another state: handle them without a store first"
-                )
+                raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
             given = [one for one in self.co_partitioned.get(main.name, ()) if one.name in self.not_before]
             beside[main.name] = [*own, *left, *given]
             check_read(main, beside[main.name], there)

@@ -13,8 +13,9 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
@@ -25,7 +26,7 @@ def supervisor_command(*arguments: str) -> list[str]:
     return [sys.executable, "-I", "-S", str(SUPERVISOR), *arguments]
 
 
-class Child:
+class Child(Closing):
     """A command running under a supervisor of its own.
 
     It ends, with everything it started, when this process does (kill -9 included), when `close` is called, and when
@@ -136,12 +137,6 @@ class Child:
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):  # what was not written yet has no reader any more
                     pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _say(self, line: str) -> None:
         with self._lock:

@@ -7,8 +7,9 @@ import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
+from labkit.closing import Closing
 from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
@@ -27,7 +28,7 @@ PATIENCE = 6.0  # seconds for a cluster that was named: TLS, a login and a dista
 
 
 @dataclass(frozen=True)
-class Connection:
+class Connection(Closing):
     """A cluster that answered, and where it comes from. Close it to let go of a shared embedded broker."""
 
     cluster: Cluster
@@ -60,12 +61,6 @@ class Connection:
     def deaths(self) -> int:
         """How often a shared embedded broker has died and been started again. Raises LabkitError when nobody knows."""
         return 0 if self.lease is None else self.lease.deaths()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def connect() -> Connection:

@@ -9,20 +9,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
+from labkit.closing import Closing
 from labkit.kafka.cluster import Cluster
-from labkit.runtime.broker import (
-    HOST,
-    START_SECONDS,
-    TRIES,
-    Broker,
-    Kafka,
-    PortTaken,
-    free_ports,
-    new_uuid,
-    prepare,
-)
+from labkit.runtime.broker import HOST, TRIES, Broker, Kafka, PortTaken, free_ports, new_uuid, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import Server, ServerState, warn_if_memory_is_short
@@ -54,7 +44,6 @@ class BrokerServer(Server):
     """A broker as a server of one owner."""
 
     kind = "private"
-    patience = START_SECONDS
     _kafka: Kafka
     _broker: Broker
 
@@ -103,7 +92,7 @@ class PrivateBroker(BrokerServer):
         return super()._launch()
 
 
-class PrivateCluster:
+class PrivateCluster(Closing):
     """Several embedded brokers that make one cluster, which works as long as a majority of them does.
 
     Each is a `Server` of its own, and keeps its data and ports. Raises LabkitError when they cannot be started.
@@ -130,12 +119,6 @@ class PrivateCluster:
         """End all brokers and remove their data. May be called again."""
         for broker in self.brokers:
             broker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def works_with(self, one: ClusterBroker) -> bool:
         """Whether a majority runs, together with this one. True while all are being started for the first time."""

@@ -15,10 +15,11 @@ import threading
 from abc import ABC, abstractmethod
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import TRIES, PortTaken, wait_until_ready
+from labkit.runtime.broker import START_SECONDS, TRIES, PortTaken, wait_until_ready
 from labkit.runtime.child import Child
 from labkit.runtime.home import state_dir
 
@@ -35,7 +36,7 @@ class ServerState(Enum):
     DOWN = "down"
 
 
-class Server(ABC):
+class Server(Closing, ABC):
     """A server keeps its port and its data when it is started again. Several threads may inject faults.
 
     A subclass says what is in the folder, how the server is started, and when it answers. Raises LabkitError when the
@@ -50,8 +51,8 @@ class Server(ABC):
     """How often it chooses ports, if somebody takes one first."""
     needs: ClassVar[int] = 0
     """Megabytes of memory that the server takes, where that is many."""
-    patience: ClassVar[float]
-    """Seconds to wait for the first answer after a start on a busy machine, and after kill -9."""
+    patience: ClassVar[float] = START_SECONDS
+    """Seconds to wait for the first answer after a start."""
 
     def __init__(self) -> None:
         if self.needs:
@@ -169,12 +170,6 @@ class Server(ABC):
             shutil.rmtree(self.folder, ignore_errors=True)
             _owner_of(self.folder).unlink(missing_ok=True)
             os.close(self._owner)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _start(self) -> None:
         self._child = self._launch()

@@ -17,8 +17,8 @@ import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 from labkit.runtime.broker import TRIES, Broker, Kafka, PortTaken, free_ports, is_free, mark_of, prepare
 from labkit.runtime.child import supervisor_command
@@ -37,15 +37,15 @@ class Status:
     bootstrap: str
     cluster_id: str
     pid: int
-    memory: int
-    """Megabytes of the broker and its supervisor."""
+    memory_mb: int
+    """Megabytes of memory that the broker and its supervisor hold."""
     pinned: bool
     users: int
     restarts: int
     folder: Path
 
 
-class Lease:
+class Lease(Closing):
     """A user's hold on the shared broker: while one is open, in any process, the broker runs.
 
     The kernel closes the leases of a process that dies. Methods raise LabkitError when the supervisor is gone.
@@ -79,12 +79,6 @@ class Lease:
         if not is_held(self.folder / "supervisor"):
             raise LabkitError("the embedded broker's supervisor is gone: connect again to start a new one")
         return _supervisor(self.folder)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def shared_broker() -> Lease:
@@ -132,7 +126,7 @@ def status() -> Status | None:
                 bootstrap=broker.cluster.bootstrap,
                 cluster_id=broker.cluster_id,
                 pid=now["pid"] if running else 0,
-                memory=_megabytes(now["pid"], now["supervisor"]) if running else 0,
+                memory_mb=_megabytes(now["pid"], now["supervisor"]) if running else 0,
                 pinned=pinned,
                 users=users_of(folder),
                 restarts=now["restarts"],

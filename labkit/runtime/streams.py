@@ -12,8 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,8 +63,6 @@ class StreamsCounter:
     caching: bool = False
     """Let Kafka Streams pass on only a key's last count before a commit. Faster; but a job that is reported twice may
     take the count past its total unseen, and then the notice is missing."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """More settings of Kafka Streams, by their names there."""
 
     listens: ClassVar = True
     """Its pods are ready once the topology runs."""
@@ -116,7 +114,7 @@ class StreamsCounter:
             streams.close(closing.withGroupMembershipOperation(leave))
 
     def _config(self) -> dict[str, str]:
-        own = {
+        return {
             "application.id": self.group,
             "bootstrap.servers": self.commands.cluster.bootstrap,
             "processing.guarantee": "exactly_once_v2",
@@ -133,7 +131,6 @@ class StreamsCounter:
             "heartbeat.interval.ms": "1000",
             "transaction.timeout.ms": f"{TRANSACTION * 1000:.0f}",
         }
-        return {**own, **self.settings}
 
     def _topology(self, failures: list[str]) -> Any:
         kafka, (to_text, is_total) = _kafka().streams, _functions()

@@ -19,6 +19,7 @@ from aiohttp import web
 from labkit.kafka.consumer.steps import Measured, Report, Step
 
 HOST = "127.0.0.1"
+CONFIRM = 8.0  # seconds that a request waits for Kafka, before its answer says that it may not have happened
 DRAIN = 5.0  # seconds for requests that are being answered when the service is told to stop
 TELL = 0.25  # seconds between two reports of its figures
 LATELY = 5.0  # seconds of which the times of requests are told

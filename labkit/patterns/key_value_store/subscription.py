@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Generic, Self, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
+from labkit.closing import Closing
 from labkit.patterns.key_value_store.contents import Changes
 
 V = TypeVar("V")
@@ -16,7 +17,7 @@ Callback: TypeAlias = Callable[[str, V | None, V | None], object]
 log = logging.getLogger(__name__)
 
 
-class Subscription(Generic[V]):
+class Subscription(Closing, Generic[V]):
     """One subscriber of a store. Ends with the store, or by `close`."""
 
     def __init__(self, store: str, callback: Callback[V]) -> None:
@@ -39,12 +40,6 @@ class Subscription(Generic[V]):
             self._open = False
             self._changes.clear()
             self._wake.notify()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _note(self, changes: Changes[V]) -> None:
         with self._wake:

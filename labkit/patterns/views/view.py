@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, ClassVar, Self, cast
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 from labkit.patterns.views.changes import (
     Batch,
@@ -45,7 +46,7 @@ where d.name = ? and d.shown = 1 and o.next_offset > coalesce(n.next_offset, 0) 
 (select 1 from view_offsets a where a.view = ? and a.topic = o.topic and a.topic_id <> o.topic_id) order by 1, 2"""
 
 
-class View(ABC):
+class View(Closing, ABC):
     """A table made of records, in a database of the reader's own. Use SqliteView or PostgresView.
 
     `table` has a column `key` and `columns` (name → SQL type). `indexes` are the columns by which keys are looked up.
@@ -338,12 +339,6 @@ class View(ABC):
         """Close the connections. The view can be used again."""
         with self._lock:
             self._disconnect()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # -- connections
 

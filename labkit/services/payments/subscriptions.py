@@ -16,7 +16,7 @@ from aiohttp import web
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.services.calls import call
-from labkit.services.http import HttpService, body, json
+from labkit.services.http import CONFIRM, HttpService, body, json
 from labkit.services.payments.ledger import CardDeclined, ProviderFailed, Renewal, receipt_of
 
 TABLES = """
@@ -24,7 +24,6 @@ create table if not exists subscriptions (
     id int primary key, customer text not null, plan text not null, cents int not null,
     paid_through int not null default 0, claimed int not null default 0, version int not null default 0);
 """
-CONFIRM = 8.0  # seconds that a request waits for Kafka, before the scheduler is told to come again
 AT_ONCE = 8  # renewals that one request of the baseline works on at a time
 
 LOCKS = ("none", "pessimistic", "optimistic")

@@ -27,9 +27,9 @@ from labkit.kafka.errors import DeliveryFailed, PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
-from labkit.services.http import HttpService, body, json
+from labkit.services.http import CONFIRM, HttpService, body, json
 from labkit.services.sites.content import Site
-from labkit.services.sites.view_reader import NAME
+from labkit.services.sites.view_reader import checked_name
 
 TABLE = "create table if not exists sites (id text primary key, version bigint not null, object jsonb)"
 # A deleted site keeps its row and its version, without an object.
@@ -39,7 +39,6 @@ OBJECT = "select object::text from sites where id = %s and object is not null"
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON; PostgreSQL has no text with it
 REFUSED = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)  # and would be again
 LIMIT = 100  # sites in one answer
-CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 FREE = web.AppKey("free", asyncio.Queue)  # connections to the database that nobody uses, and None for one to be made
 _site = msgspec.json.Decoder(Site)
 
@@ -152,10 +151,7 @@ class MetaSite(HttpService):
 
 
 def _name(request: web.Request, part: str = "id") -> str:
-    name = request.match_info[part]
-    if not NAME.fullmatch(name):
-        raise web.HTTPBadRequest(text=f"{name!r} is no name: letters, digits and . _ - make one, at most 64\n")
-    return name
+    return checked_name(request.match_info[part])
 
 
 def _row(site: Site) -> tuple[str, int, str]:

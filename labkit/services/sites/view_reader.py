@@ -85,8 +85,7 @@ class ViewReader(HttpService):
         asked, _, value = request.path[1:].partition("/")
         if asked != self.view.key and asked not in self.view.indexes:
             raise web.HTTPNotFound
-        if not NAME.fullmatch(value):
-            raise web.HTTPBadRequest(text=f"{value!r} is no name: letters, digits and . _ - make one, at most 64\n")
+        checked_name(value)
         try:
             return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
         except ViewUnavailable as error:
@@ -114,3 +113,10 @@ class ViewReader(HttpService):
         if not re.fullmatch(r"[0-9]{1,9}", told) or not 1 <= int(told) <= LARGEST_PAGE:
             raise web.HTTPBadRequest(text=f"limit is a number from 1 to {LARGEST_PAGE}, not {told!r}\n")
         return int(told)
+
+
+def checked_name(text: str) -> str:
+    """The text, if it may be a key or a value in a URL. Raises the answer 400."""
+    if not NAME.fullmatch(text):
+        raise web.HTTPBadRequest(text=f"{text!r} is no name: letters, digits and . _ - make one, at most 64\n")
+    return text

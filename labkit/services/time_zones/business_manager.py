@@ -13,10 +13,8 @@ from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.services.http import HttpService
+from labkit.services.http import CONFIRM, HttpService
 from labkit.services.time_zones.countries import Country, iso_countries
-
-CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 
 COUNTRIES: web.AppKey[KeyValueStore[Country]] = web.AppKey("countries", KeyValueStore)
 
