@@ -321,8 +321,8 @@ def _check_topics(connector: Connector) -> None:
     for topic in connector.topics:
         if not topic.cluster.topic_ids([topic.name]):
             raise TopicMissing(
-                f"topic {topic.name}, which connector {connector.name} needs, does not exist at "
-                f"{topic.cluster.bootstrap}: make it before, as lab.topic(…) does"
+                f"topic {topic.name} does not exist at {topic.cluster.bootstrap}, and connector {connector.name} needs "
+                "it: make it before, as lab.topic(…) does"
             )
 
 
