@@ -29,7 +29,7 @@ def down() -> None:
 
 
 def status(as_json: Json = False) -> None:
-    """Say which Kafka is running. Starts nothing; exit code 1 if there is none."""
+    """Say which Kafka is running. Starts nothing; the exit code is 1 if there is none."""
     from labkit.runtime import shared
     from labkit.runtime.connect import running
 

@@ -109,7 +109,7 @@ def test_what_cannot_be_done_is_told(lab: Lab, arguments: list[str], said: str) 
 
 
 def test_without_a_lab_there_is_nothing_to_break(own_state: Path) -> None:
-    assert "no lab of ada is running: run a notebook's cells from its first" in labkit("shop-0", "kill", code=1)
+    assert "no lab of ada is running: run a notebook's cells, from the first on" in labkit("shop-0", "kill", code=1)
 
 
 @pytest.mark.long
