@@ -1,4 +1,4 @@
-"""Business Manager owns the countries: it alone writes them, over HTTP. Whoever wants them has their topic."""
+"""Business Manager owns the countries: it alone writes them, over HTTP. All others read their topic."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ COUNTRIES: web.AppKey[KeyValueStore[Country]] = web.AppKey("countries", KeyValue
 
 @dataclass(frozen=True)
 class BusinessManager(HttpService):
-    """GET /countries: code → name. GET /countries/{code}: one. PUT and DELETE it: 204 once that is in Kafka, 503 if it
-    may not be."""
+    """GET /countries: code → name. GET /countries/{code}: one name. PUT and DELETE of a code answer 204 once the change
+    is in Kafka, and 503 if it may not be."""
 
     countries: Topic[Country]
 
