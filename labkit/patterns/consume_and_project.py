@@ -1,7 +1,7 @@
 """Pattern 1, consume and project: a service makes a view of its own from a topic, and asks no owner of the objects.
 
-A *projection* is a topic, a function from a record to rows, and a view (see `views`). No crash leaves a mark on the
-view, and its next generation can be built while readers use the present one.
+A *projection* is a topic, a function from a record to rows, and a view (see `views`). No crash harms the view, and
+its next generation can be built while readers use the present one.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ WAITS: Mapping[Action, Status] = {"do": "running", "cancel": "cancelling", "undo
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a process: where its processor gets its commands, and what is done when it does not answer or fails."""
+    """A step of a process: its topic of commands, and what happens when it fails or does not answer."""
 
     name: str
     commands: Topic[StepCommand]

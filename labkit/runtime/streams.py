@@ -109,7 +109,7 @@ class StreamsCounter:
                 if state in ("PENDING_ERROR", "ERROR"):
                     raise LabkitError(f"Kafka Streams ended: {failures[0] if failures else state}")
                 if state == "RUNNING":
-                    figures.tell(report)
+                    figures.report_to(report)
         finally:
             streams.close(closing.withGroupMembershipOperation(leave))
 
@@ -148,14 +148,14 @@ class StreamsCounter:
             complete.to(self.notices.name, texts)
         if (url := self.webhook) is not None:
 
-            def notify(key: Any, _: Any) -> None:
+            def notify_webhook(key: Any, _: Any) -> None:
                 try:
-                    tell(url, str(key))
+                    notify(url, str(key))
                 except Exception as error:
                     failures.append(error_text(error))
                     raise
 
-            complete.foreach(notify)
+            complete.foreach(notify_webhook)
         return builder.build()
 
 
@@ -168,7 +168,7 @@ class _Figures:
         self._held: set[tuple[str, int]] = set()
         self._started = 0.0
 
-    def tell(self, report: Report) -> None:
+    def report_to(self, report: Report) -> None:
         """Report partitions, records, memory, and how long the start took."""
         if not self._processed:
             self._started = time.time() - self._process.create_time()
@@ -195,7 +195,7 @@ def internal_topics(cluster: Cluster, group: str) -> list[str]:
     return sorted({f"{group}-{STORE}-changelog", f"{group}-{STORE}-repartition"} & cluster.topics().keys())
 
 
-def tell(url: str, key: str) -> None:
+def notify(url: str, key: str) -> None:
     """Notify the service at `url` that the request of this key is complete. Raises LabkitError unless it takes it."""
     request, _, total = key.rpartition("-")
     address = urlsplit(url)

@@ -56,7 +56,7 @@ class ServiceFaults(KeyValueStore[Misbehaviour]):
             return
         await asyncio.sleep(fault.delay)
         if fault.refuses():
-            raise _refusal(fault.status)(text=f"{service} is told to refuse this\n")
+            raise _refusal(fault.status)(text=f"{service} refuses this, by a fault\n")
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
         """Set these faults and no others. Raises LabkitError for values that make no sense, DeliveryFailed."""
@@ -90,12 +90,12 @@ class Misbehaving(HttpService):
         return HttpFaults(self.url, self.kind)
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.put("/faults", self.tell)]
+        return [web.put("/faults", self.set_faults)]
 
     async def start(self, app: web.Application) -> None:
         app[FAULTS] = [self.kind()]
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def set_faults(self, request: web.Request) -> web.Response:
         request.app[FAULTS][0] = await body(request, self.kind)
         return web.Response()
 
@@ -120,7 +120,7 @@ def _misbehaviour(service: str, told: Mapping[str, object], kind: type[Misbehavi
         return msgspec.convert({**told}, kind)
     except msgspec.ValidationError as error:
         known = ", ".join(kind.__struct_fields__)
-        raise LabkitError(f"{service} cannot be told to do that: {error}; it understands: {known}") from error
+        raise LabkitError(f"{service} cannot do that: {error}; it understands: {known}") from error
 
 
 @lru_cache(None)

@@ -56,15 +56,15 @@ class Contents(Generic[V]):
         self._parse, self._whole = parser(value), whole(value)
         self._kept = 0  # keys that could not be forgotten the last time
 
-    def follow(self, messages: Iterable[Message], tell: bool) -> Changes[V]:
+    def follow(self, messages: Iterable[Message], collect: bool) -> Changes[V]:
         """`apply`, while somebody reads: no entry is replaced by one that may be older."""
         self._by_key()
-        changes = self.apply(messages, tell)
+        changes = self.apply(messages, collect)
         self._forget_deleted()
         return changes
 
-    def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
-        """Take records in. Returns what that changes, if `tell`."""
+    def apply(self, messages: Iterable[Message], collect: bool = False) -> Changes[V]:
+        """Take records in. Returns the changes, if `collect`."""
         entries, unreadable, parse, of_whole = self.entries, self.unreadable, self._parse, self._whole
         partitions, timed = self._partitions, self._timestamps is not None
         in_order, size = self._in_order.append, len(entries)
@@ -102,7 +102,7 @@ class Contents(Generic[V]):
             if error is not None:
                 self._mark_unreadable(key, error)
                 continue
-            if tell:
+            if collect:
                 before, _ = changes.get(key) or (entries.get(key), None)
                 if before is None and key in unreadable:
                     before = unreadable[key].before

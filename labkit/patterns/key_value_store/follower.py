@@ -160,7 +160,7 @@ class Follower(Generic[V]):
         with self._lock:
             if self._failure is None:
                 if self._subscriptions:
-                    self._tell(differences(self._entries, contents.entries))
+                    self._pass_on(differences(self._entries, contents.entries))
                 self._entries, self._contents, self._positions = contents.entries, contents, reader.positions()
                 self.loads += 1
                 self._loaded = True
@@ -204,7 +204,7 @@ class Follower(Generic[V]):
     def _take(self, reader: Reader[V]) -> None:
         if messages := reader.messages(BUSY_TURN if self._writes else TURN):
             with self._lock:
-                self._tell(self._contents.follow(messages, bool(self._subscriptions)))
+                self._pass_on(self._contents.follow(messages, bool(self._subscriptions)))
             if self._contents.unsure:
                 return  # not all of these were taken in: writes wait for the next load
         self._positions = reader.positions()
@@ -240,7 +240,7 @@ class Follower(Generic[V]):
                 return ClusterUnreachable(f"topic {self.topic.short} is not all at {self.topic.cluster.bootstrap} yet")
         return TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
 
-    def _tell(self, changes: Changes[V]) -> None:
+    def _pass_on(self, changes: Changes[V]) -> None:
         if changes:
             for subscription in self._subscriptions:
                 subscription._note(changes)

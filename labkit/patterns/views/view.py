@@ -1,4 +1,4 @@
-"""A view: its tables, what is written to them in one transaction, its generations, and what is read from it."""
+"""A view: its tables, the transaction that writes to them, its generations, and the ways to read it."""
 
 from __future__ import annotations
 

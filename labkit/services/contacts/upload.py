@@ -73,7 +73,7 @@ class ContactsJobs(HttpService):
 
     def routes(self) -> Iterable[web.RouteDef]:
         path = "/channels/{channel}/imports"
-        return [*page.routes(self.notifications_port), web.post(path, self.take), web.get(path, self.tell)]
+        return [*page.routes(self.notifications_port), web.post(path, self.take), web.get(path, self.show)]
 
     async def start(self, app: web.Application) -> None:
         app[FREE], app[STOPPING], app[SENDING] = asyncio.Semaphore(self.at_once), asyncio.Event(), set()
@@ -86,7 +86,7 @@ class ContactsJobs(HttpService):
         await asyncio.gather(*app[SENDING])
         await asyncio.to_thread(app[IMPORTS].close)
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def show(self, request: web.Request) -> web.Response:
         channel = self._channel(request, request.headers.get("Channel-Key", ""))
         try:
             found = await asyncio.to_thread(states, request.app[IMPORTS], self.dsn, channel)
