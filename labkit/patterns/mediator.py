@@ -209,8 +209,8 @@ class _Orchestrating(RetryingConsumer):
                 create(topic, waiting(delay), {})
             topics.append(topic)
             not_before[name] = partial(_due, delay)
-        beside = {mediator.replies.name: topics}
-        return super(_Orchestrating, replace(self, co_partitioned=beside, not_before=not_before)).prepare()
+        timeouts = {mediator.replies.name: topics}
+        return super(_Orchestrating, replace(self, co_partitioned=timeouts, not_before=not_before)).prepare()
 
 
 def _delay(name: str) -> float:

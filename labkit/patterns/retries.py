@@ -194,13 +194,13 @@ class RetryingConsumer(Consumer):
     @property
     def sources(self) -> tuple[Topic[Any], ...]:
         """The topics it reads: those it was given, its own ones, and, once prepared, those of an earlier policy."""
-        return (*self.mains, *(own for topic in self.mains if self.group for own in self._beside(topic)))
+        return (*self.mains, *(own for topic in self.mains if self.group for own in self._read_with(topic)))
 
-    def _beside(self, main: Topic[Any]) -> list[Topic[Any]]:
+    def _read_with(self, main: Topic[Any]) -> list[Topic[Any]]:
         own = self.own_topics(main)
         names = {topic.name for topic in own}
         others = self.co_partitioned.get(main.name, ())
-        return [*own, *(one for one in others if one.name in self.not_before or self.is_left(main, one.name, names))]
+        return [*own, *(one for one in others if one.name in self.not_before or self.is_earlier(main, one.name, names))]
 
     def own_topics(self, topic: Topic[Any]) -> list[Topic[Any]]:
         """Where replayed records of this topic come back, then its retry topics in order: as many partitions."""
@@ -217,7 +217,7 @@ class RetryingConsumer(Consumer):
         """
         super().prepare()
         there = self.cluster.topics()
-        beside = {}
+        read_with = {}
         for main in self.mains:
             own = self.own_topics(main)
             kept: list[Topic[Any]] = [dead_letters_topic(main, self.group), lanes_topic(main, self.group)]
@@ -226,15 +226,15 @@ class RetryingConsumer(Consumer):
             needs += [(skips_topic(main, self.group), FOR_EVER)]
             made = {topic.name for topic, _ in needs}
             # A policy may be changed while records wait in the topics of the one before.
-            left = [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
-            if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
-                names = ", ".join(one.name for one in left)
+            earlier = [replace(main, name=name) for name in sorted(there) if self.is_earlier(main, name, made)]
+            if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in earlier]).values()):
+                names = ", ".join(one.name for one in earlier)
                 raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
             given = [one for one in self.co_partitioned.get(main.name, ()) if one.name in self.not_before]
-            beside[main.name] = [*own, *left, *given]
-            check_read(main, beside[main.name], there)
+            read_with[main.name] = [*own, *earlier, *given]
+            check_read(main, read_with[main.name], there)
             check_partitions(kept, 1, "nobody could read it as a whole;", there)
-            for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in left)):
+            for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in earlier)):
                 if there.get(topic.name):
                     check(topic, needed)
             missing = [(topic, needed) for topic, needed in needs if not there.get(topic.name)]
@@ -247,9 +247,9 @@ class RetryingConsumer(Consumer):
             # A topic that somebody else makes at this moment may be known already, and be listed without partitions.
             while not all(map(self.cluster.topics().get, made)) and time.monotonic() < until:
                 time.sleep(0.02)  # between two questions
-        return replace(self, co_partitioned=beside)
+        return replace(self, co_partitioned=read_with)
 
-    def is_left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
+    def is_earlier(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
         """Whether a topic is a retry topic of an earlier policy; `now` are the topics of the present one."""
         end = RETRY_TOPIC.search(name)
         if end is None or name in now or not name.startswith(main.name):
@@ -378,7 +378,7 @@ class _Retries:
         except ClusterUnreachable:
             return
         for main in self.consumer.mains:
-            if others := [name for name in there if self.consumer.is_left(main, name, self.stages)]:
+            if others := [name for name in there if self.consumer.is_earlier(main, name, self.stages)]:
                 raise LabkitError(
                     f"another member of {self.group} retries in {', '.join(others)}: start again, to read that too"
                 )
