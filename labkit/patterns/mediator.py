@@ -84,9 +84,9 @@ class Mediator(Generic[E]):
     def __post_init__(self) -> None:
         versions = [one.version for one in self.processes]
         if not versions or len({one.name for one in self.processes}) > 1 or len(set(versions)) < len(versions):
-            raise LabkitError("a mediator takes one process: each of its versions that are under way, once")
+            raise LabkitError("a mediator takes the versions of one process that are under way, each of them once")
         if self.asks < 1:
-            raise LabkitError(f"a step is asked at least once, not {self.asks!r} times")
+            raise LabkitError(f"asks is at least 1, as a step is asked at least once, not {self.asks!r}")
         pairs = {(step.name, step.commands.name) for step in self.steps}
         if any(len(set(each)) < len(pairs) for each in zip(*pairs, strict=True)):
             raise LabkitError(
@@ -233,10 +233,10 @@ class _Handler:
     def __call__(self, states: Mapping[str, ProcessState], record: Record[Any]) -> Mapping[str, ProcessState]:
         value = record.value
         if value is None:
-            raise LabkitError("an initial event, and a reply, have a value")
+            raise LabkitError("the record has no value: an initial event and a reply need one")
         instance = value.id if isinstance(value, StepReply) else record.key
         if not instance:
-            raise LabkitError("an initial event has a key: the id of its instance")
+            raise LabkitError("the initial event has no key: it needs the id of its instance")
         before = states.get(instance)
         after = self.next(before, instance, record)
         if after is before:

@@ -56,7 +56,7 @@ class Step:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise LabkitError("a step has a name")
+            raise LabkitError("a step needs a name, such as Step('charge', …)")
         if not 0.001 <= self.timeout <= FOREVER:
             raise LabkitError(f"step {self.name}: timeout is a number of seconds, at least 0.001, not {self.timeout!r}")
 
@@ -73,7 +73,7 @@ class Process:
     def __post_init__(self) -> None:
         for what in ([one.name for one in self.steps], [one.commands.name for one in self.steps]):
             if not what or len(set(what)) < len(what):
-                raise LabkitError(f"process {self.name} has steps, each with a name and a topic of its own, not {what}")
+                raise LabkitError(f"process {self.name} needs steps, each with its own name and topic, not {what}")
 
     def step(self, name: str) -> Step:
         """The step of this name. Raises LabkitError."""

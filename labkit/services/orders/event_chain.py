@@ -84,7 +84,7 @@ class _EventProcessor:
     def __call__(self, record: Record[Any]) -> None:
         event: OrderPlaced | OrderEvent | None = record.value
         if event is None:
-            raise PoisonRecord(record.topic, record.partition, record.offset, "an event of an order has a value")
+            raise PoisonRecord(record.topic, record.partition, record.offset, "an event of an order needs a value")
         order = event.order if isinstance(event, OrderEvent) else event
         # A failed step elsewhere, or a replayed dead letter that says so.
         if self.failed.name in (record.topic, taken_apart(record.topic)[0]):
