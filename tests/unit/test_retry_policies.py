@@ -64,7 +64,7 @@ def test_policies_follow_each_other() -> None:
         (lambda: exponential(0, 5), "0 < first"),
         (lambda: exponential(5, 1), "0 < first"),
         (lambda: exponential(1, 5, times=0), "times ≥ 1"),
-        (lambda: blocking(exponential(1, 2)).then(retry_topics(1)), "for ever is followed by nothing"),
+        (lambda: blocking(exponential(1, 2)).then(retry_topics(1)), "nothing follows a policy that blocks for ever"),
         (lambda: retry_topics(1).then(blocking(1)), "comes first"),
         (lambda: blocking(1).then(blocking(1)), "comes first"),
         (lambda: blocking(1, non_retriable=["ValueError"]), "types of errors"),  # type: ignore[list-item]
