@@ -99,8 +99,8 @@ def test_a_pod_and_a_service_are_broken_and_mended_from_a_terminal(lab: Lab) -> 
         (["Kafka", "_own"], "'_own' cannot be done to Kafka"),
         (["Kafka"], "say what is to be done to Kafka; what can: kill, freeze, restart, recover"),
         (["Kafka", "freeze", "--seconds", "3"], "freeze takes no seconds for Kafka; it takes: nothing"),
-        (["shop-7", "kill"], "has 'shop-7'; there are: broken/Kafka"),
-        (["others/Kafka", "kill"], "has 'others/Kafka'; there are: broken/Kafka"),
+        (["shop-7", "kill"], "has 'shop-7'; they have: broken/Kafka"),
+        (["others/Kafka", "kill"], "has 'others/Kafka'; they have: broken/Kafka"),
     ],
 )
 def test_what_cannot_be_done_is_told(lab: Lab, arguments: list[str], said: str) -> None:
