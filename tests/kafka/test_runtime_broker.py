@@ -113,7 +113,7 @@ def test_a_state_folder_of_any_name_will_do(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_cache_folder_that_java_cannot_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "a:b"))
-    with pytest.raises(LabkitError, match=r"Java cannot use .*/a:b: .*Set LABKIT_CACHE"):
+    with pytest.raises(LabkitError, match=r"Java cannot use .*/a:b, .*Set LABKIT_CACHE"):
         prepare()
 
 
