@@ -1,1 +1,1 @@
-"""The command line. Each module imports what it needs when a command runs, so that `labkit --help` is at once there."""
+"""The command line. Modules import what they need when a command runs, so that `labkit --help` is quick."""

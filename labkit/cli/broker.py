@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import typer
 
 from labkit.cli.output import Json, say_json
@@ -27,7 +29,7 @@ def down() -> None:
 
 
 def status(as_json: Json = False) -> None:
-    """Say which Kafka is running. Starts nothing; exit code 1 if there is none."""
+    """Say which Kafka is running. Starts nothing; the exit code is 1 if there is none."""
     from labkit.runtime import shared
     from labkit.runtime.connect import running
 
@@ -42,15 +44,8 @@ def status(as_json: Json = False) -> None:
                 "cluster_id": connection.cluster_id,
             }
     if embedded is not None:
-        # `running` above holds a lease of its own for a moment
-        facts |= {
-            "pid": embedded.pid,
-            "memory_mb": embedded.memory,
-            "pinned": embedded.pinned,
-            "users": max(0, embedded.users - (connection is not None)),
-            "restarts": embedded.restarts,
-            "folder": str(embedded.folder),
-        }
+        users = max(0, embedded.users - (connection is not None))  # without the lease that `running` takes for a moment
+        facts = {**asdict(embedded), **facts, "users": users, "folder": str(embedded.folder)}
     if as_json:
         say_json(facts)
     elif connection is None:
@@ -61,7 +56,7 @@ def status(as_json: Json = False) -> None:
         if embedded is not None:
             until = "until `labkit down`" if embedded.pinned else "while somebody uses it"
             typer.echo(
-                f"{facts['users']} users, {embedded.memory} MB, {embedded.restarts} restarts, runs {until}; "
+                f"{facts['users']} users, {embedded.memory_mb} MB, {embedded.restarts} restarts, runs {until}; "
                 f"data and log in {embedded.folder}"
             )
     if connection is None:

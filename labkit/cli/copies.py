@@ -1,4 +1,4 @@
-"""The learner's copies of the notebooks: made once, never overwritten once edited."""
+"""The learner's copies of the notebooks. An edited copy is never overwritten."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from pathlib import Path
 from labkit.lab.comparison import FOLDER
 
 RECORD = ".copied.json"
-ELSEWHERE = {"solutions", ".ipynb_checkpoints", FOLDER}  # read from notebooks/ itself, or of no use
+ELSEWHERE = {"solutions", ".ipynb_checkpoints", FOLDER}  # not copied: they are read where they are, or useless
 
 
 @dataclass
 class Copied:
-    """What `copy_notebooks` did, by path below the folder."""
+    """What `copy_notebooks` has done, by path below the folder."""
 
     made: list[str] = field(default_factory=list)
     updated: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
-    """Edited by the learner, so left alone; the new version is the file named."""
+    """Copies that the learner has edited, and the file with the new version of each."""
 
 
 def copy_notebooks(source: Path, work: Path) -> Copied:
     """Bring every notebook of `source` into `work`.
 
-    A copy the learner has not edited follows its source; running cells, which changes only outputs, is no edit. One
-    that was edited stays as it is, and a new version of its source is put beside it, once. One that was deleted is
-    made anew.
+    A copy that the learner has not edited follows its source; running cells changes only outputs, and is no edit. An
+    edited copy stays as it is, and each new version of its source is put beside it, once. A deleted copy is made anew.
     """
     work.mkdir(exist_ok=True)
     known = _read_record(work / RECORD)
@@ -68,7 +67,7 @@ def _essence(path: Path) -> str:
             parts = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
             content = json.dumps(parts).encode()
         except (ValueError, KeyError, TypeError):
-            pass  # not a notebook (any more): its bytes will do
+            pass  # no notebook any more: its bytes will do
     return hashlib.sha256(content).hexdigest()
 
 
@@ -82,14 +81,14 @@ def _put(original: Path, copy: Path) -> None:
 
 
 def _forget_outputs(path: Path) -> None:
-    """A learner who is to predict something must not read the answer below the cell."""
+    """Remove outputs: a learner who is to predict something must not read the answer below the cell."""
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 cell["outputs"], cell["execution_count"] = [], None
     except (ValueError, KeyError, TypeError):
-        return  # not a notebook: copied as it is
+        return  # no notebook: copied as it is
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -101,7 +100,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """What each copy was when it was made. Without a record, a copy that differs from its source counts as edited."""
+    """The hash of each copy when it was made. Without it, a copy that differs from its source counts as edited."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""`labkit doctor`: everything a lab needs, each with what to do when it is not so. Never ends in a traceback itself."""
+"""`labkit doctor`: checks everything that a lab needs, and says how to fix it. Never ends in a traceback itself."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OTHER_KAFKA = (
     "else `labkit down`, which removes the broker's data, and try again; or `docker compose up -d`"
 )
 
-Check = Callable[[], str]  # what it found
+Check = Callable[[], str]  # returns what it found
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and the fix if that is a problem."""
+    """What a check found, and the fix if that is a problem."""
 
     check: str
     text: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 class Problem(Exception):
-    """A check failed: what is wrong, and the fix."""
+    """A check has failed: what is wrong, and the fix."""
 
     def __init__(self, text: str, fix: str) -> None:
         super().__init__(text)
@@ -46,7 +46,7 @@ class Problem(Exception):
 
 
 def examine(checks: dict[str, tuple[Check, str]]) -> Iterator[Finding]:
-    """Run every check. One that fails in a way it did not foresee has the fix beside it."""
+    """Run every check. The fix of each is for failures that it did not foresee."""
     from labkit.kafka.errors import LabkitError, error_text
 
     for name, (check, fix) in checks.items():
@@ -61,7 +61,7 @@ def examine(checks: dict[str, tuple[Check, str]]) -> Iterator[Finding]:
 
 
 def python() -> str:
-    """The right version, and everything that labkit depends on can be loaded."""
+    """The version is right, and everything that labkit depends on can be loaded."""
     version = ".".join(map(str, sys.version_info[:3]))
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         raise Problem(
@@ -117,20 +117,20 @@ def memory() -> str:
 
     megabytes = psutil.virtual_memory().available // 1_000_000
     if megabytes < MEMORY_MB:
-        raise Problem(f"{megabytes:,} MB available; a lab needs {MEMORY_MB:,}", "close other programs")
+        raise Problem(f"{megabytes:,} MB are available; a lab needs {MEMORY_MB:,}", "close other programs")
     return f"{megabytes:,} MB available"
 
 
 def disk() -> str:
-    """Both folders have room and can be written to: tried, because permission bits do not tell everything."""
+    """Both folders have room, and can be written to: it tries that, as permission bits do not say everything."""
     from labkit.runtime.home import CACHE, STATE, cache_dir, state_dir
 
-    told = []
+    found = []
     for variable, folder in {CACHE: cache_dir(), STATE: state_dir()}.items():
         megabytes = shutil.disk_usage(folder).free // 1_000_000
         if megabytes < DISK_MB:
             raise Problem(
-                f"{megabytes:,} MB free in {folder}; a lab needs {DISK_MB:,}",
+                f"{megabytes:,} MB are free in {folder}; a lab needs {DISK_MB:,}",
                 f"free some, or set {variable} to a folder on another disk",
             )
         try:
@@ -140,12 +140,12 @@ def disk() -> str:
                 f"{folder} cannot be written to: {error.strerror}",
                 f"make it writable, or set {variable} to a folder that is",
             ) from error
-        told.append(f"{megabytes:,} MB free in {folder}")
-    return "; ".join(told)
+        found.append(f"{megabytes:,} MB free in {folder}")
+    return "; ".join(found)
 
 
 def _load(names: Iterable[str]) -> None:
-    """Import them: what is installed may still lack a library of the system."""
+    """Import these modules: an installed one may still lack a library of the system."""
     failed = []
     for name in names:
         try:
@@ -167,7 +167,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check everything a lab needs; exit code 1 if something is wrong. Starts the broker for it, if none runs."""
+    """Check everything that a lab needs; the exit code is 1 if something is wrong. Starts the broker if none runs."""
     findings = []
     for finding in examine(CHECKS):
         findings.append(finding)

@@ -1,4 +1,4 @@
-"""A JupyterLab of this environment on the loopback interface, which ends with its owner."""
+"""A JupyterLab from this environment, on the loopback interface only. It ends with its owner."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Self
 from urllib.parse import quote
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 from labkit.runtime.broker import wait_until_ready
 
 START_SECONDS = 60.0  # a cold start on a slow disk; 2 s is usual
-STOP_SECONDS = 15.0  # Jupyter gives each kernel 5 s
-# The pop-up that asks whether to fetch news would stand before the notebook.
+STOP_SECONDS = 15.0  # Jupyter gives each kernel 5 s to end
+# Without this a pop-up that asks whether to fetch news would cover the notebook.
 _PAGE = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
 
 
-class Jupyter:
-    """A running JupyterLab. `close` shuts its kernels down and removes what it needed on disk.
+class Jupyter(Closing):
+    """A running JupyterLab. `close` shuts its kernels down and removes its files.
 
-    Its log goes to `log`. `extra` are more command line options. The user's own Jupyter settings hold, below ours.
+    The log goes to `log`. `extra` are further command line options. The user's own Jupyter settings hold, below ours.
 
     Raises LabkitError when JupyterLab is not installed or does not start.
     """
@@ -61,7 +61,7 @@ class Jupyter:
         ]
         environment = {
             **os.environ,
-            "JUPYTER_TOKEN": self._token,  # not in the command line, which every user of the machine can read
+            "JUPYTER_TOKEN": self._token,  # every user of the machine could read it in the command line
             "JUPYTER_RUNTIME_DIR": str(self._folder / "runtime"),
             "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel python3 is this environment's
             "JUPYTER_CONFIG_PATH": os.pathsep.join(
@@ -80,11 +80,11 @@ class Jupyter:
         return self._child.pid
 
     def wait_until_ready(self) -> str:
-        """Wait until it answers; return its address, without token. Raises LabkitError with the end of its log."""
+        """Wait until it answers. Returns its address, without token. Raises LabkitError with the end of the log."""
         from urllib.error import URLError
         from urllib.request import ProxyHandler, build_opener
 
-        direct = build_opener(ProxyHandler({})).open  # never by the proxy of the environment
+        direct = build_opener(ProxyHandler({})).open  # without the proxy that the environment may name
         facts = self._folder / "runtime" / f"jpserver-{self._child.pid}.json"
 
         def answers() -> bool:
@@ -103,18 +103,18 @@ class Jupyter:
         return f"{self.address}lab/tree/{quote(notebook)}?token={self._token}"
 
     def page(self, notebook: str) -> Path:
-        """A file that leads a browser to `link`, for this user only: command lines are for everybody to read."""
+        """A file that leads a browser to `link`, and only this user can read. A command line is for everybody."""
         path = self._folder / "runtime" / "open.html"
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={escape(self.link(notebook))}">\n')
         return path
 
     def wait(self) -> int:
-        """Wait until it ends by itself (File → Shut Down); its exit code."""
+        """Wait until it ends by itself (File → Shut Down). Returns its exit code."""
         return self._child.wait()
 
     def close(self) -> None:
-        """Shut it down, kernels first. May be called again; an interrupt meanwhile ends it at once."""
+        """Shut it down, kernels first. An interrupt meanwhile ends it at once. May be called again."""
         try:
             self._child.terminate()
             self._child.wait(STOP_SECONDS)
@@ -123,9 +123,3 @@ class Jupyter:
         finally:
             self._child.close()
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -21,17 +21,17 @@ def lab(
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
     port: Annotated[int, typer.Option(help="The port to try first.")] = 8888,
 ) -> None:
-    """Open the lab: a Kafka, and JupyterLab on your own copies of the notebooks."""
+    """Open the lab: Kafka, and JupyterLab with your own copies of the notebooks."""
     from labkit.cli.jupyter import Jupyter
     from labkit.runtime.connect import connect
     from labkit.runtime.home import state_dir
 
-    # A closed terminal must not leave anything either; and a shell has its background jobs ignore SIGINT.
+    # A closed terminal must not leave anything running, either. Background jobs of a shell ignore SIGINT otherwise.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     work = prepare_work(ROOT)
     if os.geteuid() == 0:
-        typer.echo("You are root: JupyterLab is told to allow it (--allow-root).")
+        typer.echo("You are root, so JupyterLab runs with --allow-root.")
     try:
         # JupyterLab starts while Kafka does.
         with Jupyter(work, state_dir() / "jupyter.log", port=port) as jupyter, connect() as connection:
@@ -47,7 +47,7 @@ def lab(
 
 
 def prepare_work(root: Path) -> Path:
-    """Make or refresh the learner's copies in `root`/work, and say what was done. Raises LabkitError."""
+    """Make or refresh the learner's copies in `root`/work, and say what has changed. Raises LabkitError."""
     from labkit.cli.copies import copy_notebooks
 
     if not (root / "notebooks" / FIRST).exists():
@@ -57,19 +57,19 @@ def prepare_work(root: Path) -> Path:
         done = copy_notebooks(root / "notebooks", work)
     except OSError as error:
         raise LabkitError(
-            f"the notebooks cannot be copied to {work}: {error.strerror or error}: make that folder writable"
+            f"the notebooks cannot be copied to {work} ({error.strerror or error}): make that folder writable"
         ) from error
     if done.made:
         typer.echo(f"Your copies of the notebooks are in {work}: edit them as you like.")
     for name in done.updated:
-        typer.echo(f"{name} has a new version, and you had not edited yours: it was replaced.")
+        typer.echo(f"{name} has a new version. It replaces your copy, which you had not edited.")
     for name, beside in done.kept.items():
-        typer.echo(f"{name} has a new version: yours is edited and stays; the new one is {beside}.")
+        typer.echo(f"{name} has a new version, {beside}. Your copy stays, as you have edited it.")
     return work
 
 
 def show(link: str, page: Path | None) -> None:
-    """Open in a browser the page that leads to the address, unless it is None; print the address in any case."""
+    """Open `page` in a browser, unless it is None; it leads to the address. Print the address in any case."""
     if page and _has_desktop() and _open(page):
         typer.echo(f"JupyterLab opens in your browser; its address is\n\n  {link}\n")
     else:
@@ -78,7 +78,7 @@ def show(link: str, page: Path | None) -> None:
 
 
 def _has_desktop() -> bool:
-    """Without a desktop, Python would open a text browser in this terminal."""
+    """Whether there is a desktop. Without one, Python would open a text browser in this terminal."""
     if sys.platform == "darwin" or os.environ.get("BROWSER"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""`labkit`: what a notebook's dashboard does, for a terminal and for production."""
+"""`labkit`: does in a terminal, and in production, what a notebook's dashboard does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labkit.kafka.errors import LabkitError
 
 
 class _Commands(TyperGroup):
-    """Prints an error that labkit raised on purpose as its message alone. A traceback means a bug."""
+    """Prints only the message of an error that labkit raises on purpose. A traceback means a bug."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

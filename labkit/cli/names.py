@@ -1,5 +1,5 @@
-"""Which topic or group is meant by a name, and whose it is. A short name means one's own; nobody acts on another's
-by accident."""
+"""Which topic or group a name means, and whose it is. A short name means one's own, so that nobody acts on another
+learner's by accident."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Learner = Annotated[
 
 @dataclass(frozen=True)
 class Name:
-    """A topic's or group's name, taken apart; for those no lab made, `short` is all of it."""
+    """The parts of a topic's or group's name. If no lab made it, `short` is the whole name."""
 
     full: str
     learner: str
@@ -35,7 +35,7 @@ class Name:
         return cls(full, learner, notebook, run, runs.short_names(full))
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         """The short name, and whose it is, in words."""
         return f"{self.short} of {self.learner}, notebook {self.notebook}, run {self.run}" if self.run else self.full
 
@@ -46,17 +46,17 @@ class Name:
 
 
 def newest(names: Iterable[str]) -> list[Name]:
-    """Without what older runs of the same notebook left. Run ids sort by time."""
+    """These names, without those that older runs of the same notebook have left. Run ids sort by time."""
     parsed = [Name.parse(name) for name in names]
     latest: dict[tuple[str, str], str] = {}
     for name in parsed:
-        place = (name.learner, name.notebook)
-        latest[place] = max(latest.get(place, ""), name.run)
+        notebook = (name.learner, name.notebook)
+        latest[notebook] = max(latest.get(notebook, ""), name.run)
     return [name for name in parsed if name.run == latest[name.learner, name.notebook]]
 
 
 def listed(names: Iterable[str], learner: str = "") -> list[Name]:
-    """What a learner is shown: the newest runs' of their own, and what no lab made."""
+    """The names to list for a learner: those of their newest runs, and those that no lab made."""
     from labkit.lab import runs
 
     whose = runs.learner(learner)
@@ -64,9 +64,9 @@ def listed(names: Iterable[str], learner: str = "") -> list[Name]:
 
 
 def resolve(what: str, wanted: str, names: Iterable[str], learner: str = "") -> Name:
-    """What is meant by a full name, or by a short one: of the learner's runs the newest. `what` is a word for it.
+    """The name that is meant by a full name, or by a short one in the learner's newest run. `what` is a word for it.
 
-    Raises LabkitError naming what there is, or who has it.
+    Raises LabkitError, which lists the names that exist, or says who has this one.
     """
     from labkit.kafka.errors import LabkitError
     from labkit.lab import runs
@@ -86,14 +86,14 @@ def resolve(what: str, wanted: str, names: Iterable[str], learner: str = "") -> 
         )
     there = [name for name in newest(names) if name.learner == whose or not (learner or name.learner)]
     known = ", ".join(sorted({name.short for name in there})) or "none"
-    raise LabkitError(f"{f'there is no {what} called {wanted!r}' if wanted else 'name one'}; there are: {known}")
+    raise LabkitError(f"{f'there is no {what} called {wanted!r}' if wanted else f'name a {what}'}; there are: {known}")
 
 
 def hint_at_others(names: Iterable[str], learner: str = "") -> None:
-    """Tell somebody who is shown nothing of their own who has something."""
+    """If a learner has nothing of their own to see, say who has something."""
     from labkit.lab import runs
 
     whose, there = runs.learner(learner), sorted({Name.parse(name).learner for name in names} - {""})
     if there and whose not in there:
-        said = f"{whose} has nothing here. There is something of {', '.join(there)}: add --learner {there[0]}."
-        typer.echo(said, err=True)
+        others = f"{' and '.join(there)} {'has' if len(there) == 1 else 'have'}"
+        typer.echo(f"{whose} has nothing here, but {others}: add --learner {there[0]}.", err=True)

@@ -1,4 +1,4 @@
-"""How commands answer: lines for people, JSON for programs."""
+"""The answers of commands: lines for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ def say_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def say_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    typer.echo(table(heads, rows))
-
-
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], none: str = "") -> str:
-    """Rows in columns as wide as they need to be, numbers to the right; `none` if there are no rows."""
+    """Rows in columns as wide as need be, numbers on the right; `none` if there are no rows."""
     rows = list(rows)
     if not rows:
         return none

@@ -1,4 +1,4 @@
-"""`labkit blocked`, `skip`, `resume` and `dlq`: a notebook's retry console, for a terminal and for production."""
+"""`labkit blocked`, `skip`, `resume` and `dlq`: a notebook's retry console, in a terminal and in production."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from labkit.patterns.blocked_lanes import Blocked, BlockedLanes
     from labkit.patterns.dead_letters import DeadLetter, DeadLetters
 
-Group = Annotated[str, typer.Argument(help="A consumer group with retries: its full name, or the deployment's.")]
-Places = Annotated[list[str] | None, typer.Argument(help="topic/partition/offset, as `list` shows them.")]
+Group = Annotated[str, typer.Argument(help="A consumer group with retries, by its full name or its deployment's.")]
+Places = Annotated[list[str] | None, typer.Argument(help="The records: topic/partition/offset, as `list` shows them.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 dlq = typer.Typer(help="Review the dead letters of a consumer group.", no_args_is_help=True)
 
 
 def blocked(group: Group, learner: Learner = "", as_json: Json = False) -> None:
-    """Say which records a group cannot get past: where, since when, when they are tried again, and why."""
+    """Say which records block a group: where, since when, why, and when the next attempt is."""
     with _lanes(group, learner) as (name, found):
         now = [one for lanes in found for one in lanes.values()]
     rows = (
@@ -41,28 +41,28 @@ def blocked(group: Group, learner: Learner = "", as_json: Json = False) -> None:
 def skip(
     group: Group,
     place: Annotated[str, typer.Argument(help="The record: topic/partition/offset, as `blocked` shows it.")] = "",
-    everything: Annotated[bool, typer.Option("--all", help="Whatever fails, from now on until `resume`.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Skip all that fail, from now on until `resume`.")] = False,
     learner: Learner = "",
     as_json: Json = False,
 ) -> None:
-    """Let a blocked record be, once; it leaves a trace."""
+    """Skip a blocked record, once. The skip leaves a trace."""
     if bool(place) == everything:
         raise LabkitError("name the record to skip, as `labkit blocked` shows it, or say --all")
     with _lanes(group, learner) as (name, found):
         if everything:
             count = sum(lanes.skip_all() for lanes in found)
-            told: dict[str, Any] = {"skipped": count, "until": "resume"}
-            said = f"Skipped {count}. Whatever fails is skipped until: labkit resume {name.full}"
+            answer: dict[str, Any] = {"skipped": count, "until": "resume"}
+            said = f"Skipped {count}. Every record that fails is skipped until: labkit resume {name.full}"
         else:
             known = {one: lanes for lanes in found for one in lanes}
             full = _resolved(place, known, "blocked")
             one = known[full].skip(full)
-            told, said = _plain(one), f"Skipped {_short(one.place)} ({one.key}): {one.error}"
-    _say(name, told, said, as_json)
+            answer, said = _plain(one), f"Skipped {_short(one.place)} ({one.key}): {one.error}"
+    _say(name, answer, said, as_json)
 
 
 def resume(group: Group, learner: Learner = "", as_json: Json = False) -> None:
-    """Take `skip --all` back: the next failure blocks again."""
+    """End `skip --all`: the next failure blocks again."""
     with _lanes(group, learner) as (name, found):
         skipping = [lanes for lanes in found if lanes.skipping]
         for lanes in skipping or found[:1]:
@@ -72,7 +72,7 @@ def resume(group: Group, learner: Learner = "", as_json: Json = False) -> None:
 
 @dlq.command("list")
 def list_letters(group: Group, learner: Learner = "", as_json: Json = False) -> None:
-    """List them, oldest first."""
+    """List the dead letters, oldest first."""
     with _queues(group, learner) as (name, found):
         letters = [letter for queue in found for letter in queue.values()]
     rows = ((_short(one.place), one.key, clock(one.at), one.attempts, one.error) for one in letters)
@@ -87,7 +87,7 @@ def show(
     learner: Learner = "",
     as_json: Json = False,
 ) -> None:
-    """Show one: its payload, where it came from, all attempts, the last error."""
+    """Show one dead letter: its payload, where it came from, its attempts, the last error."""
     with _queues(group, learner) as (name, found):
         known = {one: queue for queue in found for one in queue}
         full = _resolved(place, known, "among the dead letters")
@@ -105,7 +105,7 @@ def replay(
     learner: Learner = "",
     as_json: Json = False,
 ) -> None:
-    """Put some back where their retries start. Each leaves the queue once it is handled."""
+    """Put dead letters back where their retries start. Each leaves the queue once it is handled."""
     name, count = _change(group, learner, places, everything, "replay")
     _say(name, {"replayed": count}, f"{count:,} put back; each leaves once it is handled.", as_json)
 
@@ -119,7 +119,7 @@ def purge(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Remove some for good."""
+    """Remove dead letters for good."""
     what = "all dead letters" if everything else ", ".join(places or [])
     name, count = _change(group, learner, places, everything, "purge", "" if yes else f"Remove {what} of")
     _say(name, {"purged": count}, f"{count:,} removed.", as_json)
@@ -128,11 +128,11 @@ def purge(
 def _change(
     group: str, learner: str, places: list[str] | None, everything: bool, verb: str, question: str = ""
 ) -> tuple[Name, int]:
-    """Whose they were, and how many. Asks a question that ends with whose they are, if there is one, before."""
+    """Replay or purge; returns whose dead letters, and how many. Asks the question first, if there is one."""
     if bool(places) == everything:
         raise LabkitError(f"name the records to {verb}, as `labkit dlq list` shows them, or say --all")
     with _queues(group, learner) as (name, found):
-        if question and not typer.confirm(f"{question} {name.told} for good?", err=True):
+        if question and not typer.confirm(f"{question} {name.described} for good?", err=True):
             raise LabkitError("nothing was removed")
         known = {one: queue for queue in found for one in queue}
         full = [*known] if everything else [_resolved(one, known, "among the dead letters") for one in places or []]
@@ -162,10 +162,10 @@ def _queues(group: str, learner: str) -> Iterator[tuple[Name, list[DeadLetters]]
 
 
 def _retried(group: str, learner: str) -> tuple[Name, list[Topic[Any]]]:
-    """A group, and the topics that it reads with retries. Raises LabkitError naming the groups that do."""
+    """A group, and the topics that it reads with retries. Raises LabkitError, which lists the groups that do."""
     from labkit.kafka.topics import Topic
     from labkit.patterns.blocked_lanes import LANES
-    from labkit.patterns.trails import digest, taken_apart
+    from labkit.patterns.own_topics import digest, taken_apart
 
     with kafka() as connection:
         cluster = connection.cluster
@@ -175,22 +175,22 @@ def _retried(group: str, learner: str) -> tuple[Name, list[Topic[Any]]]:
         source, of = taken_apart(one)
         if one.endswith(f"_{LANES}") and source in there:
             retried[of].append(Topic(cluster, source, there[source], dict))
-    # A group whose consumers are all gone may be forgotten by Kafka; its topics are not.
+    # Kafka may have forgotten a group whose consumers are all gone. Its topics are still there.
     names = {one for one in (*retried, *groups, group) if one in retried or digest(one) in retried}
     name = resolve("group with retries", group, names, learner)
     return name, [*retried[name.full], *retried[digest(name.full)]]
 
 
-def _say(name: Name, told: dict[str, Any] | list[dict[str, Any]], said: str, as_json: bool) -> None:
-    """Answer, and say whose it was."""
+def _say(name: Name, answer: dict[str, Any] | list[dict[str, Any]], said: str, as_json: bool) -> None:
+    """Answer, in JSON or in words, and say whose group it is."""
     if not as_json:
-        typer.echo(f"{name.told}\n{said}")
+        typer.echo(f"{name.described}\n{said}")
     else:
-        say_json({**told, **name.whose} if isinstance(told, dict) else [{**one, **name.whose} for one in told])
+        say_json({**answer, **name.whose} if isinstance(answer, dict) else [{**one, **name.whose} for one in answer])
 
 
 def _resolved(place: str, known: dict[str, Any], where: str) -> str:
-    """The full place that is meant by a full or a short one."""
+    """The full place for a full or a short one."""
     found = [one for one in known if place in (one, _short(one))]
     if not found:
         raise LabkitError(f"{place} is not {where}; there are: {', '.join(map(_short, known)) or 'none'}")

@@ -1,4 +1,4 @@
-"""`labkit topics` and `labkit lag`: what is in Kafka, by the names that notebooks use."""
+"""`labkit topics` and `labkit lag`: the contents of Kafka, by the names that notebooks use."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def topics(
     learner: Learner = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="Everybody's, older runs' and Kafka's own topics too, by full name.")
+        bool, typer.Option("--all", help="All topics, by full name: everybody's, of all runs, and Kafka's own.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List topics with their number of records: your newest run's of each notebook, and those that no lab made."""
+    """List topics and how many records they have: your newest run's in each notebook, and those that no lab made."""
     from labkit.kafka.lag import end_offsets, start_offsets
 
     with kafka() as connection:
@@ -48,15 +48,15 @@ def topics(
 
 def lag(
     group: Annotated[
-        str, typer.Argument(help="A consumer group: its full name, or the deployment's. None: says which there are.")
+        str, typer.Argument(help="A consumer group, by its full name or its deployment's. Without one: list them.")
     ] = "",
     learner: Learner = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="Without a group: everybody's and older runs' too, by full name.")
+        bool, typer.Option("--all", help="Without a group: list everybody's, of all runs, by full name.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say how many records a consumer group has still to finish, by partition."""
+    """Say how many records a consumer group has still to handle, by partition."""
     from labkit.kafka.errors import LabkitError
     from labkit.kafka.lag import committed_offsets
     from labkit.kafka.lag import lag as behind
@@ -74,8 +74,8 @@ def lag(
         committed = committed_offsets(connection.cluster, full)
         if not committed:
             raise LabkitError(
-                f"group {full} has not committed anything yet, so nothing says where it is: let its consumers finish a "
-                "record first. `labkit topics` tells whether there are any; in a notebook, run the cell that starts it"
+                f"group {full} has committed nothing yet, so its lag is unknown: let its consumers handle a record "
+                "first. `labkit topics` tells whether there are any; in a notebook, run the cell that starts the group"
             )
         lags = behind(connection.cluster, full, sorted({topic for topic, _ in committed}))
     if as_json:
@@ -85,7 +85,7 @@ def lag(
         ]
         say_json({"group": full, **name.whose, "lag": sum(lags.values()), "partitions": partitions})
     else:
-        typer.echo(f"{name.told}: {sum(lags.values()):,} records behind")
+        typer.echo(f"{name.described}: {sum(lags.values()):,} records behind")
         rows = ((Name.parse(topic).short, partition, count) for (topic, partition), count in sorted(lags.items()))
         typer.echo(table(("topic", "partition", "lag"), rows))
 
@@ -97,5 +97,5 @@ def kafka() -> Connection:
 
     connection = running()
     if connection is None:
-        raise LabkitError("no Kafka is running: `labkit up` or `make lab` starts one, `labkit status` tells")
+        raise LabkitError("no Kafka is running: `labkit up` or `make lab` starts one")
     return connection

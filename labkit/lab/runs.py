@@ -21,7 +21,7 @@ import msgspec
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.patterns.trails import taken_apart
+from labkit.patterns.own_topics import taken_apart
 from labkit.runtime.home import state_dir
 
 LEARNER = "LABKIT_LEARNER"

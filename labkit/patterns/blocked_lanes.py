@@ -1,8 +1,9 @@
-"""Which lanes are blocked, and what to do about it: seen and said from anywhere that reaches Kafka.
+"""Which lanes are blocked, and the commands that unblock them, from anywhere that reaches Kafka.
 
-A running consumer writes into a store what it cannot get past. Who looks at that store may tell it to skip a record, or
-all that fail, until told to resume; it hears of that at once, in the middle of any back-off. A skip names topic,
-partition and offset, leaves a trace in a topic, and is taken back once its record is committed: it never fires again.
+A running consumer writes into a store which records it cannot get past. Whoever reads the store may write a command
+into it: skip one record, or skip all that fail until `resume`. The consumer obeys at once, even in the middle of a
+back-off. A skip names topic, partition and offset, and leaves a trace in a topic. Once its record is committed the
+command is taken back, so it never fires again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from labkit.kafka.records import Placed, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.group_entries import GroupEntries
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.patterns.trails import own_topic, shown, trail_of
+from labkit.patterns.own_topics import own_topic
+from labkit.patterns.retry_history import history_of, shown
 
-LANES, SKIPS = "lanes", "skips"  # what the two topics are called
+LANES, SKIPS = "lanes", "skips"  # how the names of the two topics end
 SKIP_ALL = "skip all"  # the key of that command
-TAKEN = 10.0  # seconds for a consumer to do what it was told
+TAKEN = 10.0  # seconds for a consumer to carry a command out
 
 
 class Blocked(Placed, msgspec.Struct, frozen=True, tag=True):
@@ -51,7 +53,7 @@ class Blocked(Placed, msgspec.Struct, frozen=True, tag=True):
 
 
 class Skip(msgspec.Struct, frozen=True, tag=True):
-    """A command: let this record be, or whatever fails."""
+    """A command: skip this record, or every record that fails."""
 
     by: str
     at: float
@@ -92,7 +94,7 @@ def _skip_key(place: str) -> str:
 
 
 class BlockedLanes(GroupEntries[Blocked]):
-    """The records at which a group is blocked on a topic, by place, and the commands about them.
+    """The records that block a group on a topic, by place, and the commands about them.
 
     Raises TopicMissing when no consumer with retries ever ran there.
     """
@@ -111,14 +113,18 @@ class BlockedLanes(GroupEntries[Blocked]):
         return SKIP_ALL in self.store.snapshot()
 
     def skip(self, place: str, timeout: float = TAKEN) -> Blocked:
-        """Let the record at `topic/partition/offset` be, once. Returns what was skipped, once it was.
+        """Skip the record at `topic/partition/offset`, once. Returns the record, after a consumer has skipped it.
 
-        Raises LabkitError when that record is not what its lane is blocked by, or nobody does it within `timeout`.
+        Raises LabkitError when this record blocks no lane, or no consumer skips it within `timeout` seconds.
         """
         now = self._now()
         if (one := now.get(place)) is None:
             here = [other for other in now if other.rpartition("/")[0] == place.rpartition("/")[0]]
-            what = f"there it is {', '.join(here)}" if here else f"blocked are {', '.join(now) or 'none'}"
+            what = (
+                f"in that partition it is {', '.join(here)}"
+                if here
+                else f"it is blocked by {', '.join(now) or 'nothing'}"
+            )
             raise LabkitError(f"group {self.group} is not blocked by {place}: {what}")
         self.store.put(_skip_key(place), Skip(self._me, time.time()))
         self._wait(lambda: place not in self._now(), timeout, f"skip {place}")
@@ -127,7 +133,7 @@ class BlockedLanes(GroupEntries[Blocked]):
     def skip_all(self, timeout: float = TAKEN) -> int:
         """Skip every record that fails, from now on until `resume`.
 
-        Returns how many were blocked, once these are skipped. Raises LabkitError when nobody does it.
+        Returns how many records blocked a lane, once these are skipped. Raises LabkitError when no consumer skips them.
         """
         now = self._now().keys()
         self.store.put(SKIP_ALL, Skip(self._me, time.time()))
@@ -137,11 +143,11 @@ class BlockedLanes(GroupEntries[Blocked]):
     def resume(self) -> None:
         """Take `skip_all` back: the next failure blocks again. Raises LabkitError when nothing is skipped."""
         if not self.skipping:
-            raise LabkitError(f"group {self.group} skips nothing")
+            raise LabkitError(f"group {self.group} skips nothing, so there is nothing to resume")
         self.store.delete(SKIP_ALL)
 
     def skipped(self) -> list[Skipped]:
-        """Every skip there was, oldest first. One whose consumer crashed before it committed is listed again."""
+        """Every skip there was, oldest first. If the consumer crashed before its commit, the skip is there twice."""
         with Reader(self._skips) as reader:
             return [record.value for record in reader.read_to_end()]
 
@@ -150,8 +156,8 @@ class BlockedLanes(GroupEntries[Blocked]):
         while not done():
             if time.monotonic() > until:
                 raise LabkitError(
-                    f"{what}: stored, but no consumer of {self.group} carried it out within {timeout:g} s. Is one "
-                    "running? The next one that reaches the record will"
+                    f"{what}: the command is stored, but no consumer of {self.group} carried it out within "
+                    f"{timeout:g} s. Is one running? The next one that reaches the record will"
                 )
             time.sleep(0.01)
 
@@ -160,8 +166,8 @@ class BlockedLanes(GroupEntries[Blocked]):
 
 
 class Commands:
-    """What one running consumer says of its blocked lanes, and is told about them. It only listens to the consumer's
-    steps, and puts what is commanded on the record that it names. Called from several threads."""
+    """What one running consumer has to do with the store: it writes which of its lanes are blocked, and puts a command
+    on the record that the command names. It only listens to the consumer's steps, in several threads."""
 
     def __init__(self, topic: Topic[Any], group: str) -> None:
         self.topic = lanes_topic(topic, group)
@@ -186,7 +192,7 @@ class Commands:
         elif step is Step.ASSIGNED:
             with self._lock:
                 self._held |= {(topic, number): first for topic, number, first in subject}
-            self._look_again("")  # whatever stands there of an owner before, who crashed, is over
+            self._look_again("")  # entries of an owner before, which crashed, are over
         elif step is Step.COMMITTED:
             with self._lock:
                 self._held |= {place: at for place, at in subject.items() if place in self._held}
@@ -204,24 +210,24 @@ class Commands:
         self._producer.unconfirmed(2.0)
 
     def _command(self, failed: FailedRecord) -> None:
-        """Put on a record what stands about it in the store, once; take off what stands there no more."""
+        """Put the store's command about this record on it, once; take a command off that is no longer in the store."""
         with self._lock:
             found = None
             for key in (_skip_key(failed.place), SKIP_ALL):
-                with suppress(LabkitError):  # not loaded yet: then it wakes us; or somebody wrote nonsense there
+                with suppress(LabkitError):  # not loaded yet, then the store wakes us; or somebody wrote nonsense there
                     if found is None and isinstance(entry := self.store.get(key), Skip):
                         found = entry
             if found is not None and failed.command is None:
-                failed.put_command(found)  # under the lock, or one that is taken back meanwhile would stand again
+                failed.put_command(found)  # under the lock: a command that is taken back meanwhile must not stand again
             else:
                 failed.command = found
 
     def _block(self, failed: FailedRecord) -> None:
-        """Say that a lane waits."""
+        """Write that a lane waits."""
         key, value = shown(failed.message.key()), shown(failed.message.value())
-        own = failed.topic != self._main  # a trail that comes with the main topic is forged
-        trail = trail_of(failed.message) if own else None
-        attempts = failed.attempt + (trail.attempts if trail is not None else 0)
+        own = failed.topic != self._main  # a history that comes with the main topic is forged
+        history = history_of(failed.message) if own else None
+        attempts = failed.attempt + (history.attempts if history is not None else 0)
         entry = Blocked(
             *(failed.topic, failed.partition, failed.offset, key, value, failed.since),
             *(attempts, failed.due, error_text(failed.refused or failed.error), self._me),
@@ -231,22 +237,22 @@ class Commands:
                 return
             self._mine[failed.place] = (failed, entry)
             self._send(f"blocked {entry.place}", entry)
-        self._command(failed)  # one that came while nothing was blocked here
+        self._command(failed)  # a command may have come while nothing was blocked here
 
     def _look_again(self, prefix: str) -> None:
-        with suppress(LabkitError):  # not loaded: each entry is looked at when it is
+        with suppress(LabkitError):  # not loaded yet: loading passes each entry to `_changed`
             for key, entry in self.store.snapshot().items():
                 if key.startswith(prefix):
                     self._changed(key, None, entry)
 
     def _changed(self, key: str, old: Entry | None, new: Entry | None) -> None:
-        """Told by the store's thread of everything in it, and of every change."""
+        """The subscription: called for everything in the store, and for every change."""
         verb, place = key.split(" ", 1) if " " in key else (key, "")
-        topic, number, offset = _taken_apart(place)
+        topic, number, offset = _coordinates(place)
         with self._lock:
             committed = self._held.get((topic, number))
             if verb == "blocked":
-                if new is None and place in self._mine:  # by an owner before, who thought it still was
+                if new is None and place in self._mine:  # an owner before took it out, who believed it was still his
                     self._send(key, self._mine[place][1])
                 elif new is not None and place not in self._mine and committed is not None:
                     self._send(key, None)
@@ -264,11 +270,11 @@ class Commands:
         self._producer.send(self.topic.name, None if entry is None else encode(entry), key, on_delivery=_ignore)
 
 
-def _taken_apart(place: str) -> tuple[str, int, int]:
+def _coordinates(place: str) -> tuple[str, int, int]:
     topic, _, offset = place.rpartition("/")
     topic, _, number = topic.rpartition("/")
     return (topic, int(number), int(offset)) if number.isdecimal() and offset.isdecimal() else ("", -1, -1)
 
 
 def _ignore(refused: str | None, partition: int, offset: int) -> None:
-    """A word about a lane that is lost is said again at its next attempt."""
+    """A lost entry about a lane is written again at the lane's next attempt."""

@@ -1,19 +1,20 @@
-"""What a group with retries keeps of a topic, seen from outside: entries of a store, by the place they are about."""
+"""What a group with retries keeps about a topic, seen from outside: entries of a store, by the place of a record."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
+from labkit.closing import Closing
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 
 V = TypeVar("V")
 
 
-class GroupEntries(Mapping[str, V]):
-    """A mapping in which all that is looked at together is of one moment, oldest first. `kept` is the store's topic.
+class GroupEntries(Closing, Mapping[str, V]):
+    """A mapping, oldest entry first. What one call returns is of one moment. `kept` is the store's topic.
 
     Raises TopicMissing when no consumer with retries ever ran there.
     """
@@ -24,7 +25,7 @@ class GroupEntries(Mapping[str, V]):
 
     @abstractmethod
     def _now(self) -> dict[str, V]:
-        """All there are, oldest first."""
+        """All entries, oldest first."""
 
     def __getitem__(self, place: str) -> V:
         return self._now()[place]
@@ -36,21 +37,15 @@ class GroupEntries(Mapping[str, V]):
         return len(self._now())
 
     def values(self) -> ValuesView[V]:
-        """All of one moment: some may leave while they are looked at."""
+        """The values of one moment: some may leave while you look at them."""
         return self._now().values()
 
     def items(self) -> ItemsView[str, V]:
-        """The same, with their places."""
+        """Places and values of one moment."""
         return self._now().items()
 
     def close(self) -> None:
         self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         holds = f"{len(self):,}" if self.store.ready else "closed"

@@ -1,4 +1,4 @@
-"""A question that is asked every so often in a thread of its own: without Kafka an answer takes its time."""
+"""A thread that looks at Kafka every so often, so that nobody else waits when Kafka is slow to answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ A = TypeVar("A")
 
 
 class Look(Generic[A]):
-    """Asks `ask` every so many seconds, while this context lasts. It ends with the first failure."""
+    """Calls `ask` every so many seconds while this context lasts, or until the first failure."""
 
     def __init__(self, ask: Callable[[], A], every: float) -> None:
         self._ask, self._every = ask, every
@@ -21,7 +21,7 @@ class Look(Generic[A]):
         self._stop = threading.Event()
 
     def answer(self) -> A | None:
-        """The last answer, if there was one. Raises LabkitError when the question did."""
+        """The last answer, if there was one. Raises the LabkitError that `ask` raised."""
         if self._failure is not None:
             raise self._failure
         return self._answer
@@ -38,7 +38,7 @@ class Look(Generic[A]):
             try:
                 self._answer = self._ask()
             except ClusterUnreachable:
-                pass  # it comes back; meanwhile nothing changes
+                pass  # the cluster comes back; meanwhile nothing changes
             except LabkitError as error:
                 self._failure = error
                 return

@@ -1,4 +1,4 @@
-"""The mediator topology, also called saga orchestration: one process knows the steps of a business event.
+"""The mediator topology, also called saga orchestration: one program knows all steps of a business event.
 
     order = Process("order", 1, (Step("charge", charges), Step("reserve", reservations), Step("invoice", invoices)))
     mediator = Mediator(orders, replies, store, [order])      # topics: initial events, StepReply, ProcessState
@@ -6,16 +6,18 @@
     lab.deploy("charge", mediator.processor("charge", do=charge, cancel=cancel_charge, undo=refund))
     mediator.states().get("17")                               # where is order 17? A local read
 
-An initial event begins an instance, whose id is its key. The mediator sends a command to the first step's processor,
-and goes on with its reply: the next step, or, when a step fails for good, compensations in reverse.
+An initial event begins an instance, whose id is the event's key. The mediator sends a command to the first step's
+processor, and the reply decides how it goes on: with the next step, or, after a step has failed for good, with
+compensations in reverse.
 
-Walk one event through it. It lies in partition 2 of `orders`. The consumer with state takes it, finds nothing under its
-key in state 2, and sends two records: a command, which says "reply to partition 2", and a timeout, into partition 2 of
-a topic whose records wait. Both, the new state and the event's offset are one transaction: killed before its commit,
-nothing has happened, and the event is handled again; killed after it, all has. The processor does its step and replies
-in a transaction with the command's offset; if it is killed in between it does the step again, so what it calls must
-know the id. The reply lies in partition 2, and so finds the state. The timeout comes last, and is too late to matter.
-If it comes first, the step is asked to cancel: only its answer tells whether it was done.
+Walk one event through it. The event lies in partition 2 of `orders`. The consumer with state takes it, finds nothing
+under its key in state 2, and sends two records: a command, which says "reply to partition 2", and a timeout, into
+partition 2 of a topic whose records wait. These two, the new state and the event's offset are one transaction. If the
+mediator is killed before the commit, nothing has happened, and the event is handled again; if after it, all has
+happened. The processor does its step, and replies in a transaction with the command's offset. If it is killed in
+between, it does the step again, so whatever it calls must know the id. The reply lies in partition 2, and so finds the
+state. The timeout comes later, and nothing depends on it any more. If the timeout comes first, the step is asked to
+cancel: only its answer tells whether it was done.
 """
 
 from __future__ import annotations
@@ -54,22 +56,22 @@ TIMEOUTS = re.compile(r"-timeouts-(\d+m?s)$")  # how the name of a topic of time
 
 
 class Refused(LabkitError):
-    """A step fails for good, raised by its processor's function: no further attempt, the mediator is told."""
+    """A step fails for good: its processor's function raises this, and there is no further attempt."""
 
 
 @dataclass(frozen=True)
 class Mediator(Generic[E]):
-    """Orchestrates the instances of a process: plain data, so it can travel to a pod.
+    """Orchestrates the instances of a process. It is plain data, so it can travel to a pod.
 
-    `initial` has the initial events. `replies` and `store`, which is compacted, have as many partitions. `processes`
-    are the versions of the process: new instances begin with the newest one, each goes on by its own.
+    `initial` has the initial events. `replies`, and `store`, which is compacted, have as many partitions. `processes`
+    are the versions of the process: a new instance begins with the newest one, and goes on by that one.
 
-    What cannot go on by itself has the status "needs a person": a compensation that fails for good, and a question that
-    was asked `asks` times without an answer that decides. It is among the `dead_letters`; one that is replayed has its
-    last question asked again. A reply that fits no question is there too.
+    An instance that cannot go on by itself has the status "needs a person": a compensation has failed for good, or a
+    question was asked `asks` times without an answer that decides. It is among the `dead_letters`; replay it, and its
+    last question is asked again. A reply that fits no question is there too.
 
-    A state is kept for good, some 500 bytes a step, in the memory of the mediators and of who reads `states`. Timeouts
-    are kept for a week after they are due: mediators that are all away for longer do not hear those.
+    A state is kept for good, some 500 bytes a step, in the memory of the mediators and of all who read `states`. A
+    timeout is kept for a week after it is due: if all mediators are away for longer, it is lost.
     """
 
     initial: Topic[E]
@@ -82,31 +84,31 @@ class Mediator(Generic[E]):
     def __post_init__(self) -> None:
         versions = [one.version for one in self.processes]
         if not versions or len({one.name for one in self.processes}) > 1 or len(set(versions)) < len(versions):
-            raise LabkitError("a mediator takes one process: all of its versions that are under way, each once")
+            raise LabkitError("a mediator takes the versions of one process that are under way, each of them once")
         if self.asks < 1:
-            raise LabkitError(f"a step is asked at least once, not {self.asks!r} times")
+            raise LabkitError(f"asks is at least 1, as a step is asked at least once, not {self.asks!r}")
         pairs = {(step.name, step.commands.name) for step in self.steps}
         if any(len(set(each)) < len(pairs) for each in zip(*pairs, strict=True)):
             raise LabkitError(
-                f"over all versions a step has one topic of commands, and a topic one step, not {sorted(pairs)}: give"
-                " a step that has changed a new name and a new topic"
+                f"in all versions, a step has one topic of commands, and a topic one step, not {sorted(pairs)}: give a"
+                " changed step a new name and a new topic"
             )
         values: list[tuple[Topic[Any], type]] = [(self.replies, StepReply), (self.store, ProcessState)]
         values += [(step.commands, StepCommand) for step in self.steps]
         for topic, value in values:
             if topic.value is not value:
-                raise LabkitError(f"topic {topic.short} is to have values of {value.__name__}: {topic!r}")
+                raise LabkitError(f"topic {topic.short} must have values of {value.__name__}: {topic!r}")
             if topic.cluster != self.initial.cluster:
                 raise LabkitError(f"topic {topic.short} must be on the cluster of {self.initial.short}")
 
     @property
     def newest(self) -> Process:
-        """What new instances go by."""
+        """The version by which new instances go."""
         return max(self.processes, key=lambda one: one.version)
 
     @property
     def steps(self) -> list[Step]:
-        """Those of all versions, the newest first."""
+        """The steps of all versions, the newest version first."""
         versions = sorted(self.processes, key=lambda one: one.version, reverse=True)
         return [step for process in versions for step in process.steps]
 
@@ -116,12 +118,12 @@ class Mediator(Generic[E]):
         return self.store.name
 
     def timeouts(self, seconds: float) -> Topic[StepReply]:
-        """Where timeouts of so many seconds wait, in whole milliseconds: one topic for each duration, so that the first
-        one is due first."""
+        """The topic in which timeouts of this duration wait, in whole milliseconds. Each duration has its own topic, so
+        that the first timeout in it is due first."""
         return replace(self.replies, name=f"{self.store.name}-timeouts-{written(seconds)}")
 
     def consumer(self, slot: str = "", commit_interval: float = 0.05) -> RetryingConsumer:
-        """What orchestrates, in one process or many: each a member of the store's group. `slot` as of `Consumer`."""
+        """The consumer that orchestrates, in one process or many, all in the store's group. `slot` as of `Consumer`."""
         return _Orchestrating(
             *((replace(self.initial, value=Any), self.replies), _Handler(self), self.group),  # type: ignore[arg-type]
             guarantee="exactly once",
@@ -141,15 +143,15 @@ class Mediator(Generic[E]):
         undo: Callable[[str, E], Any] | None = None,
         slot: str = "",
     ) -> RetryingConsumer:
-        """What serves a step, in one process or many: it reads commands, calls one of these functions, and replies.
+        """The consumer that serves a step, in one process or many: reads commands, calls a function, and replies.
 
-        Each takes the instance's id, and may be called again for it: it remembers, together with its effect, what has
-        become of that id. `do(id, value)` and `undo(id, value)` return details for the reply, or raise Refused to fail
-        for good, or an error that the step's `retry` names as `non_retriable`; any other one is the business of that.
-        `cancel(id)` says "done" if it was done, or "cancelled", and then no later `do` may have an effect: it raises
-        Refused. Or "unknown", to be asked again.
+        Each function takes the instance's id, and may be called again for the same id. So it must store what has become
+        of the id, together with its effect. `do(id, value)` and `undo(id, value)` return details for the reply. To fail
+        for good they raise Refused, or an error that the step's `retry` names as `non_retriable`; after any other error
+        `retry` decides. `cancel(id)` returns "done" if the step was done; "cancelled", and then every later `do` must
+        raise Refused; or "unknown", to be asked again.
 
-        Records of one partition are handled in order. `replace(…, order="key")` does it for those of one instance.
+        Records of one partition are handled in order; with `replace(…, order="key")`, those of one instance.
         """
         found = [one for one in self.steps if one.name == step]
         if not found:
@@ -167,26 +169,26 @@ class Mediator(Generic[E]):
         )
 
     def states(self) -> KeyValueStore[ProcessState]:
-        """Where each instance stands, to be read locally."""
+        """A local store of where each instance stands."""
         return KeyValueStore(self.store)
 
     def dead_letters(self) -> DeadLetters:
-        """What needs a person, and replies that fit no question. Before a mediator ran: TopicMissing. Initial events
-        that began nothing are in `DeadLetters(mediator.initial, mediator.group)`."""
+        """The instances that need a person, and replies that fit no question. Initial events that began nothing are in
+        `DeadLetters(mediator.initial, mediator.group)`. Raises TopicMissing if no mediator ever ran."""
         return DeadLetters(self.replies, self.group)
 
 
 @dataclass(frozen=True)
 class _Orchestrating(RetryingConsumer):
-    """The mediator's consumer, which has topics of timeouts of its own."""
+    """The mediator's consumer, which has its own topics of timeouts."""
 
     mediator: Mediator[Any] | None = None
 
     def prepare(self) -> Self:
         """Make the topics of timeouts, too, and read those that an earlier definition has left.
 
-        The group does not share them out: they go with the replies. (A static member that comes back with other topics
-        is given what it had before.)"""
+        The group does not assign them, they go with the replies: a static member that comes back with other topics gets
+        the assignment that it had before."""
         mediator = self.mediator
         assert mediator is not None  # noqa: S101
         there = self.cluster.topics()
@@ -203,16 +205,16 @@ class _Orchestrating(RetryingConsumer):
             topic = replace(mediator.timeouts(delay), partitions=there[mediator.replies.name])
             if there.get(name) == topic.partitions:
                 check(topic, waiting(delay))
-            else:  # it is refused if it is there with another number
+            else:  # `create` refuses a topic that has another number of partitions
                 create(topic, waiting(delay), {})
             topics.append(topic)
             not_before[name] = partial(_due, delay)
-        beside = {mediator.replies.name: topics}
-        return super(_Orchestrating, replace(self, co_partitioned=beside, not_before=not_before)).prepare()
+        timeouts = {mediator.replies.name: topics}
+        return super(_Orchestrating, replace(self, co_partitioned=timeouts, not_before=not_before)).prepare()
 
 
 def _delay(name: str) -> float:
-    """The seconds for which timeouts wait in a topic of this name; 0 in any other one."""
+    """The seconds for which timeouts wait in a topic of this name; 0 for any other topic."""
     found = TIMEOUTS.search(name)
     return 0.0 if found is None else seconds_of(found[1])
 
@@ -223,18 +225,18 @@ def _due(delay: float, record: Record[Any]) -> float:
 
 @dataclass(frozen=True)
 class _Handler:
-    """The consumer's handler: what a record makes of a state is decided in `mediator_states`; what the step from one
-    state to the next one sends, here."""
+    """The consumer's handler. `mediator_states` decides to which state a record leads; the handler sends what belongs
+    to the change."""
 
     mediator: Mediator[Any]
 
     def __call__(self, states: Mapping[str, ProcessState], record: Record[Any]) -> Mapping[str, ProcessState]:
         value = record.value
         if value is None:
-            raise LabkitError("an initial event, and a reply, have a value")
+            raise LabkitError("the record has no value: an initial event and a reply need one")
         instance = value.id if isinstance(value, StepReply) else record.key
         if not instance:
-            raise LabkitError("an initial event has a key: the id of its instance")
+            raise LabkitError("the initial event has no key: it needs the id of its instance")
         before = states.get(instance)
         after = self.next(before, instance, record)
         if after is before:
@@ -246,21 +248,21 @@ class _Handler:
         return {instance: after}
 
     def next(self, state: ProcessState | None, instance: str, record: Record[Any]) -> ProcessState:
-        """What this record makes of a state. Raises LabkitError: then it makes nothing of it."""
+        """The state to which this record leads. Raises LabkitError for a record that leads to none."""
         value = record.value
         if not isinstance(value, StepReply):
-            parser(self.mediator.initial.value)(encode(value))  # what no processor could read begins nothing
+            parser(self.mediator.initial.value)(encode(value))  # an event that no processor could read begins nothing
             if state is not None:
                 return came_again(state, instance, value)
             return begin(self.mediator.newest, value, record.timestamp)
         if state is None:
             raise LabkitError(
-                f"no instance {instance!r} is known in partition {record.partition}: either it never began, or this "
-                "lies in the wrong partition. A reply goes to the partition number that its command says"
+                f"no instance {instance!r} is known in partition {record.partition}: it never began, or this reply "
+                "lies in the wrong partition. A reply goes to the partition number in its command"
             )
         if value.result == "no answer" and (value.number < state.number or not state.awaits(value.number)):
-            return state  # it was answered in time, or that time was over before
-        now = record.timestamp + _delay(record.topic)  # of a timeout: when its time was over, not when it was sent
+            return state  # the answer came in time, or an earlier timeout counted
+        now = record.timestamp + _delay(record.topic)  # a timeout counts when it is due, not when it was sent
         return answered(self.process(state, instance), state, value, self.mediator.asks, now)
 
     def process(self, state: ProcessState, instance: str) -> Process:
@@ -270,7 +272,7 @@ class _Handler:
                 return one
         raise LabkitError(
             f"{instance} goes by version {state.version} of process {self.mediator.newest.name}, which the mediator "
-            "does not have: give it that one too, beside the newest, until no instance goes by it any more"
+            "does not have: give it this version too, until no instance goes by it"
         )
 
     def ask(self, instance: str, state: ProcessState, partition: int) -> None:
@@ -297,7 +299,7 @@ class _Handler:
 
 
 class _Unusable(LabkitError):
-    """A command that its processor cannot serve, however often it tries."""
+    """A processor cannot serve this command, however often it tries."""
 
 
 @dataclass(frozen=True)
@@ -321,11 +323,11 @@ class _Processor(Generic[E]):
         self.replies.send(reply, key=command.id, partition=command.partition)
 
     def result(self, command: StepCommand) -> tuple[Result, Any]:
-        """What became of it, and details. Raises what the step's own function does, for its policy to decide."""
+        """The result of a command, and details. Raises what the step's function raises, for the retry policy."""
         if command.action == "cancel":
             answer = self.cancel(command.id)
             if answer not in ANSWERS["cancel"]:
-                raise LabkitError(f"cancel of {self.step} returns one of {ANSWERS['cancel']}, not {answer!r}")
+                raise LabkitError(f"cancel of step {self.step} must return one of {ANSWERS['cancel']}, not {answer!r}")
             return answer, None
         function = self.do if command.action == "do" else self.undo
         if function is None:

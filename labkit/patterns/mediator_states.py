@@ -1,8 +1,8 @@
 """What a mediator knows of one instance of a process, and how it goes on: pure functions, from a state to the next one.
 
-A state keeps every question that was put to a step, with its answer. The number of a question is its place among them.
-Its last question is awaited, and those before it to the same step, as long as nothing is decided: a late answer is one,
-too. So the state alone tells what is late, repeated, or was never asked.
+A state keeps every question that was put to a step, with its answer, and numbers them in order. An answer to the last
+question is awaited; so are answers to those before it that went to the same step, as long as nothing is decided,
+because a late answer is one, too. So the state alone tells which reply is late, repeated, or was never asked for.
 
     running ── done ─→ … ─→ completed
        │ failed ──────────→ compensating ── undone ─→ … ─→ compensated
@@ -41,30 +41,30 @@ WAITS: Mapping[Action, Status] = {"do": "running", "cancel": "cancelling", "undo
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a process: where its processor gets its commands, and what is done when it does not answer or fails."""
+    """A step of a process: its topic of commands, and what happens when it fails or does not answer."""
 
     name: str
     commands: Topic[StepCommand]
     timeout: float = 10.0
-    """Seconds to wait for an answer: more than the delays of `retry` together. Then the step is asked to cancel. Behind
-    a `do` that blocks, that is read after it, and all it costs are questions, and at last a person. But `retry_topics`
-    let it pass: a step is cancelled that the next attempt would have done."""
+    """Seconds to wait for an answer, before the step is asked to cancel: more than the delays of `retry` together. If
+    they take longer, a `do` that blocks is read first, and `cancel` after it: that costs only questions, and at last a
+    person. But `cancel` overtakes a `do` in a retry topic: then a step is cancelled that the next attempt would do."""
     retry: Policy = field(default_factory=lambda: blocking(exponential(0.2, cap=5.0, times=5)))
     """What its processor does when a call fails: see `retries`."""
     compensated: bool = True
-    """Whether the step is undone when a later one fails for good."""
+    """Whether to undo the step when a later one fails for good."""
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise LabkitError("a step has a name")
+            raise LabkitError("a step needs a name, such as Step('charge', …)")
         if not 0.001 <= self.timeout <= FOREVER:
-            raise LabkitError(f"step {self.name}: timeout is seconds, 0.001 at least, not {self.timeout!r}")
+            raise LabkitError(f"step {self.name}: timeout is a number of seconds, at least 0.001, not {self.timeout!r}")
 
 
 @dataclass(frozen=True)
 class Process:
-    """The steps of one kind of business event, in their order. Changed steps get a new version: an instance goes on by
-    the version it began with."""
+    """The steps of one kind of business event, in order. Changed steps get a new version; an instance goes on by the
+    version it began with."""
 
     name: str
     version: int
@@ -73,7 +73,7 @@ class Process:
     def __post_init__(self) -> None:
         for what in ([one.name for one in self.steps], [one.commands.name for one in self.steps]):
             if not what or len(set(what)) < len(what):
-                raise LabkitError(f"process {self.name} has steps, each with a name and a topic of its own, not {what}")
+                raise LabkitError(f"process {self.name} needs steps, each with its own name and topic, not {what}")
 
     def step(self, name: str) -> Step:
         """The step of this name. Raises LabkitError."""
@@ -81,8 +81,8 @@ class Process:
             if one.name == name:
                 return one
         raise LabkitError(
-            f"version {self.version} of process {self.name} has no step {name!r}, where an instance stands: was it "
-            "changed? Give changed steps a new version, and keep the old one among the mediator's"
+            f"version {self.version} of process {self.name} has no step {name!r}, at which an instance stands. If the "
+            "steps were changed, give them a new version, and keep the old one among the mediator's processes"
         )
 
 
@@ -90,14 +90,14 @@ class Process:
 
 
 class StepCommand(msgspec.Struct, frozen=True):
-    """What the mediator asks of a step's processor: the processing event."""
+    """The mediator's question to a step's processor: the processing event."""
 
     id: str
     """The instance: the key of its initial event."""
     step: str
     action: Action
     number: int
-    """Which question of this instance it is; the reply repeats it."""
+    """The number of this question; the reply repeats it."""
     value: Any
     """The initial event."""
     partition: int
@@ -105,8 +105,8 @@ class StepCommand(msgspec.Struct, frozen=True):
 
 
 class StepReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A processor's answer. A timeout's is "no answer": the reply that comes when its time is over, if no other has
-    come. A person's, who replays a dead letter, is "ask again"."""
+    """A processor's answer. A timeout is one, too, with the result "no answer"; so is the replay of a dead letter, by
+    which a person says "ask again"."""
 
     id: str
     step: str
@@ -120,7 +120,7 @@ class StepReply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Question(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was asked of a step, and the answer, once it is here. Times are seconds since 1970."""
+    """A question to a step, and the answer once it is here. Times are seconds since 1970."""
 
     step: str
     action: Action
@@ -134,18 +134,18 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where one instance stands."""
 
     version: int
-    """Of the process."""
+    """The process's version."""
     status: Status
     value: Any
     """The initial event."""
     questions: tuple[Question, ...]
-    """All that was asked so far; the last one is awaited, unless the end is reached."""
+    """All questions so far; the last one is awaited, unless the end is reached."""
     plan: tuple[str, ...] = ()
-    """The steps to be undone, in this order. It is fixed when the first one is."""
+    """The steps to undo, in this order. It is fixed when compensation begins."""
     reason: str = ""
-    """Why it is compensated."""
+    """Why the instance is compensated."""
     trouble: str = ""
-    """Why it needs a person."""
+    """Why the instance needs a person."""
     ignored: int = 0
     """Replies that came late or again, and initial events that came again."""
 
@@ -156,7 +156,7 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def number(self) -> int:
-        """Of the last question."""
+        """The number of the last question."""
         return len(self.questions)
 
     @property
@@ -165,20 +165,20 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.status in ("completed", "compensated")
 
     def awaits(self, number: int) -> bool:
-        """Whether an answer to this question would decide something: it is the last one, or an earlier one to the same
-        step, and nothing was decided since."""
+        """Whether an answer to this question would decide something: the question is the last one, or an earlier one to
+        the same step, and nothing was decided since."""
         since = self.questions[number - 1 :]
         undecided = all(one.step == self.step and one.answer in (None, "unknown") for one in since)
         return 1 <= number <= self.number and undecided and not self.over
 
     @property
     def done(self) -> dict[str, float]:
-        """The steps that were done, and when that was known."""
+        """The steps that were done, each with the time of its answer."""
         return {one.step: one.answered or 0.0 for one in self.questions if one.answer == "done"}
 
     @property
     def undone(self) -> dict[str, float]:
-        """The same of those that were undone."""
+        """The steps that were undone, each with the time of its answer."""
         return {one.step: one.answered or 0.0 for one in self.questions if one.answer == "undone"}
 
     @property
@@ -200,18 +200,18 @@ class ProcessState(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def begin(process: Process, value: Any, now: float) -> ProcessState:
-    """An initial event has come."""
+    """The state after an initial event."""
     first = Question(process.steps[0].name, "do", now)
     return ProcessState(process.version, "running", value, (first,))
 
 
 def answered(process: Process, state: ProcessState, reply: StepReply, asks: int, now: float) -> ProcessState:
-    """A reply has come. Raises LabkitError for one that answers nothing that was asked."""
+    """The state after a reply. Raises LabkitError for a reply to a question that was not asked."""
     asked = state.questions[reply.number - 1] if 1 <= reply.number <= state.number else None
     if asked is None or (asked.step, asked.action) != (reply.step, reply.action):
         raise LabkitError(
-            f"{reply.id} has not asked step {reply.step} to {reply.action} with number {reply.number}: the reply is of "
-            "another processor, or of another mediator's instance. A processor repeats what its command says"
+            f"question {reply.number} of {reply.id} did not ask step {reply.step} to {reply.action}: the reply comes "
+            "from another processor, or is for another mediator. A processor repeats what its command says"
         )
     if reply.result == "ask again":
         waits = reply.number == state.number and state.status == "needs a person"
@@ -220,7 +220,9 @@ def answered(process: Process, state: ProcessState, reply: StepReply, asks: int,
         waits = reply.number == state.number and state.awaits(reply.number) and state.status != "needs a person"
         return _timed_out(state, asks, now) if waits else state
     if reply.result not in ANSWERS[reply.action]:
-        raise LabkitError(f"{reply.id}: to {reply.action} is answered {ANSWERS[reply.action]}, not {reply.result!r}")
+        raise LabkitError(
+            f"{reply.id}: {reply.action} is answered by one of {ANSWERS[reply.action]}, not {reply.result!r}"
+        )
     if not state.awaits(reply.number):
         return _ignored(state)
     answer = replace(asked, answer=reply.result, answered=now, detail=reply.detail)
@@ -232,18 +234,18 @@ def answered(process: Process, state: ProcessState, reply: StepReply, asks: int,
         case "failed" if reply.action == "do":
             return _compensate(process, state, f"{reply.step} failed: {reply.detail}", now)
         case "cancelled":
-            return _compensate(process, state, f"{reply.step} did not answer in time, and is cancelled", now)
+            return _compensate(process, state, f"{reply.step} did not answer in time, and was cancelled", now)
         case "undone":
             return _undo(state, now)
         case "failed":
             return replace(state, status="needs a person", trouble=f"{reply.step} cannot be undone: {reply.detail}")
-    return state  # unknown: it is asked again when the time for an answer is over
+    return state  # unknown: the step is asked again when the time for an answer is over
 
 
 def came_again(state: ProcessState, instance: str, value: Any) -> ProcessState:
-    """An initial event of an id that is there. Raises LabkitError when it is another event."""
+    """The state after an initial event with an id that is known. Raises LabkitError when it is another event."""
     if value != state.value:
-        raise LabkitError(f"{instance} is there already, with another value: give each initial event a key of its own")
+        raise LabkitError(f"{instance} exists already, with another value: give each initial event a key of its own")
     return _ignored(state)
 
 
@@ -253,7 +255,7 @@ def _ask(state: ProcessState, step: str, action: Action, now: float) -> ProcessS
 
 
 def _timed_out(state: ProcessState, asks: int, now: float) -> ProcessState:
-    """A timeout proves nothing: the step may be done all the same. So it is asked to cancel, and its answer decides."""
+    """Ask the step to cancel; its answer decides. A timeout proves nothing: the step may be done all the same."""
     last = state.questions[-1]
     if last.action == "do":
         return _ask(state, last.step, "cancel", now)
@@ -275,7 +277,7 @@ def _after_done(process: Process, state: ProcessState, now: float) -> ProcessSta
 
 
 def _compensate(process: Process, state: ProcessState, reason: str, now: float) -> ProcessState:
-    """Fix the plan: what was done is undone in reverse."""
+    """Fix the plan: undo what was done, in reverse."""
     plan = tuple(name for name in reversed(state.done) if process.step(name).compensated)
     return _undo(replace(state, plan=plan, reason=reason), now)
 

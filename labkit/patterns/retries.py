@@ -5,9 +5,9 @@
     RetryingConsumer(renewals, renew, retry=retry_topics(1, 10, 60))                # later records are not held up
     RetryingConsumer(renewals, renew, retry=blocking(0.1).then(retry_topics(1, 10)))
 
-Delays are seconds. A record whose attempts are used up, one that does not decode, and one that failed with an error
-named `non_retriable` go to the dead-letter queue (see `dead_letters`). The topics of a consumer come with it, and its
-group is part of their names. Whatever is set aside is confirmed before its source is committed.
+Delays are seconds. The dead-letter queue (see `dead_letters`) takes each record whose attempts are used up, that does
+not decode, or that failed with an error named `non_retriable`. A consumer makes the topics it needs; its group is part
+of their names. What is set aside is confirmed before the offset of its source is committed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,18 @@ from labkit.kafka.records import Record, encode, headers_of
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import Commands, Skip, Skipped, lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letter_of, dead_letters_topic, replay_topic
-from labkit.patterns.own_topics import FOR_EVER, STORED, check, check_partitions, check_read, create, room, waiting
-from labkit.patterns.trails import HEADER, TIMES, Trail, own_topic, parse, shown, trail_of, with_header
+from labkit.patterns.own_topics import (
+    FOR_EVER,
+    STORED,
+    check,
+    check_partitions,
+    check_read,
+    create,
+    own_topic,
+    room,
+    waiting,
+)
+from labkit.patterns.retry_history import HEADER, TIMES, RetryHistory, history_of, parse, shown, with_header
 
 FOREVER = 1e9  # seconds, 31 years: no delay is longer
 MILLISECOND = 0.001  # by which a record's timestamp, a whole number of them, may be too early
@@ -68,7 +78,7 @@ class fixed:  # noqa: N801
     delays: tuple[float, ...] = ()
 
     def delay(self, attempt: int) -> float | None:
-        """The same as of `exponential`."""
+        """As `exponential.delay`."""
         return self.delays[attempt - 1] if attempt <= len(self.delays) else None
 
 
@@ -81,17 +91,17 @@ class Policy:
     topics: tuple[float, ...] = ()
     """The delays of its retry topics, each handled once."""
     non_retriable: tuple[type[BaseException], ...] = ()
-    """Errors that another attempt would not mend: one call, then the dead-letter queue. It may also be what the
-    handler's error was raised `from`, or one of its group."""
+    """Errors that another attempt would not mend: one call, then the dead-letter queue. The handler's error may be one
+    of these, be raised `from` one, or group one."""
 
     def is_final(self, error: BaseException) -> bool:
-        """Whether this is an error that another attempt would not mend."""
+        """Whether another attempt would not mend this error."""
         return any(isinstance(one, self.non_retriable) for one in told_in(error))
 
     def then(self, following: Policy) -> Policy:
-        """This one, and when it is used up the following one. Raises LabkitError for an order that makes no sense."""
+        """This policy, and when it is used up, that one. Raises LabkitError for an order that makes no sense."""
         if isinstance(self.blocks, exponential) and self.blocks.times is None:
-            raise LabkitError("what blocks for ever is followed by nothing: give exponential(…, times=8) an end")
+            raise LabkitError("nothing follows a policy that blocks for ever: give it an end, exponential(…, times=8)")
         if following.blocks != fixed() and (self.blocks != fixed() or self.topics):
             raise LabkitError("blocking(…) comes first and once: in a retry topic order is lost already")
         blocks = self.blocks if self.blocks != fixed() else following.blocks
@@ -152,9 +162,9 @@ def _errors(types: Iterable[type[BaseException]]) -> tuple[type[BaseException], 
 class RetryingConsumer(Consumer):
     """A Consumer that deals with failed records as `retry` says, and reads its own retry topics and replayed records.
 
-    Lag counts what waits in retry topics too. When the policy is changed, what waits in topics of the one before is
-    handled as well, each record when it was to be. Of `co_partitioned` it takes the topics for which `not_before` tells
-    a time.
+    Lag counts what waits in retry topics too. After a change of the policy, the consumer also handles what waits in the
+    topics of the policy before, each record at its time. Of `co_partitioned` it takes the topics that have a
+    `not_before`.
     """
 
     retry: Policy = field(default_factory=dead_letter)
@@ -174,7 +184,7 @@ class RetryingConsumer(Consumer):
                 "first one did: retry=dead_letter()"
             )
         for topic in self.mains if self.group else ():
-            self.own_topics(topic)  # names that are too long are told now
+            self.own_topics(topic)  # names that are too long are refused now
 
     @property
     def mains(self) -> tuple[Topic[Any], ...]:
@@ -183,14 +193,14 @@ class RetryingConsumer(Consumer):
 
     @property
     def sources(self) -> tuple[Topic[Any], ...]:
-        """The topics it reads: those it was given, and its own; once prepared, also those of an earlier policy."""
-        return (*self.mains, *(own for topic in self.mains if self.group for own in self._beside(topic)))
+        """The topics it reads: those it was given, its own ones, and, once prepared, those of an earlier policy."""
+        return (*self.mains, *(own for topic in self.mains if self.group for own in self._read_with(topic)))
 
-    def _beside(self, main: Topic[Any]) -> list[Topic[Any]]:
+    def _read_with(self, main: Topic[Any]) -> list[Topic[Any]]:
         own = self.own_topics(main)
         names = {topic.name for topic in own}
         others = self.co_partitioned.get(main.name, ())
-        return [*own, *(one for one in others if one.name in self.not_before or self.is_left(main, one.name, names))]
+        return [*own, *(one for one in others if one.name in self.not_before or self.is_earlier(main, one.name, names))]
 
     def own_topics(self, topic: Topic[Any]) -> list[Topic[Any]]:
         """Where replayed records of this topic come back, then its retry topics in order: as many partitions."""
@@ -199,14 +209,15 @@ class RetryingConsumer(Consumer):
         return [replay_topic(topic, self.group), *retries]
 
     def prepare(self) -> Self:
-        """Make the topics of its own that are not there yet; it as it will run. `run` and `Lab.deploy` do it.
+        """Make those of its own topics that are missing, and return the consumer as it will run. `run` and `Lab.deploy`
+        call this.
 
-        One that is there may have fewer partitions than its source, to which some were added meanwhile. Raises
-        TopicMismatch for one that is there in another way, ClusterUnreachable.
+        An own topic may have fewer partitions than its source, to which some were added meanwhile. Raises TopicMismatch
+        for one with other settings than it needs, ClusterUnreachable.
         """
         super().prepare()
         there = self.cluster.topics()
-        beside = {}
+        read_with = {}
         for main in self.mains:
             own = self.own_topics(main)
             kept: list[Topic[Any]] = [dead_letters_topic(main, self.group), lanes_topic(main, self.group)]
@@ -215,31 +226,31 @@ class RetryingConsumer(Consumer):
             needs += [(skips_topic(main, self.group), FOR_EVER)]
             made = {topic.name for topic, _ in needs}
             # A policy may be changed while records wait in the topics of the one before.
-            left = [replace(main, name=name) for name in sorted(there) if self.is_left(main, name, made)]
-            if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in left]).values()):
-                names = ", ".join(one.name for one in left)
+            earlier = [replace(main, name=name) for name in sorted(there) if self.is_earlier(main, name, made)]
+            if self.store is not None and any(lag(self.cluster, self.group, [one.name for one in earlier]).values()):
+                names = ", ".join(one.name for one in earlier)
                 raise LabkitError(f"records wait in {names}, maybe of another state: handle them without a store first")
             given = [one for one in self.co_partitioned.get(main.name, ()) if one.name in self.not_before]
-            beside[main.name] = [*own, *left, *given]
-            check_read(main, beside[main.name], there)
+            read_with[main.name] = [*own, *earlier, *given]
+            check_read(main, read_with[main.name], there)
             check_partitions(kept, 1, "nobody could read it as a whole;", there)
-            for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in left)):
+            for topic, needed in (*needs, *((topic, waiting(0.0)) for topic in earlier)):
                 if there.get(topic.name):
                     check(topic, needed)
             missing = [(topic, needed) for topic, needed in needs if not there.get(topic.name)]
-            copies = [*own, kept[0]]  # what is in them are records as they were
+            copies = [*own, kept[0]]  # these hold records as they were
             larger = room(main) if any(topic in copies for topic, _ in missing) else {}
             for topic, needed in missing:
                 partitions = there.get(main.name, topic.partitions) if topic in own else topic.partitions
                 create(replace(topic, partitions=partitions), needed, larger if topic in copies else {})
             until = time.monotonic() + LISTED
-            # One that somebody else makes at this moment may be known already, and be listed without partitions.
+            # A topic that somebody else makes at this moment may be known already, and be listed without partitions.
             while not all(map(self.cluster.topics().get, made)) and time.monotonic() < until:
                 time.sleep(0.02)  # between two questions
-        return replace(self, co_partitioned=beside)
+        return replace(self, co_partitioned=read_with)
 
-    def is_left(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
-        """Whether a topic is one of its retry topics, of another policy than that with the topics `now`."""
+    def is_earlier(self, main: Topic[Any], name: str, now: Container[str]) -> bool:
+        """Whether a topic is a retry topic of an earlier policy; `now` are the topics of the present one."""
         end = RETRY_TOPIC.search(name)
         if end is None or name in now or not name.startswith(main.name):
             return False
@@ -248,7 +259,7 @@ class RetryingConsumer(Consumer):
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
         """Consume until `stop` is set: see Consumer."""
         if not self.group:
-            super().run(stop, report)  # says how to name one
+            super().run(stop, report)  # which says how to name a group
         ready = self.prepare()
         with _Retries(ready) as retries:
             has_state = self.store is not None
@@ -261,27 +272,27 @@ class RetryingConsumer(Consumer):
 
 
 def milliseconds(seconds: float) -> int:
-    """As many whole ones as a delay takes, whatever a sum of floats has made of it."""
+    """A delay in whole milliseconds, rounded up, but not for what a sum of floats has added."""
     return math.ceil(round(1000 * seconds, 6))
 
 
 def written(seconds: float) -> str:
-    """A delay in a topic's name, where no dot may be: whole seconds or milliseconds."""
+    """A delay as a topic's name has it, without a dot: whole seconds or milliseconds."""
     whole = milliseconds(seconds)
     return f"{whole}ms" if whole % 1000 else f"{whole // 1000}s"
 
 
 def seconds_of(delay: str) -> float:
-    """The seconds of a delay as it is written in a topic's name."""
+    """The seconds of a delay in a topic's name."""
     return int(delay[:-2]) / 1000 if delay.endswith("ms") else float(delay[:-1])
 
 
-# -- What it does while it runs ----------------------------------------------------------------------------------------
+# -- What the consumer does while it runs ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A topic it reads: the main topic behind it, how many retry topics a record in it has reached, its delay."""
+    """A topic that the consumer reads: its main topic, how many retry topics a record in it has reached, its delay."""
 
     main: Topic[Any]
     number: int
@@ -314,25 +325,25 @@ class _Retries:
 
         def of(stage: _Stage) -> Callable[[Record[Any]], float]:
             def due(record: Record[Any]) -> float:
-                trail = parse(record.headers.get(HEADER))
-                # Headers come from outside: one that says "in a year" must not make the record wait for a year.
+                history = parse(record.headers.get(HEADER))
+                # Headers come from outside: a forged "in a year" must not make the record wait for a year.
                 latest = record.timestamp + MILLISECOND + stage.delay
-                return latest if trail is None or trail.due is None else min(trail.due, latest)
+                return latest if history is None or history.due is None else min(history.due, latest)
 
             return due
 
         return {name: of(stage) for name, stage in self.stages.items() if stage.own}
 
     def handle(self, record: Record[Any]) -> Any:
-        """The consumer's handler. A dead letter whose replay succeeds leaves the queue by what this call sends: that is
-        confirmed before the commit, so a crash in between has it handled again, and does not leave it in the queue."""
+        """The consumer's handler. It also sends the tombstone of a dead letter whose replay succeeds. The tombstone is
+        confirmed before the commit, so a crash in between cannot leave the dead letter in the queue."""
         result = self.consumer.handler(record)
         if self.stages[record.topic].own:
             self.leave_queue(record.topic, [record.headers.get(HEADER)])
         return result
 
     def handle_with_state(self, state: Any, given: Any) -> Any:
-        """The same with a state: `given` is a record, or messages of one topic."""
+        """The handler of a consumer with state: `given` is a record, or messages of one topic."""
         changes = self.consumer.handler(state, given)
         topic = given.topic if isinstance(given, Record) else given[0].topic()
         if self.stages[topic].own:
@@ -341,14 +352,14 @@ class _Retries:
         return changes
 
     def leave_queue(self, topic: str, headers: Iterable[str | bytes | None]) -> None:
-        """Send the tombstones of the dead letters among records of one of its own topics, which have these headers."""
+        """Send the tombstones of the dead letters among records of an own topic; `headers` has their histories."""
         stage = self.stages[topic]
-        for trail in map(parse, headers):
-            if trail is not None and trail.replayed:
-                dead_letters_topic(stage.main, self.group).send(None, trail.place)
+        for history in map(parse, headers):
+            if history is not None and history.replayed:
+                dead_letters_topic(stage.main, self.group).send(None, history.place)
 
     def on_change(self, step: Step, subject: Any) -> None:
-        """The consumer's `on_change`: who looks on from outside hears of what is blocked."""
+        """The consumer's `on_change`: passes each step on, to the user's `on_change` and to the commands."""
         if self.consumer.on_change is not None:
             self.consumer.on_change(step, subject)
         if step in (Step.FAILED, Step.BLOCKED, Step.RECOVERED):
@@ -360,14 +371,14 @@ class _Retries:
             commands.on_step(step, subject)
 
     def look_for_others(self) -> None:
-        """Another member may have run with another policy, and left records in topics that were not there when this one
-        began. Raises LabkitError, which ends this run: the next one reads them too."""
+        """Look for retry topics of another policy, which another member may have made since this run began. Raises
+        LabkitError, which ends this run: the next one reads them too."""
         try:
             there = self.consumer.cluster.topics()
         except ClusterUnreachable:
             return
         for main in self.consumer.mains:
-            if others := [name for name in there if self.consumer.is_left(main, name, self.stages)]:
+            if others := [name for name in there if self.consumer.is_earlier(main, name, self.stages)]:
                 raise LabkitError(
                     f"another member of {self.group} retries in {', '.join(others)}: start again, to read that too"
                 )
@@ -376,29 +387,29 @@ class _Retries:
         """The consumer's `on_failure`: what the policy, or a command, says."""
         stage = self.stages[failed.topic]
         policy = self.consumer.retry
-        trail = self.trail(failed, stage)
+        history = self.history(failed, stage)
         if isinstance(failed.command, Skip):
-            return self.skip(failed, stage, trail, failed.command)
-        # Without a record it did not decode. (A handler may raise PoisonRecord of another one, which it has looked up.)
+            return self.skip(failed, stage, history, failed.command)
+        # Without a record it did not decode. (A handler may raise PoisonRecord about a record that it looked up.)
         retriable = failed.record is not None and not policy.is_final(failed.error)
-        # Beyond its last retry topic is what a policy before it has set aside: that begins with this one.
+        # A longer policy before this one had further retry topics: their records begin anew with this policy.
         if retriable and (stage.number == 0 or stage.number > len(policy.topics)):
             delay = policy.blocks.delay(failed.attempt)
             if delay is not None:
                 return Retry(delay)
         if retriable and stage.number < len(policy.topics):
-            return self.send_on(failed, stage, trail, policy.topics[stage.number])
-        # To the dead letters, under the place where it came from: the same record is there once.
-        letter = dead_letter_of(failed.message, trail, failed.times[-1])
+            return self.send_on(failed, stage, history, policy.topics[stage.number])
+        # To the dead letters, under the place it came from: so the same record is there once.
+        letter = dead_letter_of(failed.message, history, failed.times[-1])
         value, place, headers = letter.kept()
         return SetAside(dead_letters_topic(stage.main, self.group).name, place, value, headers)
 
-    def trail(self, failed: FailedRecord, stage: _Stage) -> Trail:
-        """Where it came from, and all that has happened to it."""
-        before = trail_of(failed.message) if stage.own else None
+    def history(self, failed: FailedRecord, stage: _Stage) -> RetryHistory:
+        """Where the record came from, and all that has happened to it."""
+        before = history_of(failed.message) if stage.own else None
         if before is None:
             timestamp = max(0, failed.message.timestamp()[1]) / 1000
-            before = Trail(failed.topic, failed.partition, failed.offset, timestamp, self.group)
+            before = RetryHistory(failed.topic, failed.partition, failed.offset, timestamp, self.group)
         return msgspec.structs.replace(
             before,
             attempts=before.attempts + failed.attempt,
@@ -407,18 +418,18 @@ class _Retries:
             due=None,
         )
 
-    def send_on(self, failed: FailedRecord, stage: _Stage, trail: Trail, delay: float) -> SetAside:
-        """To the next retry topic."""
+    def send_on(self, failed: FailedRecord, stage: _Stage, history: RetryHistory, delay: float) -> SetAside:
+        """Set the record aside for the next retry topic."""
         following = self.consumer.own_topics(stage.main)[stage.number + 1]
-        trail = msgspec.structs.replace(trail, due=failed.times[-1] + delay)
-        headers = with_header(headers_of(failed.message), HEADER, encode(trail))
+        history = msgspec.structs.replace(history, due=failed.times[-1] + delay)
+        headers = with_header(headers_of(failed.message), HEADER, encode(history))
         return SetAside(following.name, failed.message.key(), failed.message.value(), headers)
 
-    def skip(self, failed: FailedRecord, stage: _Stage, trail: Trail, skip: Skip) -> SetAside:
-        """Let it be, once that has left its trace."""
+    def skip(self, failed: FailedRecord, stage: _Stage, history: RetryHistory, skip: Skip) -> SetAside:
+        """Set the trace of a skip aside, in the place of the record."""
         key, value = shown(failed.message.key()), shown(failed.message.value())
         trace = Skipped(
             *(skip.by, time.time(), failed.topic, failed.partition, failed.offset, key),
-            *(value, trail.attempts, trail.error),
+            *(value, history.attempts, history.error),
         )
         return SetAside(skips_topic(stage.main, self.group).name, key, encode(trace))

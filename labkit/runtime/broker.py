@@ -1,6 +1,6 @@
 """How one broker is made: its folder, its settings, the command that runs it, and when it is ready.
 
-Who owns the process, and how long it lives, is decided elsewhere (`shared`).
+`shared` and `private` decide who owns the process, and how long it lives.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +30,13 @@ from labkit.runtime.jars import KAFKA, jar_files
 from labkit.runtime.java import Java, find_java
 
 HOST = "127.0.0.1"
-# Below the ports systems hand out by themselves: no client's own port can be the one a broker wants back after a
-# restart, and a client that tries to reach a dead broker cannot end up connected to itself.
+# Below the ports that systems hand out by themselves. So no client's own port can be the one that a broker wants back
+# after a restart, and a client that tries to reach a dead broker cannot end up connected to itself.
 PORTS = range(20_000, 29_000)
-TRIES = 5  # to find ports that nobody else takes meanwhile
+TRIES = 5  # to start on ports that nobody else takes first
 NODE = 1
 DAY = 86_400.0
-START_SECONDS = 120.0  # for a slow machine without the AOT cache, or a busy one after kill -9; 0.6 s is usual
+START_SECONDS = 120.0  # on a slow machine without the AOT cache, or a busy one after kill -9; 0.6 s is usual
 
 PROPERTIES = f"""\
 process.roles=broker,controller
@@ -47,7 +48,7 @@ controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 # Relative, as are all paths of a broker: Java reads this file as Latin-1 with escapes, Kafka splits values at commas.
 log.dirs=data
-# A topic is made on purpose, or not at all.
+# Topics are made on purpose only.
 auto.create.topics.enable=false
 num.partitions=4
 # One node: one replica of everything.
@@ -58,7 +59,7 @@ offsets.topic.num.partitions=4
 transaction.state.log.replication.factor=1
 transaction.state.log.min.isr=1
 transaction.state.log.num.partitions=4
-# How soon after its timeout a transaction is aborted; by default up to 10 s later.
+# A transaction is aborted soon after its timeout; by default up to 10 s later.
 transaction.abort.timed.out.transaction.cleanup.interval.ms=1000
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
@@ -67,16 +68,16 @@ share.coordinator.state.topic.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # The default of 128 MB is zeroed at every start.
 log.cleaner.dedupe.buffer.size=16777216
-# How soon a topic is compacted that asks for it; by default 15 s after the last time there was nothing to do.
+# The cleaner looks often for topics to compact; by default every 15 s.
 log.cleaner.backoff.ms=250
-# After kill -9 the broker is let back in when the session of its predecessor is over: 4.4 s after its start, 12 s with
-# the default of 9 s. A session may not be much shorter: when the machine halts for longer, the broker is fenced and all
-# partitions change leaders; on a busy machine that work makes the broker late again.
+# After kill -9 the broker is let back in when its predecessor's session is over: 4.4 s after its start, 12 s with the
+# default session of 9 s. A session must not be much shorter. When the machine halts for longer, the broker is fenced
+# and all partitions change leaders; on a busy machine that work makes the broker late again.
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
 """
 
-# The controller alone, on the data of a broker that was killed: it misses the broker after half a second.
+# The controller alone, on the data of a killed broker, which it misses after half a second.
 CONTROLLER = f"""\
 process.roles=controller
 node.id={NODE}
@@ -88,7 +89,7 @@ log.dirs=../data
 broker.session.timeout.ms=500
 broker.heartbeat.interval.ms=250
 """
-# What a controller logs: that it is in charge, and, of each broker, what is written of it.
+# What a controller logs: that it is in charge, and for each broker whether it is fenced.
 ACTIVE, FENCED, UNFENCED = "Becoming the active controller", ("fenced=true", "fenced=1"), ("fenced=false", "fenced=-1")
 
 LOGGING = """\
@@ -113,7 +114,7 @@ class PortTaken(LabkitError):
 
 
 class NoAotCache(LabkitError):
-    """Java recorded a broker and wrote no cache: it would not the next time either."""
+    """Java recorded a broker and wrote no cache. The next time it would not either."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,12 @@ class Kafka:
 
     @property
     def template(self) -> Path:
-        """A formatted data folder, without what tells one cluster from another."""
+        """A formatted data folder, without the ids that tell one cluster from another."""
         return self.home / f"template-{KAFKA}"
 
     @cached_property
     def flags(self) -> list[str]:
-        """What every JVM gets: a fast start and little memory rather than throughput, and no warnings."""
+        """The flags of every JVM: a fast start and little memory rather than throughput, and no warnings."""
         return [
             "-XX:+UseSerialGC",
             "-XX:TieredStopAtLevel=1",
@@ -143,7 +144,7 @@ class Kafka:
 
     @cached_property
     def aot_cache(self) -> Path:
-        """Where the AOT cache for exactly this Java, these flags and these jars is, or would be."""
+        """The path of the AOT cache for exactly this Java, these flags and these jars, made or not."""
         outside = [os.environ.get(name, "") for name in ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")]
         jars = [f"{jar} {jar.stat().st_size} {jar.stat().st_mtime_ns}" for jar in self.jars]
         system = os.uname()
@@ -152,11 +153,11 @@ class Kafka:
 
     @property
     def aot_failed(self) -> Path:
-        """Says why Java made no AOT cache, if it did not."""
+        """The file that says why Java made no AOT cache, if it made none."""
         return self.aot_cache.with_suffix(".failed")
 
     def lacks_aot_cache(self) -> bool:
-        """Whether to make one: Java can, there is none, and it did not fail within a day."""
+        """Whether to make an AOT cache: Java can, there is none, and the last attempt did not fail within a day."""
         if self.java.version < 25 or self.aot_cache.exists():
             return False
         try:
@@ -165,14 +166,14 @@ class Kafka:
             return True
 
     def command(self, folder: Path, extra: list[str] | None = None) -> list[str]:
-        """The command of the broker in `folder`, which is to be its working folder. `extra` are JVM flags that take the
-        AOT cache's place."""
+        """The command of the broker in `folder`, to be run in that folder. `extra` are JVM flags in the place of those
+        for the AOT cache."""
         if extra is None:
             extra = [f"-XX:AOTCache={self.aot_cache}"] if self.aot_cache.exists() else []
         return self._java([*extra, "-XX:ErrorFile=hs_err.log", mark_of(folder)], "kafka.Kafka")
 
     def format_template(self) -> None:
-        """Run Kafka's own formatting tool, once for each version of Kafka."""
+        """Format the template with Kafka's own tool, once for each version of Kafka."""
         with tempfile.TemporaryDirectory(prefix="making-", dir=self.home) as made:
             folder, log = Path(made), Path(made) / "log"
             (folder / "server.properties").write_text(PROPERTIES.format(port=9092, controller_port=9093))
@@ -188,7 +189,7 @@ class Kafka:
     def build_aot_cache(self) -> None:
         """Run a broker that records which classes it uses, do a little work with it, and let Java write the cache.
 
-        Raises NoAotCache when no cache came of it.
+        Raises NoAotCache when Java writes none.
         """
         with tempfile.TemporaryDirectory(prefix="making-", dir=self.home) as made:
             folder, cache = Path(made) / "broker", Path(made) / "cache.aot"
@@ -208,14 +209,14 @@ class Kafka:
 
 
 def prepare() -> Kafka:
-    """Everything a broker needs on this machine: 50 ms, but 20 s the first time, which shows its progress.
+    """Prepare all that a broker needs on this machine: 50 ms, but 20 s the first time, with a line that says so.
 
     Raises LabkitError when there is no suitable Java, or the jars can be neither found nor fetched.
     """
     home = cache_dir() / "kafka"
     if ":" in str(home):
         raise LabkitError(
-            f"Java cannot use labkit's folder {cache_dir()}: a ':' ends a path. Set {CACHE} to one without."
+            f"Java cannot use labkit's folder {cache_dir()}, as a ':' ends a path. Set {CACHE} to a folder without one."
         )
     home.mkdir(exist_ok=True)
     kafka = Kafka(find_java(), tuple(jar_files()), home)
@@ -228,7 +229,7 @@ def prepare() -> Kafka:
         locked(home / "lock"),
         console.status(f"Preparing Apache Kafka {KAFKA} on Java {kafka.java.version} (once)"),
     ):
-        for unfinished in home.glob("making-*/"):  # by a process that was killed
+        for unfinished in home.glob("making-*/"):  # left by a killed process
             shutil.rmtree(unfinished, ignore_errors=True)
         if not kafka.template.exists():
             kafka.format_template()
@@ -237,7 +238,7 @@ def prepare() -> Kafka:
                 kafka.build_aot_cache()
             except NoAotCache as error:
                 kafka.aot_failed.write_text(str(error))  # trying each time would cost more than it saves
-            except Exception as error:  # whatever it was: the broker starts without it too, in 2 s
+            except Exception as error:  # whatever it was: the broker starts without the cache, too, in 2 s
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 console.print(
                     f"The AOT cache could not be made now; the next start tries again. {reason}", markup=False
@@ -256,7 +257,7 @@ class Broker:
     port: int
     controller_port: int
     extra: str = ""
-    """More lines of its settings; the last line of a name wins."""
+    """More lines of settings; the last line of a name wins."""
     node: int = NODE
 
     @property
@@ -294,16 +295,16 @@ class Broker:
 
     @property
     def was_killed(self) -> bool:
-        """Whether it ran, and did not end in good order."""
+        """Whether the broker ran, and did not end in good order."""
         return self.log.exists() and not (self.folder / "data" / ".kafka_cleanshutdown").exists()
 
     def fence(self, kafka: Kafka) -> None:
-        """Let the controller miss a broker that was killed, before it starts again: 2 s. Raises LabkitError.
+        """Let the controller miss a killed broker, before the broker starts again: 2 s. Raises LabkitError.
 
-        Kafka loads transactions as soon as it starts, when it still believes in the leaders of before. Soon it misses
-        them. Then Kafka 4.3 takes the partitions of a transaction that was being committed for deleted ones, and says
-        it is committed, but no partition has the marker: readers of committed records wait there for ever. With no
-        leaders to begin with, it loads transactions when there are leaders again.
+        Kafka loads transactions as soon as it starts, while it still believes in the leaders of before. Soon it misses
+        these leaders. Then Kafka 4.3 takes the partitions of a transaction that was being committed for deleted ones,
+        and notes the commit as complete, though no partition has the marker: readers of committed records wait there
+        for ever. If there are no leaders to begin with, Kafka loads transactions once there are leaders again.
         """
         folder = self.folder / "fencing"
         folder.mkdir(exist_ok=True)
@@ -316,19 +317,20 @@ class Broker:
             while not _is_fenced(log.read_text(errors="replace")):
                 if controller.poll() is not None or time.monotonic() > deadline:
                     raise LabkitError(f"Kafka's controller did not start after a kill. Its log says:\n{log_tail(log)}")
-                time.sleep(0.01)  # nothing tells when another process writes
+                time.sleep(0.01)  # there is no event for what another process writes
             controller.terminate()
             controller.wait(START_SECONDS)
 
     def wait_until_ready(self, lives: Callable[[], bool]) -> None:
-        """Wait until the broker answers, and is in its cluster; `lives` tells whether its process still runs.
+        """Wait until the broker answers, and is in its cluster. `lives` tells whether its process still runs.
 
-        Raises LabkitError: see `wait_until_ready`.
+        Raises as `wait_until_ready` does.
         """
         name = f"the embedded Kafka broker at {self.cluster.bootstrap}"
-        wait_until_ready(name, self.log, self._answers, lives, START_SECONDS)
+        wait_until_ready(name, self.log, self.answers, lives, START_SECONDS)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the broker answers now, and is in its cluster."""
         try:
             socket.create_connection((HOST, self.port), 1).close()
             found = self.cluster.describe(2)
@@ -339,18 +341,18 @@ class Broker:
 
 
 def _is_fenced(log: str) -> bool:
-    """Whether a controller that logs this is in charge, and has no broker that it believes in: it missed that one, or
-    it was killed before it was let in."""
+    """Whether a controller that logs this is in charge, and believes in no broker: it has missed the broker, or never
+    let it in."""
     return ACTIVE in log and max(map(log.rfind, FENCED)) >= max(map(log.rfind, UNFENCED))
 
 
 def mark_of(folder: Path) -> str:
-    """The argument by which the process of the broker in `folder` is known."""
+    """The argument by which one finds the process of the broker in `folder`."""
     return f"-Dlabkit.folder={folder}"
 
 
 def free_ports(count: int = 2) -> tuple[int, ...]:
-    """So many ports that nobody listens on now. One may be taken before a broker binds it: see PortTaken."""
+    """So many ports that nobody has now. Somebody may take one before a broker binds it: see PortTaken."""
     candidates = iter(random.sample(PORTS, len(PORTS)))
     found = tuple(itertools.islice(filter(is_free, candidates), count))
     if len(found) == count:
@@ -359,21 +361,29 @@ def free_ports(count: int = 2) -> tuple[int, ...]:
 
 
 def held_port() -> socket.socket:
-    """A socket that is bound, and never listens: connections go to those who do, and nobody else gets its port."""
+    """A socket that holds a free port: see `take_port`."""
     while True:
-        held = socket.socket()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            held.bind((HOST, free_ports()[0]))
-            return held
-        except OSError:  # taken meanwhile, or connections that were closed a moment ago still have it
-            held.close()
+        with suppress(PortTaken):  # meanwhile, or by connections that were closed a moment ago
+            return take_port(free_ports()[0])
+
+
+def take_port(port: int) -> socket.socket:
+    """A socket that is bound to this port and never listens: others may listen there if they share the port
+    (SO_REUSEPORT), and nobody else gets it. Raises PortTaken."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        held.bind((HOST, port))
+    except OSError as error:
+        held.close()
+        raise PortTaken(f"somebody else took port {port} first") from error
+    return held
 
 
 def is_free(port: int) -> bool:
     """Whether nobody has this port on the loopback interface right now."""
     with socket.socket() as probe:
-        # As Java does: connections that were closed a moment ago do not count.
+        # As Java does it: connections that were closed a moment ago do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -383,7 +393,7 @@ def is_free(port: int) -> bool:
 
 
 def new_uuid() -> str:
-    """A random id as Kafka writes them: 22 characters of URL-safe base64. A leading dash would look like an option."""
+    """A random id as Kafka writes it: 22 characters of URL-safe base64. A leading dash would look like an option."""
     while (text := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
         pass
     return text
@@ -402,10 +412,10 @@ def log_tail(path: Path, lines: int = 15) -> str:
 def wait_until_ready(
     name: str, log: Path, answers: Callable[[], bool], lives: Callable[[], bool], seconds: float
 ) -> None:
-    """Wait until a server that was started answers; `lives` tells whether its process still runs.
+    """Wait until a new server answers. `lives` tells whether its process still runs.
 
-    Raises LabkitError with the last lines of its log when it ended, PortTaken when that was the reason, and when it is
-    still silent after `seconds`.
+    Raises LabkitError, with the last lines of the log, when the server has ended, or does not answer within `seconds`;
+    PortTaken when it has ended because somebody took its port.
     """
     until = time.monotonic() + seconds
     while not answers():
@@ -414,11 +424,11 @@ def wait_until_ready(
             raise kind(f"{name} ended at once. Its log says:\n{log_tail(log)}")
         if time.monotonic() > until:
             raise LabkitError(f"{name} did not answer within {seconds:g} s. Its log says:\n{log_tail(log)}")
-        time.sleep(0.01)  # nothing tells when another process opens a port
+        time.sleep(0.01)  # there is no event for a port that another process opens
 
 
 def _exercise(cluster: Cluster) -> None:
-    """What labs do most, so that its classes get into the AOT cache: a topic, records, a group, its offsets."""
+    """Do what labs do most, so that its classes get into the AOT cache: a topic, records, a group, its offsets."""
     from labkit.kafka.consumer import Consumer
     from labkit.kafka.topics import Topic
 

@@ -1,4 +1,4 @@
-"""Which Kafka: the one that is named, else the compose file's, else the embedded one."""
+"""Which Kafka to use: the one that is named, else the compose file's, else the embedded one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
+from labkit.closing import Closing
 from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
@@ -23,22 +24,22 @@ COMPOSE = Cluster("127.0.0.1:29092")
 COMPOSE_CLUSTER_ID = (
     "labkit-compose-000000A"  # 16 bytes in base64url, as Kafka wants it; docker-compose.yml has the same
 )
-PATIENCE = 6.0  # seconds for a cluster that was named: TLS, a login and a distant continent included
+PATIENCE = 6.0  # seconds for a cluster that was named, perhaps far away, with TLS and a login
 
 
 @dataclass(frozen=True)
-class Connection:
-    """A cluster that answered, and where it comes from. Close it to let go of a shared embedded broker."""
+class Connection(Closing):
+    """A cluster that has answered, and its origin. Close the connection to let go of a shared embedded broker."""
 
     cluster: Cluster
     origin: Literal["external", "compose", "embedded", "private"]
     cluster_id: str
     lease: Lease | None = field(default=None, repr=False)
-    """The hold on the embedded broker, to pin or stop it; None for the others."""
+    """The lease on the embedded broker, by which to pin or stop it; None for other origins."""
     broker: PrivateBroker | None = field(default=None, repr=False)
-    """The broker that nobody else uses, if it is the only one; None for the others."""
+    """The broker that nobody else uses, if it is the only one; None for other origins."""
     several: PrivateCluster | None = field(default=None, repr=False)
-    """The brokers that nobody else uses, if there are several."""
+    """The brokers that nobody else uses, if there are several; None for other origins."""
 
     @property
     def brokers(self) -> tuple[BrokerServer, ...]:
@@ -58,14 +59,8 @@ class Connection:
                 held.close()
 
     def deaths(self) -> int:
-        """How often a shared embedded broker has died and been started again. Raises LabkitError when nobody knows."""
+        """How often a shared embedded broker has died and been started again. Raises LabkitError if nobody knows."""
         return 0 if self.lease is None else self.lease.deaths()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def connect() -> Connection:
@@ -74,9 +69,9 @@ def connect() -> Connection:
     1. `KAFKA_BOOTSTRAP_SERVERS`, with the client settings in the file `KAFKA_CLIENT_CONFIG`. If it is set, nothing else
        is tried: ClusterUnreachable names the address.
     2. The broker of labkit's docker-compose.yml, known by its cluster id.
-    3. The embedded broker, shared with the other processes of this user; started if need be.
+    3. The embedded broker, shared with the other processes of this user, and started if need be.
 
-    Raises LabkitError when none can be had.
+    Raises LabkitError when there is none.
     """
     if found := _outside():
         return found
@@ -86,7 +81,7 @@ def connect() -> Connection:
 
 
 def private(brokers: int = 1) -> Connection:
-    """An embedded broker for this process alone, or a cluster of several, whatever else answers: they may be broken.
+    """An embedded broker for this process alone, or a cluster of several, whose faults harm nobody else.
 
     Raises LabkitError when it cannot be started.
     """
@@ -100,7 +95,7 @@ def private(brokers: int = 1) -> Connection:
 
 
 def running() -> Connection | None:
-    """What `connect` would return if it is there already, else None: nothing is started.
+    """What `connect` would return, if it runs already, else None. Starts nothing.
 
     Raises LabkitError when a cluster is named and does not answer.
     """
@@ -128,7 +123,7 @@ def _external() -> Connection:
     in_file = settings.pop("bootstrap.servers", "")
     bootstrap = os.environ.get(BOOTSTRAP) or in_file
     if not bootstrap:
-        raise LabkitError(f"{CLIENT_CONFIG} is set, but no address: set {BOOTSTRAP}, or bootstrap.servers in {file}")
+        raise LabkitError(f"{CLIENT_CONFIG} is set, but no address is: set {BOOTSTRAP}, or bootstrap.servers in {file}")
     cluster = Cluster(bootstrap, tuple(settings.items()))
     try:
         return Connection(cluster, "external", cluster.describe(PATIENCE).cluster_id)
@@ -172,7 +167,7 @@ def read_client_config(path: Path) -> dict[str, str]:
         settings[name.strip()] = value.strip()
     jaas = settings.pop("sasl.jaas.config", None)
     if jaas is not None:
-        # A quoted value ends at the quote it began with; the other one, and an escaped one, may stand in it.
+        # A quoted value ends at the kind of quote it began with; the other kind, or an escaped quote, may be in it.
         quoted = re.findall(r"""\b(username|password)\s*=\s*(["'])((?:\\.|(?!\2).)*)\2""", jaas)
         login = {name: re.sub(r"\\(.)", r"\1", value) for name, _, value in quoted}
         if len(login) != 2:

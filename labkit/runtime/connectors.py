@@ -1,6 +1,6 @@
 """Connectors for Kafka Connect, as data: a PostgreSQL table that becomes a topic, and topics copied to another cluster.
 
-Both write exactly once: what was read up to where is stored in one transaction with the records.
+Both write exactly once: the position up to which a connector has read goes into one transaction with its records.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _EXACTLY_ONCE = {
     "tasks.max": "1",
     "exactly.once.support": "required",
     "producer.override.linger.ms": "0",
-    # While Kafka is away a transaction waits for it: one that Kafka aborts ends the task for good. What a killed worker
-    # leaves open, its successor ends at once.
+    # While Kafka is away a transaction waits for it: if Kafka aborts the transaction, the task ends for good. A worker
+    # ends at once what a killed one before it has left open.
     "producer.override.transaction.timeout.ms": "600000",
     "producer.override.reconnect.backoff.max.ms": BACK,
 }
@@ -40,9 +40,9 @@ class Connector:
     """A name, and the settings that Kafka Connect takes by REST."""
 
     name: str
-    config: Mapping[str, str] = field(repr=False)  # a password is in it
+    config: Mapping[str, str] = field(repr=False)  # may hold a password
     topics: tuple[Topic[Any], ...] = ()
-    """What has to be there before it starts."""
+    """The topics that must exist before it starts."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -52,13 +52,13 @@ class Connector:
 
 
 def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str = "") -> Connector:
-    """Change data capture by Debezium: the rows of a PostgreSQL table, then each change of them, go to `topic`.
+    """Change data capture by Debezium: sends the rows of a PostgreSQL table, then each change of them, to `topic`.
 
     The key of a record is the text of the column `key`, the table's primary key. The value is Debezium's event: `op`
     (r: a row that was there, c: created, u: updated, d: deleted), `before` and `after` by column, `source`. A deletion
     is followed by a tombstone.
 
-    Raises LabkitError for names that make no sense. Whether the table is fit for it is seen when it is started.
+    Raises LabkitError for names that make no sense. The table is looked at when the connector is started.
     """
     from psycopg import ProgrammingError
     from psycopg.conninfo import conninfo_to_dict
@@ -68,11 +68,11 @@ def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str 
         if not COLUMN.fullmatch(what):
             raise LabkitError(f"{what!r} cannot be captured: use names of letters, digits and '_', the schema in front")
     try:
-        told = conninfo_to_dict(dsn)
+        given = conninfo_to_dict(dsn)
     except ProgrammingError as error:
-        raise LabkitError(f"the dsn is none: {error}") from error
+        raise LabkitError(f"the dsn is no connection string: {error}") from error
     slot = slot_name(topic.name)
-    login = {name: str(told[given]) for name, given in _LOGIN.items() if told.get(given)}
+    login = {name: str(given[part]) for name, part in _LOGIN.items() if given.get(part)}
     own = {
         "connector.class": POSTGRES,
         "database.port": "5432",
@@ -81,13 +81,13 @@ def capture(dsn: str, table: str, topic: Topic[Any], key: str = "id", name: str 
         "slot.name": slot,
         "publication.name": slot,
         "publication.autocreate.mode": "filtered",
-        "publish.via.partition.root": "true",  # else changes of a table in partitions have the partitions' names
+        "publish.via.partition.root": "true",  # else changes of a partitioned table have the names of its partitions
         "table.include.list": rf"{schema or 'public'}\.{short}",
         "snapshot.mode": "initial",
         "tombstones.on.delete": "true",
-        "decimal.handling.mode": "string",  # else bytes in base64
+        "decimal.handling.mode": "string",  # else they are bytes in base64
         "poll.interval.ms": "5",
-        # After a fault the slot is soon free, and PostgreSQL soon back.
+        # Try often: after a fault the slot is soon free, and PostgreSQL soon back.
         "slot.max.retries": "60",
         "slot.retry.delay.ms": "500",
         "retriable.restart.connector.wait.ms": "500",
@@ -116,15 +116,14 @@ _LOGIN = {
 
 
 def dsn_of(connector: Connector) -> str:
-    """How to reach the PostgreSQL that a connector captures."""
+    """The connection string of the PostgreSQL that a connector captures."""
     from psycopg.conninfo import make_conninfo
 
-    told = {given: connector.config.get(name) for name, given in _LOGIN.items()}
-    return make_conninfo("", **told)
+    return make_conninfo("", **{part: connector.config.get(name) for name, part in _LOGIN.items()})
 
 
 def slot_name(topic: str) -> str:
-    """The name of the replication slot, and of the publication, for a topic: of a lab's one, learner, run and topic."""
+    """The name of slot and publication for a topic; for a lab's topic made of learner, run and topic."""
     parts = topic.split(".")
     if len(parts) == 5:
         del parts[2]  # the notebook: there is no room for it
@@ -135,25 +134,25 @@ def slot_name(topic: str) -> str:
 def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "") -> Connector:
     """MirrorMaker 2: copies these topics, as they grow, to the cluster `to`, under the same names.
 
-    What is missing there it makes, with as many partitions. Raises LabkitError when the topics are not of one cluster,
-    or of `to`.
+    It makes the topics that are missing there, with as many partitions. Raises LabkitError when the topics are not all
+    of one cluster, or are of `to`.
     """
     if isinstance(topics, Topic):
         raise LabkitError(f"a mirror copies a list of topics: mirror([{topics.short}], to=…)")
     clusters = {topic.cluster for topic in topics}
     if len(clusters) != 1 or clusters == {to}:
-        raise LabkitError("a mirror copies topics of one cluster to another one: give topics of the cluster to read")
+        raise LabkitError("a mirror copies topics of one cluster to another one: give it topics of the cluster to read")
     source = topics[0].cluster
     if source.security or to.security:
         raise LabkitError("a mirror runs here only between clusters without a login")
     own = {
         "connector.class": MIRROR,
-        # MirrorMaker stores its position under this alias, so two clusters need two aliases.
+        # MirrorMaker stores its position under this alias, so each cluster needs its own.
         "source.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", source.bootstrap),
         "target.cluster.alias": re.sub("[^A-Za-z0-9]+", "-", to.bootstrap),
         "source.cluster.bootstrap.servers": source.bootstrap,
         "target.cluster.bootstrap.servers": to.bootstrap,
-        # The worker's own Kafka may be another one. Records and positions both go to the target.
+        # Records and positions both go to the target, even if the worker's own Kafka is another one.
         **{f"{client}.override.bootstrap.servers": to.bootstrap for client in ("producer", "consumer", "admin")},
         "topics": ",".join(re.escape(topic.name) for topic in topics),
         "replication.policy.class": "org.apache.kafka.connect.mirror.IdentityReplicationPolicy",
@@ -163,7 +162,7 @@ def mirror(topics: Sequence[Topic[Any]], to: Cluster, name: str = "") -> Connect
         "emit.offset-syncs.enabled": "false",
         "refresh.topics.interval.seconds": "2",
         "offset.lag.max": "0",
-        # A request takes all that waits. Else large records cross a link a few in each round trip.
+        # A request takes all that waits. Else only a few large records cross a link in each round trip.
         "producer.override.batch.size": "1000000",
         "source.consumer.isolation.level": "read_committed",
         "source.consumer.fetch.max.wait.ms": "10",
@@ -180,11 +179,11 @@ _FIXES = {  # by words of the error
     "password authentication failed|no password|role .* does not exist": "correct user and password in the dsn",
     "(publication|slot) .* does not exist": "stop the connector and start it again: it reads all rows anew",
     "[Uu]nknown field": "name the column of the primary key: capture(…, key=…)",
-    "UnknownTopicOrPartition|not present in metadata": "make the topic before: lab.topic(…)",
+    "UnknownTopicOrPartition|not present in metadata": "make the topic first: lab.topic(…)",
     "[Cc]onnection (to .* )?refused|terminating connection": "recover PostgreSQL, and start the connector again",
 }
 
 
 def with_fix(error: str) -> str:
-    """A connector's error, with what to do about it where that is known."""
+    """A connector's error, with the fix where it is known."""
     return next((f"{error}: {fix}" for words, fix in _FIXES.items() if re.search(words, error)), error)

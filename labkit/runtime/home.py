@@ -1,4 +1,4 @@
-"""The two folders labkit keeps for a user, and the locks on them."""
+"""The two folders that labkit keeps for a user, and locks on files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATE = "LABKIT_STATE"
 
 
 def cache_dir() -> Path:
-    """What can be had again: jars, Java's caches, the formatted template. `LABKIT_CACHE` names another folder.
+    """The folder for what can be made again: jars, Java's caches, the template. `LABKIT_CACHE` names another one.
 
     Raises LabkitError when it cannot be written to.
     """
@@ -25,7 +25,7 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """The running broker's state and data, logs, runs. `LABKIT_STATE` names another folder, with a broker of its own.
+    """The folder for the broker's state and data, logs, runs. `LABKIT_STATE` names another one, with its own broker.
 
     Raises LabkitError when it cannot be written to.
     """
@@ -48,7 +48,7 @@ def _writable(variable: str, default: Path) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that is the file `path`, among processes and threads; the kernel frees it when its holder dies."""
+    """Hold the file `path` as a lock, among processes and threads. The kernel frees it when its holder dies."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

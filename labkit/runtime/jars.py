@@ -1,4 +1,4 @@
-"""Kafka's jars: fetched once by exact Maven coordinates, checked against committed SHA-256s on every start."""
+"""Kafka's jars: fetched once by exact Maven coordinates, and checked against committed SHA-256s at every start."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from labkit.runtime.home import cache_dir, locked
 
 KAFKA = "4.3.1"
 TRIES = 3  # to fetch a jar
-MTIME = 1_000_000_000  # any fixed one: Java's AOT cache depends on it, and a jar fetched anew is still the same jar
+MTIME = 1_000_000_000  # any fixed time, as Java's AOT cache depends on it: a jar fetched anew is still the same jar
 LIST = Path(__file__).with_name(f"kafka-{KAFKA}.jars")
 STREAMS = Path(__file__).with_name(f"kafka-streams-{KAFKA}.jars")
 CONNECT = Path(__file__).with_name(f"kafka-connect-{KAFKA}.jars")
 DEBEZIUM = Path(__file__).with_name("debezium-3.7.0.Final.jars")
 LISTS = {"Apache Kafka": LIST, "Kafka Streams": STREAMS, "Kafka Connect": CONNECT, "Debezium": DEBEZIUM}
-"""By what they are called. All but the first have only what they need beside Kafka's jars."""
+"""Lists by their names in messages. All but the first only have what is needed beside Kafka's jars."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Jar:
             return False
 
 
-Fetch = Callable[[Jar, Path], Path]  # puts the jar somewhere below the folder, and says where
+Fetch = Callable[[Jar, Path], Path]  # puts the jar somewhere below the folder, and returns its path
 
 
 def read_list(path: Path = LIST) -> list[Jar]:
@@ -63,7 +63,7 @@ def read_list(path: Path = LIST) -> list[Jar]:
 
 
 def streams_jars(rocksdb: bool) -> list[Path]:
-    """Kafka's jars and those of Kafka Streams. RocksDB has 73 MB, so it is fetched only if it is asked for."""
+    """Kafka's jars and those of Kafka Streams. RocksDB has 73 MB, so it is fetched only on demand."""
     jars = [jar for jar in read_list(STREAMS) if rocksdb or jar.artifact != "rocksdbjni"]
     return jar_files() + jar_files(jars=jars, what="Kafka Streams")
 
@@ -79,7 +79,7 @@ def jar_files(
     fetch: Fetch | None = None,
     what: str = "Apache Kafka",
 ) -> list[Path]:
-    """The jars on this disk, every one checked (0.1 s); those that are missing or not intact are fetched first.
+    """The paths of the jars, every one checked (0.1 s). Those that are missing or damaged are fetched first.
 
     Raises LabkitError when that is impossible, saying what to do instead.
     """
@@ -88,10 +88,7 @@ def jar_files(
     paths = [folder / jar.file_name for jar in jars]
     if _broken(jars, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            locked(folder / "lock"),
-            _quiet("jgo", "urllib3"),
-        ):  # another process may be fetching them right now
+        with locked(folder / "lock"), _quiet("jgo", "urllib3"):  # another process may be fetching them right now
             if broken := _broken(jars, folder):
                 _fetch_all(broken, folder, fetch or _maven(), what)
     return paths
@@ -111,7 +108,7 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch, what: str) -> No
             try:
                 fetched = fetch(jar, below)
                 break
-            except OSError:  # of a hundred connections one is often cut off
+            except OSError:  # one connection in a hundred breaks off
                 continue
         else:
             fetched = fetch(jar, below)
@@ -121,7 +118,7 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch, what: str) -> No
         os.replace(fetched, folder / jar.file_name)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("jars"))
-    for unfinished in folder.glob(".fetch-*/"):  # by a process that was killed
+    for unfinished in folder.glob(".fetch-*/"):  # left by a killed process
         shutil.rmtree(unfinished, ignore_errors=True)
     below = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
     pool = ThreadPoolExecutor(8)
@@ -154,7 +151,7 @@ def _maven() -> Fetch:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """What these loggers would say is said by our own error, once."""
+    """Silence these loggers: our own error says it, once."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:

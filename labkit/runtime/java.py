@@ -16,7 +16,7 @@ OLDEST = 17  # what Kafka 4 asks of a broker
 
 @dataclass(frozen=True)
 class Java:
-    """A Java installation; `identity` differs between any two builds and places, `version` is the feature release."""
+    """A Java installation. `version` is its feature release. `identity` is another one for each build and path."""
 
     path: Path
     version: int
@@ -24,7 +24,7 @@ class Java:
 
     @property
     def silence(self) -> list[str]:
-        """Flags with which Java warns of nothing."""
+        """Flags that silence Java's warnings."""
         flags = ["-Xlog:all=error", "--enable-native-access=ALL-UNNAMED"]
         if self.version >= 23:
             flags.append("--sun-misc-unsafe-memory-access=allow")
@@ -32,7 +32,7 @@ class Java:
 
     def command(self, flags: Iterable[str], jars: Iterable[Path], main: str, *arguments: str) -> list[str]:
         """The command of a program that logs as `log4j2.properties` in its working folder says."""
-        # In the locale C, Java finds no file with an umlaut in its path; in others, errors are not in English.
+        # In the locale C, Java finds no file with an umlaut in its path; in others, its errors are not in English.
         java = ["/usr/bin/env", "LC_ALL=C.UTF-8", str(self.path)]
         logging = "-Dlog4j2.configurationFile=log4j2.properties"
         return [*java, *flags, logging, "-cp", ":".join(map(str, jars)), main, *arguments]
@@ -57,14 +57,17 @@ def find_java() -> Java:
             f"there is no Java at {path} (from {where}): "
             f"set {JAVA_HOME} to the folder of a Java {OLDEST} or newer, or unset it"
         )
-    real = path.resolve().parent.parent  # a home such as /usr has but links to the real one
+    real = path.resolve().parent.parent  # a home such as /usr only has links to the real one
     try:
         text = (real / "release").read_text()
     except OSError as error:
         text = str(error)
     found = re.search(r'JAVA_VERSION="(?:1\.)?(\d+)', text)
     if not found:
-        raise LabkitError(f"{path} (from {where}) does not tell its version; it says: {text.strip()[:200]}")
+        raise LabkitError(
+            f"{path} (from {where}) does not say its version ({text.strip()[:200]}): set {JAVA_HOME} to the folder of "
+            f"another Java, or unset it"
+        )
     version = int(found[1])
     if version < OLDEST:
         raise LabkitError(

@@ -1,4 +1,4 @@
-"""Kafka Connect: a worker of one owner, which runs connectors. They are put there, and looked at, by REST."""
+"""Kafka Connect: a worker of one owner, which runs connectors. Its REST interface takes them, and shows their state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.producer import end_transactions
 from labkit.runtime import slots
-from labkit.runtime.broker import HOST, LOGGING, free_ports, log_tail, wait_until_ready
+from labkit.runtime.broker import HOST, LOGGING, free_ports, log_tail
 from labkit.runtime.child import Child
 from labkit.runtime.connectors import MIRROR, POSTGRES, Connector, with_fix
 from labkit.runtime.jars import connect_jars
@@ -25,9 +25,8 @@ from labkit.runtime.java import find_java
 from labkit.runtime.server import Server
 
 MAIN = "org.apache.kafka.connect.cli.ConnectDistributed"
-ANSWER = 240.0  # seconds for a start on a busy machine
 REQUEST = 10.0  # seconds for one answer
-LOOK = 0.05  # seconds between two looks: nothing tells when a connector has changed its state
+LOOK = 0.05  # seconds between two looks at a connector's state
 JVM = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xms48m", "-Xmx192m")
 
 SETTINGS = """\
@@ -60,59 +59,60 @@ heartbeat.interval.ms=500
 
 @dataclass(frozen=True)
 class ConnectorStatus:
-    """How a connector stands: running, failed (its `error` says why), starting, paused or stopped."""
+    """The state of a connector: running, failed (`error` says why), starting, paused or stopped."""
 
     name: str
     state: str
     tasks: str
-    """How many of them run: "1 of 1"."""
+    """How many of its tasks run: "1 of 1"."""
     error: str = ""
-    """What it failed with last, in one line, with the fix where that is known."""
+    """Its last error, in one line, with the fix where that is known."""
 
 
 class KafkaConnect(Server):
     """One distributed worker (some 170 MB), alone in its group, with Debezium and MirrorMaker. It listens on
     127.0.0.1 only.
 
-    `prefix` begins the names of its group and its three topics. Connectors and what they have read are in those topics:
-    a worker that is started again goes on with them.
+    The names of its group and of its three topics begin with `prefix`. These topics hold the connectors, and what they
+    have read: a worker that is started again goes on with them.
     """
 
     name, kind = "Kafka Connect", "labkit-connect"
     needs = 250
+    patience = 240.0
 
     def __init__(self, cluster: Cluster, prefix: str) -> None:
         if cluster.security:
             raise LabkitError(
                 f"Kafka Connect runs here only on a Kafka without a login, and {cluster.bootstrap} wants one: use the "
-                "embedded one"
+                "embedded Kafka"
             )
         self.cluster, self.prefix = cluster, prefix
         self._cluster_id = cluster.describe().cluster_id
         self._java, self._jars = find_java(), connect_jars()
-        self._captures: dict[tuple[str | None, ...], Connector] = {}  # all whose slot may be there, by `_source_of`
+        self._captures: dict[tuple[str | None, ...], Connector] = {}  # captures whose slot may exist, by `_source_of`
         self._mirrored: dict[str, set[tuple[str, str, str]]] = {}  # source, target and topic, by the connector's name
         self._writers: set[str] = set()  # connectors that write to the worker's own Kafka
         super().__init__()
 
     @property
     def url(self) -> str:
-        """Where its REST interface is."""
+        """The address of its REST interface."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that it holds; 0 while it is down."""
+        """Bytes of memory that the worker holds; 0 while it is down."""
         try:
             return int(psutil.Process(self.pid).memory_info().rss)
         except psutil.Error:
             return 0
 
     def start(self, connector: Connector, timeout: float = 60.0) -> None:
-        """Have it run this connector, in the place of another one of its name. Returns once it and its task run.
+        """Have the worker run this connector, in the place of one with its name. Returns once connector and task run.
 
-        Raises LabkitError when it fails, with its own error and, where that is known, the fix; when what it is to read
-        or write is not there; Unavailable when it does not run within `timeout` seconds.
+        Raises LabkitError when the connector fails, with its own error and, where it is known, the fix; when its table
+        or topic does not exist; Unavailable when it does not run within `timeout` seconds.
         """
         until = time.monotonic() + timeout
         if connector.config["connector.class"] == POSTGRES:
@@ -145,11 +145,11 @@ class KafkaConnect(Server):
             self._wait(until, f"connector {connector.name} does not run, it is {status.state}")
 
     def stop(self, name: str, timeout: float = 30.0) -> None:
-        """Take a connector away. What it has read stays known, and one of its name goes on there; but not of a capture,
-        as its slot in PostgreSQL goes with it: the next one reads all rows anew."""
+        """Take a connector away. A later one with its name goes on where it has stopped reading. But not a capture: its
+        slot in PostgreSQL goes with it, and the next capture reads all rows anew."""
         until = time.monotonic() + timeout
         if not self._captures_of(name) and self._find(f"/connectors/{name}", until) is None:
-            raise LabkitError(f"{self.name} has no connector {name!r}: `status()` says which it has")
+            raise LabkitError(f"{self.name} has no connector {name!r}: `status()` lists its connectors")
         self._take_away(name, until)
         if left := self._captures_of(name):
             fixes = "; ".join(slots.how_to_drop(self._captures[one]) for one in left)
@@ -159,13 +159,13 @@ class KafkaConnect(Server):
             )
 
     def status(self, timeout: float = REQUEST) -> list[ConnectorStatus]:
-        """All its connectors, by name. Raises Unavailable while it does not answer."""
-        told = self._ask("GET", "/connectors?expand=status", timeout=timeout)
-        return [_status(name, told[name]["status"]) for name in sorted(told)]
+        """All connectors, by name. Raises Unavailable while the worker does not answer."""
+        found = self._ask("GET", "/connectors?expand=status", timeout=timeout)
+        return [_status(name, found[name]["status"]) for name in sorted(found)]
 
     def close(self) -> None:
-        """End it and remove its files; also the slots that its captures have in PostgreSQL. May be called again: what
-        could not be dropped is tried once more."""
+        """End the worker, remove its files, and drop its captures' slots in PostgreSQL. May be called again, to drop a
+        slot that could not be dropped before."""
         super().close()
         self._drop(list(self._captures))
 
@@ -177,33 +177,30 @@ class KafkaConnect(Server):
         (self.folder / "log4j2.properties").write_text(LOGGING)
 
     def _launch(self) -> Child:
-        self.cluster.describe()  # or it would wait a minute for a Kafka that is away
-        # A worker that starts reads its topics to their ends, and waits there for what a killed one has left open.
+        self.cluster.describe()  # or the worker would wait a minute for a Kafka that is away
+        # A new worker reads its topics to their ends, and would wait for transactions that a killed one left open.
         group = f"{self.prefix}connect"
         end_transactions(self.cluster, [f"connect-cluster-{group}", *(f"{group}-{name}-0" for name in self._writers)])
         command = self._java.command([*JVM, *self._java.silence], self._jars, MAIN, "worker.properties")
         return Child(command, cwd=self.folder, output=self.log)
 
-    def _wait_until_ready(self, child: Child) -> None:
-        wait_until_ready(self.name, self.log, self._answers, lambda: child.poll() is None, ANSWER)
-
     def _answers(self) -> bool:
         try:
             self._ask("GET", "/health")
-            # Whoever took the port before our worker did may be one too.
+            # Whoever took the port before our worker did may be a worker too.
             return bool(self._ask("GET", "/")["kafka_cluster_id"] == self._cluster_id)
         except (LabkitError, ValueError, KeyError, TypeError):  # or anything that speaks HTTP
             return False
 
     def _find(self, path: str, until: float) -> dict[str, Any] | None:
-        """What is known of a connector; None if there is none."""
+        """The worker's answer about a connector; None if there is no such connector."""
         try:
             return dict(self._insist("GET", path, until))
         except _Missing:
             return None
 
     def _check_home(self, connector: Connector) -> None:
-        """Raises LabkitError for a capture into another Kafka than the worker's: it is not known to work."""
+        """Raises LabkitError for a capture into another Kafka than the worker's: nobody has made it work."""
         for topic in connector.topics:
             if topic.cluster != self.cluster and topic.cluster.describe().cluster_id != self._cluster_id:
                 raise LabkitError(
@@ -212,12 +209,12 @@ class KafkaConnect(Server):
                 )
 
     def _target_of(self, connector: Connector) -> str:
-        """The id of the cluster that it writes to."""
+        """The id of the cluster to which a connector writes."""
         to = connector.config.get("producer.override.bootstrap.servers", self.cluster.bootstrap)
         return self._cluster_id if to == self.cluster.bootstrap else Cluster(to).describe().cluster_id
 
     def _copies_of(self, connector: Connector, target: str) -> set[tuple[str, str, str]]:
-        """What a mirror copies: source, target and topic. Raises LabkitError for one that would copy copies."""
+        """What a mirror copies: source, target and topic. Raises LabkitError for a mirror that would copy copies."""
         if connector.config["connector.class"] != MIRROR or not connector.topics:
             return set()
         source = connector.topics[0].cluster.describe().cluster_id
@@ -240,8 +237,8 @@ class KafkaConnect(Server):
         return [one for one in self._captures if one[0] == name]
 
     def _take_away(self, name: str, until: float) -> None:
-        """End a connector; of a capture also what it has read, and its slot, which stays in `_captures` until it is
-        gone."""
+        """End a connector. If it is a capture, forget what it has read, and drop its slot, which stays in `_captures`
+        until it is dropped."""
         path, captures = f"/connectors/{name}", self._captures_of(name)
         if self._find(path, until) is not None:
             if captures:
@@ -260,13 +257,13 @@ class KafkaConnect(Server):
                 del self._captures[one]
 
     def _remove(self, path: str, until: float) -> None:
-        with suppress(_Missing):  # gone by a request whose answer did not come
+        with suppress(_Missing):  # removed by an earlier request, whose answer was lost
             self._insist("DELETE", path, until)
         while self._find(f"{path}/status", until) is not None:
             self._wait(until, f"connector {path.rpartition('/')[2]} does not end")
 
     def _wait(self, until: float, what: str) -> None:
-        """Between two looks. Raises Unavailable when the worker has ended, or there is no time left."""
+        """Wait until the next look. Raises Unavailable when the worker has ended, or no time is left."""
         if self._child.poll() is not None:
             raise Unavailable(f"{what}: {self.name} has ended, recover it first")
         if time.monotonic() > until:
@@ -280,7 +277,7 @@ class KafkaConnect(Server):
             return ConnectorStatus(name, "starting", "0 of 0")
 
     def _insist(self, method: str, path: str, until: float, body: object = None) -> Any:
-        """Ask until the worker can, and answers: what it is asked may be asked again."""
+        """Ask again until the worker answers and can do it. Only for requests that may be repeated."""
         while True:
             try:
                 return self._ask(method, path, body)
@@ -310,8 +307,8 @@ class KafkaConnect(Server):
             said = text.decode(errors="replace")
         if status == 404:
             raise _Missing(f"{self.name}: {_one_line(said)}")
-        if status in (409, 500, 503, 504):  # it is joining its group, or gets its connectors assigned
-            raise Unavailable(f"{self.name} cannot do it now: {_one_line(said)}")
+        if status in (409, 500, 503, 504):  # the worker joins its group, or assigns its connectors
+            raise Unavailable(f"{self.name} cannot do this now: {_one_line(said)}")
         raise LabkitError(f"{self.name} refuses this: {with_fix(_one_line(said))}")
 
 
@@ -320,24 +317,24 @@ class _Missing(LabkitError):
 
 
 def _check_topics(connector: Connector) -> None:
-    """Raises TopicMissing: Connect would wait without a word."""
+    """Raises TopicMissing if a topic does not exist: Connect would wait for it without a word."""
     for topic in connector.topics:
         if not topic.cluster.topic_ids([topic.name]):
             raise TopicMissing(
-                f"topic {topic.name} does not exist at {topic.cluster.bootstrap}: make it before connector "
-                f"{connector.name} needs it, as lab.topic(…) does"
+                f"topic {topic.name} does not exist at {topic.cluster.bootstrap}, and connector {connector.name} needs "
+                "it: make it before, as lab.topic(…) does"
             )
 
 
 def _source_of(connector: Connector) -> tuple[str | None, ...]:
-    """What a capture reads: of its name, another source is begun anew."""
+    """What a capture reads. A capture with the same name and another source begins anew."""
     settings = ("database.hostname", "database.port", "database.dbname", "table.include.list", "slot.name")
     return connector.name, *map(connector.config.get, settings)
 
 
-def _status(name: str, told: dict[str, Any]) -> ConnectorStatus:
-    tasks = told["tasks"]
-    states = [told["connector"]["state"], *(task["state"] for task in tasks)]
+def _status(name: str, found: dict[str, Any]) -> ConnectorStatus:
+    tasks = found["tasks"]
+    states = [found["connector"]["state"], *(task["state"] for task in tasks)]
     running = sum(task["state"] == "RUNNING" for task in tasks)
     if "FAILED" in states:
         state = "failed"
@@ -345,18 +342,18 @@ def _status(name: str, told: dict[str, Any]) -> ConnectorStatus:
         state = "running"
     else:
         state = states[0].lower() if states[0] in ("PAUSED", "STOPPED") else "starting"
-    traces = [one["trace"] for one in (told["connector"], *tasks) if one.get("trace")]
+    traces = [one["trace"] for one in (found["connector"], *tasks) if one.get("trace")]
     error = with_fix(_root_of(traces[0])) if traces else ""
     return ConnectorStatus(name, state, f"{running} of {len(tasks)}", error)
 
 
 def _root_of(trace: str) -> str:
-    """What a stack trace of Java's begins with: the innermost error, in one line."""
+    """The innermost error of a Java stack trace, in one line."""
     lines = trace.splitlines() or [""]
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
     return _one_line(re.sub(r"^(?:[\w$]+\.)+", "", [lines[0], *causes][-1]))
 
 
-def _one_line(text: str, most: int = 300) -> str:
+def _one_line(text: str) -> str:
     text = text.partition("You can also find the above list of errors")[0]  # at a URL that does not help
-    return " ".join(text.split())[:most]
+    return " ".join(text.split())[:300]

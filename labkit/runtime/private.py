@@ -1,4 +1,4 @@
-"""Kafka of one owner, who may do to it what nobody may do to a shared one: kill it, freeze it, start it again.
+"""A Kafka of one owner, who may kill it, freeze it and start it again, which nobody may do to a shared one.
 
 It is one broker, or several that make one cluster.
 """
@@ -9,23 +9,23 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
+from labkit.closing import Closing
 from labkit.kafka.cluster import Cluster
 from labkit.runtime.broker import HOST, TRIES, Broker, Kafka, PortTaken, free_ports, new_uuid, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.proxy import Proxy
 from labkit.runtime.server import Server, ServerState, warn_if_memory_is_short
 
-# A second listener. Its clients are told to connect through the proxy, whichever broker they ask for.
+# A second listener. It tells its clients to connect through the proxy.
 PROXIED = f"""\
 listeners=PLAINTEXT://{HOST}:{{port}},CONTROLLER://{HOST}:{{controller_port}},PROXIED://{HOST}:{{inner}}
 advertised.listeners=PLAINTEXT://{HOST}:{{port}},PROXIED://{HOST}:{{proxy}}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT
 """
 
-# One of several, which all are broker and controller. Each has a replica of every partition, and a majority of replicas
-# must have a record before a client that asks for all of them hears that it is stored.
+# One of several, each broker and controller. Each has a replica of every partition. With acks=all, a record is
+# confirmed once a majority of the replicas has it.
 MEMBER = """\
 node.id={node}
 controller.quorum.voters={voters}
@@ -54,8 +54,8 @@ class BrokerServer(Server):
     def _launch(self) -> Child:
         return Child(self._kafka.command(self.folder), cwd=self.folder, output=self._broker.log)
 
-    def _wait_until_ready(self, child: Child) -> None:
-        self._broker.wait_until_ready(lambda: child.poll() is None)
+    def _answers(self) -> bool:
+        return self._broker.answers()
 
 
 class PrivateBroker(BrokerServer):
@@ -72,7 +72,7 @@ class PrivateBroker(BrokerServer):
         self.cluster_id: str = self._broker.cluster_id
 
     def close(self) -> None:
-        """End it and remove its data. May be called again."""
+        """End the broker and remove its data. May be called again."""
         super().close()
         if hasattr(self, "proxy"):
             self.proxy.close()
@@ -92,8 +92,8 @@ class PrivateBroker(BrokerServer):
         return super()._launch()
 
 
-class PrivateCluster:
-    """Several embedded brokers that make one cluster; it works as long as a majority of them does.
+class PrivateCluster(Closing):
+    """Several embedded brokers that make one cluster, which works as long as a majority of them does.
 
     Each is a `Server` of its own, and keeps its data and ports. Raises LabkitError when they cannot be started.
     """
@@ -106,33 +106,27 @@ class PrivateCluster:
             try:
                 self._start()
                 return
-            except PortTaken:  # they know each other by their ports: all are chosen anew
+            except PortTaken:  # the brokers know each other by their ports: choose all ports anew
                 if attempt == TRIES:
                     raise
 
     @property
     def cluster(self) -> Cluster:
-        """It is reached by each of them."""
+        """The cluster, by the addresses of all brokers."""
         return Cluster(",".join(f"{HOST}:{port}" for port in self.ports[: self.size]))
 
     def close(self) -> None:
-        """End all of them and remove their data. May be called again."""
+        """End all brokers and remove their data. May be called again."""
         for broker in self.brokers:
             broker.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def works_with(self, one: ClusterBroker) -> bool:
-        """Whether there is a majority once this one runs. Until all have been started, it is waited for."""
+        """Whether a majority runs, together with this one. True while all are being started for the first time."""
         others = [broker for broker in self.brokers if broker is not one and broker.state is ServerState.RUNNING]
         return not self.brokers or len(others) + 1 >= self.majority
 
     def _start(self) -> None:
-        """All at once, as none is ready before a majority is."""
+        """Start all at once, as none is ready before a majority is."""
         self.cluster_id, self.ports, self.given_up = new_uuid(), free_ports(2 * self.size), threading.Event()
         made: list[ClusterBroker] = []
         failed: list[BaseException] = []
@@ -142,7 +136,7 @@ class PrivateCluster:
                 made.append(ClusterBroker(self, node))
             except BaseException as error:
                 failed.append(error)
-                self.given_up.set()  # the others wait for it
+                self.given_up.set()  # the others would wait for this one
 
         try:
             with ThreadPoolExecutor(self.size) as pool:  # whose end waits for all of them
@@ -163,7 +157,7 @@ class PrivateCluster:
 class ClusterBroker(BrokerServer):
     """One of several brokers.
 
-    Killed and started again, it needs no fencing: the others have missed it, and have other leaders.
+    It needs no fencing when it is started again after a kill: the others have missed it, and have chosen other leaders.
     """
 
     tries = 1
@@ -183,6 +177,5 @@ class ClusterBroker(BrokerServer):
         own = ports[self.node - 1 :: size]
         self._broker = Broker.create(self.folder, self._kafka, own, extra, self._all.cluster_id, self.node)
 
-    def _wait_until_ready(self, child: Child) -> None:
-        if not self.waits_for:  # else nobody answers until another one is started
-            self._broker.wait_until_ready(lambda: child.poll() is None and not self._all.given_up.is_set())
+    def _lives(self) -> bool:
+        return super()._lives() and not self._all.given_up.is_set()

@@ -1,9 +1,9 @@
-"""A proxy between a broker and its clients: a connection that can be cut, slowed down or held back.
+"""A proxy between a broker and its clients: it can cut the connection, slow it down, or hold answers back.
 
-It takes Kafka's protocol apart as far as the frames, and looks at which request a frame is. So a fault can begin with
-the first `Produce` or `EndTxn` from now on: at that step, and not some time around it.
+It reads the frames of Kafka's protocol, and which request each of them is. So a fault can begin with the first
+`Produce` or `EndTxn` from now on: at exactly that step.
 
-A proxy may have more doors, to other servers beside the broker. What goes through those is passed on as bytes.
+A proxy may have further doors, to other servers than the broker. Through these it passes on bytes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import asyncio
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import HOST, PortTaken, free_ports
+from labkit.runtime.broker import HOST, held_port, take_port
 
 # The requests that a fault may begin with, and their keys in Kafka's protocol.
 REQUESTS = {
@@ -30,9 +29,9 @@ REQUESTS = {
     "EndTxn": 26,
     "TxnOffsetCommit": 28,
 }
-LONGEST = 10.0  # seconds of delay each way: what is under way when it ends still takes them
+LONGEST = 10.0  # seconds of delay each way; what is under way when a delay ends still takes it
 LARGEST = 128 << 20  # bytes of a frame; a broker takes 100 MiB
-PIECE = 1 << 16  # bytes that are passed on as one, where they are no frames
+PIECE = 1 << 16  # bytes that are passed on as one, where there are no frames
 AHEAD = 64  # frames or pieces of one direction of one connection that are on their way
 
 Frame: TypeAlias = bytes
@@ -46,29 +45,29 @@ class _Door:
     port: int
     to: int
     frames: bool
-    """Whether Kafka's protocol is spoken there."""
+    """Whether this door passes on Kafka's protocol."""
     reserved: socket.socket
-    """Ours while nobody listens: connections are refused then."""
+    """Holds the port while nobody listens, so that connections are refused."""
     listener: socket.socket | None = None
 
 
 class Proxy:
-    """Passes on what comes to `port` of 127.0.0.1 to port `to`, until it is told otherwise. One thread does it all.
+    """Passes on what comes to `port` of 127.0.0.1 to port `to`. One thread does it all.
 
-    `cut`, `slow` and `hold` begin a fault, at once or with the first request of a kind; `recover` ends all. A distance
-    is no fault, and stays.
+    `cut`, `slow` and `hold` begin a fault, at once or with the first request of a kind; `recover` ends every fault. A
+    distance is no fault, and stays.
     """
 
     _stays_in_the_notebook = "give a handler topics with its `cluster`: replace(topic, cluster=….cluster)"
 
     def __init__(self, port: int, to: int) -> None:
         self.port, self._to = port, to
-        self._doors = [_Door(port, to, True, _reserved(port))]
+        self._doors = [_Door(port, to, True, take_port(port))]
         self._connections: set[asyncio.Task[Any]] = set()
         self._delay = self._distance = 0.0
         self._passing = asyncio.Event()  # whether answers pass
-        self._awaited: tuple[Literal["cut", "hold"], int] | None = None  # what begins with which request
-        self._answer: tuple[asyncio.Task[Any] | None, bytes] | None = None  # of which connection, with which number
+        self._awaited: tuple[Literal["cut", "hold"], int] | None = None  # a fault, and the request to begin with
+        self._answer: tuple[asyncio.Task[Any] | None, bytes] | None = None  # to wait for: its connection, its number
         self._begun = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -82,7 +81,7 @@ class Proxy:
 
     @property
     def state(self) -> str:
-        """What it does now."""
+        """What the proxy does now, in words."""
         if self._is_shut:
             return "cut" if self._thread.is_alive() else "closed"
         if not self._passing.is_set():
@@ -93,23 +92,23 @@ class Proxy:
         return " · ".join(filter(None, (away, slow, waits))) or "open"
 
     def through(self, port: int) -> int:
-        """A port by which whatever listens on `port` is reached through this proxy, the same at each call."""
+        """A port that leads through this proxy to whatever listens on `port`; the same one at each call."""
         for door in self._doors:
             if door.to == port and not door.frames:
                 return door.port
-        while True:
-            made, _ = free_ports()
-            with suppress(PortTaken):
-                self._run(self._add(_Door(made, port, False, _reserved(made))))
-                return made
+        held = held_port()
+        made: int = held.getsockname()[1]
+        self._run(self._add(_Door(made, port, False, held)))
+        return made
 
     def cut(self, request: str = "") -> None:
-        """Close all connections and refuse new ones, now or when the first such request comes, which is lost."""
+        """Close all connections and refuse new ones: now, or when the first such request comes, which is lost."""
         self._begin("cut", request)
 
     def hold(self, request: str = "") -> None:
-        """Hold answers back while requests go through: all answers from now on, or from that to the first such request
-        on. `wait`, then `cut`: the broker has done the work, and its client never hears of it.
+        """Hold answers back while requests go through: from now on, or from the answer to the first such request on.
+
+        With `wait` and then `cut`, the broker has done the work, and its client never learns of it.
         """
         self._begin("hold", request)
 
@@ -126,7 +125,7 @@ class Proxy:
         self._run(slow())
 
     def distance(self, seconds: float) -> None:
-        """Everything takes so many seconds each way from now on. To make a connection takes a round trip."""
+        """Delay everything by so many seconds each way from now on. Making a connection takes a round trip."""
         if not 0 <= seconds <= LONGEST:
             raise LabkitError(f"a distance is 0 to {LONGEST:g} s each way, not {seconds!r}")
 
@@ -136,7 +135,7 @@ class Proxy:
         self._run(distance())
 
     def recover(self) -> None:
-        """End every fault. Answers that were held back go out, unless their connection is gone."""
+        """End every fault. Answers that were held back go out, unless their connection is closed."""
 
         async def recover() -> None:
             self._awaited, self._answer, self._delay = None, None, 0.0
@@ -148,13 +147,13 @@ class Proxy:
         self._run(recover())
 
     def wait(self, timeout: float = 30.0) -> None:
-        """Wait until the `cut` or `hold` that was asked for has begun; of a `hold` with a request, until the broker has
-        answered that. Raises LabkitError after `timeout` seconds."""
+        """Wait until the `cut` or `hold` has begun; for a `hold` with a request, until the broker has answered that
+        request. Raises LabkitError after `timeout` seconds."""
         if not self._begun.wait(timeout):
-            raise LabkitError(f"no request began the fault within {timeout:g} s: the connection {self.state}")
+            raise LabkitError(f"no request began the fault within {timeout:g} s. State of the connection: {self.state}")
 
     def close(self) -> None:
-        """Close all connections and let the port go. May be called again."""
+        """Close all connections and free the ports. May be called again."""
         if self._thread.is_alive():
             self._run(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -185,7 +184,7 @@ class Proxy:
 
     def _begin(self, verb: Literal["cut", "hold"], request: str) -> None:
         if request and request not in REQUESTS:
-            raise LabkitError(f"a fault begins with one of {', '.join(REQUESTS)}, not with {request!r}")
+            raise LabkitError(f"a fault can begin with one of {', '.join(REQUESTS)}, not with {request!r}")
 
         async def begin() -> None:
             self._begun.clear()
@@ -207,7 +206,7 @@ class Proxy:
             self._listen(door)
         self._doors.append(door)
 
-    # Not a server of asyncio: that one forgets a connection which comes just when it is closed, and leaves it open.
+    # Not a server of asyncio, which forgets a connection that comes just when it is closed, and leaves it open.
 
     def _listen(self, door: _Door) -> None:
         door.listener = listener = socket.socket()
@@ -222,7 +221,7 @@ class Proxy:
         try:
             client, _ = listener.accept()
         except OSError:
-            return  # it has hung up
+            return  # the client has hung up
         connection = self._loop.create_task(self._serve(client, door))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
@@ -244,7 +243,7 @@ class Proxy:
         await asyncio.gather(*ending, return_exceptions=True)
 
     async def _serve(self, client: socket.socket, door: _Door) -> None:
-        """One connection, until either side ends it; where it is no broker's, until both do."""
+        """Serve one connection: to the broker, until either side ends it; through another door, until both do."""
         connection = asyncio.current_task()
         writers: list[asyncio.StreamWriter] = []
         requests: Queue = asyncio.Queue(AHEAD)
@@ -263,11 +262,11 @@ class Proxy:
                 both_ways.create_task(self._write(requests, to_server))
                 both_ways.create_task(self._read(answered if door.frames else partial(server.read, PIECE), answers))
                 both_ways.create_task(self._write(answers, writer, self._passing))
-            for one in writers:  # what is still to go out goes out
+            for one in writers:  # what is still to be sent is sent
                 one.close()
                 await one.wait_closed()
         except* (OSError, EOFError, asyncio.CancelledError):
-            pass  # somebody hung up, the server is away, what came is not Kafka's protocol, or the line is cut
+            pass  # somebody hung up, the server is away, this is not Kafka's protocol, or the line is cut
         finally:
             for one in writers:
                 one.transport.abort()
@@ -282,7 +281,7 @@ class Proxy:
         return head + frame
 
     async def _read(self, more: Callable[[], Awaitable[bytes]], queue: Queue) -> None:
-        """Pass on what comes, up to an empty piece: the end of a stream of bytes."""
+        """Queue what comes, up to an empty piece, which is the end of a stream of bytes."""
         piece = b"?"
         while piece:
             piece = await more()
@@ -296,7 +295,7 @@ class Proxy:
             if gate is not None:
                 await gate.wait()
             if not frame:
-                sink.write_eof()  # as late as all that was before it
+                sink.write_eof()  # as late as all that came before
                 return
             sink.write(frame)
             await sink.drain()
@@ -325,15 +324,3 @@ class Proxy:
 
 def _name(key: int) -> str:
     return next(name for name, one in REQUESTS.items() if one == key)
-
-
-def _reserved(port: int) -> socket.socket:
-    """A socket that has this port and never listens. Raises PortTaken."""
-    reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        reserved.bind((HOST, port))
-    except OSError as error:
-        reserved.close()
-        raise PortTaken(f"somebody took port {port} before the proxy did") from error
-    return reserved

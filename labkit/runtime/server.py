@@ -1,7 +1,7 @@
 """A server of one owner: one child process on a folder of its own, which its owner may kill and start again.
 
-It ends with its owner, kill -9 included. Its folder goes when it is closed, or with the next server of its kind after
-that.
+It ends with its owner, kill -9 included. Closing it removes its folder. If the owner was killed, the next server of the
+same kind removes it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import threading
 from abc import ABC, abstractmethod
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import TRIES, PortTaken
+from labkit.runtime.broker import START_SECONDS, TRIES, PortTaken, wait_until_ready
 from labkit.runtime.child import Child
 from labkit.runtime.home import state_dir
 
-SPARE_MB = 500  # beside what a server takes: for the pods that use it
-STOP = 10.0  # seconds for a server to end in good order; once a broker ignored SIGTERM
+SPARE_MB = 500  # for the pods that use a server
+STOP = 10.0  # seconds for a server to end in good order, then it is killed; once a broker ignored SIGTERM
 
 
 class ServerState(Enum):
@@ -35,26 +36,28 @@ class ServerState(Enum):
     DOWN = "down"
 
 
-class Server(ABC):
-    """Keeps its port and its data when it is started again. Faults may be injected from several threads.
+class Server(Closing, ABC):
+    """A server keeps its port and its data when it is started again. Several threads may inject faults.
 
-    A subclass says what is in its folder, how it is started, and when it answers. Raises LabkitError when it cannot be
-    started, saying why.
+    A subclass says what is in the folder, how the server is started, and when it answers. Raises LabkitError when the
+    server cannot be started, saying why.
     """
 
     name: str
-    """What its users call it, in messages and on boards."""
+    """The server's name in messages and on boards."""
     kind: ClassVar[str]
-    """What its folder's name begins with."""
+    """The beginning of its folder's name."""
     tries: ClassVar[int] = TRIES
-    """How often it chooses ports when somebody takes one first."""
+    """How often it chooses ports, if somebody takes one first."""
     needs: ClassVar[int] = 0
-    """Megabytes that one takes, where that is many."""
+    """Megabytes of memory that the server takes, where that is many."""
+    patience: ClassVar[float] = START_SECONDS
+    """Seconds to wait for the first answer after a start."""
 
     def __init__(self) -> None:
         if self.needs:
             warn_if_memory_is_short(self.name, self.needs)
-        self._lock = threading.RLock()  # of what is done to it: one thing after another
+        self._lock = threading.RLock()  # one fault or repair after another
         self._frozen = self._starting = self._closed = False
         for attempt in range(1, self.tries + 1):
             _sweep(self._home(), self.kind)
@@ -81,8 +84,12 @@ class Server(ABC):
         """Start its process."""
 
     @abstractmethod
-    def _wait_until_ready(self, child: Child) -> None:
-        """Return once it answers. Raises PortTaken when somebody took its port, LabkitError when it does not answer."""
+    def _answers(self) -> bool:
+        """Whether it answers now."""
+
+    def _lives(self) -> bool:
+        """Whether its process runs, while a start waits for the first answer."""
+        return self._child.poll() is None
 
     def _home(self) -> Path:
         return state_dir()
@@ -92,7 +99,7 @@ class Server(ABC):
 
     @property
     def state(self) -> ServerState:
-        """What it is doing now; DOWN also when nobody ordered it."""
+        """What the server is doing now; DOWN also when it died by itself."""
         if self._starting:
             return ServerState.STARTING
         if self._closed or self._child.poll() is not None:
@@ -101,26 +108,26 @@ class Server(ABC):
 
     @property
     def waits_for(self) -> str:
-        """What has to be there before it answers, so that a start does not wait for its answer; "" when nothing has."""
+        """What is missing for the server to answer, so that a start does not wait for it; "" if nothing is."""
         return ""
 
     @property
     def pid(self) -> int:
-        """Its process, the newest one if it was started again."""
+        """The id of its newest process."""
         return self._child.pid
 
     @property
     def log(self) -> Path:
-        """What it logs: warnings and errors."""
+        """Its log: warnings and errors."""
         return self.folder / f"{self.kind}.log"
 
     def kill(self) -> None:
-        """kill -9, frozen or not. It stays down until `restart`. What it had confirmed is in its files."""
+        """kill -9, frozen or not. The server stays down until `restart`. What it has confirmed is in its files."""
         with self._lock:
             self._end()
 
     def freeze(self) -> None:
-        """SIGSTOP: it holds its connections and answers nothing, until `thaw` or `kill`."""
+        """SIGSTOP: the server keeps its connections and answers nothing, until `thaw` or `kill`."""
         with self._lock:
             self._child.signal(signal.SIGSTOP)
             self._frozen = True
@@ -134,8 +141,8 @@ class Server(ABC):
             self._frozen = False
 
     def restart(self) -> None:
-        """Stop it in good order if it runs, and start it on its data. Returns once it answers, unless it `waits_for`
-        something."""
+        """Stop the server in good order if it runs, and start it on its data. Returns once it answers, unless it
+        `waits_for` something."""
         with self._lock:
             if self._closed:
                 raise LabkitError(f"this {self.name} is closed: make a new lab")
@@ -153,7 +160,7 @@ class Server(ABC):
                 self._starting = False
 
     def close(self) -> None:
-        """End it and remove its data. May be called again."""
+        """End the server and remove its data. May be called again."""
         with self._lock:
             if self._closed:
                 return
@@ -164,15 +171,10 @@ class Server(ABC):
             _owner_of(self.folder).unlink(missing_ok=True)
             os.close(self._owner)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _start(self) -> None:
         self._child = self._launch()
-        self._wait_until_ready(self._child)
+        if not self.waits_for:
+            wait_until_ready(self.name, self.log, self._answers, self._lives, self.patience)
 
     def _end(self) -> None:
         self._child.close()  # kill -9, if it still runs
@@ -180,12 +182,13 @@ class Server(ABC):
 
 
 def warn_if_memory_is_short(name: str, needs: int) -> None:
-    """Warn before memory is short: then the system ends processes, or swaps, without a word."""
+    """Warn before memory runs out: then the system ends processes, or swaps, without a word."""
     import psutil
 
     free = psutil.virtual_memory().available // 1_000_000
     if free < needs + SPARE_MB:
-        print(f"Memory gets short: {free:,} MB are available, for {name} it takes {needs:,}. Close other labs.")  # noqa: T201
+        found = f"{free:,} MB are available, and {needs:,} MB are needed for {name}"
+        print(f"Memory gets short: {found}. Close other labs.")  # noqa: T201
 
 
 def _owner_of(folder: Path) -> Path:
@@ -194,7 +197,7 @@ def _owner_of(folder: Path) -> Path:
 
 
 def _claim(home: Path, kind: str) -> tuple[Path, int]:
-    """The name of a new folder, and its lock, held before anything is there that a sweep could remove."""
+    """The name of a new folder, and its lock, which is held before a sweep could find anything to remove."""
     while True:
         folder = home / f"{kind}-{secrets.token_hex(4)}"
         lock = os.open(_owner_of(folder), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -210,12 +213,12 @@ def _sweep(home: Path, kind: str) -> None:
         try:
             lock = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            continue  # it was closed just now, or is somebody else's
+            continue  # just closed, or somebody else's
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(owner.with_suffix(""), ignore_errors=True)
             owner.unlink(missing_ok=True)
         except BlockingIOError:
-            continue  # it lives
+            continue  # its owner lives
         finally:
             os.close(lock)

@@ -1,7 +1,7 @@
-"""The one embedded broker of this user and state folder, shared by all processes that hold a `Lease` of it.
+"""The one embedded broker of this user and state folder, shared by all processes that hold a `Lease` on it.
 
-What is known of it stands in its folder, beside its data; `supervisor.Keep` says which files those are. Processes
-agree by locks on files, which the kernel frees when a process dies.
+Files in its folder, beside its data, say what is known about it: see `supervisor.Keep`. Processes agree by locks on
+files, which the kernel frees when a process dies.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 from labkit.runtime.broker import TRIES, Broker, Kafka, PortTaken, free_ports, is_free, mark_of, prepare
 from labkit.runtime.child import supervisor_command
 from labkit.runtime.home import locked, state_dir
 from labkit.runtime.supervisor import is_held, users_of
 
-LINGER = 3.0  # seconds the broker outlives its last user: a kernel that restarts finds it again
-STOP_SECONDS = 20.0  # more than the supervisor's own bound
+LINGER = 3.0  # seconds that the broker outlives its last user: so a restarted kernel finds it again
+STOP_SECONDS = 20.0  # more than the supervisor gives the broker
 
 
 @dataclass(frozen=True)
 class Status:
-    """The shared broker as it is now. Not running means: pinned, with data kept for the next start."""
+    """The shared broker as it is now. If it is not running, it is pinned, and its data waits for the next start."""
 
     running: bool
     bootstrap: str
     cluster_id: str
     pid: int
-    memory: int
-    """Megabytes of the broker and its supervisor."""
+    memory_mb: int
+    """Megabytes of memory that the broker and its supervisor hold."""
     pinned: bool
     users: int
     restarts: int
     folder: Path
 
 
-class Lease:
-    """A user's hold on the shared broker: while one is open, in any process, the broker runs.
+class Lease(Closing):
+    """A user's hold on the shared broker, which runs as long as any process has an open lease.
 
     The kernel closes the leases of a process that dies. Methods raise LabkitError when the supervisor is gone.
     """
@@ -57,12 +57,12 @@ class Lease:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
-        """Let go. The broker stops 3 s after the last user left, unless it is pinned. May be called again."""
+        """Let go. The broker stops 3 s after the last user has gone, unless it is pinned. May be called again."""
         Path(self._lock.name).unlink(missing_ok=True)
         self._lock.close()
 
     def pin(self) -> None:
-        """Keep the broker running, and its data, without users: until `stop`."""
+        """Keep the broker running, and its data, even without users, until `stop`."""
         self._supervisor()
         (self.folder / "pinned").touch()
 
@@ -80,21 +80,15 @@ class Lease:
             raise LabkitError("the embedded broker's supervisor is gone: connect again to start a new one")
         return _supervisor(self.folder)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def shared_broker() -> Lease:
-    """Hold the shared broker, starting it if need be (0.8 s once everything is prepared).
+    """A lease on the shared broker, which is started if need be (0.8 s once everything is prepared).
 
     Raises LabkitError when it cannot be started, saying why.
     """
     if lease := attach():
         return lease
-    kafka = prepare()  # before the lock: it may take long, and has one of its own
+    kafka = prepare()  # before the lock: it may take long, and has its own lock
     home = state_dir()
     with locked(home / "broker.lock"):
         for attempt in range(1, TRIES + 1):
@@ -109,20 +103,20 @@ def shared_broker() -> Lease:
 
 
 def attach() -> Lease | None:
-    """Hold the shared broker if it runs and is ready; never starts one."""
+    """A lease on the shared broker if it runs and is ready. Starts nothing."""
     for folder in _folders(state_dir()):
         broker = _broker(folder)
         if broker is not None and _takes_users(folder):
-            with contextlib.suppress(FileNotFoundError):  # it is being removed
+            with contextlib.suppress(FileNotFoundError):  # somebody removes the folder
                 lease = Lease(broker)
-                if _takes_users(folder):  # after it has seen nobody and says so, its supervisor looks once more
+                if _takes_users(folder):  # a supervisor that stops takes `ready` back, and looks for users once more
                     return lease
                 lease.close()
     return None
 
 
 def status() -> Status | None:
-    """What is known of the shared broker, or None when there is none. Starts nothing."""
+    """The state of the shared broker, or None if there is none. Starts nothing."""
     for folder in _folders(state_dir()):
         broker, running, pinned = _broker(folder), _takes_users(folder), (folder / "pinned").exists()
         if broker is not None and (running or pinned):
@@ -132,7 +126,7 @@ def status() -> Status | None:
                 bootstrap=broker.cluster.bootstrap,
                 cluster_id=broker.cluster_id,
                 pid=now["pid"] if running else 0,
-                memory=_megabytes(now["pid"], now["supervisor"]) if running else 0,
+                memory_mb=_megabytes(now["pid"], now["supervisor"]) if running else 0,
                 pinned=pinned,
                 users=users_of(folder),
                 restarts=now["restarts"],
@@ -142,7 +136,7 @@ def status() -> Status | None:
 
 
 def stop() -> bool:
-    """End the shared broker for everybody and remove its data, that of a pinned one which no longer runs too.
+    """End the shared broker for everybody and remove its data, also the kept data of one that no longer runs.
 
     Returns whether there was anything to end.
     """
@@ -153,7 +147,7 @@ def stop() -> bool:
 
 
 def _start(kafka: Kafka, home: Path) -> Lease:
-    """The lock is held, and no supervisor lives."""
+    """Start the broker. The caller holds the lock, and no supervisor lives."""
     broker = _sweep(home) or Broker.create(home / f"broker-{secrets.token_hex(4)}", kafka)
     folder = broker.folder
     (folder / "users").mkdir(exist_ok=True)
@@ -161,7 +155,7 @@ def _start(kafka: Kafka, home: Path) -> Lease:
     (folder / "broker.json").write_text(json.dumps(facts))
     if broker.was_killed:
         broker.fence(kafka)
-    lease = Lease(broker)  # before there is a supervisor, which is not to see a moment without a user
+    lease = Lease(broker)  # before its supervisor starts, which must not see a moment without a user
     try:
         with (folder / "supervisor").open("wb") as lock, broker.log.open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -173,7 +167,7 @@ def _start(kafka: Kafka, home: Path) -> Lease:
                 cwd=folder,
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
-                check=False,  # it forks, so that nobody has to wait for a supervisor that outlives its starter
+                check=False,  # the supervisor forks, so that nobody has to wait for it
             )
         broker.wait_until_ready(lambda: is_held(folder / "supervisor"))
         (folder / "ready").touch()
@@ -184,9 +178,9 @@ def _start(kafka: Kafka, home: Path) -> Lease:
 
 
 def _await_predecessor(home: Path) -> Lease | None:
-    """Wait for the end of a supervisor that takes no users: it may still be saving data, which nobody must touch.
+    """Wait for the end of a supervisor that takes no users: it may still save data, which nobody may touch.
 
-    Returns a lease if it does take users. Raises LabkitError when it does not end.
+    Returns a lease if it takes users after all. Raises LabkitError when it does not end.
     """
     until = time.monotonic() + STOP_SECONDS
     while held := [folder for folder in _folders(home) if is_held(folder / "supervisor")]:
@@ -198,7 +192,7 @@ def _await_predecessor(home: Path) -> Lease | None:
                 f"supervisor {pid} of the embedded broker does not end; is it stopped, or the machine overloaded? "
                 f"`kill -CONT {pid}` lets it go on; `labkit down` ends it and removes its data"
             )
-        time.sleep(0.01)  # nothing tells when a process ends that is not ours
+        time.sleep(0.01)  # there is no event for the end of a process that is not ours
     return None
 
 
@@ -213,19 +207,19 @@ def _stop(home: Path) -> bool:
 
 
 def _end_supervisor(folder: Path) -> None:
-    """In good order if it goes, else at once."""
+    """End a supervisor: in good order if it can be, else at once."""
     pid = _supervisor(folder)["supervisor"]
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + STOP_SECONDS
         while pid and is_held(folder / "supervisor") and time.monotonic() < until:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-                os.kill(pid, signal.SIGCONT)  # a frozen one could not obey
+                os.kill(pid, signal.SIGCONT)  # a frozen supervisor could not obey
             time.sleep(0.01)
 
 
 def _sweep(home: Path) -> Broker | None:
-    """Clear away what dead supervisors left behind; returns the broker whose data is pinned."""
+    """Remove what dead supervisors have left. Returns the broker whose data is pinned."""
     kept = None
     for folder in _folders(home):
         (folder / "ready").unlink(missing_ok=True)
@@ -244,20 +238,20 @@ def _sweep(home: Path) -> Broker | None:
 
 
 def _end_leftover(broker: Broker) -> None:
-    """Kill a broker that has outlived its supervisor, which the kernel of Linux does."""
+    """Kill a broker that has outlived its supervisor, on systems other than Linux, whose kernel does it."""
     import psutil
 
     for process in psutil.process_iter(["cmdline"]):
         if mark_of(broker.folder) in (process.info["cmdline"] or ()):
             with contextlib.suppress(psutil.Error):
                 process.kill()
-    # A JVM's main thread may be gone while others still hold its ports and files, so its pid does not tell.
+    # A JVM's main thread may be gone while others still hold ports and files. So look at the ports, not at the pid.
     until = time.monotonic() + 2
     while not (is_free(broker.port) and is_free(broker.controller_port)) and time.monotonic() < until:
         time.sleep(0.01)
 
 
-# --- What a folder tells ----------------------------------------------------------------------------------------
+# --- What a folder says -----------------------------------------------------------------------------------------
 
 
 def _folders(home: Path) -> list[Path]:
@@ -268,7 +262,7 @@ def _broker(folder: Path) -> Broker | None:
     try:
         return Broker(folder, **json.loads((folder / "broker.json").read_text()))
     except (OSError, ValueError, TypeError):
-        return None  # its starter died
+        return None  # whoever started it died
 
 
 def _takes_users(folder: Path) -> bool:
@@ -276,7 +270,7 @@ def _takes_users(folder: Path) -> bool:
 
 
 def _supervisor(folder: Path) -> dict[str, int]:
-    """What the supervisor told last, its own pid among it; zeros if it never did."""
+    """What the supervisor wrote last, its own pid included; zeros if it wrote nothing."""
     try:
         return dict(json.loads((folder / "supervisor").read_text()))
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""What change data capture needs of PostgreSQL, and leaves there: a replication slot and a publication, under one name.
+"""What change data capture needs in PostgreSQL, and leaves there: a replication slot and a publication, with one name.
 
-For a slot PostgreSQL keeps its log until somebody has read it: one that is left by a dead run fills the disk.
+PostgreSQL keeps its log until every slot's reader has read it. So a slot that a dead run has left fills the disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
 RELEASE = 3.0  # seconds in which PostgreSQL notices that nobody reads a slot any more
-RUN = "[0-9]{12}[0-9a-f]{4}_"  # in a slot's name, behind the learner
+RUN = "[0-9]{12}[0-9a-f]{4}_"  # behind the learner in a slot's name
 FIND_TABLE = """select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where n.nspname = %s and c.relname = %s and c.relkind in ('r', 'p')"""
 PRIMARY_KEY = """select a.attname from pg_index i
@@ -29,8 +29,8 @@ union all select pubname, false from pg_publication"""
 
 
 def check(connector: Connector) -> None:
-    """Whether a table can be captured. Raises LabkitError with the fix, before anything is made of it: with a table
-    without a key in a publication, PostgreSQL would refuse the table's updates."""
+    """Raises LabkitError, with the fix, for a table that cannot be captured. The check comes before anything is made:
+    PostgreSQL refuses the updates of a table without a key that is in a publication."""
     schema, _, table = connector.config["table.include.list"].partition(r"\.")
     key = connector.config["transforms.key.field"]
     with _connected(connector) as client:
@@ -40,23 +40,23 @@ def check(connector: Connector) -> None:
             raise LabkitError(f"PostgreSQL has wal_level {wal_level}, and change data capture needs logical: {fix}")
         found = client.execute(FIND_TABLE, (schema, table)).fetchone()
         if found is None:
-            raise LabkitError(f"there is no table {schema}.{table} to capture: make it before, or correct its name")
+            raise LabkitError(f"there is no table {schema}.{table} to capture: make it first, or correct its name")
         primary = [name for (name,) in client.execute(PRIMARY_KEY, found)]
     if not primary:
         raise LabkitError(
-            f"table {table} has no primary key, so its changes have none, and PostgreSQL would refuse its updates: "
+            f"table {table} has no primary key, so its changes have no key, and PostgreSQL would refuse updates: "
             f"alter table {table} add primary key (…)"
         )
     if primary != [key]:
         raise LabkitError(
-            f"the primary key of table {table} is {', '.join(primary)}, and not {key!r}: the key of a record has to "
-            "name one row, so capture a table by the one column that is its key"
+            f"the primary key of table {table} is {', '.join(primary)}, and not {key!r}: the key of a record must name "
+            "one row, so capture a table by the one column that is its primary key"
         )
 
 
 def drop(connector: Connector) -> bool:
-    """Take the slot and the publication of a connector away, once nobody reads them. False when that cannot be done
-    now, as while PostgreSQL is away."""
+    """Drop the slot and the publication of a connector, once nobody reads them. Returns False if that cannot be done
+    now, for instance while PostgreSQL is away."""
     import psycopg
 
     try:
@@ -68,15 +68,14 @@ def drop(connector: Connector) -> bool:
 
 
 def how_to_drop(connector: Connector) -> str:
-    """The SQL with which somebody else does it, and where."""
-    name, place = connector.config["slot.name"], connector.config
-    where = f"{place.get('database.hostname', '')}:{place['database.port']}/{place.get('database.dbname', '')}"
+    """The SQL with which a person drops them, and where to run it."""
+    name, where = connector.config["slot.name"], f"{_address(connector)}/{connector.config.get('database.dbname', '')}"
     return f"at {where} run: select pg_drop_replication_slot('{name}'); drop publication if exists {name}"
 
 
 def collect(connector: Connector, learner: str, living: Collection[str]) -> list[str]:
-    """Take away what this learner's dead runs left in the database of a connector, and say what that was. `living` are
-    the prefixes of runs that live."""
+    """Drop what this learner's dead runs have left in the database of a connector; returns the names. `living` are the
+    prefixes of runs that live."""
     import psycopg
 
     mine, kept = re.compile(slot_name(f"labkit.{learner}.") + RUN), tuple(map(slot_name, living))
@@ -104,17 +103,21 @@ def _drop(client: Connection[Any], name: str) -> None:
         except psycopg.errors.ObjectInUse:
             if time.monotonic() > until:
                 raise
-            time.sleep(0.05)  # nothing tells when PostgreSQL has noticed
+            time.sleep(0.05)  # there is no event for that
     client.execute(psycopg.sql.SQL("drop publication if exists {}").format(psycopg.sql.Identifier(name)))
 
 
 def _connected(connector: Connector) -> Connection[Any]:
-    """Raises LabkitError when PostgreSQL does not let us in."""
+    """A connection to the connector's PostgreSQL. Raises LabkitError when there is none."""
     import psycopg
 
     try:
         return psycopg.connect(dsn_of(connector), connect_timeout=5, autocommit=True)
     except psycopg.OperationalError as error:
-        where = f"{connector.config.get('database.hostname', '')}:{connector.config['database.port']}"
         said = " ".join(str(error).split())
-        raise LabkitError(with_fix(f"PostgreSQL at {where} does not let {connector.name} in: {said}")) from error
+        text = f"PostgreSQL at {_address(connector)} does not let {connector.name} in: {said}"
+        raise LabkitError(with_fix(text)) from error
+
+
+def _address(connector: Connector) -> str:
+    return f"{connector.config.get('database.hostname', '')}:{connector.config['database.port']}"

@@ -1,8 +1,8 @@
-"""Kafka Streams in a pod: counts commands by key and tells what is complete, to compare with labkit's own pattern.
+"""Kafka Streams in a pod: counts commands by key and notifies of complete ones, to compare with labkit's own pattern.
 
-A pod runs a JVM inside its Python process (JPype). So it never forks after that, closes the streams before it ends,
-and keeps SIGTERM to itself (`-Xrs`). Everything a record passes through is Java, put together from method handles: a
-Python function called for each record would cost more than the counting.
+A pod runs a JVM inside its Python process (JPype). So the process must not fork after that, must close the streams
+before it ends, and keeps SIGTERM to itself (`-Xrs`). Every step of a record is Java, put together from method handles:
+a Python function called for each record would cost more than the counting.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,9 +30,9 @@ from labkit.runtime.jars import streams_jars
 from labkit.runtime.java import find_java
 
 SESSION = 6.0  # seconds, as labkit's consumers have
-TRANSACTION = 5.0  # seconds that a transaction of a killed pod without a successor holds its partitions up
+TRANSACTION = 5.0  # seconds for which the transaction of a killed pod holds its partitions up, without a successor
 PATIENCE = 2.0  # seconds for one answer of the webhook: less than a transaction may last
-CLOSING = 5.0  # seconds to finish and leave; then the process ends all the same
+CLOSING = 5.0  # seconds to finish and leave the group; then the process ends all the same
 LOOK = 0.2  # seconds between two looks at the state
 JVM = ("-Xrs", "-XX:+UseSerialGC", "-Xmx512m", "-Dlog4j2.level=FATAL", "--enable-native-access=ALL-UNNAMED")
 QUICK = ("-XX:TieredStopAtLevel=1",)  # a fast start rather than throughput, as the broker of a lab has
@@ -43,17 +43,17 @@ STORE = "counts"
 class StreamsCounter:
     """Counts the records of `commands` by key, exactly once (`exactly_once_v2`), into the compacted topic `output`.
 
-    A key says its total behind its last dash: `YYY-6`. When the count is the total, the same record goes to `notices`,
-    and to `webhook` by a POST (at least once: the key is its `Idempotency-Key`). A key without a total is only counted;
-    a record without a key or a value is passed over, as Kafka Streams does. Plain data until it runs.
+    A key has its total behind its last dash: `YYY-6`. When the count reaches the total, the same record goes to
+    `notices`, and to `webhook` by a POST (at least once: the key is its `Idempotency-Key`). A key without a total is
+    only counted. A record without a key or a value is passed over, as Kafka Streams does it. Plain data until it runs.
     """
 
     commands: Topic[Any]
     output: Topic[Any]
     notices: Topic[Any] | None = None
     webhook: str | None = None
-    """A URL at which an HTTP service takes notices. While it does not answer with 2xx the pod ends, and is started
-    again."""
+    """The URL of an HTTP service that takes notices. As long as it does not answer with 2xx, the pod ends and is
+    started again."""
     group: str = ""
     """The `application.id`: the consumer group, and what the names of internal topics begin with. A lab gives it."""
     commit_interval: float = 0.1
@@ -61,10 +61,8 @@ class StreamsCounter:
     rocksdb: Path | None = None
     """A folder for RocksDB's files; without one, counts are in memory."""
     caching: bool = False
-    """Let Kafka Streams pass on only a key's last count before a commit. Faster; but a job that is reported twice may
-    take the count past its total unseen, and then the notice is missing."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """More settings of Kafka Streams, by their names there."""
+    """Let Kafka Streams pass on only a key's last count before a commit. This is faster, but a job that is reported
+    twice may take the count past its total unseen, and then there is no notice."""
 
     listens: ClassVar = True
     """Its pods are ready once the topology runs."""
@@ -74,7 +72,7 @@ class StreamsCounter:
         return (self.commands,)
 
     def prepare(self) -> StreamsCounter:
-        """See that it can run on this machine. Raises LabkitError, with the fix."""
+        """Raises LabkitError, with the fix, if this machine cannot run it."""
         if self.commands.cluster.security:
             raise LabkitError("Kafka Streams runs here only on a Kafka without a login: start the embedded one")
         if find_spec("jpype") is None:
@@ -91,7 +89,7 @@ class StreamsCounter:
         handler = kafka.errors.StreamsUncaughtExceptionHandler
 
         def failed(error: Any) -> Any:
-            if not failures:  # else it is a failure of Python's, of which Java knows no words
+            if not failures:  # else Python has failed, which Java cannot describe
                 failures.append(str(error.toString()))
                 error.printStackTrace()
             return handler.StreamThreadExceptionResponse.SHUTDOWN_CLIENT
@@ -111,29 +109,28 @@ class StreamsCounter:
                 if state in ("PENDING_ERROR", "ERROR"):
                     raise LabkitError(f"Kafka Streams ended: {failures[0] if failures else state}")
                 if state == "RUNNING":
-                    figures.tell(report)
+                    figures.report_to(report)
         finally:
             streams.close(closing.withGroupMembershipOperation(leave))
 
     def _config(self) -> dict[str, str]:
-        own = {
+        return {
             "application.id": self.group,
             "bootstrap.servers": self.commands.cluster.bootstrap,
             "processing.guarantee": "exactly_once_v2",
             "commit.interval.ms": f"{self.commit_interval * 1000:.0f}",
             "num.stream.threads": str(self.threads),
-            "state.dir": str((self.rocksdb or Path()) / _pod()),  # of two processes each needs its own
+            "state.dir": str((self.rocksdb or Path()) / _pod()),  # each process needs its own folder
             "statestore.cache.max.bytes": str(64 << 20),
             "default.key.serde": "org.apache.kafka.common.serialization.Serdes$StringSerde",
             "default.value.serde": "org.apache.kafka.common.serialization.Serdes$ByteArraySerde",
-            "acceptable.recovery.lag": str(2**62),  # a new pod gets its share at once, not after it was warmed up
-            # A pod that is started again takes its partitions back, without a rebalance.
+            "acceptable.recovery.lag": str(2**62),  # a new pod gets its share at once, not after a warm-up
+            # A restarted pod takes its partitions back without a rebalance.
             "group.instance.id": _pod(),
             "session.timeout.ms": f"{SESSION * 1000:.0f}",
             "heartbeat.interval.ms": "1000",
             "transaction.timeout.ms": f"{TRANSACTION * 1000:.0f}",
         }
-        return {**own, **self.settings}
 
     def _topology(self, failures: list[str]) -> Any:
         kafka, (to_text, is_total) = _kafka().streams, _functions()
@@ -151,19 +148,19 @@ class StreamsCounter:
             complete.to(self.notices.name, texts)
         if (url := self.webhook) is not None:
 
-            def notify(key: Any, _: Any) -> None:
+            def notify_webhook(key: Any, _: Any) -> None:
                 try:
-                    tell(url, str(key))
+                    notify(url, str(key))
                 except Exception as error:
                     failures.append(error_text(error))
                     raise
 
-            complete.foreach(notify)
+            complete.foreach(notify_webhook)
         return builder.build()
 
 
 class _Figures:
-    """What a pod tells of streams that run."""
+    """The figures of running streams, for telemetry."""
 
     def __init__(self, streams: Any) -> None:
         self._streams, self._process = streams, psutil.Process()
@@ -171,7 +168,7 @@ class _Figures:
         self._held: set[tuple[str, int]] = set()
         self._started = 0.0
 
-    def tell(self, report: Report) -> None:
+    def report_to(self, report: Report) -> None:
         """Report partitions, records, memory, and how long the start took."""
         if not self._processed:
             self._started = time.time() - self._process.create_time()
@@ -194,12 +191,12 @@ class _Figures:
 
 
 def internal_topics(cluster: Cluster, group: str) -> list[str]:
-    """The topics that Kafka Streams has made for itself, for the counter of this group."""
+    """The topics that Kafka Streams has made for itself, for the counter with this group."""
     return sorted({f"{group}-{STORE}-changelog", f"{group}-{STORE}-repartition"} & cluster.topics().keys())
 
 
-def tell(url: str, key: str) -> None:
-    """Tell the service at `url` that the request of this key is complete. Raises LabkitError unless it takes it."""
+def notify(url: str, key: str) -> None:
+    """Notify the service at `url` that the request of this key is complete. Raises LabkitError unless it takes it."""
     request, _, total = key.rpartition("-")
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
@@ -221,7 +218,7 @@ def _pod() -> str:
 
 
 def start_jvm(rocksdb: bool, flags: Sequence[str] = QUICK) -> None:
-    """Start this process's JVM, with Kafka Streams. A process can have one only: a second call changes nothing."""
+    """Start this process's JVM, with Kafka Streams. A process can have only one: a second call changes nothing."""
     import jpype
 
     if jpype.isJVMStarted():

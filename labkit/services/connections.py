@@ -12,9 +12,9 @@ from psycopg.sql import SQL, Composed
 
 
 class Connections:
-    """One for each thread that asks at the same time; each commits every statement unless a transaction is begun.
+    """A connection for each thread that asks at the same time. Each statement commits, unless a transaction is begun.
 
-    It travels to pods without them, connects where it is asked, and makes `tables` first.
+    The object travels to a pod without connections, connects there, and makes `tables` first.
     """
 
     def __init__(self, dsn: str, tables: SQL | Composed) -> None:
@@ -26,14 +26,14 @@ class Connections:
 
     @contextmanager
     def one(self) -> Iterator[psycopg.Connection[Any]]:
-        """A connection; one in whose use something failed is not used again. Raises psycopg.Error."""
+        """A connection, which is closed if its use fails. Raises psycopg.Error."""
         try:
             database, fresh = self._free.get_nowait(), False
         except Empty:
             database, fresh = psycopg.connect(self.dsn, autocommit=True, connect_timeout=5), True
         try:
             if fresh:
-                with database.transaction():  # two that make the tables at once would get into each other's way
+                with database.transaction():  # or two that make the tables at once disturb each other
                     database.execute("select pg_advisory_xact_lock(hashtext('labkit services'))")
                     database.execute(self.tables)
             yield database
@@ -43,7 +43,7 @@ class Connections:
         self._free.put(database)
 
     def close(self) -> None:
-        """Let them go. It can be used again."""
+        """Close the connections that are not in use. The object can be used again."""
         while True:
             try:
                 self._free.get_nowait().close()
@@ -52,7 +52,7 @@ class Connections:
 
 
 def rows(dsn: str, sql: str | SQL | Composed, *parameters: object) -> list[tuple[Any, ...]]:
-    """What a query finds, by a connection of its own; none before there is a table. Raises psycopg.Error."""
+    """The rows of a query, by a connection of its own; none if there is no table yet. Raises psycopg.Error."""
     with psycopg.connect(dsn, connect_timeout=5) as database:
         try:
             return database.execute(sql, parameters).fetchall()

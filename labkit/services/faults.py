@@ -1,7 +1,7 @@
-"""Faults of services, switched while they run: through a store of its own, or by HTTP.
+"""Faults of services, switched on and off while they run: by a store, or by HTTP.
 
-Every process of a service that reads the store pays for a look into its memory at each request. A service that stands
-for another company's knows no Kafka: it takes its faults by HTTP, and is a `Misbehaving`.
+A service that reads the store looks into its own memory at each request. A service that stands for another company's
+knows no Kafka: it takes its faults by HTTP, and is a `Misbehaving`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Misbehaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a service does to its requests."""
 
     errors: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    """The share of them that is refused."""
+    """The share of requests that are refused."""
     status: Annotated[int, msgspec.Meta(ge=400, le=599)] = 503
-    """With which HTTP status."""
+    """The HTTP status of a refusal."""
     delay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """Seconds that each waits before."""
+    """Seconds that each request waits first."""
 
     def refuses(self) -> bool:
-        """Whether a request is refused now."""
+        """Whether to refuse a request now."""
         return random.random() < self.errors  # noqa: S311
 
 
@@ -41,25 +41,25 @@ NONE = Misbehaviour()
 
 
 class ServiceFaults(KeyValueStore[Misbehaviour]):
-    """Which services are to misbehave, and how. `topic` is a compacted one; what was told stays told."""
+    """Which services misbehave, and how. `topic` is compacted; a fault stands until it is taken back."""
 
     understands = Misbehaviour.__struct_fields__
 
     def of(self, service: str) -> Misbehaviour:
-        """What this service is to do now. Asks nobody, so it may be called at every request. Raises StoreNotReady."""
+        """How this service misbehaves now. Asks nobody, so call it at every request. Raises StoreNotReady."""
         return self.get(service) or NONE
 
     async def meet(self, service: str) -> None:
-        """What a request meets: it waits, and may be refused by an error that aiohttp makes an answer of."""
-        told = self.of(service)
-        if told is NONE:
+        """Let a request wait, or refuse it by an error that aiohttp turns into an answer."""
+        fault = self.of(service)
+        if fault is NONE:
             return
-        await asyncio.sleep(told.delay)
-        if told.refuses():
-            raise _refusal(told.status)(text=f"{service} is told to refuse this\n")
+        await asyncio.sleep(fault.delay)
+        if fault.refuses():
+            raise _refusal(fault.status)(text=f"{service} refuses this, by a fault\n")
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
-        """Have it do this and nothing else. Raises LabkitError for values that make no sense, DeliveryFailed."""
+        """Set these faults and no others. Raises LabkitError for values that make no sense, DeliveryFailed."""
         if told:
             self.put(service, _misbehaviour(service, told, Misbehaviour))
         else:
@@ -70,9 +70,9 @@ class HttpMisbehaviour(Misbehaviour, frozen=True):
     """What another company's service does to those who ask."""
 
     cut: int = 0
-    """So many times it does what it is asked for, and cuts the connection before the answer."""
+    """How many times it still does what it is asked for, and cuts the connection before the answer."""
     wrong: bool = False
-    """Answers 200 with something else, and does nothing."""
+    """It answers 200 with something else, and does nothing."""
 
 
 FAULTS: web.AppKey[list[Any]] = web.AppKey("faults", list)
@@ -80,35 +80,35 @@ FAULTS: web.AppKey[list[Any]] = web.AppKey("faults", list)
 
 @dataclass(frozen=True)
 class Misbehaving(HttpService):
-    """A service that is told to misbehave by `PUT /faults`, with a value of `kind`. `app[FAULTS]` has the one value."""
+    """A service that takes its faults by `PUT /faults`, as a value of `kind`, the one item of `app[FAULTS]`."""
 
     kind: ClassVar[type[HttpMisbehaviour]] = HttpMisbehaviour
 
     @property
     def faults(self) -> HttpFaults:
-        """How it is told to misbehave, for `lab.service`."""
+        """Its faults, for `lab.service`."""
         return HttpFaults(self.url, self.kind)
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.put("/faults", self.tell)]
+        return [web.put("/faults", self.set_faults)]
 
     async def start(self, app: web.Application) -> None:
         app[FAULTS] = [self.kind()]
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def set_faults(self, request: web.Request) -> web.Response:
         request.app[FAULTS][0] = await body(request, self.kind)
         return web.Response()
 
 
 class HttpFaults:
-    """How the service at `url` is told: `PUT /faults` with a value of this kind."""
+    """The faults of the service at `url`, set by `PUT /faults` with a value of this kind."""
 
     def __init__(self, url: str, kind: type[Misbehaviour]) -> None:
         self.url, self.kind = url, kind
         self.understands = kind.__struct_fields__
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
-        """Have it do this and nothing else. Raises LabkitError for values that make no sense, or when it is away."""
+        """Set these faults and no others. Raises LabkitError for values that make no sense, or when it is away."""
         try:
             call(f"{self.url}/faults", "PUT", _misbehaviour(service, told, self.kind))
         except OSError as error:
@@ -120,7 +120,7 @@ def _misbehaviour(service: str, told: Mapping[str, object], kind: type[Misbehavi
         return msgspec.convert({**told}, kind)
     except msgspec.ValidationError as error:
         known = ", ".join(kind.__struct_fields__)
-        raise LabkitError(f"{service} cannot be told to do that: {error}; it understands: {known}") from error
+        raise LabkitError(f"{service} cannot do that: {error}; it understands: {known}") from error
 
 
 @lru_cache(None)

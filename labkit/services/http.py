@@ -1,5 +1,5 @@
-"""What every HTTP service of the story has: a port that several pods share, an orderly end, and its own figures; and
-what its handlers need: the value in a request, and a value as an answer."""
+"""The base of every HTTP service of the story: a port that several pods share, an orderly end, and figures of its own.
+`body` reads the value in a request, `json` makes an answer of one."""
 
 from __future__ import annotations
 
@@ -19,48 +19,49 @@ from aiohttp import web
 from labkit.kafka.consumer.steps import Measured, Report, Step
 
 HOST = "127.0.0.1"
-DRAIN = 5.0  # seconds for requests that are being answered when the service is told to stop
+CONFIRM = 8.0  # seconds that a request waits for Kafka, before its answer says that it may not have happened
+DRAIN = 5.0  # seconds for requests under way when the service stops
 TELL = 0.25  # seconds between two reports of its figures
-LATELY = 5.0  # seconds of which the times of requests are told
+LATELY = 5.0  # seconds: older requests do not count for p50 and p99
 
 T = TypeVar("T")
 
 Handler: TypeAlias = Callable[[Any], Awaitable[web.StreamResponse]]
-"""Of a `web.Request`, or of a `web.BaseRequest` where there are no routes."""
+"""Takes a `web.Request`, or a `web.BaseRequest` where there are no routes."""
 
 
 @dataclass(frozen=True)
 class HttpService:
-    """An aiohttp application at `port`, in as many processes as are started: the kernel shares the connections out.
+    """An aiohttp application at `port`, in any number of processes: the kernel shares the connections out.
 
-    Plain data until `run`. It reports the counts `requests` and `errors` (answers of 500 and more), and the gauges
-    `p50 ms` and `p99 ms` of what was answered in the last seconds.
+    Plain data until `run`. Reports the counts `requests` and `errors` (a status from 500 on), and the gauges `p50 ms`
+    and `p99 ms` of the last seconds.
     """
 
     port: int
 
     listens: ClassVar = True
-    """Its pods are ready once they do."""
+    """Its pods are ready once they listen."""
 
     def routes(self) -> Iterable[web.RouteDef]:
-        """What it answers: `web.get("/sites/{id}", self.site)` and so on."""
+        """Its routes: `web.get("/sites/{id}", self.site)` and so on."""
         return ()
 
     def handler(self, app: web.Application) -> Handler | None:
-        """Instead of routes: the one function that answers every request. Asked for after `start`.
+        """A function that answers every request, instead of routes. Called after `start`.
 
-        Without aiohttp's routes an answer that is at hand takes three quarters of the time.
+        Without aiohttp's routes, a quick answer takes three quarters of the time.
         """
         return None
 
     async def start(self, app: web.Application) -> None:
-        """Open what the handlers need, into `app[…]`, before the first request."""
+        """Put what the handlers need into `app[…]`, before the first request."""
 
     async def finish(self, app: web.Application) -> None:
-        """Close it again, after the last one."""
+        """Close it again, after the last request."""
 
     def measured(self, app: web.Application) -> Iterable[Measured]:
-        """More figures than those of its requests, asked for four times a second."""
+        """Further figures, reported four times a second."""
         return ()
 
     @property
@@ -68,7 +69,7 @@ class HttpService:
         return f"http://{HOST}:{self.port}"
 
     def run(self, stop: threading.Event, report: Report) -> None:
-        """Serve until `stop` is set; then answer what is under way, and return. Raises OSError if the port is taken."""
+        """Serve until `stop` is set, answer what is under way, and return. Raises OSError if the port is taken."""
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -100,7 +101,7 @@ class HttpService:
 
 
 async def body(request: web.Request, kind: type[T]) -> T:
-    """What a request says, as JSON. Raises the answer 400 if it is no value of this kind."""
+    """The value in a request's JSON. Raises the answer 400 if it is no value of this kind."""
     try:
         return msgspec.json.decode(await request.read(), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -108,12 +109,12 @@ async def body(request: web.Request, kind: type[T]) -> T:
 
 
 def json(value: object) -> web.Response:
-    """An answer with this value as JSON. Bytes are JSON already."""
+    """An answer with this value as JSON. Bytes count as JSON."""
     return web.json_response(body=value if isinstance(value, bytes) else msgspec.json.encode(value))
 
 
 class _Figures:
-    """Of the requests that one process has answered."""
+    """The figures of the requests that one process has answered."""
 
     def __init__(self) -> None:
         self.requests = self.errors = 0
@@ -141,9 +142,9 @@ class _Figures:
 
 
 class Latency:
-    """How long things took in the last seconds; at most 4,000 of them, as to sort more would hold up a busy service.
+    """How long things took in the last seconds. It keeps at most 4,000, as sorting more would hold up a busy service.
 
-    Not for use by several threads at once.
+    Not for several threads at once.
     """
 
     def __init__(self) -> None:
@@ -153,7 +154,7 @@ class Latency:
         self._times.append((time.monotonic(), seconds))
 
     def gauges(self) -> dict[str, float]:
-        """What half of them and 99 of 100 stayed below, as a service reports it; zeros when there are none."""
+        """The median and the 99th percentile, as a service reports them; zeros if there is nothing."""
         oldest = time.monotonic() - LATELY
         while self._times and self._times[0][0] < oldest:
             self._times.popleft()

@@ -19,7 +19,7 @@ from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import BlockedLanes
 from labkit.patterns.retries import RetryingConsumer, blocking, exponential, retry_topics
-from labkit.patterns.trails import HEADER, parse
+from labkit.patterns.retry_history import HEADER, parse
 
 RATE, SECONDS, DELAY = 500, 10, 2.0
 WAITING, OUTAGE = 10_000, 20.0
@@ -60,10 +60,10 @@ def lateness(bench: Bench) -> Iterator[Row]:
     late: list[float] = []
 
     def handle(record: Record[int]) -> None:
-        trail = parse(record.headers.get(HEADER))
-        if trail is None:
+        history = parse(record.headers.get(HEADER))
+        if history is None:
             raise ConnectionError("no")
-        late.append(time.time() - (trail.failed[-1] + DELAY))
+        late.append(time.time() - (history.failed[-1] + DELAY))
 
     producer = Producer(bench.cluster)
     with running(RetryingConsumer(topic, handle, group, retry=retry_topics(DELAY))):

@@ -139,6 +139,6 @@ def test_lag_of_a_group_that_has_committed_nothing_says_what_to_do(cluster: Clus
     group = f"{RUN}idle"
 
     def check() -> bool:
-        return "finish a record first" in labkit("lag", "idle").stderr
+        return "handle a record first" in labkit("lag", "idle").stderr
 
     consume(topic, group, check)

@@ -99,8 +99,8 @@ def test_a_pod_and_a_service_are_broken_and_mended_from_a_terminal(lab: Lab) -> 
         (["Kafka", "_own"], "'_own' cannot be done to Kafka"),
         (["Kafka"], "say what is to be done to Kafka; what can: kill, freeze, restart, recover"),
         (["Kafka", "freeze", "--seconds", "3"], "freeze takes no seconds for Kafka; it takes: nothing"),
-        (["shop-7", "kill"], "has 'shop-7'; there are: broken/Kafka"),
-        (["others/Kafka", "kill"], "has 'others/Kafka'; there are: broken/Kafka"),
+        (["shop-7", "kill"], "has 'shop-7'; they have: broken/Kafka"),
+        (["others/Kafka", "kill"], "has 'others/Kafka'; they have: broken/Kafka"),
     ],
 )
 def test_what_cannot_be_done_is_told(lab: Lab, arguments: list[str], said: str) -> None:
@@ -109,7 +109,7 @@ def test_what_cannot_be_done_is_told(lab: Lab, arguments: list[str], said: str) 
 
 
 def test_without_a_lab_there_is_nothing_to_break(own_state: Path) -> None:
-    assert "no lab of ada is running: run a notebook's cells from its first" in labkit("shop-0", "kill", code=1)
+    assert "no lab of ada is running: run a notebook's cells, from the first on" in labkit("shop-0", "kill", code=1)
 
 
 @pytest.mark.long

@@ -378,7 +378,7 @@ def test_what_connect_refuses_is_told_in_one_line(connect: Connect) -> None:
 @pytest.mark.parametrize(
     ("sql", "asked", "said"),
     [
-        ("select 1", "nothing", "there is no table public.nothing to capture: make it before, or correct its name"),
+        ("select 1", "nothing", "there is no table public.nothing to capture: make it first, or correct its name"),
         ("create table bare (id int)", "bare", "table bare has no primary key.* alter table bare add primary key"),
         ("create table other (name text primary key)", "other", "primary key of table other is name, and not 'id'"),
         ("create table two (id int, n int, primary key (id, n))", "two", "primary key of table two is id, n, and not"),
@@ -455,7 +455,7 @@ def test_names_that_make_no_sense_are_refused(cluster: Cluster) -> None:
     for table, key in (("bad name", "id"), ("things; drop", "id"), ("things", "a b"), ("", "id")):
         with pytest.raises(LabkitError, match="cannot be captured"):
             capture("host=127.0.0.1 dbname=x", table, topic, key)
-    with pytest.raises(LabkitError, match="the dsn is none"):
+    with pytest.raises(LabkitError, match="the dsn is no connection string"):
         capture("what is this", "things", topic)
     with pytest.raises(LabkitError, match="cannot be a connector's name"):
         Connector("No Name", {})
@@ -586,7 +586,7 @@ def test_memory_that_gets_short_is_told_before_a_worker_starts(
     monkeypatch.setattr(KafkaConnect, "_make", stop)
     with pytest.raises(LabkitError, match="far enough"):
         KafkaConnect(cluster, "x.")
-    assert "400 MB are available, for Kafka Connect it takes 250" in capsys.readouterr().out
+    assert "400 MB are available, and 250 MB are needed for Kafka Connect" in capsys.readouterr().out
 
 
 def test_the_name_of_a_slot_fits_and_tells_topics_apart() -> None:

@@ -25,8 +25,8 @@ from labkit.lab import runs
 from labkit.lab.lab import _close_all
 from labkit.lab.pods.deployment import Deployment
 from labkit.patterns.dead_letters import dead_letters_topic
+from labkit.patterns.own_topics import own_topic
 from labkit.patterns.retries import RetryingConsumer, retry_topics
-from labkit.patterns.trails import own_topic
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

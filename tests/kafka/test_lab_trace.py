@@ -16,7 +16,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
 from labkit.lab.pods.deployment import Deployment, pane
-from labkit.patterns.trails import own_topic
+from labkit.patterns.own_topics import own_topic
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")

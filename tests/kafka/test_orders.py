@@ -240,12 +240,12 @@ def test_what_books_travels_without_its_connections(
 
 
 def test_what_makes_no_sense_is_refused(dsn: str, checkouts: Topic[OrderCheckoutCompleted]) -> None:
-    with pytest.raises(LabkitError, match="one of offset, none, pessimistic, optimistic, not by 'hope'"):
+    with pytest.raises(LabkitError, match="one of offset, none, pessimistic, optimistic, not 'hope'"):
         orders.delivery(checkouts, dsn, "hope")  # type: ignore[arg-type]
     with pytest.raises(LabkitError, match="cannot be a name in a view"):
         orders.delivery(checkouts, dsn, table="parcels; drop table carts")
     for guard in ("offset", "none"):
-        with pytest.raises(LabkitError, match="no lock: nothing is counted"):
+        with pytest.raises(LabkitError, match="no lock and costs nothing"):
             orders.delivery(checkouts, dsn, guard).costs()  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'ship'"):
         _ = orders.ship

@@ -350,7 +350,7 @@ def test_partitions_added_under_a_view_are_projected_by_the_writer_that_runs(clu
 
 def test_a_view_is_made_of_one_topic(cluster: Cluster, in_file: SqliteView) -> None:
     in_file.begin("one", "id", [0])
-    with pytest.raises(LabkitError, match="is made of topic one, not of two: one view, one topic"):
+    with pytest.raises(LabkitError, match="is made of topic one, not of two: make a view for each topic"):
         in_file.begin("two", "id", [0])
 
 

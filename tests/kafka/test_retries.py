@@ -31,7 +31,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import DeadLetter, DeadLetters, dead_letters_topic
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter, exponential, retry_topics
-from labkit.patterns.trails import HEADER, parse
+from labkit.patterns.retry_history import HEADER, parse
 
 
 class Handler:
@@ -79,9 +79,9 @@ def soon_due(monkeypatch: pytest.MonkeyPatch, seconds: float) -> float:
     due = time.time() + seconds
 
     def moved(header: Any) -> Any:
-        trail = parse(header)
-        late = trail is not None and trail.due is not None and trail.due > due + 10
-        return msgspec.structs.replace(trail, due=due) if late else trail
+        history = parse(header)
+        late = history is not None and history.due is not None and history.due > due + 10
+        return msgspec.structs.replace(history, due=due) if late else history
 
     monkeypatch.setattr(module, "parse", moved)
     return due
@@ -329,14 +329,14 @@ def test_blocking_then_topics_then_queue_with_exact_counts(cluster: Cluster) -> 
     assert list(letter.failed) == sorted(letter.failed)
     assert handler.calls[3][0] > letter.timestamp
     last = handler.records[-1]
-    trail = parse(last.headers[HEADER])
-    assert trail is not None
-    assert (trail.place, trail.group, trail.attempts, trail.error) == (letter.place, group, 3, letter.error)
-    assert trail.due == trail.failed[-1] + 0.2
+    history = parse(last.headers[HEADER])
+    assert history is not None
+    assert (history.place, history.group, history.attempts, history.error) == (letter.place, group, 3, letter.error)
+    assert history.due == history.failed[-1] + 0.2
 
 
 @pytest.mark.long
-def test_a_trail_is_bounded_however_often_and_loudly_a_record_fails(cluster: Cluster) -> None:
+def test_a_history_is_bounded_however_often_and_loudly_a_record_fails(cluster: Cluster) -> None:
     """correctness 16: or its header would be too long to be believed, and its origin be lost."""
     topic, group = fresh_topic(cluster), fresh_group()
     put(topic, 1)

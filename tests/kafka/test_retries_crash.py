@@ -19,7 +19,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
-from labkit.patterns.trails import HEADER, parse
+from labkit.patterns.retry_history import HEADER, parse
 
 STEPS = [Step.FAILED, Step.RECOVERED, Step.COMMITTING, Step.FLUSHED, Step.COMMITTED]
 DELAY = 0.5
@@ -62,10 +62,10 @@ def test_a_crash_after_publishing_loses_nothing(remains: dict[Step, Remains], st
     early: list[float] = []
 
     def handle(record: Record[int]) -> None:
-        trail = parse(record.headers.get(HEADER))
-        if trail is None:
+        history = parse(record.headers.get(HEADER))
+        if history is None:
             raise ConnectionError("no answer")
-        if time.time() < trail.failed[-1] + DELAY:
+        if time.time() < history.failed[-1] + DELAY:
             early.append(record.value)
         done.append(record.value)
 

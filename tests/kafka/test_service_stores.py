@@ -259,7 +259,7 @@ def test_a_service_misbehaves_as_told_and_recovers(platform: Platform) -> None:
     events.fail(status=500)
     wait_until(lambda: status() == 500, 20, "the fault")
     for path in ("/zones/Europe/Berlin", "/local/Europe/Berlin?utc=2026-03-29T09:00", "/nothing"):
-        assert platform.ask("events", path) == (500, "events is told to refuse this\n")
+        assert platform.ask("events", path) == (500, "events refuses this, by a fault\n")
     assert [fault.text for fault in platform.lab._history.standing()] == ["fail events"]
     events.slow(0.3)
     assert [fault.text for fault in platform.lab._history.standing()] == ["fail events", "slow events by 0.3 s"]
@@ -282,12 +282,12 @@ def test_a_service_misbehaves_as_told_and_recovers(platform: Platform) -> None:
     assert [action.label for action in events.actions()] == ["Fail events", "Slow events", "Recover events"]
     assert events.actions()[2].available() == "It is as it should be: there is nothing to mend."
     for wrong in (lambda: events.fail(1.5), lambda: events.fail(status=200)):
-        with pytest.raises(LabkitError, match="events cannot be told to do that"):
+        with pytest.raises(LabkitError, match="events cannot do that"):
             wrong()
     for wrong in (lambda: events.fail(0), lambda: events.slow(-1), lambda: events.fail(seconds=0)):
         with pytest.raises(LabkitError, match="must be a positive number"):
             wrong()
-    with pytest.raises(LabkitError, match=r"events cannot be told to do that: .*`cut`"):
+    with pytest.raises(LabkitError, match=r"events cannot do that: .*`cut`"):
         events.cut()
 
 

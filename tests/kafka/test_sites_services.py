@@ -350,12 +350,13 @@ def test_two_that_make_the_table_at_once_pass_over_nothing(cluster: Cluster, dsn
     topic = fresh_topic(cluster, 1, Site)
     topic.send(site(1), site_id(1))
     topic.flush()
-    with Member(table_of(topic, dsn)) as member, psycopg.connect(dsn) as other:
-        other.execute(TABLE)
-        waiting = "select 1 from pg_locks where not granted"
-        wait_until(lambda: other.execute(waiting).fetchone(), 10, "the writer to make the table too")
-        other.commit()
-        member.wait_committed({0: 1})
+    with psycopg.connect(dsn) as other:
+        other.execute(TABLE)  # before the writer: otherwise PostgreSQL may refuse this one
+        with Member(table_of(topic, dsn)) as member:
+            waiting = "select 1 from pg_locks where not granted"
+            wait_until(lambda: other.execute(waiting).fetchone(), 10, "the writer to make the table too")
+            other.commit()
+            member.wait_committed({0: 1})
     assert table(dsn) == {site_id(1): 1}
 
 

@@ -33,7 +33,8 @@ from labkit.lab.faults import control_socket
 from labkit.lab.faults.servers import kafka_away
 from labkit.lab.load import Load
 from labkit.runtime import private as making
-from labkit.runtime.broker import HOST, Broker, free_ports
+from labkit.runtime import server
+from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.home import state_dir as state_folder
 from labkit.runtime.private import PrivateCluster
 from labkit.runtime.server import ServerState
@@ -173,7 +174,7 @@ def test_memory_that_gets_short_is_told_before_anything_starts(
     monkeypatch.setattr(making, "prepare", stop)
     with pytest.raises(LabkitError, match="far enough"):
         Lab("poor", cluster="private", brokers=3)
-    assert "1,400 MB are available, for 3 brokers it takes 990. Close other labs" in capsys.readouterr().out
+    assert "1,400 MB are available, and 990 MB are needed for 3 brokers. Close other labs" in capsys.readouterr().out
 
 
 @pytest.mark.long
@@ -311,7 +312,7 @@ def test_an_interrupt_while_they_start_is_obeyed(monkeypatch: pytest.MonkeyPatch
     """None of them goes on waiting for an answer."""
     before, lived, looking = set(state_folder().glob("private-*")), list[bool](), threading.Barrier(4)
 
-    def never_ready(_: Broker, alive: Callable[[], bool]) -> None:
+    def never_ready(_: str, __: Path, ___: object, alive: Callable[[], bool], ____: float) -> None:
         looking.wait(60)
         looks = 0  # that it ends in any case
         while alive() and looks < 1000:
@@ -324,7 +325,7 @@ def test_an_interrupt_while_they_start_is_obeyed(monkeypatch: pytest.MonkeyPatch
         looking.wait(60)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Broker, "wait_until_ready", never_ready)
+    monkeypatch.setattr(server, "wait_until_ready", never_ready)
     monkeypatch.setattr(making, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         PrivateCluster()

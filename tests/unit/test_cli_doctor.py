@@ -85,10 +85,10 @@ def test_full_disk_and_little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "DISK_MB", 10**12)
     monkeypatch.setattr(doctor, "MEMORY_MB", 10**12)
-    with pytest.raises(doctor.Problem, match="MB free") as no_disk:
+    with pytest.raises(doctor.Problem, match="MB are free") as no_disk:
         doctor.disk()
     assert no_disk.value.fix == "free some, or set LABKIT_CACHE to a folder on another disk"
-    with pytest.raises(doctor.Problem, match="MB available") as no_memory:
+    with pytest.raises(doctor.Problem, match="MB are available") as no_memory:
         doctor.memory()
     assert no_memory.value.fix == "close other programs"
 

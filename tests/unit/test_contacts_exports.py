@@ -165,7 +165,7 @@ def test_the_form_is_known_to_who_handles_a_job() -> None:
         ("Name;Mail\nAda;a@example.org\n", "names no column email, but: name, mail"),
         ("Organization Name\tE-mail 1 - Value\nA\ta@example.org\n", "names no column name"),
         ("name,email,x;name;email\nAda,a,b\n", "',' and ';' may separate the columns"),
-        (exported("outlook", PEOPLE[:2], encoding="cp1252"), "line 2 is not UTF-8, and no other encoding can be told"),
+        (exported("outlook", PEOPLE[:2], encoding="cp1252"), "line 2 is not UTF-8, and no other encoding is certain"),
         (exported("outlook", PEOPLE, encoding="utf-16")[:-1], "is not UTF-16"),
         (b"\xff\xfe" + ("name,email\n" + "x" * LARGEST).encode("utf-16-le"), "line 2 is longer than"),
         (b"\xff\xfe" + "name,email\n\ud800,x\n".encode("utf-16-le", "surrogatepass"), "line 2 is not UTF-16"),

@@ -13,6 +13,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letters_topic
+from labkit.patterns.own_topics import own_topic, taken_apart
 from labkit.patterns.retries import (
     Policy,
     RetryingConsumer,
@@ -21,7 +22,7 @@ from labkit.patterns.retries import (
     exponential,
     retry_topics,
 )
-from labkit.patterns.trails import Trail, own_topic, parse, taken_apart
+from labkit.patterns.retry_history import RetryHistory, parse
 
 TOPIC = Topic(Cluster("127.0.0.1:1"), "shop.orders", 3, int)
 
@@ -63,7 +64,7 @@ def test_policies_follow_each_other() -> None:
         (lambda: exponential(0, 5), "0 < first"),
         (lambda: exponential(5, 1), "0 < first"),
         (lambda: exponential(1, 5, times=0), "times ≥ 1"),
-        (lambda: blocking(exponential(1, 2)).then(retry_topics(1)), "for ever is followed by nothing"),
+        (lambda: blocking(exponential(1, 2)).then(retry_topics(1)), "nothing follows a policy that blocks for ever"),
         (lambda: retry_topics(1).then(blocking(1)), "comes first"),
         (lambda: blocking(1).then(blocking(1)), "comes first"),
         (lambda: blocking(1, non_retriable=["ValueError"]), "types of errors"),  # type: ignore[list-item]
@@ -166,4 +167,4 @@ def test_a_header_that_does_not_hold_counts_as_none(broken: Any) -> None:
 
 def test_a_header_that_holds() -> None:
     told = {"topic": "t", "partition": 1, "offset": 2, "timestamp": 3.5, "group": "g", "new": "field"}
-    assert parse(json.dumps(told)) == Trail("t", 1, 2, 3.5, "g")
+    assert parse(json.dumps(told)) == RetryHistory("t", 1, 2, 3.5, "g")

@@ -51,7 +51,7 @@ def test_a_home_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("release", ['JAVA_VERSION="1.8.0_402"', 'JAVA_VERSION="11.0.2"', "hello", None])
 def test_unsuitable_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str | None) -> None:
     monkeypatch.setenv("LABKIT_JAVA_HOME", str(install(tmp_path / "jdk", release)))
-    with pytest.raises(LabkitError, match=r"(is Java (8|11) .*17 or newer|does not tell its version)"):
+    with pytest.raises(LabkitError, match=r"(is Java (8|11) .*17 or newer|does not say its version)"):
         find_java()
 
 

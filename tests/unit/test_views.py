@@ -57,7 +57,7 @@ def test_batches_of_any_size_come_to_the_same() -> None:
     [
         ("apps", {"App": "text"}, "site", "'App' cannot be a name"),
         ("apps", {}, "site", "needs columns beside its key 'site'"),
-        ("apps", {"site": "text"}, "site", "needs columns beside its key 'site', and of other names"),
+        ("apps", {"site": "text"}, "site", "needs columns beside its key 'site', with other names"),
         ("apps", {"order": "text"}, "site", r'"order": .* a word of SQL: apps, site, order text'),
         ("apps", {"app": "text"}, "group", r'"group": .* a word of SQL: apps, group, app text'),
         ("apps", {"app": "text)"}, "site", r".* a word of SQL: apps, site, app text\)"),

@@ -37,34 +37,34 @@ class Newest(NamedTuple):
 
 
 class Contents(Generic[V]):
-    """What the records of a topic come to: the newest value of each key.
+    """The newest value of each key in the records of a topic.
 
-    Within a partition the later record is the newer one. A key that comes from a second partition makes contents
-    `unsure`, and from there on they take nothing in: only those that are `timed` from the first record on can compare.
+    Within a partition the later record is the newer one. When a key comes from a second partition, contents become
+    `unsure` and take in no further record: only contents that are `timed` from the first record on can compare.
     """
 
     def __init__(self, value: type[V], timed: bool = False) -> None:
         self.entries: dict[str, V] = {}
         self.unreadable: dict[str, Unreadable] = {}
         self.unsure = False
-        # In which partition each key lies; deleted ones too, or an older record from elsewhere would bring them back.
-        # That takes time and memory: while no key has come twice, a list has them, in the order of the entries.
+        # In which partition each key lies, deleted keys too: an older record from elsewhere would bring them back. A
+        # dict takes time and memory: while no key has come twice, a list has the partitions, in the order of entries.
         self._partitions: dict[str, int] | None = {} if timed else None
         self._in_order = array("i")
         self.scattered: dict[str, dict[int, Newest]] = {}  # by partition
         self._timestamps: dict[str, int] | None = {} if timed else None  # of keys that are not scattered
         self._parse, self._whole = parser(value), whole(value)
-        self._kept = 0  # keys that the last time could not be forgotten
+        self._kept = 0  # keys that could not be forgotten the last time
 
-    def follow(self, messages: Iterable[Message], tell: bool) -> Changes[V]:
-        """The same as `apply`, while somebody reads: no entry is replaced by one that may be older."""
+    def follow(self, messages: Iterable[Message], collect: bool) -> Changes[V]:
+        """`apply`, while somebody reads: no entry is replaced by one that may be older."""
         self._by_key()
-        changes = self.apply(messages, tell)
+        changes = self.apply(messages, collect)
         self._forget_deleted()
         return changes
 
-    def apply(self, messages: Iterable[Message], tell: bool = False) -> Changes[V]:
-        """Take records in. What that changes is told if asked for."""
+    def apply(self, messages: Iterable[Message], collect: bool = False) -> Changes[V]:
+        """Take records in. Returns the changes, if `collect`."""
         entries, unreadable, parse, of_whole = self.entries, self.unreadable, self._parse, self._whole
         partitions, timed = self._partitions, self._timestamps is not None
         in_order, size = self._in_order.append, len(entries)
@@ -81,7 +81,7 @@ class Contents(Generic[V]):
                 key, value, error = raw_key.decode(errors="replace"), None, poison(message, failure)
                 if key.encode() != raw_key:  # other keys may look the same, and be hidden by it
                     partitions = self._by_key()
-                    self._set_aside(key, error)
+                    self._mark_unreadable(key, error)
                     continue
             if partitions is None and value is not None:
                 entries[key] = value
@@ -100,9 +100,9 @@ class Contents(Generic[V]):
                     self.unsure = True
                     break
             if error is not None:
-                self._set_aside(key, error)
+                self._mark_unreadable(key, error)
                 continue
-            if tell:
+            if collect:
                 before, _ = changes.get(key) or (entries.get(key), None)
                 if before is None and key in unreadable:
                     before = unreadable[key].before
@@ -116,7 +116,7 @@ class Contents(Generic[V]):
         return changes
 
     def _compare(self, key: str, record: Newest) -> Newest | None:
-        """What counts of a key, once a record of it has come; None if that is what counted before."""
+        """The newest record of a key, now that this one has come; None if it was the newest before."""
         assert self._timestamps is not None  # noqa: S101
         partitions, found = self._by_key(), self.scattered.get(key)
         if found is None:
@@ -133,8 +133,8 @@ class Contents(Generic[V]):
         partitions[key] = newest.partition
         return None if newest is before else newest
 
-    def places(self, key: str) -> tuple[int, ...]:
-        """The partitions in which a key lies, the one that counts first; none if it was never there."""
+    def partitions_of(self, key: str) -> tuple[int, ...]:
+        """The partitions in which a key lies, first the one with its newest record; none if it was never there."""
         first = self._by_key().get(key)
         others = self.scattered.get(key, ())
         return () if first is None else (first, *(one for one in others if one != first))
@@ -146,7 +146,7 @@ class Contents(Generic[V]):
         return self._partitions
 
     def _forget_deleted(self) -> None:
-        """Bound what is remembered of keys that are deleted: to as many as there are entries, and some more."""
+        """Remember no more deleted keys than there are entries, and some more."""
         partitions = self._partitions
         if partitions is None or len(partitions) <= max(2 * len(self.entries), 2 * self._kept) + SPARE:
             return
@@ -159,15 +159,15 @@ class Contents(Generic[V]):
             self._timestamps = {key: at for key, at in self._timestamps.items() if key in kept}
         self._kept = len(kept)
 
-    def _set_aside(self, key: str, error: PoisonRecord) -> None:
+    def _mark_unreadable(self, key: str, error: PoisonRecord) -> None:
         log.error("store: key %r cannot be read until it is written again: %s", key, error)
         known = self.unreadable.get(key)
         before = self.entries.get(key) if known is None else known.before
-        self.unreadable[key] = Unreadable(error, before)  # first: who reads meanwhile must not find nothing at all
+        self.unreadable[key] = Unreadable(error, before)  # first: a reader must not find neither value nor error
         self.entries.pop(key, None)
 
 
 def differences(before: Mapping[str, V], after: Mapping[str, V]) -> Changes[V]:
-    """What turns the entries of before into those of now."""
+    """The changes that turn the entries `before` into the entries `after`."""
     keys = dict.fromkeys([*before, *after])
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

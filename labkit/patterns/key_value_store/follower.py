@@ -29,7 +29,7 @@ from labkit.patterns.key_value_store.subscription import Subscription
 from labkit.patterns.look import Look
 
 V = TypeVar("V")
-Place: TypeAlias = tuple[str, int]
+Partition: TypeAlias = tuple[str, int]
 
 TURN = 0.1  # seconds that a store waits for something new, before it looks whether it was closed
 BUSY_TURN = 0.001  # the same, while a write waits to be confirmed
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class StoreNotReady(Unavailable):
-    """A store was read before all of its topic was loaded: what it does not have might still come."""
+    """A store was read before all of its topic was loaded: a key that it lacks may still come."""
 
 
 class StoreClosed(LabkitError):
@@ -47,22 +47,22 @@ class StoreClosed(LabkitError):
 
 
 class Follower(Generic[V]):
-    """What a store is beside a mapping: the entries of its topic, and the thread that keeps them new."""
+    """The part of a store that is no mapping: the entries of its topic, and the thread that keeps them up to date."""
 
     def __init__(self, topic: Topic[V]) -> None:
         self.topic = topic
         self.loads = 0
-        """How often it was loaded: more than once if this process was away for longer than Kafka keeps tombstones."""
-        # Empty until all is loaded, and again in the end: what is found needs no further look, what is missing does.
+        """How often the topic was loaded: again if this process was away for longer than Kafka keeps tombstones."""
+        # Empty until all is loaded, and again once it has ended: so a read that finds something needs no further look.
         self._entries: dict[str, V] = {}
         self._contents: Contents[V] = Contents(topic.value)
         self._timed = False  # whether its contents go by timestamps: a key was found in two partitions
-        self._positions: dict[Place, int] = {}
-        self._id: str | None = None  # what Kafka calls the topic
+        self._positions: dict[Partition, int] = {}
+        self._id: str | None = None  # the topic's, as Kafka knows it
         self._subscriptions: list[Subscription[V]] = []
         self._writes: list[Write] = []
         self._producer: Producer | None = None
-        self._lock = threading.Lock()  # of the lists above, and of what subscribers are told
+        self._lock = threading.Lock()  # for the lists above, and for the order in which subscribers get changes
         self._loaded = False
         self._known = threading.Event()  # it was loaded, or never will be
         self._trouble = "it has only just begun"
@@ -73,12 +73,12 @@ class Follower(Generic[V]):
 
     @property
     def scattered(self) -> dict[str, tuple[int, ...]]:
-        """The keys that were found in more than one partition, and in which: clients with different partitioners write
-        them. Of the newest record in each of these, the one with the latest timestamp counts."""
+        """The keys that lie in more than one partition, with the partitions: clients with different partitioners write
+        them. Of the newest records in these partitions, the one with the latest timestamp counts."""
         return {key: tuple(sorted(found)) for key, found in self._contents.scattered.copy().items()}
 
     def lag(self) -> int:
-        """Records of the topic that this store has still to read. Raises ClusterUnreachable."""
+        """How many records of the topic this store has still to read. Raises ClusterUnreachable."""
         return behind(self._positions, self._ends())
 
     def _check(self) -> None:
@@ -91,7 +91,7 @@ class Follower(Generic[V]):
             raise type(failure)(str(failure)) from failure
 
     def _end(self, why: LabkitError) -> None:
-        """Nothing is read or written from now on; everybody who waits hears of it."""
+        """Read and write nothing from now on, and wake everybody who waits."""
         with self._lock:
             self._failure = self._failure or why
             self._loaded, self._entries = False, {}
@@ -102,9 +102,9 @@ class Follower(Generic[V]):
                 subscription.close()
 
     def _end_in_fork(self) -> None:
-        """A forked process has no thread that follows the topic: what it reads would stay as it was.
+        """End the store in a forked process, which has no thread that follows the topic: its entries would grow stale.
 
-        The locks are made anew: threads that are not there may hold those of before.
+        The locks are made anew, because threads of the other process may hold the old ones.
         """
         self._lock, self._known, self._writes = threading.Lock(), threading.Event(), []
         for subscription in self._subscriptions:
@@ -112,8 +112,8 @@ class Follower(Generic[V]):
         short = self.topic.short
         self._end(
             StoreClosed(
-                f"store {short} belongs to the process that this one was forked from, and would not follow its topic "
-                "here: make another one, KeyValueStore(store.topic), after the fork"
+                f"store {short} belongs to the process that this one was forked from, and does not follow its topic "
+                "here: make another store, KeyValueStore(store.topic), after the fork"
             )
         )
 
@@ -128,24 +128,24 @@ class Follower(Generic[V]):
             except ClientRefused as error:
                 self._end(error)
             except ClusterUnreachable as error:
-                self._trouble = str(error)  # it comes back, and loading begins anew
-                time.sleep(TURN)  # who is refused at once must not ask again at once
+                self._trouble = str(error)  # the cluster comes back, and loading begins anew
+                time.sleep(TURN)  # it may have refused at once
             except LabkitError as error:
                 self._end(error)
-            except Exception as error:  # a thread has nobody to raise to; who reads next is told
+            except Exception as error:  # raised to whoever reads next
                 self._end(LabkitError(f"store {self.topic.short} ended: {error_text(error)}"))
 
     def _check_topic(self) -> float:
-        """How long the topic keeps tombstones, in seconds. Raises TopicMismatch for one that cannot hold a store."""
+        """How long the topic keeps tombstones, in seconds. Raises TopicMismatch if it cannot hold a store."""
         config = self.topic.check_compacted("hold a store")
-        # That of the first time: one made anew is another topic.
+        # The id of the first time: a topic made anew is another topic.
         self._id = self._id or self.topic.cluster.topic_id(self.topic.name)
         return max(1.0, int(config["delete.retention.ms"]) / 1000)
 
     def _load(self, reader: Reader[V], keeps: float) -> float:
-        """Read the topic to the end that it has now, and show it. Returns when it began; 0 if all is to be read again.
+        """Read the topic to its present end, and show it. Returns when it began; 0 if all must be read again.
 
-        Up to the end of what is not committed, too: only behind it one knows what becomes of that.
+        The end is behind open transactions, too: only there it is known what becomes of them.
         """
         began, ends = time.time(), self._ends()
         contents: Contents[V] = Contents(self.topic.value, self._timed)
@@ -160,13 +160,13 @@ class Follower(Generic[V]):
         with self._lock:
             if self._failure is None:
                 if self._subscriptions:
-                    self._tell(differences(self._entries, contents.entries))
+                    self._pass_on(differences(self._entries, contents.entries))
                 self._entries, self._contents, self._positions = contents.entries, contents, reader.positions()
                 self.loads += 1
                 self._loaded = True
                 self._known.set()
         if scattered := self.scattered:
-            (key, places), *more = scattered.items()
+            (key, found), *more = scattered.items()
             log.warning(
                 "store %s: key %r%s lies in partitions %s. The record with the latest timestamp counts. Another client "
                 "puts keys elsewhere than labkit and Java: give it the setting partitioner=murmur2_random. Then write "
@@ -175,20 +175,20 @@ class Follower(Generic[V]):
                 self.topic.short,
                 key,
                 f", as {len(more):,} more," if more else "",
-                " and ".join(map(str, places)),
+                " and ".join(map(str, found)),
             )
         return began
 
     def _goes_by_time(self, contents: Contents[V]) -> bool:
-        """Whether all is to be read again, and timestamps to be looked at: what is in memory has none to compare."""
+        """Whether all must be read again, with timestamps: the entries in memory have none to compare."""
         self._timed |= contents.unsure
         return contents.unsure
 
     def _follow(self, reader: Reader[V], keeps: float, fresh: float) -> None:
         """Take in what comes. `fresh` is when this store was last known to have all there was.
 
-        Returns when all is to be read again: a tombstone may have come and gone unseen, after a time without Kafka, or
-        one in which this process stood still; or a key came from a second partition.
+        Returns when all must be read again, for one of two reasons. A key came from a second partition. Or a tombstone
+        may have come and gone unseen, while Kafka was away or this process stood still.
         """
         with Look(lambda: (time.time(), self._ends()), min(LOOK, keeps / 4)) as look:
             while self._failure is None and time.time() - fresh <= keeps:
@@ -197,35 +197,34 @@ class Follower(Generic[V]):
                 if self._goes_by_time(self._contents):
                     return
 
-    def _all_was_read(self, seen: tuple[float, dict[Place, int]] | None) -> float:
+    def _all_was_read(self, seen: tuple[float, dict[Partition, int]] | None) -> float:
         """When the ends were seen, if all before them is read by now; else 0."""
         return seen[0] if seen is not None and not behind(self._positions, seen[1]) else 0.0
 
     def _take(self, reader: Reader[V]) -> None:
         if messages := reader.messages(BUSY_TURN if self._writes else TURN):
             with self._lock:
-                self._tell(self._contents.follow(messages, bool(self._subscriptions)))
+                self._pass_on(self._contents.follow(messages, bool(self._subscriptions)))
             if self._contents.unsure:
-                return  # not all of these were taken in: who waits for one of them waits for the next load
+                return  # not all of these were taken in: writes wait for the next load
         self._positions = reader.positions()
         if self._producer is not None:
             self._producer.poll()
             for write in list(self._writes):
                 write.settle(self._positions)
 
-    def _ends(self) -> dict[Place, int]:
-        """The topic's ends. Raises TopicMissing when it was deleted: the client would wait for ever, without a word.
-
-        TopicMismatch when it has more partitions than it had: the client would not even look at them.
+    def _ends(self) -> dict[Partition, int]:
+        """The topic's ends. Raises TopicMissing when the topic was deleted: the client would wait for ever without a
+        word. Raises TopicMismatch when partitions were added: the client would never read them.
         """
         read, ends = self._positions, end_offsets(self.topic.cluster, [self.topic.name])
         if not ends:
             raise self._unlisted()
-        if any(at > ends.get(place, 0) for place, at in read.items()):
+        if any(at > ends.get(partition, 0) for partition, at in read.items()):
             raise self._unlisted()
         if len(ends) > self.topic.partitions:
-            # To read them too would not do: keys have moved there, and of two records in two partitions nobody knows
-            # which is the newer one.
+            # To read these too would not help. Keys have moved there, and nobody knows which of two records in two
+            # partitions is the newer one.
             raise TopicMismatch(
                 f"topic {self.topic.short} was given more partitions, {len(ends)} instead of {self.topic.partitions}: "
                 "its keys belong elsewhere now, and an old value may hide a new one. Write its entries to a topic of "
@@ -234,14 +233,14 @@ class Follower(Generic[V]):
         return ends
 
     def _unlisted(self) -> LabkitError:
-        """One that was just made may be known already and be listed a moment later. One whose broker just came back
-        may even end where it did some seconds before: that alone tells of no deletion."""
+        """The error for a topic that is not listed, or that ends too early. Neither proves that it was deleted: Kafka
+        lists a new topic a moment later than it knows it, and a broker that has just come back may show old ends."""
         with suppress(TopicMissing):
             if self._id in (None, self.topic.cluster.topic_id(self.topic.name)):
                 return ClusterUnreachable(f"topic {self.topic.short} is not all at {self.topic.cluster.bootstrap} yet")
         return TopicMissing(f"topic {self.topic.short} was deleted: a store needs one of another name")
 
-    def _tell(self, changes: Changes[V]) -> None:
+    def _pass_on(self, changes: Changes[V]) -> None:
         if changes:
             for subscription in self._subscriptions:
                 subscription._note(changes)
@@ -259,7 +258,7 @@ os.register_at_fork(after_in_child=_end_all_in_fork)
 
 
 class Write:
-    """Records that somebody waits for."""
+    """Records that a caller has sent and waits for."""
 
     def __init__(self, records: int) -> None:
         self.records = records
@@ -267,23 +266,23 @@ class Write:
         self.refused: str | None = None
         self.done = threading.Event()
 
-    def told(self, refused: str | None, partition: int, offset: int) -> None:
-        """What became of one of them."""
+    def on_delivery(self, refused: str | None, partition: int, offset: int) -> None:
+        """The broker has stored one of the records, or refused it."""
         if refused is None:
             self.confirmed.append((partition, offset))
         else:
             self.refused = refused
 
-    def settle(self, positions: Mapping[Place, int]) -> None:
-        """It is done once one record was refused, or all are confirmed and were read."""
+    def settle(self, positions: Mapping[Partition, int]) -> None:
+        """Wake the caller once one record was refused, or once all are confirmed and the store has read them."""
         if self.refused is not None:
             self.done.set()
         elif len(self.confirmed) == self.records:
             here = {partition: at for (_, partition), at in positions.items()}
-            # Of a partition that was added nothing is read: the next look at the topic's ends tells of it.
+            # A partition that was added is never read: the next look at the topic's ends raises.
             if all(here.get(partition, 0) > offset for partition, offset in self.confirmed):
                 self.done.set()
 
 
-def behind(positions: Mapping[Place, int], ends: Mapping[Place, int]) -> int:
-    return sum(max(0, end - positions.get(place, 0)) for place, end in ends.items())
+def behind(positions: Mapping[Partition, int], ends: Mapping[Partition, int]) -> int:
+    return sum(max(0, end - positions.get(partition, 0)) for partition, end in ends.items())

@@ -1,12 +1,12 @@
 """Pattern 3: a key-value store in memory, kept in a compacted topic.
 
-The topic is the store: Kafka keeps the latest value of each key however old it is, whoever wants one reads all of them
-into memory, and from then on follows what is written. A read asks nobody. Several processes may have a store on one
-topic; each of them may write. Where another client's partitioner has put a key into a second partition, the newer
+The topic is the store: Kafka keeps the latest value of each key, however old it is. A store reads all of them into
+memory, and from then on follows what is written. So a read asks nobody. Several processes may have a store on one
+topic, and each of them may write. If another client's partitioner has put a key into a second partition, the newer
 record counts.
 
-An entry costs some 300 to 500 bytes, its key and value as Python objects included: a million of them, with a Struct of
-three fields, took 0.4 GB, and some seconds to load. A data set that is larger than that belongs in a table.
+An entry takes 300 to 500 bytes, its key and value as Python objects included. A million entries, with a Struct of three
+fields, took 0.4 GB, and some seconds to load. A larger data set belongs in a table.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ CONFIRM = 10.0  # seconds for a write to be confirmed
 
 
 class KeyValueStore(Follower[V], Mapping[str, V]):
-    """A mapping from keys to values of the topic's type. It begins to load when it is made.
+    """A mapping from keys to values of the topic's type. A store begins to load when it is made.
 
     Reading is local: it takes no lock, asks no broker, and never goes back to an older value. Reading before the store
-    is loaded raises StoreNotReady. A key whose newest record does not decode raises PoisonRecord when it is read, until
-    the key is written again; records without a key are passed over. Values are handed out as they are, not
-    copied: do not change them.
+    is loaded raises StoreNotReady. Reading a key whose newest record does not decode raises PoisonRecord, until the key
+    is written again. Records without a key are passed over. Values are not copied: do not change them.
 
-    It travels to a pod as the coordinates of its topic, and is loaded there anew.
+    A store travels to a pod as its topic, and is loaded there anew.
     """
 
     def __init__(self, topic: Topic[V]) -> None:
@@ -48,10 +47,10 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def wait_ready(self, timeout: float = PATIENCE) -> Self:
-        """Wait until it is loaded.
+        """Wait until the store is loaded.
 
-        Raises StoreNotReady, saying what it waits for; TopicMismatch when the topic is not compacted or has another
-        number of partitions; TopicMissing; ClientRefused; StoreClosed.
+        Raises StoreNotReady, which says what the store waits for; TopicMismatch when the topic is not compacted or has
+        another number of partitions; TopicMissing; ClientRefused; StoreClosed.
         """
         if not self._known.wait(timeout):
             raise StoreNotReady(f"store {self.topic.short} was not loaded within {timeout:g} s: {self._trouble}")
@@ -88,7 +87,7 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
         return iter(self.snapshot())
 
     def snapshot(self) -> dict[str, V]:
-        """A copy of all entries, as they are at one moment. What iterates goes over one too."""
+        """A copy of all entries at one moment. Iterating goes over such a copy, too."""
         self._check()
         return self._entries.copy()
 
@@ -100,12 +99,12 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
 
     @property
     def unreadable(self) -> dict[str, PoisonRecord]:
-        """The keys that cannot be read, and their newest records, which do not decode."""
+        """The keys that cannot be read, each with the error of its newest record, which does not decode."""
         return {key: one.error for key, one in self._contents.unreadable.copy().items()}
 
     def measured(self) -> Measured:
-        """Its figures, to be reported as Step.MEASURED: `<topic> loads`, `<topic> entries`, and `<topic> read`, the sum
-        of the offsets up to which it has read."""
+        """The store's figures, to be reported as Step.MEASURED: `<topic> loads`, `<topic> entries`, and `<topic> read`,
+        the sum of the offsets up to which the store has read."""
         short = self.topic.short
         gauges = {f"{short} entries": float(len(self._entries)), f"{short} read": float(sum(self._positions.values()))}
         return Measured({f"{short} loads": self.loads}, gauges)
@@ -115,20 +114,20 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
     def put(self, key: str, value: V, timeout: float = CONFIRM) -> None:
         """Write one entry. Returns once the broker has it and this store shows it. Of two writers the last one wins.
 
-        Raises DeliveryFailed when it is refused, or not confirmed within `timeout` seconds: then it may still come;
-        LabkitError, before anything is sent, for a value that no store on the topic could read.
+        Raises DeliveryFailed when the broker refuses it, or does not confirm it within `timeout` seconds: then it may
+        still come. Raises LabkitError, before anything is sent, for a value that no store on the topic could read.
         """
         self.update({key: value}, timeout)
 
     def update(self, entries: Mapping[str, V], timeout: float = CONFIRM) -> None:
-        """Write many entries and wait once, as `put` does. They become visible one after the other."""
+        """Write many entries, and wait once. They become visible one after the other. Raises as `put` does."""
         if entries:
             self._write([(key, self._encoded(key, value)) for key, value in entries.items()], timeout)
 
     def delete(self, key: str, timeout: float = CONFIRM) -> None:
-        """Take an entry out, by a record without a value (a tombstone). One that is not there may be deleted too.
+        """Delete an entry, by a record without a value (a tombstone). It need not be there.
 
-        One that lies in several partitions is deleted in each. Returns and raises as `put` does.
+        A key that lies in several partitions is deleted in each. Returns and raises as `put` does.
         """
         self._write([(key, None)], timeout)
 
@@ -137,9 +136,9 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
     def subscribe(self, callback: Callback[V]) -> Subscription[V]:
         """Call `callback(key, old, new)` for every entry there is (`old` is None), and from then on at every change.
 
-        `new` is None when the key was deleted. Each subscriber has a thread of its own: it may take its time, or write
-        to this store. To one that is slower than the changes the newest of a key is told, with the value that it was
-        told before. What it raises is logged, and the next change is told.
+        `new` is None when the key was deleted. Each subscriber has a thread of its own, so `callback` may take its
+        time, or write to this store. If changes come faster, it gets only the newest of each key, and `old` is
+        what it got before. What `callback` raises is logged, and the next change follows.
         """
         with self._lock:
             self._check_open()
@@ -149,7 +148,7 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
         return subscription
 
     def close(self) -> None:
-        """Stop following the topic. It cannot be read any more; the entries stay in the topic. May be called again."""
+        """Stop following the topic. The entries stay in it, but this store cannot be read. May be called again."""
         self._end(StoreClosed(f"store {self.topic.short} is closed"))
         if self._thread is not threading.current_thread():
             self._thread.join(2.0)
@@ -177,48 +176,48 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _missing(self, key: str, default: Any) -> Any:
-        """What a read answers that found nothing."""
+        """The answer of a read that found nothing."""
         if not self._loaded:
             self._check()
         if (found := self._contents.unreadable.get(key)) is not None:
             error = found.error
             raise PoisonRecord(error.topic, error.partition, error.offset, error.reason)
-        return self._entries.get(key, default)  # it may have become readable between the two looks
+        return self._entries.get(key, default)  # the key may have become readable between the two looks
 
     def _encoded(self, key: str, value: V) -> bytes:
-        """A value as it is sent: one of another type would be unreadable for everybody, this store too."""
+        """A value as it is sent. Raises LabkitError for a value that nobody could read, this store included."""
         if value is None:
             raise LabkitError(f"None is no value for {key!r} in store {self.topic.short}: delete the key instead")
         if whole(self.topic.value) is not None:
-            raise LabkitError(f"store {self.topic.short} keeps whole records: send {key!r} with its headers instead")
+            raise LabkitError(f"store {self.topic.short} holds whole records: send {key!r} with its headers instead")
         try:
             raw = encode(value)
             self._parse(raw)
         except Exception as error:  # of a value type, whose own checks may raise anything
             kind = getattr(self.topic.value, "__name__", self.topic.value)
             raise LabkitError(
-                f"a {type(value).__name__} is no value for {key!r} in store {self.topic.short}: write one of the "
-                f"type that its topic has, {kind} ({error_text(error)})"
+                f"a {type(value).__name__} is no value for {key!r} in store {self.topic.short}: write a value of "
+                f"its topic's type, {kind} ({error_text(error)})"
             ) from error
         return raw
 
     def _write(self, records: list[tuple[str, bytes | None]], timeout: float) -> None:
-        """Write records and wait for them. A key goes where it lies, even if another client's partitioner has put it
-        there; a new one goes where ours says (-1). Only a tombstone goes wherever the key lies."""
+        """Write records and wait for them. A record goes to the partition where its key lies, even if another client's
+        partitioner has put it there; a new key goes where ours says (-1). A tombstone goes wherever the key lies."""
         self._check_open()
         with self._lock:
-            places = self._contents.places
+            found = self._contents.partitions_of
             sends = [
                 (key, value, partition)
                 for key, value in records
-                for partition in (places(key) or (-1,))[: None if value is None else 1]
+                for partition in (found(key) or (-1,))[: None if value is None else 1]
             ]
             write = Write(len(sends))
             self._producer = producer = self._producer or Producer(self.topic.cluster, reports=True)
             self._writes.append(write)
         try:
             for key, value, partition in sends:
-                producer.send(self.topic.name, value, key, partition=partition, on_delivery=write.told)
+                producer.send(self.topic.name, value, key, partition=partition, on_delivery=write.on_delivery)
             done = write.done.wait(timeout)
         finally:
             with self._lock:
@@ -230,7 +229,7 @@ class KeyValueStore(Follower[V], Mapping[str, V]):
         if done:
             return
         if len(write.confirmed) < write.records:
-            why = "is the broker up? It may still take effect: read it before you write again"
+            why = "is the broker up? The write may still take effect: read before you write again"
         else:
             why = "the broker has it, but an open transaction on the topic keeps it from being read"
         raise DeliveryFailed(f"the write to {what} was not confirmed within {timeout:g} s: {why}")

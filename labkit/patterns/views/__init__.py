@@ -1,10 +1,10 @@
-"""Views: tables in a database of the reader's own that say of themselves which records they are made of.
+"""Views: tables in a database of the reader's own, which know up to where in the topic they are built.
 
-- The offset a view was built up to is read, and stored, in the transaction of the rows: of what a writer that was
-  frozen has in hand, nothing is written that another one has written meanwhile.
-- Beside it stands the topic's UUID: a topic made anew under its name is not taken for the old one.
-- Of each key the newest version is kept, of deleted keys too: what comes late, or again, takes nothing back. Nor does a
-  second change of the same version, which cannot be told from the first one that comes again.
+- The transaction that writes rows reads and stores the view's offset, too. So a writer that wakes from a freeze cannot
+  overwrite newer work.
+- The topic's UUID is stored with the offset. So a topic made anew under the same name is not taken for the old one.
+- The newest version of each key is stored, of deleted keys too. So a record that comes late, or again, takes nothing
+  back. A second change with the same version changes nothing either: it looks like the first one, come again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a view is given: changes of its rows, in batches, and how far it has got with them."""
+"""What a view takes in: changes of its rows, in batches, and the offset that follows them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ LARGEST_BATCH = 10_000  # records in one transaction, whose keys are looked up i
 
 
 class ViewOutdated(LabkitError):
-    """The view was made of another topic, or for other columns: it must be built anew."""
+    """The view was built from another topic, or for other columns: build it anew."""
 
 
 class ViewTakenBack(LabkitError):
-    """The view lost what this writer had put into it (its file was deleted): the writer has to start again."""
+    """The view lost what this writer had put into it (its file was deleted): the writer must start again."""
 
 
 class ViewUnavailable(Unavailable):
-    """There is no view to be read (yet), or its database does not answer."""
+    """There is no view to read yet, or its database does not answer."""
 
 
 Row = tuple[Any, ...]
@@ -31,15 +31,15 @@ class Change(NamedTuple):
 
     key: str
     version: int | None
-    """None: newer than whatever is there, whose version it keeps."""
+    """None: the change is newer than whatever is stored, and keeps the stored version."""
     rows: Sequence[Row] | None
-    """Replace all rows of the key. None: the key is deleted."""
+    """All rows of the key from now on. None: the key is deleted."""
     replaces: bool = True
-    """False if the view has never had this key: then there are no rows to be taken away."""
+    """False if the view has never had this key: then there are no rows to delete."""
 
 
 class Batch(NamedTuple):
-    """Changes of one partition, in order, and how far the view has got with them."""
+    """Changes of one partition, in order, and the offset that follows them."""
 
     partition: int
     after: int
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     time: float
     """When the last of its records was produced, in seconds since 1970."""
     changes: Sequence[tuple[int, Change]]
-    """With the offsets of their records."""
+    """Each with the offset of its record."""
     rejected: Sequence[tuple[int, str]]
     """Records that could not be projected: offset and reason."""
 
@@ -59,7 +59,7 @@ class Checkpoint(NamedTuple):
     next_offset: int
     time: float
     topic_id: str
-    """Of another topic of that name, offsets say nothing."""
+    """The topic's UUID: in another topic of that name, offsets mean nothing."""
 
 
 class Database(Protocol):
@@ -69,9 +69,9 @@ class Database(Protocol):
 
 
 def insert(database: Database, table: str, rows: Sequence[Row], conflict: str = "") -> None:
-    """Insert rows, many in one statement: SQLite lets other threads in at each, and waits to be let in again.
+    """Insert rows, many in one statement: at each statement SQLite lets other threads run, and then waits for its turn.
 
-    `conflict` says what becomes of those that are there already ("do nothing").
+    `conflict` says what to do about rows that exist already ("do nothing").
     """
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
@@ -85,7 +85,7 @@ def placeholders(values: Sequence[Any]) -> str:
 
 
 def newest(changes: Iterable[Change], stored: Mapping[str, int]) -> list[Change]:
-    """Of each key the last change that is newer than what is there; `stored` has the versions that are."""
+    """For each key the last change that is newer than the stored version; `stored` has these versions."""
     versions = dict(stored)
     kept: dict[str, Change] = {}
     for change in changes:

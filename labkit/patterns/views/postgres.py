@@ -13,7 +13,7 @@ from labkit.patterns.views.view import BUSY, View, closed_unless_done
 class PostgresView(View):
     """A view in a PostgreSQL, named by its connection string; needs psycopg (`pip install 'labkit[postgres]'`).
 
-    The server ends the transaction of a writer that is frozen in the middle of it after 5 s.
+    If a writer freezes in the middle of a transaction, the server ends the transaction after 5 s.
     """
 
     def __init__(
@@ -32,10 +32,11 @@ class PostgresView(View):
         try:
             from psycopg.conninfo import conninfo_to_dict
 
-            told = conninfo_to_dict(self.dsn)
-        except Exception:  # no psycopg, or no connection string: what may have a password in it is not shown
+            given = conninfo_to_dict(self.dsn)
+        except Exception:  # no psycopg, or no connection string: it may hold a password, and is not shown
             return "a PostgreSQL"
-        return ", ".join(f"{name}={told[name]}" for name in ("host", "port", "dbname") if name in told) or "PostgreSQL"
+        shown = {name: given[name] for name in ("host", "port", "dbname") if name in given}
+        return ", ".join(f"{name}={value}" for name, value in shown.items()) or "PostgreSQL"
 
     def _connect(self) -> _Marked:
         return _Marked(self._dial())
@@ -53,8 +54,8 @@ class PostgresView(View):
 
     def _start(self, database: Any) -> None:
         database.execute("begin")
-        # One writer at a time: two that make the tables at once would both find none, and two with different partitions
-        # may have the same key (partitions were added), of which either would find no rows to replace.
+        # One writer at a time. Two that make the tables at once would both find none. Two with different partitions may
+        # have the same key, because partitions were added, and each would find no rows of it to replace.
         who = "labkit views" if self._writer is None else self.name
         database.execute("select pg_advisory_xact_lock(hashtext(?))", (who,))
 
@@ -80,7 +81,7 @@ class PostgresView(View):
     def _is_about_names(self, error: Exception) -> bool:
         import psycopg
 
-        # What its statements say is wrong. Rights may still be granted.
+        # The statements themselves are wrong. A missing right may still be granted.
         refused = isinstance(error, psycopg.ProgrammingError)
         return refused and not isinstance(error, psycopg.errors.InsufficientPrivilege)
 
@@ -90,11 +91,11 @@ class PostgresView(View):
         values = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.DatatypeMismatch)
         if isinstance(error, (*values, psycopg.errors.ProgramLimitExceeded, UnicodeError)):
             return True
-        return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # a value it cannot write down
+        return isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None  # psycopg cannot send this value
 
 
 class _Marked:
-    """A connection of psycopg that takes `?` for a parameter."""
+    """A connection of psycopg that takes `?` as the mark of a parameter."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection

@@ -16,8 +16,8 @@ from labkit.patterns.views.view import BUSY, View, closed_unless_done
 class SqliteView(View):
     """A view in a file, in WAL mode: any number of processes read it while one writes.
 
-    A transaction that power loss takes back takes its offset back too. A writer that is frozen in the middle of a
-    transaction keeps the others waiting until it goes on or ends; readers do not notice.
+    If a power loss takes a transaction back, it takes the offset back with it. A writer that freezes in the middle of a
+    transaction makes other writers wait until it goes on or ends; readers do not notice.
     """
 
     _of_keys = " without rowid"  # one tree instead of two
@@ -33,7 +33,7 @@ class SqliteView(View):
     ) -> None:
         self.path = str(Path(path).absolute())
         super().__init__(table, columns, indexes, key, generation)
-        with closing(sqlite3.connect(":memory:")) as trial:  # told here, and not by a pod that dies of it
+        with closing(sqlite3.connect(":memory:")) as trial:  # an error shows here, and does not end a pod
             self._make(trial)
 
     def _where(self) -> str:
@@ -50,7 +50,7 @@ class SqliteView(View):
         return connection
 
     def _open(self, mode: str) -> sqlite3.Connection:
-        # Our lock keeps threads apart. "rw" makes no file: who reads must not be the one who makes an empty view.
+        # Our lock keeps threads apart. Mode "rw" makes no file: a reader must not make an empty view.
         uri = f"{Path(self.path).as_uri()}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
         self._file = self._identity()
@@ -70,7 +70,7 @@ class SqliteView(View):
         return found.st_dev, found.st_ino
 
     def _is_stale(self) -> bool:
-        """Whether the file was deleted: what is written to it, or read from it, would be seen by nobody else."""
+        """Whether the file was deleted: nobody else would see what we write to it."""
         return self._file is None or self._file != self._identity()
 
     def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:

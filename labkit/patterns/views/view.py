@@ -1,4 +1,4 @@
-"""A view: its tables, what is written to them in one transaction, its generations, and what is read from it."""
+"""A view: its tables, the transaction that writes to them, its generations, and the ways to read it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, ClassVar, Self, cast
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError
 from labkit.patterns.views.changes import (
     Batch,
@@ -37,7 +38,7 @@ _SHARED = (
 )
 
 
-# How far a view is behind the one that is shown; a topic that was made anew since cannot be compared.
+# How far a view is behind the generation that readers see, unless the topic was made anew since.
 _BEHIND = """select o.topic, o.partition, o.next_offset - coalesce(n.next_offset, 0) from view_offsets o
 join view_definitions d on d.view = o.view
 left join view_offsets n on n.view = ? and n.topic = o.topic and n.partition = o.partition
@@ -45,32 +46,32 @@ where d.name = ? and d.shown = 1 and o.next_offset > coalesce(n.next_offset, 0) 
 (select 1 from view_offsets a where a.view = ? and a.topic = o.topic and a.topic_id <> o.topic_id) order by 1, 2"""
 
 
-class View(ABC):
-    """A table made of records, in a database of its own. Use SqliteView or PostgresView.
+class View(Closing, ABC):
+    """A table made of records, in a database of the reader's own. Use SqliteView or PostgresView.
 
-    `table` has a column `key` and `columns` (name → SQL type). `indexes` are columns by which keys are looked up.
-    A view that fills its table in another way than row for row overrides `write`, and nothing else. One whose records
-    each add their rows, and replace none, sets `adds_up`.
+    `table` has a column `key` and `columns` (name → SQL type). `indexes` are the columns by which keys are looked up.
+    A subclass that fills its table in another way than row by row overrides `write`, and nothing else. If each record
+    adds rows and replaces none, it sets `adds_up`.
 
-    To build it anew, project into `view.next_generation()` with a group of its own, then `promote` that.
+    To build a view anew, project into `view.next_generation()` with a group of its own, then `promote` that.
     """
 
     adds_up: ClassVar[bool] = False
-    """Every record adds its rows to those of its key, whatever its version: parcels, bookings. Only the offset keeps a
-    record from being counted twice, so two records with the same content count as two."""
+    """Whether every record adds its rows to those of its key, whatever its version: parcels, bookings. Only the offset
+    keeps a record from counting twice, so two records with the same content count as two."""
 
-    _of_keys = ""  # what the table of keys is made with
+    _of_keys = ""  # SQL behind the columns of the table of keys
 
     def __init__(
         self, table: str, columns: Mapping[str, str], indexes: Sequence[str] = (), key: str = "id", generation: int = 1
     ) -> None:
         for name in (table, key, *columns, *indexes):
             if not NAME.fullmatch(name):
-                raise LabkitError(f"{name!r} cannot be a name in a view: use small letters, digits and _, at most 41")
+                raise LabkitError(f"{name!r} cannot be a name in a view: use a–z, 0–9 and _, at most 41 of them")
         if unknown := set(indexes) - set(columns):
             raise LabkitError(f"view {table} has no column {', '.join(sorted(unknown))} to look up by")
         if not columns or key in columns:
-            raise LabkitError(f"view {table} needs columns beside its key {key!r}, and of other names; key= renames it")
+            raise LabkitError(f"view {table} needs columns beside its key {key!r}, with other names; key= renames it")
         self.table, self.columns, self.indexes, self.key = table, dict(columns), tuple(indexes), key
         self.generation = generation
         self._forget()
@@ -83,28 +84,28 @@ class View(ABC):
         self._forget()
 
     def _forget(self) -> None:
-        """A view in a new process has no connection and has seen nothing."""
+        """Begin as in a new process: without a connection, and without having read anything."""
         self._lock = threading.RLock()
         self._writer: Any = None
         self._reading: Any = None
         self._topic = self._topic_id = ""
-        self._reached: dict[int, int] = {}  # by partition: the offset that we found, or stored, last
+        self._reached: dict[int, int] = {}  # by partition: the offset that this writer last read or stored
         columns = ", ".join(f"t.{name}" for name in self.columns)
         sql = f"select t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
         self._rows_of_key = f"{sql}on t.{self.key} = k.{self.key} where k.{self.key} = ? and k.deleted = 0"
 
     @property
     def name(self) -> str:
-        """Of this generation's table."""
+        """The name of this generation's table."""
         return f"{self.table}_{self.generation}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name} in {self._where()})"
 
-    # -- what a new view overrides
+    # -- what a subclass may override
 
     def write(self, database: Database, changes: Sequence[Change]) -> None:
-        """Put these changes, one a key, into the table `name`. Runs in the transaction that also moves the offset."""
+        """Put these changes, one for each key, into the table `name`, in the transaction that moves the offset."""
         if before := [change.key for change in changes if change.replaces]:
             database.execute(f"delete from {self.name} where {self.key} in ({placeholders(before)})", before)
         insert(database, self.name, [(change.key, *row) for change in changes for row in change.rows or ()])
@@ -112,14 +113,14 @@ class View(ABC):
     # -- writing
 
     def begin(self, topic: str, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
-        """Where to read on in these partitions, as far as the view has them. Makes the tables.
+        """The offsets at which to read on in these partitions, for those that the view has. Makes the tables.
 
-        Raises ViewOutdated when it was made of another topic, or for other columns; ViewUnavailable.
+        Raises ViewOutdated when the view was built from another topic, or for other columns; ViewUnavailable.
         """
         with self._lock:
             if self._topic not in ("", topic):
                 raise LabkitError(
-                    f"view {self.name} is made of topic {self._topic}, not of {topic}: one view, one topic"
+                    f"view {self.name} is made of topic {self._topic}, not of {topic}: make a view for each topic"
                 )
             self._topic, self._topic_id = topic, topic_id
             try:
@@ -127,27 +128,27 @@ class View(ABC):
                     found = self._stored(database)
             except LabkitError:
                 raise
-            except Exception as error:  # of a connection that was broken meanwhile: the next try makes another one
-                raise ViewUnavailable(f"view {self.name} does not say where to read on: {error}") from error
-            for partition in partitions:  # of the others we know what we wrote
+            except Exception as error:  # the connection broke meanwhile: the next attempt makes a new one
+                raise ViewUnavailable(f"the offsets of view {self.name} cannot be read: {error}") from error
+            for partition in partitions:  # for the others, what this writer stored holds
                 self._reached[partition] = found.get(partition, 0)
             return found
 
     def reached(self, partition: int) -> int:
-        """The view had everything before this offset when this writer saw it last."""
+        """The offset up to which the view had everything when this writer last looked."""
         with self._lock:
             return self._reached.get(partition, 0)
 
     def apply(self, batch: Batch) -> None:
         """Write a batch, in one transaction of these steps:
 
-        1. claim:  the stored offset is read, and kept from other writers; what is before it is written already;
-        2. select: of each key the last change, if it is newer than what is there; all changes of one that adds up;
-        3. write:  rows, and versions, those of deleted keys too;
-        4. reject: the places of records that could not be projected;
-        5. move:   the offset moves on.
+        1. claim:  read the stored offset, and lock it; records before it are written already;
+        2. select: for each key the last change, if it is newer than the stored one; or all, in a view that adds up;
+        3. write:  the rows, and the versions, those of deleted keys too;
+        4. reject: write down which records could not be projected;
+        5. move:   store the new offset.
 
-        Raises ViewTakenBack when the view has lost what was before the batch; ViewOutdated, ViewUnavailable.
+        Raises ViewTakenBack when the view has lost records before the batch; ViewOutdated, ViewUnavailable.
         """
         with self._lock:
             with self._transaction() as database:
@@ -157,16 +158,16 @@ class View(ABC):
             self._reached[batch.partition] = max(stored, batch.next_offset)
 
     def _claim(self, database: Database, batch: Batch) -> int:
-        place = (self.name, self._topic, batch.partition)
+        partition = (self.name, self._topic, batch.partition)
         absent = "insert into view_offsets values (?, ?, ?, ?, 0, 0) on conflict do nothing"
-        database.execute(absent, (*place, self._topic_id))
+        database.execute(absent, (*partition, self._topic_id))
         sql = "select next_offset, topic_id from view_offsets where view = ? and topic = ? and partition = ?"
-        stored, topic_id = database.execute(sql, place).fetchone()
+        stored, topic_id = database.execute(sql, partition).fetchone()
         self._check_topic(topic_id)
         if stored < batch.after:
             raise ViewTakenBack(
-                f"view {self.name} had {self._topic}/{batch.partition} up to offset {batch.after:,} and now up to "
-                f"{stored:,}: start again, to read on from there"
+                f"view {self.name} had {self._topic}/{batch.partition} up to offset {batch.after:,}, and now only up "
+                f"to {stored:,}: start the writer again, and it reads on from there"
             )
         return cast(int, stored)
 
@@ -181,11 +182,11 @@ class View(ABC):
             keys = {change.key: (change.key, change.version or 0, int(change.rows is None)) for change in changes}
             newer = f"({self.key}) do update set version = excluded.version, deleted = excluded.deleted"
             insert(database, f"{self.name}_keys", list(keys.values()), newer)
-        place = (self.name, self._topic, batch.partition)
-        rejected = [(*place, *one) for one in batch.rejected if one[0] >= stored]
+        partition = (self.name, self._topic, batch.partition)
+        rejected = [(*partition, *one) for one in batch.rejected if one[0] >= stored]
         insert(database, "view_rejected", rejected, "do nothing")
         moved = "update view_offsets set next_offset = ?, time = ? where view = ? and topic = ? and partition = ?"
-        database.execute(moved, (batch.next_offset, batch.time, *place))
+        database.execute(moved, (batch.next_offset, batch.time, *partition))
 
     def _versions(self, database: Database, changes: Sequence[Change]) -> dict[str, int]:
         keys = list({change.key for change in changes})
@@ -204,29 +205,29 @@ class View(ABC):
     def _check_topic(self, topic_id: str) -> None:
         if topic_id != self._topic_id:
             raise ViewOutdated(
-                f"view {self.name} was made of another topic {self._topic}, which was deleted and made anew: build it "
-                f"anew (generation={self.generation + 1})"
+                f"topic {self._topic} was deleted and made anew since view {self.name} was built: build the view anew "
+                f"(generation={self.generation + 1})"
             )
 
     # -- generations
 
     def next_generation(self) -> Self:
-        """The same view one generation on: built by a group of its own, unseen by readers until it is promoted."""
+        """The same view, one generation later: a group of its own builds it, and readers see it once it is promoted."""
         made = copy(self)
         made.generation += 1
         return made
 
     def promote(self, force: bool = False) -> None:
-        """Let readers see this generation from now on; a read sees the one before or this one, and never fails.
+        """Let readers see this generation from now on. A read sees the one before or this one, and never fails.
 
-        Raises LabkitError while it has less of the topic than the generation that is shown, which `force` allows.
+        Raises LabkitError while this one is behind the generation that readers see, unless `force`.
         """
         with self._lock, self._transaction() as database:
             behind = database.execute(_BEHIND, (self.name, self.table, self.name)).fetchall()
             if behind and not force:
-                places = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
+                lacks = ", ".join(f"{topic}/{partition} by {records:,}" for topic, partition, records in behind)
                 raise LabkitError(
-                    f"view {self.name} is behind the one that is shown: {places} records; wait for it. If the topic "
+                    f"view {self.name} is behind the one that readers see: {lacks} records; wait for it. If the topic "
                     "has lost these records, promote(force=True)"
                 )
             self._show(database)
@@ -240,7 +241,7 @@ class View(ABC):
 
     @property
     def _sources(self) -> dict[str, str]:
-        """What readers read, by the end of its name; in the order of `rows`, or PostgreSQL sees a deadlock."""
+        """What readers select from, by the ends of the names; in the order of `rows`, or PostgreSQL sees a deadlock."""
         mine = f"view_offsets where view = '{self.name}'"
         return {"_keys": f"{self.name}_keys", "": self.name, "_offsets": mine}
 
@@ -250,9 +251,8 @@ class View(ABC):
         return row and cast(str, row[0])
 
     def _make(self, database: Database) -> None:
-        """The tables, unless they are there. Raises ViewOutdated when they are there in another form.
-
-        Raises LabkitError when the database does not take these names and types, and never will.
+        """Make the tables that do not exist. Raises ViewOutdated when they exist in another form, LabkitError when the
+        database does not take these names and types, and never will.
         """
         try:
             self._make_tables(database)
@@ -260,14 +260,12 @@ class View(ABC):
             raise
         except Exception as error:
             if "already exists" in str(error):
-                raise ViewOutdated(
-                    f"{error}, and is not known as a view: use another name than {self.table}"
-                ) from error
+                raise ViewOutdated(f"{error}, and is no view of labkit: use another name than {self.table}") from error
             if self._is_about_names(error):
                 columns = ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
                 raise LabkitError(
-                    f"view {self.table} cannot be made ({error}): one of its names or types is no good, or a word of "
-                    f"SQL: {self.table}, {self.key}, {columns}"
+                    f"view {self.table} cannot be made ({error}): the database does not know one of these names or "
+                    f"types, or it is a word of SQL: {self.table}, {self.key}, {columns}"
                 ) from error
             raise
 
@@ -308,14 +306,14 @@ class View(ABC):
         return [row[1:] for row in found] if found[0][0] is not None else []
 
     def keys(self, column: str, value: Any, after: str = "", limit: int = 100) -> list[str]:
-        """Up to `limit` keys beyond `after` that have a row with this value, in order: the reverse lookup."""
+        """Up to `limit` keys behind `after` that have a row with this value, in order: the reverse lookup."""
         if column not in self.indexes:
             raise LabkitError(f"view {self.table} has no index by {column!r}; it has: {', '.join(self.indexes)}")
         sql = f"select distinct {self.key} from {self.table} where {column} = ? and {self.key} > ? "
         return [row[0] for row in self._read(f"{sql}order by {self.key} limit ?", (value, after, limit))]
 
     def content(self) -> dict[str, list[Row]]:
-        """Everything in it, by key: for verdicts, not for a table that is large."""
+        """All rows, by key: for verdicts, not for a large table."""
         found: dict[str, list[Row]] = {}
         columns = ", ".join(f"t.{name}" for name in self.columns)
         sql = f"select k.{self.key}, t.{self.key}, {columns} from {self.table}_keys k left join {self.table} t "
@@ -328,7 +326,7 @@ class View(ABC):
         return int(self._read(f"select count(*) from {self.table}")[0][0])
 
     def checkpoints(self, topic: str) -> dict[int, Checkpoint]:
-        """How far it has got, by partition."""
+        """How far the view has got, by partition."""
         sql = f"select partition, next_offset, time, topic_id from {self.table}_offsets where topic = ?"
         return {partition: Checkpoint(*one) for partition, *one in self._read(sql, (topic,))}
 
@@ -338,15 +336,9 @@ class View(ABC):
         return cast(list[tuple[str, int, int, str]], self._read(sql, (self.name,)))
 
     def close(self) -> None:
-        """Let its connections go. It can be used again."""
+        """Close the connections. The view can be used again."""
         with self._lock:
             self._disconnect()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # -- connections
 
@@ -385,7 +377,7 @@ class View(ABC):
 
     @abstractmethod
     def _where(self) -> str:
-        """Where its database is, as people may be shown it."""
+        """Where the database is, in words that may be shown to anybody."""
 
     @abstractmethod
     def _connect(self) -> Any:
@@ -393,23 +385,23 @@ class View(ABC):
 
     @abstractmethod
     def _start(self, database: Any) -> None:
-        """Begin a transaction in which nobody else writes the view, or makes tables."""
+        """Begin a transaction in which nobody else writes the view or makes tables."""
 
     @abstractmethod
     def _is_stale(self) -> bool:
-        """Whether the connections lead to what is no longer there."""
+        """Whether the database that the connections lead to is gone."""
 
     @abstractmethod
     def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """What a query finds. Raises ViewUnavailable, LabkitError for a parameter that no column of its type can be."""
+        """The rows of a query. Raises ViewUnavailable, and LabkitError for a parameter that no such column can hold."""
 
     @abstractmethod
     def _is_about_names(self, error: Exception) -> bool:
-        """Whether the database does not take the view's names or types."""
+        """Whether the error says that the database does not take the view's names or types."""
 
     @abstractmethod
     def is_about_rows(self, error: Exception) -> bool:
-        """Whether the database refuses these rows, and would again and again."""
+        """Whether the error says that the database refuses these rows, and always will."""
 
 
 @contextmanager

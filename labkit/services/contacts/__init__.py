@@ -1,4 +1,4 @@
-"""Contacts: a CSV becomes jobs, which importers share, and a report of each job says when the whole import is done."""
+"""Contacts: a CSV becomes jobs, importers share the jobs, and their reports say when the whole import is done."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The baselines of counting finished jobs. Each is a `report` for importers, and tells what it has counted.
+"""The baselines of counting finished jobs. Each is a `report` for importers, and knows how many it has counted.
 
-Both count a job that is reported twice twice; what else is wrong with them, a restart or a second pod shows.
+Both count a job twice that is reported twice. A restart, or a second pod, shows what else is wrong with them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ WRITE = "insert into imports values (%s, %s) on conflict (request) do update set
 
 
 class CounterService(HttpService):
-    """Counts in its memory: `POST /imports/YYY` adds one, and `GET` tells how many there are.
+    """Counts in its memory: `POST /imports/YYY` adds one, and `GET` answers with the count.
 
-    When its pod is restarted it begins at 0. Of several pods each has a count of its own.
+    After a restart of its pod it begins at 0. Of several pods, each has a count of its own.
     """
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/imports/{request}", self.add), web.get("/imports/{request}", self.tell)]
+        return [web.post("/imports/{request}", self.add), web.get("/imports/{request}", self.show)]
 
     async def start(self, app: web.Application) -> None:
         app[COUNTS] = Counter()
 
     async def add(self, request: web.Request) -> web.Response:
         request.app[COUNTS][request.match_info["request"]] += 1
-        return await self.tell(request)
+        return await self.show(request)
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def show(self, request: web.Request) -> web.Response:
         return web.json_response(request.app[COUNTS][request.match_info["request"]])
 
 
@@ -55,11 +55,11 @@ class InMemory:
     url: str
 
     def __call__(self, job: Job, failed: bool = False) -> None:
-        """Raises LabkitError, OSError when it is not counted, as far as one can tell."""
+        """Count a job. Raises LabkitError, OSError when it was not counted, as far as one can tell."""
         self._ask("POST", job.request)
 
     def counted(self, request: str) -> int:
-        """How many jobs of a request are finished, it says."""
+        """How many jobs of a request are finished, according to the service."""
         return self._ask("GET", request)
 
     def _ask(self, method: str, request: str) -> int:
@@ -70,9 +70,9 @@ class InMemory:
 
 
 class SharedRow:
-    """Reads the count of a request from its row in PostgreSQL, adds one, and writes it: another one's is overwritten.
+    """Reads the count of a request from its row in PostgreSQL, adds one, and writes it: so it may overwrite another's.
 
-    `between` is called when the count is read and not yet written: where another one comes in between.
+    `between` is called between reading and writing, when another pod may count, too.
     """
 
     def __init__(self, dsn: str, between: Callable[[], object] = lambda: None) -> None:
@@ -80,14 +80,14 @@ class SharedRow:
         self.database = Connections(dsn, TABLE)
 
     def __call__(self, job: Job, failed: bool = False) -> None:
-        """Raises psycopg.Error while the database is away."""
+        """Count a job. Raises psycopg.Error while the database is away."""
         with self.database.one() as database:
             row: Any = database.execute(READ, (job.request,)).fetchone()
             self.between()
             database.execute(WRITE, (job.request, 1 + (row[0] if row else 0)))
 
     def counted(self, request: str) -> int:
-        """How many jobs of a request are finished, its row says."""
+        """How many jobs of a request are finished, according to its row."""
         with self.database.one() as database:
             row: Any = database.execute(READ, (request,)).fetchone()
             return row[0] if row else 0

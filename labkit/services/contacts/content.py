@@ -1,6 +1,6 @@
 """Contacts of people who do not exist, drawn from a seed: the same here and on every machine.
 
-Their names are invented. Their addresses are of domains, and their phone numbers of ranges, that are kept for examples.
+Their names are invented. Their domains, and their ranges of phone numbers, are reserved for examples.
 Nothing is kept: a million of them stream by in constant memory.
 """
 
@@ -24,7 +24,7 @@ LAST = (
     "Quaverley", "Rushlight", "Silverthwaite", "Thistlebrook", "Umberlake", "Willowmarch",
 )  # fmt: skip
 DOMAINS = ("example.com", "example.net", "example.org")
-PHONES = ("+44 1632 960{:03}", "+44 7700 900{:03}", "+1 202 555 01{:02.0f}")  # ranges of no subscriber
+PHONES = ("+44 1632 960{:03}", "+44 7700 900{:03}", "+1 202 555 01{:02.0f}")  # ranges without subscribers
 NOTES = (
     'Met at the fair, said "call in spring"', "Two lines:\nthe second one", "prefers e-mail; no calls",
     "Moved in May,\nold address void,\nsee mail",
@@ -34,7 +34,7 @@ BAD_SHARE, REPEATED, NOTED = 0.006, 0.012, 0.15  # of all contacts
 
 
 class Contact(NamedTuple):
-    """One person of somebody's address book: its fields are the columns that a CSV may have, by name."""
+    """A person in somebody's address book. Its fields are the columns that a CSV may have, by name."""
 
     name: str
     email: str
@@ -43,12 +43,12 @@ class Contact(NamedTuple):
 
 
 def contacts(count: int, seed: int = 1) -> Iterator[Contact]:
-    """Contacts as they come out of an address book: a few e-mails are none, and a few come again, in capitals.
+    """Contacts as they come out of an address book: a few e-mails are invalid, and a few come again, in capitals.
 
-    Fewer of the same seed are the beginning of more.
+    With one seed, fewer contacts are the first ones of more.
     """
     chance = Random(seed)
-    earlier = ""  # an e-mail from some fifty contacts ago, which so belongs to another job
+    earlier = ""  # an e-mail some fifty contacts back, mostly in another job
     for number in range(count):
         first, last = chance.choice(FIRST), chance.choice(LAST)
         user = f"{_ascii(first)}.{_ascii(last)}.{number}"
@@ -65,7 +65,7 @@ def contacts(count: int, seed: int = 1) -> Iterator[Contact]:
 
 
 def write_csv(path: Path | str, made: Iterable[Contact]) -> None:
-    """Write contacts into a file, under a header with the names of their fields."""
+    """Write contacts into a file, below a header with the names of their fields."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Contact._fields)
@@ -73,7 +73,7 @@ def write_csv(path: Path | str, made: Iterable[Contact]) -> None:
 
 
 def write_google_csv(path: Path | str, made: Iterable[Contact]) -> None:
-    """Write them as Google exports contacts; every third one has asked for the newsletter."""
+    """Write contacts as Google exports them. Every third one has asked for the newsletter."""
     header = ("First Name", "Last Name", "Notes", "Labels", "E-mail 1 - Value", "Phone 1 - Value")
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -86,5 +86,5 @@ def write_google_csv(path: Path | str, made: Iterable[Contact]) -> None:
 
 @lru_cache
 def _ascii(name: str) -> str:
-    """A name as it is in an e-mail."""
+    """A name as e-mail addresses have it."""
     return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()

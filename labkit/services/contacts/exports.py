@@ -1,7 +1,7 @@
 """How address books export their contacts: encoding, separator, and which columns hold what.
 
-A reader of a file finds all of that in its first line. What the line leaves open is refused with the reason: a guess
-would spoil names, or mix up people, and nobody would notice.
+All of that is read from a file's first line. A file whose first line leaves it open is refused, with the reason: a
+guess would spoil names, or mix up people, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from labkit.kafka.errors import LabkitError
 from labkit.services.contacts.content import Contact
 
 Source: TypeAlias = Path | str | IO[bytes]
-"""The path of a file, or an open one that can be read twice."""
+"""The path of a file, or an open file that can be read twice."""
 
-LARGEST = 150_000  # bytes of a line, and characters of a job: as JSON, whatever they are, they fit in a record
+LARGEST = 150_000  # bytes of a line, and characters of a job: any characters fit in a record, as JSON
 SEPARATORS = (",", ";", "\t")
 JOINED = " ::: "  # between several values in one cell
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 class CsvRefused(LabkitError):
-    """A file is no CSV of contacts. The message names the line."""
+    """The file is no CSV of contacts. The message names the line."""
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A row of the CSV as it is there, and the line on which it begins."""
+    """A row as the CSV has it, and the line on which it begins."""
 
     line: int
     cells: list[str]
 
 
 class Form(NamedTuple):
-    """Under which names an address book exports its columns. The e-mail's name tells the forms apart."""
+    """The names under which an address book exports its columns. The e-mail's name tells the forms apart."""
 
     maker: str
     emails: tuple[str, ...]
     phones: tuple[str, ...]
     parts: tuple[tuple[str, ...], ...]
-    """Of a name, in order, where it is not in one piece in the column `name`; each under one of several names."""
+    """The parts of a name, in order, where it is not whole in the column `name`; each part may have several names."""
 
 
 FORMS = (
@@ -74,7 +74,7 @@ FORMS = (
 
 
 class Layout(NamedTuple):
-    """Where in a row of one file a contact's fields are. Of several places of a field the first with a value counts."""
+    """The columns of a contact's fields in one file. Of several columns for a field, the first with a value counts."""
 
     maker: str
     names: tuple[int, ...]
@@ -85,15 +85,15 @@ class Layout(NamedTuple):
 
     def contact(self, cells: Sequence[str]) -> Contact:
         """The contact of a row with a cell for each column."""
-        parts = (cells[place].strip() for place in self.parts)
+        parts = (cells[column].strip() for column in self.parts)
         name = _first(cells, self.names) or " ".join(part for part in parts if part)
-        email, phone = (_first(cells, places, JOINED) for places in (self.emails, self.phones))
+        email, phone = (_first(cells, columns, JOINED) for columns in (self.emails, self.phones))
         return Contact(name, email, phone, _first(cells, self.notes).replace("\r\n", "\n"))
 
 
-def _first(cells: Sequence[str], places: tuple[int, ...], joined: str = "") -> str:
-    for place in places:
-        cell = cells[place]
+def _first(cells: Sequence[str], columns: tuple[int, ...], joined: str = "") -> str:
+    for column in columns:
+        cell = cells[column]
         for value in cell.split(joined) if joined and joined in cell else (cell,):
             if value := value.strip():
                 return value
@@ -102,7 +102,7 @@ def _first(cells: Sequence[str], places: tuple[int, ...], joined: str = "") -> s
 
 @lru_cache
 def layout(columns: tuple[str, ...], line: int = 1) -> Layout:
-    """What the columns of these names hold; `line` is where they are named. Raises CsvRefused."""
+    """The layout of a file with columns of these names; `line` is the line that names them. Raises CsvRefused."""
     forms = [form for form in FORMS if not {*form.emails}.isdisjoint(columns)]
     if len(forms) > 1:
         found = " and as ".join(next(name for name in form.emails if name in columns) for form in forms)
@@ -120,11 +120,12 @@ def layout(columns: tuple[str, ...], line: int = 1) -> Layout:
         found = ", ".join(columns)[:200]
         raise CsvRefused(f"line {line} names no column {' and no column '.join(missing)}, but: {found}")
 
-    def places(*names: str) -> tuple[int, ...]:
+    def columns_of(*names: str) -> tuple[int, ...]:
         return tuple(columns.index(name) for name in names if name in columns)
 
-    of_parts = places(*(name for part in parts for name in part))
-    return Layout(form.maker, places("name"), of_parts, places(*form.emails), places(*form.phones), places("notes"))
+    of_parts = columns_of(*(name for part in parts for name in part))
+    emails, phones = columns_of(*form.emails), columns_of(*form.phones)
+    return Layout(form.maker, columns_of("name"), of_parts, emails, phones, columns_of("notes"))
 
 
 def read(source: Source) -> tuple[list[str], Iterator[Row]]:
@@ -143,7 +144,7 @@ def read(source: Source) -> tuple[list[str], Iterator[Row]]:
         except CsvRefused as error:
             refused.append((len(columns), error))
     if not found:
-        raise max(refused, key=lambda one: one[0])[1]  # by the separator that makes most of the line
+        raise max(refused, key=lambda one: one[0])[1]  # the error with the separator that finds most columns
     if len(found) > 1:
         raise CsvRefused(f"{found[0][0]!r} and {found[1][0]!r} may separate the columns of line 1: which one does?")
     ((separator, columns),) = found
@@ -153,22 +154,22 @@ def read(source: Source) -> tuple[list[str], Iterator[Row]]:
 
 
 def _rows(source: Source, separator: str) -> Iterator[Row]:
-    """The rows, the header among them."""
+    """The rows, header included."""
     with open(source, "rb") if isinstance(source, Path | str) else nullcontext(source) as file:
         reader, line = csv.reader(_lines(file), delimiter=separator, strict=True), 1
         try:
             for cells in reader:
                 if cells:
                     yield Row(line, cells)
-                line = reader.line_num + 1  # of the next row: quoted cells may span lines
+                line = reader.line_num + 1  # where the next row begins: quoted cells may span lines
         except csv.Error as error:
             raise CsvRefused(f"line {line}: this is no CSV: {error}") from error
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
-    """The lines of a file, none of which is longer than it may be.
+    """The lines of a file. Raises CsvRefused for a line that is too long.
 
-    They are cut as bytes: a line that does not decode can be named.
+    It cuts bytes into lines, so that it can name a line that does not decode.
     """
     encoding, number = _encoding(file), 0
     newline = "\n".encode(encoding)
@@ -180,13 +181,13 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
             yield line.decode(encoding)
         except UnicodeDecodeError as error:
             raise CsvRefused(
-                f"line {number} is not {encoding[:6].upper()}, and no other encoding can be told for certain: "
+                f"line {number} is not {encoding[:6].upper()}, and no other encoding is certain: "
                 "export the contacts as a CSV in UTF-8"
             ) from error
 
 
 def _line(file: IO[bytes], newline: bytes) -> bytearray:
-    """Up to the next newline, which in UTF-16 is two bytes that begin at an even one."""
+    """The bytes up to the next newline, which in UTF-16 is two bytes, beginning at an even one."""
     line, width = bytearray(), len(newline)
     while len(line) <= LARGEST and not (line.endswith(newline) and len(line) % width == 0):
         more = file.read(1) if len(line) % width else file.readline(LARGEST + 1 - len(line))
@@ -197,7 +198,7 @@ def _line(file: IO[bytes], newline: bytes) -> bytearray:
 
 
 def _encoding(file: IO[bytes]) -> str:
-    """By the mark at its beginning, behind which the file stands then. Without one UTF-16 shows by a letter's NUL."""
+    """The encoding, by the mark at the beginning, which is read past; without a mark a letter's NUL shows UTF-16."""
     file.seek(0)
     start = file.read(3)
     for mark, encoding in MARKS.items():

@@ -1,4 +1,4 @@
-"""The formatting service: it belongs to somebody else, is reached by HTTP, and misbehaves when told to.
+"""The formatting service of another company, called by HTTP, which misbehaves on demand.
 
 It brings the names and phone numbers of Google contacts into one form. Asking it twice does no harm.
 """
@@ -28,7 +28,7 @@ class FormattingFailed(LabkitError):
 class FormattingService(Misbehaving):
     """`POST /format` takes contacts as JSON, and answers with the same ones in its form; `PUT /faults` misbehaviour.
 
-    `takes` is how long one answer takes it, in seconds.
+    `takes` is how long an answer takes, in seconds.
     """
 
     takes: float = 0.01
@@ -60,7 +60,7 @@ def formatted(contact: Contact) -> Contact:
 
 @dataclass(frozen=True)
 class Formatting:
-    """Asks the service at `url` to format contacts, and waits for `patience` seconds. Plain data, so it can travel."""
+    """Asks the service at `url` to format contacts; waits `patience` seconds. Plain data, so it can travel to a pod."""
 
     url: str
     patience: float = PATIENCE

@@ -1,7 +1,7 @@
 """Contacts Importer: stores the contacts of a job, each once, and reports that the job is finished.
 
-A job that the importers give up is reported as failed by a service of its own, which reads what their retry policy has
-set aside. So every import ends, and neither the importers nor the store know how.
+Another service reports the jobs that the importers give up: it reads what their retry policy has set aside. So every
+import ends, and neither the importers nor the store know how.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ create table if not exists contacts (
 create table if not exists bad_rows (
     request text not null, line int not null, reason text not null, primary key (request, line))
 """)
-# Of an e-mail that comes again in a file the last line counts, whichever job is handled first.
+# If an e-mail comes twice in a file, the last line counts, whichever job is handled first.
 STORE = """insert into contacts values (%s, %s, %s, %s, %s, %s, %s, %s) on conflict (request, email) do update
 set (name, phone, notes, line, job, pod) =
     (excluded.name, excluded.phone, excluded.notes, excluded.line, excluded.job, excluded.pod)
@@ -51,11 +51,11 @@ class BadRow(NamedTuple):
 
 
 class Importer:
-    """The handler of a consumer of jobs: what is good of a job's rows, and what is bad, is stored in one transaction.
+    """The handler of a consumer of jobs: stores a job's contacts, and its bad rows, in one transaction.
 
-    Then `report` is told. A job that comes again changes nothing, and is reported again. With an `exactly once`
-    consumer what `report` sends is there once. `notify` hears of a job before there is any work, each time that it is
-    handled, and of its bad rows once they are stored. The contacts that Google exports go through `formatting` first.
+    Then it calls `report`. A job that comes again changes nothing, and is reported again. With an `exactly once`
+    consumer, what `report` sends is there once. `notify` is called before the work, each time that a job is handled,
+    and for its bad rows once they are stored. Contacts that Google exports go through `formatting` first.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Importer:
         self.database = Connections(dsn, TABLES)
 
     def __call__(self, record: Record[ContactsJob]) -> None:
-        """Raises psycopg.Error, FormattingFailed while the one or the other is away: nothing of the job is stored."""
+        """Import a job. Raises psycopg.Error or FormattingFailed, and stores nothing, while one of them is away."""
         request, number, pod = record.value.request, record.value.number, os.environ.get(POD)
-        self._tell("consumed", record.value.job)
+        self._notify("consumed", record.value.job)
         found, bad = sort_out(record.value)
         if found and layout(tuple(record.value.columns)).maker == "Google":
             made = self.formatting([contact for _, contact in found.values()])
             found = {one.email: (found[one.email][0], one) for one in made}
-        # In order of their e-mails: two importers that have some in common never wait for each other in a ring.
+        # In the order of e-mails: so two importers with contacts in common never wait for each other in a ring.
         good = [
             (request, email, one.name, one.phone, one.notes, line, number, pod)
             for email, (line, one) in sorted(found.items())
@@ -85,10 +85,10 @@ class Importer:
             cursor.executemany(STORE, good)
             cursor.executemany(NOTE, [(request, *one) for one in bad])
         for row in bad:
-            self._tell("failed row", record.value.job, *row)
+            self._notify("failed row", record.value.job, *row)
         self.report(record.value.job)
 
-    def _tell(self, stage: Stage, job: Job, line: int = 0, reason: str = "") -> None:
+    def _notify(self, stage: Stage, job: Job, line: int = 0, reason: str = "") -> None:
         if channel := channel_of(job.request):
             self.notify(channel, ImportNotice(stage, job.request, job.total, job.number, line, reason))
 
@@ -97,12 +97,12 @@ class Importer:
 
 
 def sort_out(job: ContactsJob) -> tuple[dict[str, tuple[int, Contact]], list[BadRow]]:
-    """The contacts of a job, by e-mail, each with its line; and its rows that are none."""
+    """The contacts of a job, by e-mail, each with its line; and its bad rows."""
     found: dict[str, tuple[int, Contact]] = {}
     bad: list[BadRow] = []
     of, width = layout(tuple(job.columns)), len(job.columns)
     for row in job.rows:
-        if any(row.cells[width:]):  # some books end each row with a separator, and not the header
+        if any(row.cells[width:]):  # some address books end each row with a separator, but not the header
             bad.append(BadRow(row.line, f"{len(row.cells)} cells in a file of {width} columns"))
             continue
         contact = of.contact(row.cells + [""] * (width - len(row.cells)))
@@ -121,15 +121,14 @@ def sort_out(job: ContactsJob) -> tuple[dict[str, tuple[int, Contact]], list[Bad
 def failed_jobs(
     jobs: Topic[ContactsJob], importers: str, report: Callable[[Job, bool], object], group: str = ""
 ) -> Consumer:
-    """The service that reports the jobs which the importers' group gave up: its dead letters, and what it was told to
-    skip. It goes by their keys, as a value that does not decode may be why.
-    """
+    """The consumer that reports the jobs which the importers' group gave up: its dead letters and its skips. It goes by
+    the keys of records, as a value may not decode."""
     given_up: list[Topic[Any]] = [dead_letters_topic(jobs, importers), skips_topic(jobs, importers)]
     return Consumer(given_up, partial(_report_failed, report), group)
 
 
 def _report_failed(report: Callable[[Job, bool], object], record: Record[DeadLetter | Skipped | None]) -> None:
-    if record.value is None:  # a dead letter that has left: replayed, and reported by its importer, or purged
+    if record.value is None:  # a dead letter has left: it was purged, or replayed and reported by an importer
         return
     try:
         job = Job.parse(record.value.key or "")
@@ -143,19 +142,19 @@ def _report_failed(report: Callable[[Job, bool], object], record: Record[DeadLet
 
 
 def stored(dsn: str, request: str) -> list[Contact]:
-    """The contacts of a request, in order of their e-mails; none before there is a table."""
+    """The contacts of a request, in the order of e-mails; none if there is no table yet."""
     sql = "select name, email, phone, notes from contacts where request = %s order by email"
     return [Contact(*row) for row in rows(dsn, sql, request)]
 
 
 def bad_rows(dsn: str, request: str) -> list[BadRow]:
-    """The rows of a request that are no contacts, in order of their lines."""
+    """The bad rows of a request, in the order of lines."""
     sql = "select line, reason from bad_rows where request = %s order by 1"
     return [BadRow(*row) for row in rows(dsn, sql, request)]
 
 
 def first_bad_rows(dsn: str, requests: list[str], most: int) -> dict[str, tuple[int, list[BadRow]]]:
-    """Of each of these requests that has some: how many, and the first ones."""
+    """The number of bad rows, and the first of them, for each of these requests that has any."""
     sql = """select request, line, reason, total from (
         select request, line, reason, count(*) over (partition by request) as total,
             row_number() over (partition by request order by line) as number

@@ -1,8 +1,8 @@
 """Contacts Jobs: splits a CSV of contacts into jobs, so that many importers work on one import.
 
-The file is read twice. A job says how many there are, so they are counted first, and a file that is no CSV of contacts
-is refused before any job is sent. Nothing but the job in hand is kept in memory. What cannot be read twice, an upload
-say, is put into a temporary file.
+The file is read twice. Every job says how many there are, so they must be counted first; and a file that is no CSV of
+contacts is refused before any job is sent. Only the job in hand is in memory. A source that cannot be read twice, such
+as an upload, goes into a temporary file first.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.services.contacts.exports import LARGEST, CsvRefused, Row, Source, read
 
-MOST = 100_000  # jobs of an import: whoever counts them keeps a bit for each
-AHEAD = 50  # jobs that are sent before the first of them must be confirmed
+MOST = 100_000  # jobs of an import: the count of an import has a bit for each
+AHEAD = 50  # jobs that may be sent and not yet confirmed
 
 
 class Job(NamedTuple):
-    """Which job of which import: `YYY/3/6` is the third of the six of request YYY.
+    """Which job of which import: `YYY/3/6` is the third of the six jobs of request YYY.
 
-    This is the key of the job's record. It is another one for each job, so that the jobs of one request are spread over
-    all partitions, and importers share them. It says all that a report of the job needs, even where the record's value
+    This is the key of the job's record. Each job has another key, so that the jobs of one request lie in all
+    partitions, and importers share them. The key has all that a report of the job needs, even if the record's value
     cannot be read.
     """
 
@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Job:
-        """The other end of `str`. Raises ValueError."""
+        """The job that `str` has written. Raises ValueError."""
         request, number, total = text.rsplit("/", 2)
         job = cls(request, int(number), int(total))
         job.check()
@@ -47,11 +47,11 @@ class Job(NamedTuple):
     def check(self) -> None:
         """Raises ValueError when there is no such job."""
         if not self.request or not 1 <= self.number <= self.total <= MOST:
-            raise ValueError(f"job {self} is none: it needs a request, and 1 ≤ number ≤ total ≤ {MOST:,}")
+            raise ValueError(f"{self} is no job: it needs a request, and 1 ≤ number ≤ total ≤ {MOST:,}")
 
 
 class ContactsJob(msgspec.Struct, frozen=True):
-    """Some rows of an import, for one importer. `columns` says what their cells are."""
+    """Some rows of an import, for one importer. `columns` are the names of their cells."""
 
     request: str
     number: int
@@ -73,9 +73,9 @@ class ContactsJob(msgspec.Struct, frozen=True):
 
 
 def split(source: Source, request: str, size: int = 100) -> Iterator[ContactsJob]:
-    """The jobs of a CSV, `size` rows each, or fewer where rows are long. The first line names the columns.
+    """The jobs of a CSV, `size` rows each, or fewer if rows are long. The first line names the columns.
 
-    Raises CsvRefused, before there is any job; later only if the file is changed meanwhile.
+    Raises CsvRefused before it makes any job; later only if the file is changed meanwhile.
     """
     if size < 1:
         raise LabkitError(f"a job has at least one row, not {size!r}")
@@ -84,23 +84,23 @@ def split(source: Source, request: str, size: int = 100) -> Iterator[ContactsJob
         raise CsvRefused("the file has a header and no contacts")
     if total > MOST:
         raise LabkitError(
-            f"{total:,} jobs are too many, {MOST:,} are allowed: give size={size * (total // MOST + 1):,}"
+            f"{total:,} jobs are too many, as {MOST:,} are allowed: set size={size * (total // MOST + 1):,}"
         )
     Job(request, total, total).check()
     return _jobs(source, request, size, total)
 
 
 def send_jobs(source: Source, jobs: Topic[ContactsJob], request: str, size: int = 100) -> int:
-    """Split a CSV and send its jobs; returns how many, once all are confirmed.
+    """Split a CSV and send its jobs. Returns how many, once all are confirmed.
 
-    Raises CsvRefused, when nothing is sent; DeliveryFailed when some are not confirmed. Then send it again under the
-    same request: a job that comes twice is stored once, and counted once.
+    Raises CsvRefused, before it sends anything; DeliveryFailed when some jobs are not confirmed. Then send the file
+    again under the same request: a job that comes twice is stored once, and counted once.
     """
     return send(split(source, request, size), jobs)
 
 
 def send(made: Iterator[ContactsJob], jobs: Topic[ContactsJob]) -> int:
-    """Send jobs; returns how many, once all are confirmed. Raises DeliveryFailed."""
+    """Send jobs. Returns how many, once all are confirmed. Raises DeliveryFailed."""
     sent = 0
     while part := list(islice(made, AHEAD)):
         jobs.deliver((job, job.id, None) for job in part)
@@ -137,5 +137,5 @@ def _parts(source: Source, size: int) -> Iterator[tuple[list[str], list[Row]]]:
 
 
 def _weight(row: Row) -> int:
-    """About how many characters it adds to a job."""
+    """About how many characters a row adds to a job."""
     return 40 + sum(len(cell) + 4 for cell in row.cells)

@@ -1,4 +1,4 @@
-"""What a browser is told of its import, through its channel, and how that leaves: on a topic, keyed by the channel."""
+"""Notices of an import for its browser: what they say, and how they are sent, on a topic and keyed by channel."""
 
 from __future__ import annotations
 
@@ -17,64 +17,65 @@ Stage: TypeAlias = Literal["accepted", "consumed", "failed row", "processed", "c
 
 
 class ImportNotice(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Something that has happened to an import."""
+    """Something has happened to an import."""
 
     stage: Stage
     request: str
     total: int
-    """Jobs of the import."""
+    """How many jobs the import has."""
     job: int = 0
-    """Which one was consumed, or has the failed row."""
+    """The job that was consumed, or has the failed row."""
     line: int = 0
     reason: str = ""
     """What is wrong with the row that begins on this line."""
     done: int = 0
     failed: int = 0
-    """How many jobs have ended well, and how many were given up, when it was processed so far, or completed."""
+    """How many jobs were done, and how many were given up, so far or in the end."""
 
     @property
     def id(self) -> str:
-        """What happened. A notice that is sent twice has the same, so a page can show it once."""
+        """The id of the event. A notice that is sent twice has the same id, so a page can show it once."""
         if self.stage == "processed":
             return f"processed/{self.request}/{self.done}/{self.failed}"
         return f"{self.stage}/{self.request}/{self.job}/{self.line}"
 
 
 Notify: TypeAlias = Callable[[str, ImportNotice], object]
-"""Called with a channel and a notice, and again with the same when a job is handled again."""
+"""Called with a channel and a notice, and again with the same ones when a job is handled again."""
 
 
 def tell_nobody(channel: str, notice: ImportNotice) -> None:
-    """The `notify` of an import that no browser waits for."""
+    """The `notify` of an import for which no browser waits."""
 
 
 def request_of(channel: str, name: str) -> str:
-    """The request of an import that belongs to a channel. So the key of each of its jobs tells the channel."""
+    """The request of an import that belongs to a channel. So the key of each job tells the channel."""
     return f"{channel}/{name}"
 
 
 def channel_of(request: str) -> str:
-    """The channel of a request; "" if it was not made for one."""
+    """The channel of a request; "" if it belongs to none."""
     return request.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
 class Notices:
-    """Tells channels through a topic: the `notify` of Contacts Jobs, of importers, and of `Counted`. Plain data, so it
-    can travel."""
+    """Sends notices on a topic: the `notify` of Contacts Jobs, of importers, and of `Counted`. Plain data, so it can
+    travel to a pod."""
 
     topic: Topic[ImportNotice]
 
     def __call__(self, channel: str, notice: ImportNotice) -> None:
-        """Raises DeliveryFailed.
+        """Send a notice. Raises DeliveryFailed.
 
-        That an import was accepted is confirmed when this returns. That a job was consumed leaves at once, as often as
-        its handler runs. All else goes with what the handler sends, and is confirmed, or committed, with it.
+        The notice that an import was accepted is confirmed when this returns. The notice that a job was consumed is
+        sent at once, each time that its handler runs. All others go with what the handler sends, and are confirmed, or
+        committed, with that.
         """
         if notice.stage == "accepted":
             self.topic.deliver([(notice, channel, None)])
         elif notice.stage == "consumed":
-            # What a handler sends is held until it has returned. A context of its own is in no handler.
+            # What a handler sends is held until it has returned. This context of its own belongs to no handler.
             Context().run(self.topic.send, notice, channel)
         else:
             self.topic.send(notice, channel)
@@ -82,9 +83,9 @@ class Notices:
 
 @dataclass(frozen=True)
 class Counted:
-    """The callback of the store: tells how many jobs of an import have ended, and once, that all have.
+    """The callback of the store: notifies how many jobs of an import have ended, and, once, that all have.
 
-    What it tells through a topic is in the transaction that counts them. Plain data, so it can travel.
+    Notices on a topic are in the transaction that counts the jobs. Plain data, so it can travel to a pod.
     """
 
     notify: Notify

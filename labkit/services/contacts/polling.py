@@ -1,7 +1,7 @@
-"""The baseline of telling progress: everybody asks, again and again.
+"""The baseline of showing progress: everybody asks, again and again.
 
-The browser asks a front service, which keeps a table of progress; and the front service asks the service downstream, to
-which the importers report. What it costs is counted: requests and queries, most of which say that nothing has changed;
+The browser asks a front service, which keeps a table of progress. The front service asks the service downstream, to
+which the importers report. The costs are counted: requests and queries, most of which find that nothing has changed;
 and the time from a change until the browser sees it.
 """
 
@@ -38,23 +38,23 @@ CHANGE = "update import_progress set finished = %s, changed = %s where request =
 
 
 class Polled(msgspec.Struct, frozen=True):
-    """How many jobs have finished, and when the last of them did, in seconds since 1970."""
+    """How many jobs have finished, and when the last one did, in seconds since 1970."""
 
     finished: int = 0
     changed: float = 0.0
 
 
 class PolledProgress(Polled, frozen=True, kw_only=True):
-    """The same, out of how many."""
+    """How many jobs have finished, of how many."""
 
     total: int
 
 
 class DownstreamService(HttpService):
-    """Importers report each job that has finished by `POST /imports/YYY`; `GET` tells how many. In one process."""
+    """Takes the report of each finished job by `POST /imports/YYY`; `GET` answers with their number. In one process."""
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/imports/{request:.+}", self.add), web.get("/imports/{request:.+}", self.tell)]
+        return [web.post("/imports/{request:.+}", self.add), web.get("/imports/{request:.+}", self.show)]
 
     async def start(self, app: web.Application) -> None:
         app[FINISHED] = {}
@@ -64,7 +64,7 @@ class DownstreamService(HttpService):
         jobs.setdefault(await request.text(), time.time())
         return web.Response()
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def show(self, request: web.Request) -> web.Response:
         jobs = request.app[FINISHED].get(request.match_info["request"], {})
         return json(Polled(len(jobs), max(jobs.values(), default=0.0)))
 
@@ -74,30 +74,30 @@ FINISHED: web.AppKey[dict[str, dict[str, float]]] = web.AppKey("finished", dict)
 
 @dataclass(frozen=True)
 class ReportsDownstream:
-    """The `report` of importers: to the service at `url`."""
+    """The `report` of importers, to the service at `url`."""
 
     url: str
 
     def __call__(self, job: Job, failed: bool = False) -> None:
-        """Raises OSError while nobody answers."""
+        """Report a job. Raises OSError while nobody answers."""
         ask(f"{self.url}/imports/{job.request}", "POST", str(job.number).encode())
 
 
 @dataclass(frozen=True)
 class PolledFront(HttpService):
-    """`PUT /imports/YYY/100` begins an import of so many jobs; `GET /imports/YYY` tells its progress, from the table.
+    """`PUT /imports/YYY/100` begins an import of 100 jobs; `GET /imports/YYY` shows its progress, from the table.
 
-    Reports the count `queries` beside that of its requests.
+    Reports the count `queries`, beside the counts of its requests.
     """
 
     dsn: str
     downstream: str
-    """The URL of the service that is asked for each unfinished import."""
+    """The URL of the service to ask about each unfinished import."""
     every: float = 1.0
-    """Seconds from one look at it to the next."""
+    """Seconds between two rounds of questions."""
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.put(r"/imports/{request:.+}/{total:\d+}", self.begin), web.get("/imports/{request:.+}", self.tell)]
+        return [web.put(r"/imports/{request:.+}/{total:\d+}", self.begin), web.get("/imports/{request:.+}", self.show)]
 
     async def start(self, app: web.Application) -> None:
         app[TABLES] = _Table(self.dsn)
@@ -118,7 +118,7 @@ class PolledFront(HttpService):
         )
         return web.Response(status=202)
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def show(self, request: web.Request) -> web.Response:
         found = await asyncio.to_thread(request.app[TABLES].ask, READ, request.match_info["request"])
         if not found:
             raise web.HTTPNotFound(text="there is no such import\n")
@@ -126,11 +126,11 @@ class PolledFront(HttpService):
         return json(PolledProgress(finished, changed, total=total))
 
     async def _look(self, table: _Table) -> None:
-        """Ask downstream for what is not finished, and write down what has changed."""
+        """Ask downstream about each unfinished import, and store what has changed."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LONG_PATIENCE)) as session:
             known: dict[str, int] = {}
             while True:
-                with suppress(aiohttp.ClientError, TimeoutError, psycopg.Error):  # the next look may do
+                with suppress(aiohttp.ClientError, TimeoutError, psycopg.Error):  # the next round may succeed
                     for (request,) in await asyncio.to_thread(table.ask, UNFINISHED):
                         async with session.get(f"{self.downstream}/imports/{request}") as answer:
                             found = msgspec.json.decode(await answer.read(), type=Polled)
@@ -141,7 +141,7 @@ class PolledFront(HttpService):
 
 
 class _Table:
-    """The table of progress, and how often it was asked."""
+    """The table of progress, and the number of queries."""
 
     def __init__(self, dsn: str) -> None:
         self.connections = Connections(dsn, TABLE)
@@ -160,10 +160,10 @@ LOOKING: web.AppKey[asyncio.Task[None]] = web.AppKey("looking", asyncio.Task)
 
 @dataclass(frozen=True)
 class PollingBrowsers:
-    """Browsers that ask the front service at `url`, one for each of these imports, until it is completed.
+    """Browsers that ask the front service at `url`: one for each of these imports, until the import is completed.
 
-    Reports the counts `requests` and `changes` (what was new in an answer), and as gauges how old the newest change was
-    when it was seen. Changes before it, of the same answer, are older.
+    Reports the counts `requests` and `changes` (answers with something new), and, as gauges, how old the newest change
+    in an answer was when the browser saw it.
     """
 
     url: str
@@ -172,7 +172,7 @@ class PollingBrowsers:
     """Seconds from one question to the next."""
 
     def run(self, stop: threading.Event, report: Report) -> None:
-        """Ask until all imports are completed; tell what that took until `stop` is set."""
+        """Ask until all imports are completed; report what it took until `stop` is set."""
         asyncio.run(self._run(stop, report))
 
     async def _run(self, stop: threading.Event, report: Report) -> None:
@@ -190,7 +190,7 @@ class PollingBrowsers:
     async def _ask(self, session: aiohttp.ClientSession, request: str, seen: _Seen) -> None:
         finished = 0
         while True:
-            with suppress(aiohttp.ClientError, TimeoutError, msgspec.DecodeError):  # it asks again
+            with suppress(aiohttp.ClientError, TimeoutError, msgspec.DecodeError):  # the browser asks again
                 seen.requests += 1
                 async with session.get(f"{self.url}/imports/{request}") as answer:
                     found = msgspec.json.decode(await answer.read(), type=PolledProgress)

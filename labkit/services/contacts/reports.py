@@ -1,4 +1,4 @@
-"""How far an import has got: what the importers report, and the value that the store makes of the reports."""
+"""How far an import has got: the reports of importers, and the value that the store makes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labkit.services.contacts.jobs import MOST, Job
 
 
 class JobFinished(msgspec.Struct, frozen=True):
-    """A command for the store: this job of so many is done, or was given up."""
+    """A command for the store: this job, of `total`, is done, or was given up."""
 
     job: int
     total: int
@@ -31,20 +31,20 @@ class Progress:
     done: int = 0
     failed: int = 0
     done_jobs: bytes = field(default=b"", repr=False)
-    """Which ones: a bit for each, so that a job that is reported twice counts once."""
+    """A bit for each job that is done, so that a job counts once even if it is reported twice."""
     failed_jobs: bytes = field(default=b"", repr=False)
 
     @property
     def completed(self) -> bool:
-        """Whether every job has ended, well or not."""
+        """Whether every job was done or given up."""
         return self.done + self.failed == self.total
 
 
 def progress(value: Progress | None, command: JobFinished) -> Progress:
     """The update function of the store.
 
-    A job that was given up, and is done later by a replay, is done; one that is done stays so. Raises LabkitError for a
-    command of an import with another number of jobs.
+    A job that was given up counts as done once a replay has done it; a job that is done stays done. Raises LabkitError
+    for a command of an import with another number of jobs.
     """
     before = Progress(command.total) if value is None else value
     if command.total != before.total:
@@ -64,11 +64,9 @@ def _bitmap(bits: int) -> bytes:
 
 @dataclass(frozen=True)
 class Reports:
-    """Reports a finished job to the store, by a command with the key of its import: one partition has them all.
+    """Reports a finished job to the store, by a command with the key of its import: so one partition has them all.
 
-    The key is the request and its number of jobs: `YYY-6`.
-
-    Called in a handler, the command goes out with what the handler sends.
+    The key is the request and its number of jobs: `YYY-6`. In a handler, the command goes with what the handler sends.
     """
 
     commands: Topic[JobFinished]

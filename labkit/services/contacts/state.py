@@ -1,4 +1,4 @@
-"""How far the imports of a channel are, for a page that starts over: read from what counts and stores them anyway."""
+"""How far the imports of a channel have got, for a page that starts over: read from the store and the database."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from labkit.patterns.key_value_store import KeyValueStore
 from labkit.services.contacts.importer import first_bad_rows
 from labkit.services.contacts.reports import Progress
 
-NEWEST = 20  # imports of a channel that are told
-FIRST = 1000  # bad rows of an import that are told
+NEWEST = 20  # imports of a channel in an answer
+FIRST = 1000  # bad rows of an import in an answer
 
 
 class ImportState(msgspec.Struct, frozen=True):
-    """One import of which at least one job has ended."""
+    """An import of which at least one job has ended."""
 
     request: str
     total: int
@@ -25,7 +25,7 @@ class ImportState(msgspec.Struct, frozen=True):
     failed: int
     completed: bool
     bad_rows: list[dict[str, Any]]
-    """Lines and reasons of the first ones."""
+    """Lines and reasons of the first bad rows."""
     bad_row_count: int
 
 

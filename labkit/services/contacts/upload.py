@@ -1,8 +1,8 @@
-"""Contacts Jobs over HTTP: takes the CSV of a browser, answers at once, and sends the jobs behind the answer.
+"""Contacts Jobs over HTTP: takes the CSV of a browser, answers at once, and sends the jobs after the answer.
 
-An upload goes to a temporary file, so its size is no matter of memory. A file that is no CSV of contacts is refused in
-the answer. An answer of 202 says that the file is here and good; it is the notices that tell how far the import is.
-If the process is killed before all jobs are sent, the import stays incomplete, and its page shows that.
+An upload goes to a temporary file, so that a large one needs no memory. A file that is no CSV of contacts is refused in
+the answer. An answer of 202 says that the file is here and good; notices then say how far the import is. If the process
+is killed before all jobs are sent, the import stays incomplete, and its page shows that.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ AGAIN = 1.0  # seconds from one attempt to send the jobs to the next
 
 @dataclass(frozen=True)
 class ContactsJobs(HttpService):
-    """`GET /` is the page of imports. `POST /channels/{channel}/imports` with a CSV as its body is answered with an
-    empty 202, whose header Import-Request tells how its notices name it. The CSV is UTF-8 or UTF-16, or in the code
+    """`GET /` is the page of imports. `POST /channels/{channel}/imports` takes a CSV as its body, and answers with an
+    empty 202, whose header Import-Request has the import's name in notices. The CSV is UTF-8 or UTF-16, or in the code
     page that the request names: `Content-Type: text/csv; charset=windows-1252`.
 
-    Otherwise with the reason: 400 (no CSV of contacts, or it broke off), 403 (no such channel), 408 (it stalls), 410
-    (the channel's time is over), 413, 503 (too many at once, or Kafka is away). `GET` of the same, with the channel's
-    key in the header Channel-Key, tells how far its imports are, as a JSON list: see `ImportState`.
+    A refusal says why: 400 (no CSV of contacts, or it broke off), 403 (no such channel), 408 (it stalls), 410 (the
+    channel's time is over), 413, 503 (too many at once, or Kafka is away). `GET` of the same path, with the channel's
+    key in the header Channel-Key, answers with the state of its imports, as a JSON list: see `ImportState`.
     """
 
     jobs: Topic[ContactsJob]
     notify: Notify
-    """Returns when the notice is safe, or raises DeliveryFailed."""
+    """Returns once the notice is safe, or raises DeliveryFailed."""
     secret: str = field(repr=False)
-    """Signs channels: the one of the notification service."""
+    """The secret that signs channels, as in the notification service."""
     imports: Topic[Progress]
     """The store in which the importers' reports are counted."""
     dsn: str
-    """The database of the importers."""
+    """The importers' database."""
     notifications_port: int
-    """Of the notification service: where the page hears how far an import is."""
+    """The port of the notification service, from which the page gets notices."""
     size: int = 100
     """Rows of a job."""
     largest: int = 1 << 28
     """Bytes of a file."""
     patience: float = 20.0
-    """Seconds for each 64 KiB of an upload: what is slower has stalled."""
+    """Seconds for each 64 KiB of an upload: a slower one counts as stalled."""
     at_once: int = 4
     """Imports that one process receives or sends at the same time."""
 
     def routes(self) -> Iterable[web.RouteDef]:
         path = "/channels/{channel}/imports"
-        return [*page.routes(self.notifications_port), web.post(path, self.take), web.get(path, self.tell)]
+        return [*page.routes(self.notifications_port), web.post(path, self.take), web.get(path, self.show)]
 
     async def start(self, app: web.Application) -> None:
         app[FREE], app[STOPPING], app[SENDING] = asyncio.Semaphore(self.at_once), asyncio.Event(), set()
@@ -81,12 +81,12 @@ class ContactsJobs(HttpService):
         app[IMPORTS] = await asyncio.to_thread(KeyValueStore(self.imports).wait_ready)
 
     async def finish(self, app: web.Application) -> None:
-        """The files that were accepted are sent: once more, when Kafka does not confirm."""
+        """Send the accepted files to the end; once more, if Kafka does not confirm."""
         app[STOPPING].set()
         await asyncio.gather(*app[SENDING])
         await asyncio.to_thread(app[IMPORTS].close)
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def show(self, request: web.Request) -> web.Response:
         channel = self._channel(request, request.headers.get("Channel-Key", ""))
         try:
             found = await asyncio.to_thread(states, request.app[IMPORTS], self.dsn, channel)
@@ -106,7 +106,7 @@ class ContactsJobs(HttpService):
             held.callback(request.app[FREE].release)
             file = held.enter_context(tempfile.TemporaryFile())
             await self._receive(request, file)
-            name = request_of(channel, f"{time.time_ns():016x}{secrets.token_hex(4)}")  # in the order of their begin
+            name = request_of(channel, f"{time.time_ns():016x}{secrets.token_hex(4)}")  # sorts by time
             try:
                 total, made = await asyncio.to_thread(self._split, file, name)
             except LabkitError as error:
@@ -121,7 +121,7 @@ class ContactsJobs(HttpService):
         return web.Response(status=202, headers={"Import-Request": name})
 
     def _channel(self, request: web.Request, key: str | None = None) -> str:
-        """The channel that is named; with a key, if it is the channel's."""
+        """The channel in the URL, if it is valid, and `key`, if there is one, is its key."""
         channel, channels = request.match_info["channel"], request.app[CHANNELS]
         try:
             if key is None:
@@ -168,7 +168,7 @@ class ContactsJobs(HttpService):
     async def _send(
         self, app: web.Application, file: IO[bytes], request: str, made: Iterator[ContactsJob], held: ExitStack
     ) -> None:
-        """Send the jobs; while Kafka does not confirm them, again from the file. A job that comes twice counts once."""
+        """Send the jobs, again from the file until Kafka confirms them. A job that comes twice counts once."""
         with held:
             while True:
                 last = app[STOPPING].is_set()
@@ -186,7 +186,7 @@ class ContactsJobs(HttpService):
 
 
 def _decoder(request: web.Request) -> codecs.IncrementalDecoder | None:
-    """Of the code page that the request names. UTF-8 and UTF-16 are told by the file."""
+    """A decoder of the code page that the request names. UTF-8 and UTF-16 show in the file."""
     page = CODE_PAGE.fullmatch(request.charset or "")
     try:
         return codecs.getincrementaldecoder(page[0])() if page else None
@@ -198,7 +198,7 @@ def _as_utf_8(decoder: codecs.IncrementalDecoder, piece: bytes, final: bool) -> 
     try:
         return decoder.decode(piece, final).encode()
     except UnicodeDecodeError as error:
-        raise web.HTTPBadRequest(text=f"the file is of another code page than it says: {error}\n") from error
+        raise web.HTTPBadRequest(text=f"the file is not in the code page that the request names: {error}\n") from error
 
 
 FREE = web.AppKey("free", asyncio.Semaphore)

@@ -1,7 +1,7 @@
 """Orders of a shop.
 
-What was paid for becomes parcels, stock movements and invoices, each in a database of its own (`checkout`,
-`downstream`). And an order that is placed goes through the same steps in two topologies (`processors`, `event_chain`).
+An order that is paid becomes parcels, stock movements and invoices, each in a database of its own (`checkout`,
+`downstream`). An order that is placed goes through its steps in one of two topologies (`processors`, `event_chain`).
 """
 
 from __future__ import annotations

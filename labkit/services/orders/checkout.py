@@ -1,4 +1,4 @@
-"""Payments' event and Checkout's: an order that is paid, and the same order with all that is in its cart."""
+"""The events of Payments and of Checkout: an order that is paid, and the same order with all that is in its cart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psycopg.sql import SQL
 from labkit.kafka.errors import LabkitError
 from labkit.services.connections import Connections
 
-# What the shop sells, and for how many cents.
+# What the shop sells, with prices in cents.
 PRICES = {"cup": 900, "kettle": 4900, "saucer": 400, "spoon": 300, "tea": 1200, "teapot": 2900, "tin": 700}
 
 TABLE = SQL("""create table if not exists carts (
@@ -20,7 +20,7 @@ TABLE = SQL("""create table if not exists carts (
 
 
 class OrderPurchaseCompleted(msgspec.Struct, frozen=True):
-    """Payments: this order is paid."""
+    """Payments says: this order is paid."""
 
     id: str
     """The business id."""
@@ -29,7 +29,7 @@ class OrderPurchaseCompleted(msgspec.Struct, frozen=True):
 
 
 class CartItem(msgspec.Struct, frozen=True):
-    """Something that was bought, so many times; `cents` for all of them."""
+    """An item that was bought; `cents` is the price of all its pieces together."""
 
     item: str
     quantity: int
@@ -37,7 +37,7 @@ class CartItem(msgspec.Struct, frozen=True):
 
 
 class OrderCheckoutCompleted(msgspec.Struct, frozen=True):
-    """Checkout: this is all that belongs to the order."""
+    """Checkout says: all this belongs to the order."""
 
     id: str
     customer: str
@@ -45,11 +45,11 @@ class OrderCheckoutCompleted(msgspec.Struct, frozen=True):
 
 
 class CartUnknown(LabkitError):
-    """No cart belongs to this order, or one that costs something else: another attempt would not help."""
+    """No cart belongs to this order, or its cart costs something else: another attempt would not help."""
 
 
 def cart(number: int) -> list[CartItem]:
-    """What is in the cart of the order of this number: one to three items, the same for everybody."""
+    """The cart of the order with this number: one to three items, the same for everybody."""
     names = sorted(PRICES)
     chosen = {
         names[(number * 5 + step * (number % 3 + 1)) % len(names)]: (number + step) % 2 + 1
@@ -59,7 +59,7 @@ def cart(number: int) -> list[CartItem]:
 
 
 def purchases(numbers: Iterable[int]) -> Iterator[OrderPurchaseCompleted]:
-    """Orders of these numbers, paid."""
+    """Payments' events for the orders with these numbers."""
     for number in numbers:
         yield OrderPurchaseCompleted(
             f"order-{number}", f"customer {number % 50}", sum(one.cents for one in cart(number))
@@ -67,13 +67,13 @@ def purchases(numbers: Iterable[int]) -> Iterator[OrderPurchaseCompleted]:
 
 
 class Carts:
-    """The carts, in Checkout's PostgreSQL. An object travels to pods and connects where it is asked."""
+    """The carts, in Checkout's PostgreSQL. The object travels to pods, and connects there."""
 
     def __init__(self, dsn: str) -> None:
         self.database = Connections(dsn, TABLE)
 
     def fill(self, numbers: Iterable[int]) -> None:
-        """Carts for the orders of these numbers; those that are there stay as they are."""
+        """Make carts for the orders with these numbers; existing ones stay as they are."""
         lines = ((f"order-{number}", one.item, one.quantity, one.cents) for number in numbers for one in cart(number))
         with self.database.one() as database, database.cursor() as cursor:
             while part := list(islice(lines, 1000)):

@@ -1,10 +1,10 @@
-"""Delivery, Inventory and Invoices: each makes rows of its own of what was checked out, an order's in one transaction.
+"""Delivery, Inventory and Invoices: each makes rows of its own of every checked-out order, in one transaction an order.
 
-By its *guard* a service keeps from booking an order twice:
+A service's *guard* keeps it from booking an order twice:
 
 - `offset`: the rows and the offset of their record are one transaction, as in every view (pattern 1). A crash cannot
-  come between them. Of two *records* for one order it books both.
-- `none`: the rows are one thing, the offset that Kafka's group keeps another. A crash in between books again.
+  come between them. But two *records* for one order are booked twice.
+- `none`: the rows are in one place, the group's offset in another. After a crash in between, the order is booked again.
 - `pessimistic`, `optimistic`: a table of the orders that were booked, with a lock (see `locks`).
 """
 
@@ -34,12 +34,12 @@ from labkit.services.orders.checkout import CartItem, OrderCheckoutCompleted, Or
 Guard = Literal["offset", "none", "pessimistic", "optimistic"]
 GUARDS: tuple[Guard, ...] = get_args(Guard)
 
-# A row for each item of an order, and what made it, which an audit asks.
+# A row for each item of an order, with its origin, for the audit.
 COLUMNS = {"item": "text", "amount": "bigint", "cause": "text", "pod": "text", "at": "double precision"}
 
 
 class Ledger(PostgresView):
-    """Rows that are only ever added. With `guarded=False` it does not look at its offset, as if it kept none."""
+    """A table to which rows are only added. With `guarded=False` it ignores its own offset."""
 
     adds_up = True
 
@@ -52,15 +52,15 @@ class Ledger(PostgresView):
 
 
 class Booking(NamedTuple):
-    """An order that a service has booked, once: what a verdict takes for an effect."""
+    """A booking of an order by a service: a verdict counts it as an effect."""
 
     id: str
     key: str | None
     place: str
-    """Its table, and which booking of it this is."""
+    """Its table, and its number there."""
     time: float
     cause: str | None
-    """The record that it was made of."""
+    """The record that led to it."""
     pod: str | None
     where: str
     items: tuple[tuple[str, int], ...]
@@ -69,9 +69,9 @@ class Booking(NamedTuple):
 
 @dataclass(frozen=True)
 class Downstream:
-    """A service that books what was checked out, in `table` of its PostgreSQL. Plain data, so it can travel to a pod.
+    """A service that books checked-out orders, in `table` of its PostgreSQL. Plain data, so it can travel to a pod.
 
-    `amount` is what an item counts there. Each guard wants a table of its own.
+    `amount` is what an item counts there. Each guard needs a table of its own.
     """
 
     checkouts: Topic[OrderCheckoutCompleted]
@@ -82,11 +82,11 @@ class Downstream:
 
     def __post_init__(self) -> None:
         if self.guard not in GUARDS:
-            raise LabkitError(f"{self.table} is guarded by one of {', '.join(GUARDS)}, not by {self.guard!r}")
-        Ledger(self.dsn, self.table)  # refuses a table's name that is none
+            raise LabkitError(f"the guard of {self.table} is one of {', '.join(GUARDS)}, not {self.guard!r}")
+        Ledger(self.dsn, self.table)  # refuses what cannot be the name of a table
 
     def consumer(self, group: str = "") -> Consumer:
-        """What books, in one process or many."""
+        """The consumer that books, in one process or many."""
         if self.guard in ("pessimistic", "optimistic"):
             once = locks.OnceEach(self.dsn, self.table, self.guard == "pessimistic", self.rows)
             return Consumer(self.checkouts, once, group, order="key")
@@ -96,14 +96,14 @@ class Downstream:
         return made if guarded else replace(made, positions=None)
 
     def rows(self, record: Record[OrderCheckoutCompleted]) -> list[Row]:
-        """What is booked of a record."""
+        """The rows that are booked for a record."""
         source, pod, now = short_name(record.place), os.environ.get(POD), time.time()
         return [(one.item, self.amount(one), source, pod, now) for one in record.value.items]
 
     # -- what a verdict reads
 
     def bookings(self) -> list[Booking]:
-        """All that was booked, in order: an order that was booked twice is there twice."""
+        """All bookings, in order: an order that was booked twice is there twice."""
         found: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
         for order, item, amount, *made in self._read():
             found.setdefault((order, *made), []).append((item, amount))
@@ -113,11 +113,11 @@ class Downstream:
         ]
 
     def effects(self) -> list[Effect]:
-        """The same for a verdict: `lab.verdict(orders, delivery.effects)`."""
+        """The bookings for a verdict: `lab.verdict(orders, delivery.effects)`."""
         return [Effect(*booking[:6]) for booking in self.bookings()]
 
     def amounts(self) -> dict[str, int]:
-        """The sum of what was booked, by item: of Inventory, how the stock has changed."""
+        """The sum of what was booked, by item: for Inventory, by how much the stock has changed."""
         return _sums((item, amount) for _, item, amount, *_ in self._read())
 
     def expected(self, orders: Iterable[OrderPurchaseCompleted]) -> dict[str, int]:
@@ -126,13 +126,13 @@ class Downstream:
         return _sums((one.item, self.amount(one)) for items in carts for one in items)
 
     def costs(self) -> locks.Costs:
-        """What its lock has cost. Raises LabkitError for a service without one."""
+        """What the lock has cost. Raises LabkitError for a service without a lock."""
         if self.guard not in ("pessimistic", "optimistic"):
-            raise LabkitError(f"{self.table} is guarded by {self.guard!r}, which is no lock: nothing is counted")
+            raise LabkitError(f"the guard of {self.table} is {self.guard!r}, which is no lock and costs nothing")
         return locks.costs(self.dsn, self.table)
 
     def _read(self) -> list[Row]:
-        """All rows; none before there is a table."""
+        """All rows; none if there is no table yet."""
         sql = SQL("select order_id, item, amount, cause, pod, at from {} order by at, order_id")
         return rows(self.dsn, sql.format(Identifier(self.table)))
 
@@ -140,26 +140,26 @@ class Downstream:
 def delivery(
     checkouts: Topic[OrderCheckoutCompleted], dsn: str, guard: Guard = "offset", table: str = "parcels"
 ) -> Downstream:
-    """Ships: a parcel for each item of an order."""
+    """Delivery ships: a parcel for each item of an order."""
     return Downstream(checkouts, dsn, table, pieces, guard)
 
 
 def inventory(
     checkouts: Topic[OrderCheckoutCompleted], dsn: str, guard: Guard = "offset", table: str = "movements"
 ) -> Downstream:
-    """Takes from stock: a movement for each item. The level of an item is the sum of its movements."""
+    """Inventory takes from stock: a movement for each item. An item's level is the sum of its movements."""
     return Downstream(checkouts, dsn, table, taken, guard)
 
 
 def invoices(
     checkouts: Topic[OrderCheckoutCompleted], dsn: str, guard: Guard = "offset", table: str = "invoices"
 ) -> Downstream:
-    """Bills: a line for each item."""
+    """Invoices bills: a line for each item."""
     return Downstream(checkouts, dsn, table, cents, guard)
 
 
 def pieces(one: CartItem) -> int:
-    """What Delivery sends."""
+    """What Delivery ships."""
     return one.quantity
 
 
@@ -174,7 +174,7 @@ def cents(one: CartItem) -> int:
 
 
 def in_order_of_the_topic(record: Record[Any]) -> None:
-    """No record is newer than another one: each counts."""
+    """The version of every record: none, so that each record counts."""
 
 
 def _sums(booked: Iterable[tuple[str, int]]) -> dict[str, int]:

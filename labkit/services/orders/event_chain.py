@@ -2,16 +2,16 @@
 
     order placed → charge → charged → reserve → reserved → ship → shipped → invoice → invoiced
 
-Each processor listens to the event channel of the one before it, does its step, and says so in a channel of its own.
-What fails for good is said in one channel that all listen to: each takes back what it has done of that order, or never
-does it. Nobody knows who else listens, so a processor is added without touching one: it listens to a channel that is
-there, and has a channel of its own.
+Each processor listens to the event channel of the processor before it, does its step, and says so in a channel of its
+own. All listen to one further channel, which says what has failed for good: then each takes back what it has done for
+that order, or never does it. Nobody knows who else listens. So a new processor changes no other: it listens to a
+channel that exists, and has a channel of its own.
 
-Walk one event through it. `charged` of order 17 comes to reserve. It writes its rows and what has become of order 17 in
-one transaction of its database. It sends `reserved`, in one transaction of Kafka with the offset of `charged`. If it is
-killed in between, `charged` comes again; its memory of order 17 has the rows stay as they are, and `reserved` goes out.
-`failed` may overtake: it may come to a processor before the event that would have it do its step. Then that one
-remembers the order as cancelled, and never does it.
+Walk one event through it. `charged` of order 17 comes to the processor of reserve. It writes its rows, and what has
+become of order 17, in one transaction of its database. It sends `reserved` in one transaction of Kafka with the offset
+of `charged`. If it is killed in between, `charged` comes again: it remembers order 17, leaves the rows as they are, and
+sends `reserved`. `failed` may overtake other events, and reach a processor before the event for its step. Then the
+processor remembers the order as cancelled, and never does its step.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from labkit.kafka.errors import LabkitError, PoisonRecord
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.mediator import Refused
+from labkit.patterns.own_topics import taken_apart
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, exponential
-from labkit.patterns.trails import taken_apart
 from labkit.services.orders.processors import OrderPlaced, OrderStep
 
 
 class OrderEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a processor says of an order. Its channel says what has happened: charged, failed, undone."""
+    """What a processor says about an order. The channel says what has happened: charged, failed, undone."""
 
     id: str
     step: str
-    """Of which step."""
+    """The step that says it."""
     order: OrderPlaced
-    """The initial event: who listens has all that it needs."""
+    """The initial event, so that each listener has all that it needs."""
     reason: str = ""
-    """Why it failed."""
+    """Why the step failed."""
 
 
 def event_processor(
@@ -52,14 +52,15 @@ def event_processor(
     slot: str = "",
     retry: Policy = blocking(exponential(0.1, cap=60.0), non_retriable=(PoisonRecord, psycopg.DataError)),  # noqa: B008
 ) -> RetryingConsumer:
-    """What does a step `after` these events, in one process or many, and says `done`, or `failed` for good. Of what has
-    `failed` elsewhere it takes back its own, and says `undone`; for each time it hears of it, so maybe several times.
+    """The consumer that does a step `after` these events, in one process or many, and says `done`, or `failed` for
+    good. When another step has `failed`, it takes its own step back and says `undone`, once for each such event.
 
-    While its database is away, it tries again, for ever: an order among the dead letters is neither done nor failed.
+    While its database is away, it tries again for ever: an order among the dead letters would be neither done nor
+    failed.
     """
     for topic in (done, failed, undone):
         if topic.value is not OrderEvent:
-            raise LabkitError(f"topic {topic.short} is to have values of OrderEvent: {topic!r}")
+            raise LabkitError(f"topic {topic.short} must have values of OrderEvent: {topic!r}")
     if len({topic.name for topic in (after, done, failed, undone)}) < 4:
         raise LabkitError(f"step {step.name}: after, done, failed and undone are four topics")
     return RetryingConsumer(
@@ -83,9 +84,10 @@ class _EventProcessor:
     def __call__(self, record: Record[Any]) -> None:
         event: OrderPlaced | OrderEvent | None = record.value
         if event is None:
-            raise PoisonRecord(record.topic, record.partition, record.offset, "an event of an order has a value")
+            raise PoisonRecord(record.topic, record.partition, record.offset, "an event of an order needs a value")
         order = event.order if isinstance(event, OrderEvent) else event
-        if self.failed.name in (record.topic, taken_apart(record.topic)[0]):  # or one of its replayed dead letters
+        # A failed step elsewhere, or a replayed dead letter that says so.
+        if self.failed.name in (record.topic, taken_apart(record.topic)[0]):
             self.compensate(order)
             return
         try:
@@ -96,10 +98,10 @@ class _EventProcessor:
             self.say(self.done, order)
 
     def compensate(self, order: OrderPlaced) -> None:
-        """Another step of this order has failed for good."""
+        """Take the step back: another step of this order has failed for good."""
         if self.step.cancel(order.id) == "done":
             self.step.undo(order.id, order)
-        # Also if it was undone before: whoever was killed then may not have said so.
+        # Also if it was undone before: a processor that was killed then may not have said so.
         if self.step.state(order.id) == "undone":
             self.say(self.undone, order)
 

@@ -1,8 +1,8 @@
 """The baseline of Delivery, Inventory and Invoices: a table of the orders that were booked, and a lock on its rows.
 
-It is correct, whatever comes twice, and costs a transaction for each order, a row that is kept for ever, and what
-`Costs` counts: a *pessimistic* lock makes whoever comes second wait; an *optimistic* one lets both work, and throws the
-work of the second away.
+It is correct, whatever comes twice. It costs a transaction for each order, a row that is kept for ever, and what
+`Costs` counts: a *pessimistic* lock makes the second one wait; an *optimistic* lock lets both work, and throws the work
+of the second one away.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ create table if not exists {orders} (
 INSERT = "insert into {table} values (%s, %s, %s, %s, %s, %s)"
 COSTS = "select count(*), sum(repeats)::int, sum(conflicts)::int, sum(waited) from {orders} where booked"
 
-# Pessimistic: whoever has the row locked is waited for; then it says whether there is anything left to do.
+# Pessimistic: wait for whoever has locked the row; then the row says whether anything is left to do.
 OPEN = "insert into {orders} (order_id, booked) values (%s, false) on conflict do nothing"
 LOCK = "select booked from {orders} where order_id = %s for update"
 CLOSE = "update {orders} set booked = true, waited = waited + %s where order_id = %s"
-# Optimistic: whether it is booked is asked before and, by the row itself, after.
+# Optimistic: ask before the work whether the order is booked; after it, inserting the row answers that again.
 LOOK = "select booked from {orders} where order_id = %s"
 CLAIM = "insert into {orders} (order_id, booked) values (%s, true) on conflict do nothing"
 CONFLICT = "update {orders} set conflicts = conflicts + 1 where order_id = %s"
@@ -40,16 +40,16 @@ REPEAT = "update {orders} set repeats = repeats + 1, waited = waited + %s where 
 
 
 class Costs(NamedTuple):
-    """What a lock cost so far."""
+    """What a lock has cost so far."""
 
     orders: int
-    """Rows that are kept to know what was booked."""
+    """Rows that are kept to know which orders were booked."""
     repeats: int
-    """Records whose order was booked already: they came to nothing, after a transaction of their own."""
+    """Records whose order was booked already. Each took a transaction, and changed nothing."""
     conflicts: int
-    """Bookings that were thrown away, as somebody else's was there first."""
+    """Bookings that were thrown away, as somebody else was first."""
     waited: float
-    """Seconds spent on getting a pessimistic lock, each with a connection to the database in hand."""
+    """Seconds of waiting for a pessimistic lock, each with a connection to the database in hand."""
 
 
 def costs(dsn: str, table: str) -> Costs:
@@ -59,19 +59,19 @@ def costs(dsn: str, table: str) -> Costs:
 
 
 class OnceEach:
-    """A handler that books an order unless it was booked: rows, and the order's id, in one transaction."""
+    """A handler that books an order once: the rows, and the order's id, in one transaction."""
 
     def __init__(self, dsn: str, table: str, pessimistic: bool, rows: Callable[[Record[Any]], list[Row]]) -> None:
         self.dsn, self.table, self.pessimistic, self.rows = dsn, table, pessimistic, rows
         self.database = Connections(dsn, _sql(TABLES, table))
 
     def __call__(self, record: Record[Any]) -> None:
-        """Raises psycopg.Error while the database is away: then nothing is booked of it."""
+        """Book the record's order. Raises psycopg.Error while the database is away: then nothing of it is booked."""
         rows = [(record.value.id, *row) for row in self.rows(record)]
         with self.database.one() as database:
             book = self._pessimistic if self.pessimistic else self._optimistic
             if not book(database, record.value.id, rows):
-                self._run(database, CONFLICT, record.value.id)  # in a transaction of its own: the other one is undone
+                self._run(database, CONFLICT, record.value.id)  # in its own transaction: the other is rolled back
 
     def close(self) -> None:
         self.database.close()

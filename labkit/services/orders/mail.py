@@ -1,6 +1,6 @@
-"""The mail service: an effect that no transaction takes back, neither Kafka's nor a database's. What is sent is sent.
+"""The mail service: no transaction takes its effects back, neither Kafka's nor a database's. What is sent is sent.
 
-It belongs to somebody else and is reached by HTTP. All it offers against a second sending is an idempotency key.
+The service belongs to another company, and is called by HTTP. Against sending twice it only offers an idempotency key.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TABLE = """create table if not exists mails (
 
 
 class Mail(msgspec.Struct, frozen=True):
-    """What is to be sent: that this order is on its way."""
+    """A mail to be sent, which says that this order is on its way."""
 
     order: str
     to: str
 
 
 class Sent(NamedTuple):
-    """A mail that has left."""
+    """A mail that was sent."""
 
     order: str
     to: str
@@ -40,12 +40,12 @@ class Sent(NamedTuple):
 
 
 class MailFailed(LabkitError):
-    """The mail service did not answer, or refused: the mail may have left or not."""
+    """The mail service did not answer, or refused: the mail may have been sent, or not."""
 
 
 @dataclass(frozen=True)
 class MailService(HttpService):
-    """`POST /mails` sends a Mail, once for each `Idempotency-Key`. `dsn` is the PostgreSQL where it notes them."""
+    """`POST /mails` sends a Mail, once for each `Idempotency-Key`. `dsn` is the PostgreSQL in which it notes mails."""
 
     dsn: str = ""
 
@@ -73,7 +73,7 @@ OUTBOX = web.AppKey("outbox", psycopg.AsyncConnection[Any])
 
 
 def send_mail(url: str, order: str, to: str, idempotency_key: str | None = None) -> None:
-    """Have the service at `url` send a mail. With a key the same mail leaves once, however often it is asked for.
+    """Have the service at `url` send a mail. With a key the mail is sent once, however often this is called.
 
     Raises MailFailed.
     """
@@ -84,5 +84,5 @@ def send_mail(url: str, order: str, to: str, idempotency_key: str | None = None)
 
 
 def mails(dsn: str) -> list[Sent]:
-    """All mails that left, in order; none before there is a table."""
+    """All mails that were sent, in order; none if there is no table yet."""
     return [Sent(*row) for row in rows(dsn, "select order_id, recipient, at from mails order by id")]

@@ -1,6 +1,6 @@
-"""What orders have cost on their way, from the topics themselves: messages and time, in either topology.
+"""What orders cost on their way, in messages and time, from the topics themselves: for either topology.
 
-It is also how the broker topology answers where an order stands: by reading all events there are.
+The broker topology also answers by them where an order stands: somebody must read all events.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ READ = 60.0  # seconds for a topic to be read
 
 
 class Journey(NamedTuple):
-    """What topics have of one order."""
+    """One order's messages in the topics."""
 
     messages: Counter[str]
-    """How many, by the topic's short name."""
+    """How many messages, by the topic's short name."""
     began: float
     ended: float
-    """Of its first and its last message: seconds since 1970."""
+    """The times of its first and its last message: seconds since 1970."""
 
     @property
     def seconds(self) -> float:
-        """From the first message to the last one."""
+        """Seconds from the first message to the last one."""
         return self.ended - self.began
 
 
 class Whereabouts(NamedTuple):
-    """Where an order stands, as topics tell."""
+    """Where an order stands, according to the topics."""
 
     events: tuple[tuple[float, str], ...]
-    """The time of each of its messages, and the topic."""
+    """Time and topic of each of its messages."""
     read: int
-    """How many messages, of all orders, were read to know it."""
+    """How many messages of all orders were read for that."""
 
 
 def journeys(topics: Iterable[Topic[Any]]) -> dict[str, Journey]:
-    """Those of all orders that have messages in these topics, by id."""
+    """The journeys of all orders that have messages in these topics, by id."""
     found: dict[str, Journey] = {}
     for topic, key, at in _messages(topics):
         one = found.get(key) or Journey(Counter(), at, at)
@@ -51,7 +51,7 @@ def journeys(topics: Iterable[Topic[Any]]) -> dict[str, Journey]:
 
 
 def where_is(order_id: str, topics: Iterable[Topic[Any]]) -> Whereabouts:
-    """Where an order stands, from these topics, which are read from their beginnings to their ends."""
+    """Where an order stands. Reads these topics from their beginnings to their ends."""
     read, events = 0, []
     for topic, key, at in _messages(topics):
         read += 1
@@ -72,7 +72,7 @@ def _messages(topics: Iterable[Topic[Any]]) -> Iterator[tuple[str, str, float]]:
     """Topic, key and time of each message."""
     for topic in topics:
         with Reader(topic) as reader:
-            reader.look()  # partitions that were added are its own, too
+            reader.look()  # include partitions that were added
             for messages in reader.messages_to_end(READ):
                 for one in messages:
                     yield topic.short, (one.key() or b"").decode(errors="replace"), one.timestamp()[1] / 1000

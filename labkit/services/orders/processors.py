@@ -1,8 +1,7 @@
-"""What the event processors of an order do: charge, reserve, ship, invoice. Each has tables of its own.
+"""The steps of an order: charge, reserve, ship, invoice. Each has tables of its own.
 
-A step remembers what has become of each order, in the transaction of its effect. So it may be asked again, by whoever
-was killed in between, and has its effect once. It knows nothing of who asks: a mediator, or an event (see
-`event_chain`).
+A step stores what has become of each order, in the transaction of its effect. So a processor that was killed in between
+may ask again, and the effect is there once. A step does not know who asks: a mediator, or an event (see `event_chain`).
 
     charge = steps(dsn)["charge"]
     mediator.processor("charge", do=charge.do, cancel=charge.cancel, undo=charge.undo)
@@ -36,7 +35,7 @@ create table if not exists {effects} (
     at double precision not null);
 create table if not exists {memory} (order_id text primary key, state text not null)
 """
-FIRST = "insert into {memory} values (%s, %s) on conflict do nothing"  # waits for whoever is about to do the same
+FIRST = "insert into {memory} values (%s, %s) on conflict do nothing"  # waits while another transaction does the same
 UNDO = "update {memory} set state = 'undone' where order_id = %s and state = 'done'"
 LOOK = "select state from {memory} where order_id = %s"
 EFFECT = "insert into {effects} (order_id, what, amount, pod, at) values (%s, %s, %s, %s, %s)"
@@ -55,7 +54,7 @@ class OrderPlaced(msgspec.Struct, frozen=True):
 
 
 def placed_orders(numbers: Iterable[int]) -> Iterator[OrderPlaced]:
-    """Orders of these numbers, the same for everybody."""
+    """The orders with these numbers, the same for everybody."""
     for number in numbers:
         yield OrderPlaced(f"order-{number}", f"customer {number % 50}", cart(number))
 
@@ -71,13 +70,13 @@ class Done(NamedTuple):
 
 
 def nothing(order: OrderPlaced) -> bool:
-    """What a step refuses that takes every order."""
+    """The `refuses` of a step that takes every order."""
     return False
 
 
 @dataclass(frozen=True)
 class OrderStep:
-    """One step of an order, in two tables of a PostgreSQL, named after it. Plain data, so it can travel to a pod.
+    """A step of an order, in two tables of a PostgreSQL that are named after it. Plain data, so it can travel to a pod.
 
     `amount` is what an item of an order counts. `refuses` says for which orders the step fails for good.
     """
@@ -88,35 +87,35 @@ class OrderStep:
     refuses: Callable[[OrderPlaced], bool] = nothing
 
     def do(self, order_id: str, order: OrderPlaced) -> None:
-        """Do it, unless it was done. Raises Refused when it is never to be done: refused, cancelled, or undone since;
-        psycopg.Error while the database is away."""
+        """Do the step, unless it was done. Raises Refused if it must never be done, as it was refused, cancelled or
+        undone; psycopg.Error while the database is away."""
         refused = self.refuses(order)
         state = self._first(order_id, "cancelled") if refused else self._first(order_id, "done", self._amount(order))
         if state != "done":
             raise Refused(f"{self.name} does not take {order_id}" if refused else f"{self.name} is {state}")
 
     def cancel(self, order_id: str) -> Literal["done", "cancelled"]:
-        """Never do it, unless it was done."""
+        """Say that it was done; otherwise make sure that it never will be."""
         return "done" if self._first(order_id, "cancelled") == "done" else "cancelled"
 
     def undo(self, order_id: str, order: OrderPlaced) -> None:
-        """Take its effect back, if there is one."""
+        """Take the effect back, if there is one."""
         with self._connections.one() as database, database.transaction():
             if self._run(database, UNDO, order_id).rowcount:
                 self._add(database, order_id, "undone", -self._amount(order))
 
     def state(self, order_id: str) -> str | None:
-        """What has become of an order: done, cancelled, undone, or nothing yet."""
+        """What has become of an order: done, cancelled, undone, or None."""
         with self._connections.one() as database:
             return self._look(database, order_id)
 
     def all(self) -> list[Done]:
-        """All its effects, in order: one that was had twice is there twice."""
+        """All effects of the step, in order. If an order was done twice, it is there twice."""
         with self._connections.one() as database:
             return [Done(*row) for row in self._run(database, DONE).fetchall()]
 
     def effects(self) -> list[Effect]:
-        """What stands, for a verdict: an effect that was taken back has its own and that of the undoing less."""
+        """The effects that stand, for a verdict: one that was taken back is left out, and so is its undoing."""
         found: dict[str, list[Effect]] = {}
         for number, one in enumerate(self.all()):
             if one.what == "done":
@@ -127,7 +126,7 @@ class OrderStep:
         return [effect for effects in found.values() for effect in effects]
 
     def known(self) -> set[str]:
-        """The orders of which it remembers something."""
+        """The orders of which the step has stored anything."""
         with self._connections.one() as database:
             return {order for (order,) in self._run(database, KNOWN)}
 
@@ -137,7 +136,7 @@ class OrderStep:
     # -- inside
 
     def _first(self, order_id: str, state: str, amount: int | None = None) -> str | None:
-        """Remember this of an order, with the effect of so much, if nothing is remembered. Returns what is, then."""
+        """Store this state of an order, and its effect, unless a state is stored. Returns the stored state."""
         with self._connections.one() as database, database.transaction():
             if self._run(database, FIRST, order_id, state).rowcount and amount is not None:
                 self._add(database, order_id, "done", amount)
@@ -165,14 +164,14 @@ class OrderStep:
 
 
 def steps(dsn: str) -> dict[str, OrderStep]:
-    """The steps of an order, in their order: they charge and invoice cents, reserve from stock, ship pieces."""
+    """The steps of an order, in sequence: they charge and invoice cents, reserve from stock, ship pieces."""
     amounts = {"charge": cents, "reserve": taken, "ship": pieces, "invoice": cents}
     return {name: OrderStep(name, dsn, amount) for name, amount in amounts.items()}
 
 
 def outcomes(steps: Mapping[str, OrderStep], ids: Iterable[str]) -> dict[str, str]:
-    """To which end these orders have come, by id: "completed" when each of the steps has had its effect once, "taken
-    back" when none stands; otherwise which do ("charge, ship 2 times"). An order that no step has heard of has none."""
+    """The ends of these orders, by id: "completed" if each step has had its effect once, "taken back" if no effect
+    stands; otherwise which steps stand ("charge, ship 2 times"). An order that no step knows has no end."""
     standing = {name: Counter(effect.id for effect in step.effects()) for name, step in steps.items()}
     known = {order for step in steps.values() for order in step.known()}.union(*standing.values())
     found = {}

@@ -1,7 +1,7 @@
-"""The job scheduler: services register an endpoint and how often it is due, and it calls them.
+"""The job scheduler: a service registers an endpoint, and how often it is due; the scheduler calls it.
 
-Lab time runs fast: a month lasts as many seconds as it is told. An endpoint that fails, or does not answer in time, is
-called again: that is all a scheduler knows about retrying. A schedule that it has is not taken a second time.
+Lab time runs fast: a month lasts `month` seconds. If an endpoint fails, or does not answer in time, the scheduler calls
+it again: that is all that a scheduler knows about retrying. A schedule that is registered twice runs once.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Schedule(msgspec.Struct, frozen=True):
     first: int = 1
     """The number of the first period."""
     periods: int = 1
-    """How many there are."""
+    """How many periods there are."""
     patience: float = 10.0
-    """Seconds in which the endpoint promises to answer."""
+    """Seconds in which the endpoint must answer."""
 
 
 class Progress(msgspec.Struct):
-    """How far a scheduler is with one schedule."""
+    """How far the scheduler has got with a schedule."""
 
     schedule: Schedule
     calls: int = 0
     failed: int = 0
     done: int = 0
-    """Periods whose call was answered with success."""
+    """Periods whose call was successful."""
 
 
 def schedule(scheduler: str, wanted: Schedule) -> None:
-    """Register with the scheduler at this URL; a schedule that is there already, in all its parts, stays as it is.
+    """Register a schedule with the scheduler at this URL, unless the same schedule is registered.
 
     Raises LabkitError when the scheduler does not take it.
     """
@@ -59,9 +59,9 @@ def schedule(scheduler: str, wanted: Schedule) -> None:
 
 
 def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progress:
-    """Wait until all periods of this schedule are done; how many calls that took.
+    """Wait until all periods of this schedule are done. Returns how many calls that took.
 
-    Raises TimeoutError; LabkitError when it is not registered; OSError when no scheduler answers.
+    Raises TimeoutError; LabkitError when the schedule is not registered; OSError when no scheduler answers.
     """
     until = time.monotonic() + timeout
     while True:
@@ -78,16 +78,16 @@ def finished(scheduler: str, wanted: Schedule, timeout: float = 60.0) -> Progres
 
 @dataclass(frozen=True)
 class JobScheduler(HttpService):
-    """`POST /schedules` registers one; `GET /schedules` tells of each how many calls were made for it.
+    """`POST /schedules` registers a schedule; `GET /schedules` lists all, with the number of calls for each.
 
-    `month` is how long one lasts here, `again` how soon a call that failed is repeated; in seconds.
+    `month` is the length of a month, `again` the time until a failed call is repeated; both in seconds.
     """
 
     month: float = 1.0
     again: float = 0.1
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/schedules", self.register), web.get("/schedules", self.told)]
+        return [web.post("/schedules", self.register), web.get("/schedules", self.show)]
 
     async def start(self, app: web.Application) -> None:
         app[JOBS], app[PROGRESS] = [], {}
@@ -105,7 +105,7 @@ class JobScheduler(HttpService):
         request.app[JOBS].append(asyncio.create_task(self._keep(schedule, progress)))
         return web.json_response({"registered": schedule.url}, status=201)
 
-    async def told(self, request: web.Request) -> web.Response:
+    async def show(self, request: web.Request) -> web.Response:
         return json(list(request.app[PROGRESS].values()))
 
     async def _keep(self, schedule: Schedule, progress: Progress) -> None:

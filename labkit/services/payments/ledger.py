@@ -1,4 +1,4 @@
-"""What one needs of the payment provider: to ask it to charge, and to read its ledger, the witness of every verdict."""
+"""The provider's clients: `charge` asks it to charge; verdicts read its ledger, their witness."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Renewal(msgspec.Struct, frozen=True):
 
 
 class ProviderFailed(LabkitError):
-    """The provider did not answer, or not with a receipt: it may have charged or not."""
+    """The provider did not answer, or not with a receipt: it may have charged, or not."""
 
 
 class CardDeclined(LabkitError):
-    """The provider says that this card will not be charged, ever."""
+    """The provider says that it will never charge this card."""
 
 
 def charge(url: str, renewal: Renewal, idempotency_key: str | None = None) -> dict[str, Any]:
-    """Ask the provider at `url` to charge; its receipt. With a key the same charge is made once, however often asked.
+    """Ask the provider at `url` to charge. Returns its receipt. With a key, it charges once, however often it is asked.
 
     Raises ProviderFailed, CardDeclined.
     """
@@ -43,7 +43,7 @@ def charge(url: str, renewal: Renewal, idempotency_key: str | None = None) -> di
 
 
 def receipt_of(status: int, body: bytes) -> dict[str, Any]:
-    """What an answer means. Raises ProviderFailed, CardDeclined."""
+    """The receipt in an answer. Raises ProviderFailed, CardDeclined."""
     if status == 402:
         raise CardDeclined("the card is declined")
     if status != 200:
@@ -83,7 +83,7 @@ class Call:
 
 def charges(dsn: str) -> list[Charge]:
     """All charges, oldest first."""
-    import psycopg  # pods that only ask for charges wait for no database library
+    import psycopg  # here: pods that only ask for charges need not wait for it
 
     with psycopg.connect(dsn) as ledger:
         return [Charge(*row) for row in ledger.execute("select id, renewal, customer, at from charges order by id")]
@@ -91,7 +91,7 @@ def charges(dsn: str) -> list[Charge]:
 
 def calls(dsn: str) -> list[Call]:
     """All calls, in the order in which they were answered."""
-    import psycopg  # pods that only ask for charges wait for no database library
+    import psycopg  # here: pods that only ask for charges need not wait for it
 
     with psycopg.connect(dsn) as ledger:
         rows = ledger.execute("select renewal, customer, outcome, began, ended from calls order by ended, id")
@@ -99,23 +99,23 @@ def calls(dsn: str) -> list[Call]:
 
 
 def due(numbers: Iterable[int], periods: Iterable[int]) -> list[Sent]:
-    """The renewals of these subscriptions for these periods: each customer's are to be charged in order."""
+    """The renewals of these subscriptions for these periods. Those of one customer must be charged in order."""
     pairs = product(periods, numbers)
     return [Sent(f"{number}-{period}", f"customer {number}", order) for order, (period, number) in enumerate(pairs)]
 
 
 def charged(dsn: str, renewals: Iterable[Sent]) -> list[Effect]:
-    """What the ledger says of these renewals: an effect for each charge, by the provider's own clock."""
+    """The effects of these renewals in the ledger: one for each charge, by the provider's own clock."""
     wanted = {one.id for one in renewals}
     made = (one for one in charges(dsn) if one.renewal in wanted)
     return [Effect(one.renewal, one.customer, f"charges/{one.id}", one.at) for one in made]
 
 
 def early(dsn: str, renewals: Iterable[Sent], delays: Sequence[float]) -> list[str]:
-    """Those of these renewals that the provider was asked for before a delay was over, by its own clock.
+    """The renewals that were asked for again before a delay was over, by the provider's own clock.
 
-    `delays`: seconds that lie at least between a failed call and the next; the last one stands for all further ones.
-    No delay follows a declined card: that call is not repeated, unless somebody asks for it.
+    `delays` are the least seconds between a failed call and the next one; the last of them holds for all further calls.
+    No delay follows a declined card: such a call is repeated only if a person wants it.
     """
     failed: dict[str, list[Call]] = {one.id: [] for one in renewals}
     found = []

@@ -1,6 +1,6 @@
-"""The payment provider: a real HTTP service that misbehaves when told to, and keeps a ledger of its own.
+"""The payment provider: a real HTTP service with a ledger of its own, which misbehaves on demand.
 
-The ledger (PostgreSQL) is the witness of every verdict: what was charged, and each call with its time and outcome.
+The ledger (PostgreSQL) is the witness of every verdict: it has each charge, and each call with its time and outcome.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ create table if not exists calls (
 
 
 class ProviderMisbehaviour(HttpMisbehaviour, frozen=True):
-    """What the provider does to those who ask. It cuts only where it has charged."""
+    """The provider's faults. It cuts a connection only after it has charged."""
 
     stuck: str = ""
-    """This customer's calls end in an error (500), whatever is done."""
+    """A customer whose every call ends in an error (500)."""
     declined: str = ""
-    """This customer's card is declined (402): another attempt would not help."""
+    """A customer whose card is declined (402): another attempt would not help."""
 
 
 @dataclass(frozen=True)
 class PaymentsProvider(Misbehaving):
     """`POST /charges` charges a Renewal, once for each `Idempotency-Key`; `PUT /faults` takes a ProviderMisbehaviour.
 
-    `dsn` is the PostgreSQL of its ledger. `takes` is how long one charge takes it, in seconds.
+    `dsn` is the PostgreSQL of its ledger. `takes` is how long a charge takes, in seconds.
     """
 
     dsn: str = ""
@@ -57,7 +57,7 @@ class PaymentsProvider(Misbehaving):
     async def start(self, app: web.Application) -> None:
         await super().start(app)
         ledger = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
-        await ledger.execute("set synchronous_commit = off")  # it outlives the process, if not the machine
+        await ledger.execute("set synchronous_commit = off")  # the ledger survives the process, if not the machine
         await ledger.execute(TABLES.encode())
         app[LEDGER] = ledger
 

@@ -1,4 +1,4 @@
-"""Payments Subscriptions: who pays for which class, and what is due. Its endpoint is called by the job scheduler."""
+"""Payments Subscriptions knows who pays for which class, and what is due. The job scheduler calls its endpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aiohttp import web
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.services.calls import call
-from labkit.services.http import HttpService, body, json
+from labkit.services.http import CONFIRM, HttpService, body, json
 from labkit.services.payments.ledger import CardDeclined, ProviderFailed, Renewal, receipt_of
 
 TABLES = """
@@ -24,21 +24,20 @@ create table if not exists subscriptions (
     id int primary key, customer text not null, plan text not null, cents int not null,
     paid_through int not null default 0, claimed int not null default 0, version int not null default 0);
 """
-CONFIRM = 8.0  # seconds that a request waits for Kafka, before the scheduler is told to come again
-AT_ONCE = 8  # renewals that one request of the baseline works on at a time
+AT_ONCE = 8  # renewals on which one request of the baseline works at a time
 
 LOCKS = ("none", "pessimistic", "optimistic")
 
 
 class Due(msgspec.Struct):
-    """What the scheduler says: this plan's period has begun."""
+    """The scheduler's call: a period of this plan has begun."""
 
     plan: str
     period: int
 
 
 def subscribe(dsn: str, numbers: Iterable[int], plan: str) -> None:
-    """Make subscriptions of these numbers, each of a customer of its own; those that are there stay as they are."""
+    """Make subscriptions with these numbers, each with a customer of its own; existing ones stay as they are."""
     rows = [(number, f"customer {number}", plan, 2900) for number in numbers]
     with psycopg.connect(dsn) as database:
         database.execute(TABLES.encode())
@@ -51,17 +50,17 @@ def subscribe(dsn: str, numbers: Iterable[int], plan: str) -> None:
 
 @dataclass(frozen=True)
 class Polling(HttpService):
-    """The baseline: `POST /due` charges all that is due, one request of the scheduler doing all the work.
+    """The baseline: `POST /due` charges all that is due; one request of the scheduler does all the work.
 
     Without a lock two requests that overlap charge twice. `?lock=pessimistic` holds a row locked while it charges;
-    `?lock=optimistic` claims it by its version before. `GET /due?lock=…` tells what a lock costs.
+    `?lock=optimistic` claims the row first, by its version. `GET /due?lock=…` tells what a lock costs.
     """
 
     dsn: str = ""
     provider: str = ""
 
     def routes(self) -> Iterable[web.RouteDef]:
-        return [web.post("/due", self.due), web.get("/due", self.told)]
+        return [web.post("/due", self.due), web.get("/due", self.show_costs)]
 
     async def start(self, app: web.Application) -> None:
         app[COSTS] = {lock: Costs() for lock in LOCKS}
@@ -70,11 +69,11 @@ class Polling(HttpService):
     async def finish(self, app: web.Application) -> None:
         await app[SESSION].close()
 
-    async def told(self, request: web.Request) -> web.Response:
+    async def show_costs(self, request: web.Request) -> web.Response:
         return json(request.app[COSTS][_lock(request)])
 
     async def due(self, request: web.Request) -> web.Response:
-        told, lock = await body(request, Due), _lock(request)
+        due, lock = await body(request, Due), _lock(request)
         costs, turns = request.app[COSTS][lock], asyncio.Semaphore(AT_ONCE)
 
         async def renew(number: int, renewal: Renewal, version: int) -> bool:
@@ -87,8 +86,8 @@ class Polling(HttpService):
 
         costs.under_way += 1
         try:
-            rows = await _due(self.dsn, told)
-            renewed = await asyncio.gather(*(renew(*row) for row in rows))  # though the scheduler hangs up meanwhile
+            rows = await _due(self.dsn, due)
+            renewed = await asyncio.gather(*(renew(*row) for row in rows))  # even if the scheduler hangs up meanwhile
         finally:
             costs.under_way -= 1
         left = renewed.count(False)
@@ -115,7 +114,7 @@ class Polling(HttpService):
                 await database.commit()
                 if not cursor.rowcount:
                     costs.conflicts += 1
-                    return  # somebody else has it; should he crash, nobody ever will
+                    return  # somebody else has claimed it; if he crashes, nobody ever charges it
             try:
                 async with app[SESSION].post(f"{self.provider}/charges", data=msgspec.json.encode(renewal)) as answer:
                     receipt_of(answer.status, await answer.read())
@@ -127,18 +126,18 @@ class Polling(HttpService):
 
 
 class Costs(msgspec.Struct):
-    """What a lock cost the baseline so far."""
+    """What a lock has cost the baseline so far."""
 
     under_way: int = 0
-    """Requests that are being worked on now, those included whose caller has hung up."""
+    """Requests under way now, also those whose caller has hung up."""
     waited: float = 0.0
     """Seconds that requests waited for locked rows, each holding a connection to the database."""
     conflicts: int = 0
-    """Rows that somebody else had claimed."""
+    """Rows that somebody else had claimed first."""
 
 
 def costs(polling: str, lock: str, timeout: float = 30.0) -> Costs:
-    """What the service at this URL tells of the costs of this lock, once no request is being worked on with it.
+    """The costs of this lock, from the service at this URL, once no request with it is under way.
 
     Raises TimeoutError when that takes longer than `timeout` seconds.
     """
@@ -148,15 +147,15 @@ def costs(polling: str, lock: str, timeout: float = 30.0) -> Costs:
         if not found.under_way:
             return found
         if time.monotonic() > until:
-            raise TimeoutError(f"{found.under_way} requests are still being worked on after {timeout:g} s")
+            raise TimeoutError(f"{found.under_way} requests are still under way after {timeout:g} s")
         time.sleep(0.02)  # between two questions
 
 
 @dataclass(frozen=True)
 class Requesting(HttpService):
-    """The pattern: `POST /due` only asks for renewals, by a record for each, keyed by customer, and answers 202.
+    """The pattern: `POST /due` only sends a record for each renewal, keyed by customer, and answers 202.
 
-    503 when Kafka does not confirm them all: then nothing counts as asked for, and the scheduler comes again.
+    It answers 503 if Kafka does not confirm all of them: then none counts as requested, and the scheduler calls again.
     """
 
     dsn: str = ""
@@ -166,17 +165,17 @@ class Requesting(HttpService):
         return [web.post("/due", self.due)]
 
     async def due(self, request: web.Request) -> web.Response:
-        told = await body(request, Due)
-        rows = await _due(self.dsn, told)
+        due = await body(request, Due)
+        rows = await _due(self.dsn, due)
         try:
             await asyncio.to_thread(self._request, [renewal for _, renewal, _ in rows])
         except DeliveryFailed as error:
             raise web.HTTPServiceUnavailable(text=f"Kafka does not confirm all renewals: {error}\n") from error
         async with await psycopg.AsyncConnection.connect(self.dsn) as database:
-            # After the topic has them: a crash in between asks again, under the same ids.
+            # After the topic has them: after a crash in between, the same ids are requested again.
             await database.execute(
                 "update subscriptions set paid_through = %s where id = any(%s) and paid_through < %s",
-                (told.period, [number for number, _, _ in rows], told.period),
+                (due.period, [number for number, _, _ in rows], due.period),
             )
         return web.json_response({"requested": len(rows)}, status=202)
 
@@ -196,14 +195,14 @@ def _lock(request: web.Request) -> str:
     return lock
 
 
-async def _due(dsn: str, told: Due) -> list[tuple[int, Renewal, int]]:
+async def _due(dsn: str, due: Due) -> list[tuple[int, Renewal, int]]:
     async with await psycopg.AsyncConnection.connect(dsn) as database:
         cursor = await database.execute(
             "select id, customer, cents, version from subscriptions where plan = %s and paid_through < %s order by id",
-            (told.plan, told.period),
+            (due.plan, due.period),
         )
         rows: list[tuple[Any, ...]] = await cursor.fetchall()
     return [
-        (number, Renewal(f"{number}-{told.period}", customer, told.period, cents), version)
+        (number, Renewal(f"{number}-{due.period}", customer, due.period, cents), version)
         for number, customer, cents, version in rows
     ]

@@ -1,4 +1,4 @@
-"""The platform's sites: MetaSite, which owns them and which everybody asks, and a reader of a view of its own."""
+"""The platform's sites: MetaSite owns them, and everybody asks it; a view reader serves a view of its own."""
 
 from __future__ import annotations
 

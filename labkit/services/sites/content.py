@@ -1,6 +1,6 @@
 """The platform's sites, drawn from a seed: `site(17, 3)` is the third version of site 17, here and on every machine.
 
-A few apps on most sites, many apps on few; a few apps are on most sites, most apps on few. Nothing is kept: a hundred
+Most sites have a few apps, and few have many; a few apps are on most sites, and most on few. Nothing is kept: a hundred
 thousand sites stream by in constant memory.
 """
 
@@ -17,8 +17,8 @@ APPS = (
     "donations", "courses", "coupons", "bank-holidays", "music", "portfolio", "hotels", "menus", "loyalty", "video",
     "invoices", "tickets", "faq", "countdown", "weather", "podcasts", "recipes", "auctions", "horoscopes",
 )  # fmt: skip
-OWNERS = 0.6  # owners for each site: some own several
-PAGES, PAGE = 6, 2000  # pages of a site, and about how many bytes each
+OWNERS = 0.6  # owners for each site, as some own several
+PAGES, PAGE = 6, 2000  # pages of a site, and about how many bytes each has
 WORDS = (
     "we", "are", "open", "bread", "coffee", "every", "day", "from", "seven", "fresh", "local", "made", "by", "hand",
     "come", "and", "see", "our", "new", "room",
@@ -41,7 +41,7 @@ class Page(msgspec.Struct):
 
 
 class Site(msgspec.Struct):
-    """A site as its owner, MetaSite, keeps it: of all this most readers only want `apps`."""
+    """A site as MetaSite keeps it. Most readers want nothing of it but `apps`."""
 
     id: str
     version: int
@@ -83,7 +83,7 @@ def sites(count: int, seed: int = 1, pages: int = PAGES) -> Iterator[Site]:
 
 
 def updates(count: int, many: int, seed: int = 1, pages: int = PAGES, first: int = 2) -> Iterator[Site]:
-    """`many` updates of `count` sites; some sites are edited often. Of each site, versions `first`, `first` + 1 …"""
+    """`many` updates of `count` sites, some of which are edited often: versions `first`, `first` + 1 … of each."""
     edited: dict[int, int] = {}
     chance = Random(f"{seed}/edits/{first}")
     for _ in range(many):
@@ -93,7 +93,7 @@ def updates(count: int, many: int, seed: int = 1, pages: int = PAGES, first: int
 
 
 def _installed(chance: Random) -> list[str]:
-    """Names of apps: one to four mostly, up to a score sometimes."""
+    """Names of apps: mostly one to four, sometimes up to twenty."""
     wanted = min(len(APPS), int(chance.paretovariate(1.3)))
     return list(dict.fromkeys(chance.choices(APPS, _popularity(), k=wanted)))
 

@@ -1,11 +1,13 @@
 """MetaSite: the service that owns the sites, and that everybody asks.
 
-A site is one large object in its PostgreSQL. Whatever a client wants of it, MetaSite reads the object, takes it apart,
-and answers with a piece: that is its load, and why clients that only want the installed apps should read elsewhere.
+A site is one large object in MetaSite's PostgreSQL. Whatever a client asks for, MetaSite reads the object, takes it
+apart, and answers with a piece. So it has a high load, and clients that only want the installed apps should read
+elsewhere.
 
-How a change gets into the table and into the topic: `dual_write` does the one, then the other, and loses an event when
-it ends in between. Otherwise a change is only sent, and `table_writer` makes the row of it: they cannot disagree.
-Without a topic MetaSite only stores rows, as it always did; then change data capture can make a topic of its table.
+A change gets into the table and into the topic in one of three ways. With `dual_write` MetaSite does the one, then the
+other, and loses an event if it ends in between. Otherwise it only sends the change, and `table_writer` makes the row of
+it: so table and topic cannot disagree. Without a topic MetaSite only stores rows, as it always did; then change data
+capture can make a topic of its table.
 """
 
 from __future__ import annotations
@@ -27,33 +29,32 @@ from labkit.kafka.errors import DeliveryFailed, PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.consume_and_project import VERSION, version_of
-from labkit.services.http import HttpService, body, json
+from labkit.services.http import CONFIRM, HttpService, body, json
 from labkit.services.sites.content import Site
-from labkit.services.sites.view_reader import NAME
+from labkit.services.sites.view_reader import checked_name
 
 TABLE = "create table if not exists sites (id text primary key, version bigint not null, object jsonb)"
 # A deleted site keeps its row and its version, without an object.
 UPSERT = """insert into sites values (%s, %s, %s) on conflict (id) do update
 set version = excluded.version, object = excluded.object where sites.version < excluded.version"""
 OBJECT = "select object::text from sites where id = %s and object is not null"
-NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON; PostgreSQL has no text with it
-REFUSED = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)  # and would be again
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # in JSON; PostgreSQL has no such text
+REFUSED = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)  # for good
 LIMIT = 100  # sites in one answer
-CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
-FREE = web.AppKey("free", asyncio.Queue)  # connections to the database that nobody uses, and None for one to be made
+FREE = web.AppKey("free", asyncio.Queue)  # unused connections to the database, and None for each that may still be made
 _site = msgspec.json.Decoder(Site)
 
 
 @dataclass(frozen=True)
 class MetaSite(HttpService):
-    """Its HTTP APIs, on the PostgreSQL named by `dsn`. Changes go to `topic`, or without one into the table."""
+    """MetaSite's HTTP APIs, on the PostgreSQL at `dsn`. Changes go to `topic`, or without one into the table."""
 
     dsn: str
     topic: Topic[Site] | None = None
     connections: int = 4
     dual_write: bool = False
     between: Callable[[Site], object] = lambda site: None
-    """Called by a dual write when the row is stored and the event is not yet sent: where the baseline crashes."""
+    """A dual write calls this between storing the row and sending the event: here the baseline crashes."""
 
     def routes(self) -> Iterable[web.RouteDef]:
         yield web.get("/sites/{id}", self.whole)
@@ -86,7 +87,7 @@ class MetaSite(HttpService):
         return part
 
     async def with_app(self, request: web.Request) -> web.Response:
-        """Which sites have an app: nothing but a look at every object can tell."""
+        """The sites that have an app: to find them, every object is looked at."""
         wanted = encode([{"name": _name(request, "app")}]).decode()
         sql = "select id from sites where object->'apps' @> %s::jsonb order by id limit %s"
         return json([row[0] for row in await self._ask(request, sql, (wanted, LIMIT))])
@@ -101,7 +102,7 @@ class MetaSite(HttpService):
     # -- writing
 
     async def put(self, request: web.Request) -> web.Response:
-        """Create or change a site: the body is all of it, its next version."""
+        """Create or change a site: the body is its whole next version."""
         name = _name(request)
         site = await body(request, Site)
         if site.id != name:
@@ -117,13 +118,13 @@ class MetaSite(HttpService):
 
     async def delete(self, request: web.Request) -> web.Response:
         """Delete a site: `?version=8` is the version in which it is gone."""
-        name, told = _name(request), request.query.get(VERSION, "")
-        if not re.fullmatch(r"[0-9]{1,19}", told) or int(told) >= 2**63:
-            raise web.HTTPBadRequest(text=f"say in which version it is gone: ?{VERSION}=8\n")
+        name, version = _name(request), request.query.get(VERSION, "")
+        if not re.fullmatch(r"[0-9]{1,19}", version) or int(version) >= 2**63:
+            raise web.HTTPBadRequest(text=f"say in which version the site is gone: ?{VERSION}=8\n")
         if self.topic is None:
-            await self._ask(request, f"{UPSERT} returning id", (name, int(told), None))
+            await self._ask(request, f"{UPSERT} returning id", (name, int(version), None))
             return web.Response()
-        return await self._sent(self.topic, None, name, {VERSION: told})
+        return await self._sent(self.topic, None, name, {VERSION: version})
 
     @staticmethod
     async def _sent(
@@ -136,7 +137,7 @@ class MetaSite(HttpService):
         return web.Response(status=202)
 
     async def _ask(self, request: web.Request, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """Wait for a connection, then for the answer. 503 while the database is away."""
+        """The rows of a query, by the next free connection. Raises the answer 503 while the database is away."""
         free = request.app[FREE]
         connection: psycopg.AsyncConnection[Any] | None = await free.get()
         try:
@@ -152,10 +153,7 @@ class MetaSite(HttpService):
 
 
 def _name(request: web.Request, part: str = "id") -> str:
-    name = request.match_info[part]
-    if not NAME.fullmatch(name):
-        raise web.HTTPBadRequest(text=f"{name!r} is no name: letters, digits and . _ - make one, at most 64\n")
-    return name
+    return checked_name(request.match_info[part])
 
 
 def _row(site: Site) -> tuple[str, int, str]:
@@ -171,7 +169,7 @@ def _write(dsn: str, batch: Sequence[Record[Site] | PoisonRecord]) -> None:
         except Exception as error:
             _pass_over(record, error)
     with psycopg.connect(dsn, connect_timeout=5) as connection, connection.cursor() as cursor:
-        cursor.execute(TABLE)  # of two that make it at once one is refused, whatever its records: they come again
+        cursor.execute(TABLE)  # one of two that make it at once is refused, and its records come again
         connection.commit()
         try:
             cursor.executemany(UPSERT, rows)
@@ -187,7 +185,7 @@ def _row_of(record: Record[Site] | PoisonRecord) -> tuple[str | None, int, str |
         raise record
     version = version_of(record)
     if version is None:
-        raise ValueError("it does not say in which version the site is gone")
+        raise ValueError("it does not say in which version the site was deleted")
     return record.key, version, None if record.value is None else encode(record.value).decode()
 
 
@@ -197,14 +195,14 @@ def _pass_over(record: Record[Site] | PoisonRecord, error: Exception) -> None:
 
 
 def table_writer(sites: Topic[Site], dsn: str, batch: int = 100) -> Consumer:
-    """Makes the rows of the table of what comes through the topic. A version that is there already changes nothing, so
-    what is delivered twice does no harm. What is no site, or the database refuses, is passed over, with a line in the
-    log; a database that is away is waited for."""
+    """The consumer that makes rows of the topic's records. A version that is stored already changes nothing, so a
+    record that comes twice does no harm. A record that is no site, or that the database refuses, is passed over, with a
+    line in the log. If the database is away, the consumer waits."""
     return Consumer(sites, partial(_write, dsn), batch=batch)
 
 
 def fill(dsn: str, sites: Iterable[Site]) -> None:
-    """Rows as they were before there was a topic."""
+    """Store these sites as rows, as it was before there was a topic."""
     with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
         cursor.execute(TABLE)
         with cursor.copy("copy sites from stdin") as copy:
@@ -213,7 +211,7 @@ def fill(dsn: str, sites: Iterable[Site]) -> None:
 
 
 def stored(dsn: str) -> Iterator[tuple[str, int, Site | None]]:
-    """Every row of the table: id, version, and the site unless it is deleted. Streamed."""
+    """Every row of the table: id, version, and the site, or None if it is deleted. Streamed."""
     with psycopg.connect(dsn) as connection, connection.cursor("every_row") as cursor:
         cursor.itersize = 200
         cursor.execute("select id, version, object::text from sites order by id")
@@ -222,11 +220,11 @@ def stored(dsn: str) -> Iterator[tuple[str, int, Site | None]]:
 
 
 def backfill(dsn: str, sites: Topic[Site]) -> int:
-    """Send every row to the topic, and say how many.
+    """Send every row to the topic; returns how many.
 
-    Changes have to go through the topic already: then none is missed, and where one overtakes the row that was read
-    before it, the row is the older version, which views pass over. (The topic must not be compacted while they do:
-    compaction keeps what was sent last.)
+    Changes must go through the topic already, so that none is missed. A change may overtake the row that was read
+    before it: then the row has the older version, and views pass it over. (Until they have, the topic must not be
+    compacted: compaction keeps what was sent last.)
     """
     count = 0
     for count, (name, version, site) in enumerate(stored(dsn), 1):  # noqa: B007 - the last one counts

@@ -1,6 +1,6 @@
 """The read side of a projection: an HTTP service over a view, which asks nobody else.
 
-It answers while the writer, Kafka, and whoever owns the objects are down, and every answer says how old it may be.
+It answers while the writer, Kafka, and the owner of the objects are down, and every answer says how old it may be.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ STALENESS, LOOKING = web.AppKey("staleness", Staleness), web.AppKey("looking", a
 
 @dataclass(frozen=True)
 class ViewReader(HttpService):
-    """Reads `view`, which is made of `topic`. Start it before the view exists, and it answers 503 until it does.
+    """Reads `view`, which is made of `topic`. As long as the view does not exist, it answers 503.
 
     `GET /site/site-000017` (the name of the view's key): the rows of that key; 404 if there are none.
-    `GET /app/stores?limit=50` (an indexed column): keys with that value, and `next`, the key after which the following
+    `GET /app/stores?limit=50` (an indexed column): the keys with that value, and `next`, the key after which the next
     page begins: `?page=site-000017`.
-    Every answer has `stale`, how many records and seconds the view is behind; of a refusal, `error` says why.
+    Every answer has `stale`: how many records and seconds the view is behind. A refusal says why, in `error`.
     """
 
     view: View
@@ -58,23 +58,24 @@ class ViewReader(HttpService):
             try:
                 await asyncio.to_thread(staleness.look)
             except LabkitError:
-                pass  # no view yet, or no Kafka: what was seen before grows older, and answers say so
+                pass  # no view yet, or no Kafka: the last look grows older, and answers say so
             await asyncio.sleep(LOOK)
 
     def handler(self, app: web.Application) -> Handler:
         staleness = app[STALENESS]
 
-        def told(found: dict[str, Any]) -> bytes:
+        def with_staleness(found: dict[str, Any]) -> bytes:
             seconds = staleness.seconds
             age = None if seconds is None else round(seconds, 3)
             return encode({**found, "stale": {"records": staleness.records, "seconds": age}})
 
         async def answer(request: web.BaseRequest) -> web.Response:
             try:
-                return web.Response(body=told(self._found(request)), headers=JSON)
+                return web.Response(body=with_staleness(self._found(request)), headers=JSON)
             except web.HTTPException as refused:
-                # That there is no such site may be as old as the apps of one that there is.
-                refused.body, refused.content_type = told({"error": (refused.text or "").strip()}), "application/json"
+                # "There is no such site" may be as old as any other answer.
+                refused.body = with_staleness({"error": (refused.text or "").strip()})
+                refused.content_type = "application/json"
                 raise
 
         return answer
@@ -85,8 +86,7 @@ class ViewReader(HttpService):
         asked, _, value = request.path[1:].partition("/")
         if asked != self.view.key and asked not in self.view.indexes:
             raise web.HTTPNotFound
-        if not NAME.fullmatch(value):
-            raise web.HTTPBadRequest(text=f"{value!r} is no name: letters, digits and . _ - make one, at most 64\n")
+        checked_name(value)
         try:
             return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
         except ViewUnavailable as error:
@@ -110,7 +110,14 @@ class ViewReader(HttpService):
         return {column: value, f"{self.view.key}s": page, "next": page[-1] if len(found) > limit else None}
 
     def _limit(self, request: web.BaseRequest) -> int:
-        told = request.query.get("limit", str(PAGE))
-        if not re.fullmatch(r"[0-9]{1,9}", told) or not 1 <= int(told) <= LARGEST_PAGE:
-            raise web.HTTPBadRequest(text=f"limit is a number from 1 to {LARGEST_PAGE}, not {told!r}\n")
-        return int(told)
+        wanted = request.query.get("limit", str(PAGE))
+        if not re.fullmatch(r"[0-9]{1,9}", wanted) or not 1 <= int(wanted) <= LARGEST_PAGE:
+            raise web.HTTPBadRequest(text=f"limit is a number from 1 to {LARGEST_PAGE}, not {wanted!r}\n")
+        return int(wanted)
+
+
+def checked_name(text: str) -> str:
+    """The text, if it may be a key or a value in a URL. Raises the answer 400."""
+    if not NAME.fullmatch(text):
+        raise web.HTTPBadRequest(text=f"{text!r} is no name: letters, digits and . _ - make one, at most 64\n")
+    return text

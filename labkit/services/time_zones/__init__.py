@@ -1,4 +1,4 @@
-"""Countries and their time zones: Business Manager owns the ones, Bookings makes the others of them, Events reads."""
+"""Countries and their time zones: Business Manager owns countries, Bookings makes zones of them, Events reads zones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bookings keeps the time zones of all countries there are. Nobody calls it: it has no address to be called at."""
+"""Bookings keeps the time zones of all countries. Nobody calls it: it has no address."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ TICK = 0.5  # seconds between two looks at the clock
 
 @dataclass(frozen=True)
 class Bookings:
-    """Follows `countries`, and writes what follows from them to `zones`.
+    """Reads `countries`, and writes their zones to `zones`.
 
-    `clock` may hold another time than now, under the key "now": so an hour of next spring can be had today. While
-    that cannot be read, the last time that could counts; before there was one, nothing is followed.
+    `clock` may hold another time than now, under the key "now", so that one can try an hour of next spring. While that
+    time cannot be read, the last one counts; before there was one, Bookings writes nothing.
 
-    The zones of a country that cannot be read stay as they are, until it is written again.
+    The zones of a country that cannot be read stay as they are, until the country is written again.
     """
 
     countries: Topic[Country]
     clock: Topic[datetime]
     zones: Topic[Zone]
     follow: Callable[[Iterable[str], datetime], dict[str, Zone]]
-    """What the zones should be, from nothing but the countries there are and the time. So it does not matter what was
-    missed while this service was away, nor how often it is told the same."""
+    """Computes what the zones should be, from nothing but the present countries and the time. So it does not matter
+    what this service missed while it was away, or how often it sees the same."""
 
     def run(self, stop: threading.Event, report: Report) -> None:
         """Follow until `stop` is set."""
@@ -47,15 +47,15 @@ class Bookings:
         ):
             while not stop.is_set():
                 changed.clear()
-                with suppress(PoisonRecord):  # the store has said so in the log
+                with suppress(PoisonRecord):  # the store has logged it
                     now = clock.get("now") or datetime.now(UTC)
                 try:
                     if now is not None:
                         unreadable = countries.unreadable
                         wanted = self.follow(countries, now)
-                        # Before and after: one may become unreadable or readable meanwhile, and so be in neither.
+                        # Both before and after: a country may become readable, or unreadable, in between.
                         self._bring_about(zones, wanted, unreadable.keys() | countries.unreadable.keys())
-                except DeliveryFailed as error:  # Kafka is away: what is wanted stays so, and is tried again
+                except DeliveryFailed as error:  # Kafka is away: the next look tries again
                     print(error)  # noqa: T201 - a pod's log is what it prints
                 for store in (countries, zones):
                     report(Step.MEASURED, store.measured())
@@ -63,7 +63,7 @@ class Bookings:
 
     @staticmethod
     def _bring_about(zones: KeyValueStore[Zone], wanted: dict[str, Zone], unreadable: Collection[str]) -> None:
-        has = zones.snapshot()  # a zone that cannot be read is not in there, and is written again
+        has = zones.snapshot()  # without zones that cannot be read: these are written again
         zones.update({name: zone for name, zone in wanted.items() if has.get(name) != zone})
         for name in has.keys() - wanted.keys():
             if has[name].country not in unreadable:

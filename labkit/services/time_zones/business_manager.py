@@ -1,4 +1,4 @@
-"""Business Manager owns the countries: it alone writes them, over HTTP. Whoever wants them has their topic."""
+"""Business Manager owns the countries: it alone writes them, over HTTP. All others read their topic."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from labkit.kafka.consumer.steps import Measured
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
-from labkit.services.http import HttpService
+from labkit.services.http import CONFIRM, HttpService
 from labkit.services.time_zones.countries import Country, iso_countries
-
-CONFIRM = 8.0  # seconds that a request waits for Kafka, before it is told that this may not have happened
 
 COUNTRIES: web.AppKey[KeyValueStore[Country]] = web.AppKey("countries", KeyValueStore)
 
 
 @dataclass(frozen=True)
 class BusinessManager(HttpService):
-    """GET /countries: code → name. GET /countries/{code}: one. PUT and DELETE it: 204 once that is in Kafka, 503 if it
-    may not be."""
+    """GET /countries: code → name. GET /countries/{code}: one name. PUT and DELETE of a code answer 204 once the change
+    is in Kafka, and 503 if it may not be."""
 
     countries: Topic[Country]
 

@@ -1,6 +1,6 @@
 """Countries and their time zones, as ISO 3166 and the IANA database have them: the data of the wheel `tzdata`.
 
-The wheel's alone, on every machine: what the system knows of time zones may be years older.
+The wheel alone counts, on every machine: the system's own data on time zones may be years older.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Country(msgspec.Struct, frozen=True):
 
 
 class Zone(msgspec.Struct, frozen=True):
-    """A time zone, as its clocks stand at some moment."""
+    """A time zone at some moment."""
 
     country: str
     """Two letters of ISO 3166."""
@@ -33,7 +33,7 @@ class Zone(msgspec.Struct, frozen=True):
 
 @lru_cache(1)
 def iso_countries() -> dict[str, Country]:
-    """All 249 of them, by code."""
+    """All 249 countries, by code."""
     return {code: Country(name) for code, name in _table("iso3166.tab")}
 
 
@@ -47,7 +47,7 @@ def zones_by_country() -> dict[str, tuple[str, ...]]:
 
 
 def zone_at(name: str, country: str, moment: datetime) -> Zone:
-    """How the clocks of a zone stand at `moment`, by the rules of that zone."""
+    """A zone at `moment`, by its rules."""
     local = moment.astimezone(_rules(name))
     ahead = local.utcoffset()
     if ahead is None:

@@ -1,4 +1,4 @@
-"""Events says when something begins on the clocks of a place. It has the time zones of Bookings in its own memory."""
+"""Events says at what local time something begins. It has the time zones of Bookings in its own memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ZONES: web.AppKey[KeyValueStore[Zone]] = web.AppKey("zones", KeyValueStore)
 
 @dataclass(frozen=True)
 class Events(HttpService):
-    """GET /zones: all of them, with their offsets in minutes. GET /zones/{name}: one.
+    """GET /zones: all zones, with their offsets in minutes. GET /zones/{name}: one zone.
 
-    GET /local/{name}?utc=2026-03-29T09:00: what clocks there read at that moment, unless they are put forward or back
-    between now and then: what is in memory is the offset that a zone has now, and none of its rules.
+    GET /local/{name}?utc=2026-03-29T09:00: the local time at that moment, unless clocks are put forward or back between
+    now and then: the memory has a zone's present offset, and none of its rules.
     """
 
     zones: Topic[Zone]
@@ -53,7 +53,7 @@ class Events(HttpService):
 
     @web.middleware
     async def _misbehave(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Every request meets what this service is told to do, also one for what is not there."""
+        """Every request meets the fault that stands, also one whose answer would be 404."""
         if self.faults is not None:
             await self.faults.meet("events")
         return await handler(request)
@@ -69,7 +69,7 @@ class Events(HttpService):
         ahead = timedelta(minutes=self._zone(request).offset)
         try:
             utc = datetime.fromisoformat(request.query["utc"])
-            if utc.tzinfo is not None:  # it would be answered as if it were the local time
+            if utc.tzinfo is not None:  # the answer would take it for UTC
                 raise ValueError("it has an offset")
             local = utc + ahead
         except (KeyError, ValueError, OverflowError) as error:

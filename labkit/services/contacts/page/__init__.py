@@ -1,4 +1,4 @@
-"""The page of imports, as Contacts Jobs serves it: three files as they are, and where the WebSocket service is."""
+"""The page of imports, as Contacts Jobs serves it: three files, and the port of the WebSocket service."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FILES = {"": "index.html", "page.css": "page.css", "page.js": "page.js"}
 
 
 def routes(notifications_port: int) -> Iterable[web.RouteDef]:
-    """`GET /` and what it needs. The addresses in it are relative, so that it works behind a proxy too."""
-    # Nothing but its own files, and the WebSocket service: on another port, or, behind a proxy, at its own address.
+    """`GET /` and what the page needs. Its addresses are relative, so that it also works behind a proxy."""
+    # Only its own files, and the WebSocket service: on another port, or, behind a proxy, at the same address.
     allowed = (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"connect-src 'self' http://*:{notifications_port} ws://*:{notifications_port}"
@@ -23,7 +23,7 @@ def routes(notifications_port: int) -> Iterable[web.RouteDef]:
         "Content-Security-Policy": allowed,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",  # who changes a file sees it at the next reload
+        "Cache-Control": "no-cache",  # a changed file shows at the next reload
     }
 
     async def settings(_: web.Request) -> web.Response:

@@ -1,11 +1,10 @@
-// The page of imports: what it knows is one `state`, `show` draws it, and a `Connection` brings what happens.
+// The page of imports: all that it knows is in `state`, `show` draws that, and a `Connection` brings notices.
 //
-// Whatever is told twice changes nothing the second time: a stage, a job and a line are what a notice's id is made of,
-// and the state keeps each of them once. So notices that were sent twice, and a state that was read again in between,
-// do no harm.
+// A notice that comes twice changes nothing the second time. Its id is made of a stage, a job and a line, and the state
+// keeps each of these once. So notices that are sent twice, and a state that is read again in between, do no harm.
 
 const SHOWN = 1000; // bad rows of an import that are listed; the others are counted
-const TOLD = 20; // imports of a channel that Contacts Jobs tells after a reload
+const LISTED = 20; // imports of a channel in the answer of Contacts Jobs after a reload
 const FRAME = 50; // ms from one picture to the next
 const SILENCE = 25_000; // ms: the service says something every 10 s; if it does not, the connection is dead
 const SHORTEST = 300, LONGEST = 15_000; // ms from one attempt to connect to the next
@@ -16,7 +15,7 @@ const state = {
   news: "", // what happened last, for the status line, which screen readers read out
   uploads: [], // {file, sent, problem, status}: under way, waiting, or not taken
   imports: new Map(), // request → import
-  gaps: false, // this page may not have been told all there was
+  gaps: false, // this page may have missed notices
 };
 
 // -- What a tab keeps through a reload ---------------------------------------------------------------------------------
@@ -47,15 +46,15 @@ function importOf(request) {
   if (!state.imports.has(request)) {
     state.imports.set(request, {
       name: kept.names[request] ?? `Import ${state.imports.size + 1}`,
-      total: 0, // of jobs; 0 until a notice tells
+      total: 0, // jobs; 0 until a notice says how many
       done: 0,
       failed: 0,
       begun: new Set(), // jobs
-      unheard: 0, // jobs that have ended, and of whose beginning this page was not told
+      unseen: 0, // jobs that have ended, and whose beginning this page has missed
       lines: new Set(), // of all bad rows
       bad: [], // {line, reason} of the first ones, in order of their lines
-      badRows: 0, // as many at least: the state tells their number, and of the first ones more
-      over: false, // nobody will tell this page how it goes on
+      badRows: 0, // at least so many: the state has their number, and details of the first ones
+      over: false, // this page gets no more notices of it
     });
   }
   return state.imports.get(request);
@@ -76,22 +75,22 @@ function hearNotice({ stage, request, total, job, line, reason, done = 0, failed
   if (goesOn && state.gaps) readState();
 }
 
-/** Whether these figures are newer than what was known. A job that failed may be done later; nothing else goes back. */
+/** Whether these figures are newer than the known ones. Only a failed job may change: a replay may do it. */
 function progressed(one, done, failed) {
   if (done + failed < ended(one) || (done + failed === ended(one) && done <= one.done)) return false;
   const quarters = () => Math.floor((4 * ended(one)) / one.total);
   const before = quarters();
   [one.done, one.failed] = [done, failed];
-  one.unheard = Math.max(one.unheard, ended(one) - one.begun.size);
+  one.unseen = Math.max(one.unseen, ended(one) - one.begun.size);
   if (quarters() > before) state.news = `${one.name}: ${progressText(one)}.`; // not each job: it is read out
   return true;
 }
 
-/** Whether this row was not known. */
+/** Add a bad row. Returns whether it is new. */
 function addBadRow(one, row) {
   if (one.lines.has(row.line)) return false;
   one.lines.add(row.line);
-  let at = one.bad.length; // jobs end in any order, and mostly in that of the file
+  let at = one.bad.length; // jobs end in any order, but mostly in the order of the file
   while (at > 0 && one.bad[at - 1].line > row.line) at -= 1;
   one.bad.splice(at, 0, row);
   one.bad.length = Math.min(one.bad.length, SHOWN);
@@ -100,7 +99,7 @@ function addBadRow(one, row) {
 
 const badRowsOf = (one) => Math.max(one.lines.size, one.badRows);
 
-/** Read the state of the imports of this channel, as Contacts Jobs tells it: again until there is an answer. */
+/** Ask Contacts Jobs for the state of this channel's imports, again until it answers. */
 async function readState() {
   state.gaps = true;
   const { channel, key } = kept;
@@ -109,7 +108,7 @@ async function readState() {
   let imports = null;
   for (let failures = 0; !imports; failures += 1) {
     imports = await ask().catch(() => null);
-    if (channel !== kept.channel) return; // another one was opened meanwhile
+    if (channel !== kept.channel) return; // another channel was opened meanwhile
     if (!imports) await sleep(backOff(failures));
   }
   for (const { request, total, done, failed, bad_rows, bad_row_count } of imports) {
@@ -124,7 +123,7 @@ async function readState() {
 
 // -- The connection ----------------------------------------------------------------------------------------------------
 
-/** Keeps a WebSocket open: with back-off, from the last position on, and with another channel when this one is over. */
+/** Keeps a WebSocket open: with back-off, from the last position on, and with a new channel when this one has ended. */
 class Connection {
   #failures = 0;
   #services = null; // the address of the WebSocket service, with a slash in the end
@@ -159,7 +158,7 @@ class Connection {
     sendUploads();
   }
 
-  /** Hear what is told until the connection ends, and say why it did. */
+  /** Receive messages until the connection ends. Resolves to the reason why it did. */
   #listen() {
     return new Promise((resolve) => {
       const socket = new WebSocket(`${this.#services.replace(/^http/, "ws")}notifications`);
@@ -180,16 +179,16 @@ class Connection {
         socket.send(JSON.stringify({ channel, key, position }));
       };
       socket.onmessage = ({ data }) => {
-        const told = JSON.parse(data);
+        const message = JSON.parse(data);
         wait();
-        if (told.code) end(told); // before it closes: a proxy may keep the code for itself
-        else this.#hear(told);
+        if (message.code) end(message); // before the close: a proxy may not pass its code on
+        else this.#receive(message);
       };
       socket.onclose = end;
     });
   }
 
-  #hear({ outcome, position, notice }) {
+  #receive({ outcome, position, notice }) {
     if (outcome) {
       this.#failures = 0;
       this.#connected = true;
@@ -222,7 +221,7 @@ class Connection {
   }
 }
 
-/** Something that a service said, to be shown as it is. */
+/** An error with the words of a service, to be shown as they are. */
 class Problem extends Error {}
 
 /** The address of the WebSocket service: on another port of this host, or behind the same proxy. */
@@ -243,13 +242,13 @@ function forgetChannel() {
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Ever longer, and never the same for two pages: else all would come back at once to a service that has restarted. */
+/** Ever longer, and different for each page: else all pages would come back at once to a restarted service. */
 const backOff = (failures) => Math.min(LONGEST, SHORTEST * 2 ** failures) * (0.5 + Math.random() / 2);
 
 // -- Uploads: one after the other --------------------------------------------------------------------------------------
 
 function take(files) {
-  state.uploads = state.uploads.filter((upload) => !upload.problem); // who chooses anew has read it
+  state.uploads = state.uploads.filter((upload) => !upload.problem); // whoever chooses files again has read them
   state.uploads.push(...[...files].map((file) => ({ file, sent: 0, problem: "", status: 0 })));
   sendUploads();
 }
@@ -266,9 +265,9 @@ async function sendUploads() {
     if (status === 202) {
       state.uploads.splice(state.uploads.indexOf(upload), 1);
       kept.names[request] = upload.file.name;
-      Object.keys(kept.names).slice(0, -TOLD).forEach((old) => delete kept.names[old]);
+      Object.keys(kept.names).slice(0, -LISTED).forEach((old) => delete kept.names[old]);
       keep();
-      importOf(request).name = upload.file.name; // it is here before its first notice, or after that
+      importOf(request).name = upload.file.name; // the answer may come before its first notice, or after
     } else {
       Object.assign(upload, { status, problem: text || "It did not arrive: the connection broke, or nobody answers." });
       state.news = `${upload.file.name} was not taken: ${upload.problem}`;
@@ -277,7 +276,7 @@ async function sendUploads() {
   }
 }
 
-/** Send a file. `fetch` does not tell how much of a body has left, so this is done in the old way. */
+/** Send a file, by XMLHttpRequest: `fetch` does not say how much of a body is sent. */
 function send(upload) {
   return new Promise((resolve) => {
     const asked = new XMLHttpRequest();
@@ -309,8 +308,8 @@ function progressText(one) {
 
 function workingText(one) {
   if (completed(one)) return "";
-  if (one.over) return "its channel is over: this page is not told how it goes on";
-  const working = one.begun.size + one.unheard - ended(one);
+  if (one.over) return "its channel has ended: this page gets no more news of it";
+  const working = one.begun.size + one.unseen - ended(one);
   return working > 0 ? `${count(working, "job")} being worked on` : "";
 }
 
@@ -330,7 +329,7 @@ function uploadText({ file, sent, problem }) {
 
 let waiting = false;
 
-/** Show the state soon: however much happens, some times in a second. */
+/** Show the state soon, but only some times in a second, however much happens. */
 function show(state) {
   if (waiting) return;
   waiting = true;
@@ -379,7 +378,7 @@ function showBadRows(element, one) {
   element.querySelector(".rows").setAttribute("aria-label", `Bad rows of ${one.name}`);
   write(element.querySelector(".more"), many > one.bad.length ? `and ${number.format(many - one.bad.length)} more` : "");
   const body = element.querySelector("tbody");
-  let next = body.firstElementChild; // rows that are there stay: only new ones are put between them
+  let next = body.firstElementChild; // existing rows stay: only new ones are put between them
   for (const row of one.bad) {
     if (next?.dataset.line === String(row.line)) next = next.nextElementSibling;
     else body.insertBefore(tableRow(row), next);
@@ -400,14 +399,14 @@ function cell(text) {
   return made;
 }
 
-/** A bar says what it measures, in words, too. */
+/** A bar says in words, too, what it measures. */
 function measure(bar, value, most, label) {
   bar.max = Math.max(1, most);
   bar.value = value;
   bar.setAttribute("aria-label", label);
 }
 
-/** Texts come from files and services: they are text, and never markup. What has not changed is not read out again. */
+/** Texts come from files and services, so they are never markup. An unchanged text is not read out again. */
 function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

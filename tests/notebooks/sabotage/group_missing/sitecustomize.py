@@ -1,9 +1,9 @@
 """Retry topics without the group in their names: each group reads, and handles, what failed in the other one."""
 
+import labkit.patterns.own_topics as own_topics
 import labkit.patterns.retries as retries
-import labkit.patterns.trails as trails
 
-_named = trails.own_topic
+_named = own_topics.own_topic
 
 
 def _shared(topic, group, what):  # type: ignore[no-untyped-def]
