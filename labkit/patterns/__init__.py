@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from labkit.patterns.aggregation import Command as Command
     from labkit.patterns.aggregation import ImportKey as ImportKey
     from labkit.patterns.blocked_lanes import BlockedLanes as BlockedLanes
-    from labkit.patterns.consume_and_project import Projection as Projection
-    from labkit.patterns.consume_and_project import Staleness as Staleness
     from labkit.patterns.dead_letters import DeadLetters as DeadLetters
     from labkit.patterns.key_value_store import KeyValueStore as KeyValueStore
     from labkit.patterns.key_value_store import StoreClosed as StoreClosed
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from labkit.patterns.notice_window import Bounds as Bounds
     from labkit.patterns.notifications import Notifications as Notifications
     from labkit.patterns.notifications import Outcome as Outcome
+    from labkit.patterns.projection import Projection as Projection
+    from labkit.patterns.projection import Staleness as Staleness
     from labkit.patterns.retries import Policy as Policy
     from labkit.patterns.retries import RetryingConsumer as RetryingConsumer
     from labkit.patterns.retries import blocking as blocking
@@ -45,7 +45,7 @@ else:
         {
             "aggregation": "AtomicKeyValueStore Command ImportKey",
             "blocked_lanes": "BlockedLanes",
-            "consume_and_project": "Projection Staleness",
+            "projection": "Projection Staleness",
             "dead_letters": "DeadLetters",
             "key_value_store": "KeyValueStore StoreClosed StoreNotReady",
             "mediator": "Mediator Refused",

@@ -16,7 +16,7 @@ import psutil
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing, Unavailable
 from labkit.kafka.producer import end_transactions
-from labkit.runtime import slots
+from labkit.runtime import replication_slots
 from labkit.runtime.broker import HOST, LOGGING, free_ports, log_tail
 from labkit.runtime.child import Child
 from labkit.runtime.connectors import MIRROR, POSTGRES, Connector, with_fix
@@ -116,7 +116,7 @@ class KafkaConnect(Server):
         """
         until = time.monotonic() + timeout
         if connector.config["connector.class"] == POSTGRES:
-            slots.check(connector)
+            replication_slots.check(connector)
             self._check_home(connector)
         _check_topics(connector)
         target = self._target_of(connector)
@@ -152,7 +152,7 @@ class KafkaConnect(Server):
             raise LabkitError(f"{self.name} has no connector {name!r}: `status()` lists its connectors")
         self._take_away(name, until)
         if left := self._captures_of(name):
-            fixes = "; ".join(slots.how_to_drop(self._captures[one]) for one in left)
+            fixes = "; ".join(replication_slots.how_to_drop(self._captures[one]) for one in left)
             raise LabkitError(
                 f"connector {name} is stopped, but its slot cannot be dropped now, and PostgreSQL keeps its log for "
                 f"it: stop it once more when PostgreSQL is up, or {fixes}"
@@ -253,7 +253,7 @@ class KafkaConnect(Server):
 
     def _drop(self, captures: Iterable[tuple[str | None, ...]]) -> None:
         for one in captures:
-            if slots.drop(self._captures[one]):
+            if replication_slots.drop(self._captures[one]):
                 del self._captures[one]
 
     def _remove(self, path: str, until: float) -> None:

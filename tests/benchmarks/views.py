@@ -21,7 +21,7 @@ from labkit import Lab
 from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.projection import Projection
 from labkit.patterns.views import Batch, Change, SqliteView
 from labkit.runtime import shared
 from labkit.services.sites.content import App, Site, site_id, sites, updates

@@ -29,7 +29,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab import runs
 from labkit.lab.faults.kafka_connect import Connect
 from labkit.lab.faults.target import Target
-from labkit.runtime import kafka_connect, postgres, slots
+from labkit.runtime import kafka_connect, postgres, replication_slots
 from labkit.runtime.broker import free_ports
 from labkit.runtime.connect import Connection
 from labkit.runtime.connectors import Connector, slot_name
@@ -186,7 +186,7 @@ def test_rows_then_changes_are_captured_exactly_once_though_the_worker_is_killed
     assert repr(connect).startswith(f"Kafka Connect: {name} running · ")
     connect.stop(name)
     with psycopg.connect(dsn) as database:
-        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
+        assert database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
 
 
 def test_a_column_that_is_added_and_a_row_that_is_deleted(
@@ -342,7 +342,7 @@ def test_a_capture_whose_stop_was_interrupted_can_be_started_and_stopped(lab: La
         seen.more(ROWS)
     connect.stop(connector.name)
     with psycopg.connect(dsn) as database:
-        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
+        assert database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
 
 
 @pytest.mark.long
@@ -391,7 +391,7 @@ def test_a_table_that_cannot_be_captured_is_refused(
         database.execute(sql)
         with pytest.raises(LabkitError, match=said):
             connect.start(capture(dsn, asked, lab.topic("refused", 1)))
-        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
+        assert database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
     assert connect.status().empty
 
 
@@ -516,7 +516,7 @@ def test_a_capture_of_another_table_takes_the_place_of_one_and_begins_with_its_r
         connect.start(capture(dsn, "others", topic))
         seen.more(1)
         assert seen.found[ROWS:] == [("1000", 7)]
-    assert len(table.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()) == 2  # a slot and a publication
+    assert len(table.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall()) == 2  # a slot and a publication
 
 
 # -- What is left
@@ -539,9 +539,9 @@ def test_a_slot_that_cannot_be_dropped_now_is_told_and_dropped_later(
     finally:
         postgres.restart()
     with psycopg.connect(dsn, autocommit=True) as database:
-        assert {found for found, _ in database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()} == {slot}
+        assert {found for found, _ in database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall()} == {slot}
         connect.stop(name)
-        assert database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
+        assert database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall() == []
     with pytest.raises(LabkitError, match="has no connector"):
         connect.stop(name)
 
@@ -556,8 +556,8 @@ def test_what_a_dead_run_left_in_postgres_is_collected(lab: Lab, dsn: str) -> No
             database.execute(f"create publication {name}")
         try:
             living = [prefix for prefix, _ in runs.living()]
-            assert slots.collect(connector, runs.learner(), living) == [dead]
-            left = database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()
+            assert replication_slots.collect(connector, runs.learner(), living) == [dead]
+            left = database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall()
             assert sorted(name for name, _ in left) == sorted(kept * 2)
         finally:
             for name, _ in database.execute(
@@ -572,7 +572,7 @@ def test_a_capture_that_starts_collects_what_dead_runs_left(lab: Lab, connect: C
     with psycopg.connect(dsn, autocommit=True) as database:
         database.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", (dead,))
         connect.start(capture(dsn, "things", topic))
-        left = database.execute(slots.SLOTS_AND_PUBLICATIONS).fetchall()
+        left = database.execute(replication_slots.SLOTS_AND_PUBLICATIONS).fetchall()
         assert {name for name, _ in left} == {slot_name(topic.name)}
 
 

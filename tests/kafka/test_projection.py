@@ -24,7 +24,7 @@ from consuming import Member, Process, committed, fresh_group, fresh_topic, put
 from processes import wait_until
 from view_member import numbers, projection
 
-import labkit.patterns.consume_and_project as module
+import labkit.patterns.projection as module
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
@@ -33,8 +33,8 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Projection, Staleness
 from labkit.patterns.key_value_store import StoreNotReady
+from labkit.patterns.projection import Projection, Staleness
 from labkit.patterns.views import (
     Batch,
     Change,

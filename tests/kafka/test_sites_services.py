@@ -31,7 +31,7 @@ from labkit.kafka.consumer.steps import Step
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.projection import Projection
 from labkit.patterns.views import PostgresView, SqliteView, View, ViewUnavailable
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres

@@ -19,8 +19,8 @@ from labkit.kafka.errors import ClusterUnreachable
 from labkit.kafka.lag import end_offsets, lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Projection, Staleness
 from labkit.patterns.key_value_store import KeyValueStore
+from labkit.patterns.projection import Projection, Staleness
 from labkit.patterns.views import SqliteView
 from labkit.runtime.connect import Connection
 

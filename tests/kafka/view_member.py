@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.projection import Projection
 from labkit.patterns.views import Batch, Change, Database, PostgresView, SqliteView, View, insert
 
 OUTPUT = threading.Lock()

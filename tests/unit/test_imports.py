@@ -42,7 +42,7 @@ def loaded(source: str, *of: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["labkit.kafka.consumer", "labkit.patterns.consume_and_project", "labkit.lab.pods.process"],
+    ["labkit.kafka.consumer", "labkit.patterns.projection", "labkit.lab.pods.process"],
 )
 def test_no_notebook_in_sight(module: str) -> None:
     assert loaded(f"import {module}", *NOTEBOOK) == []

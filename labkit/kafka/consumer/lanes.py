@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from labkit.kafka.consumer.failures import FailedRecord
-from labkit.kafka.consumer.held import Held
+from labkit.kafka.consumer.held_outputs import Held
 from labkit.kafka.records import Message
 
 if TYPE_CHECKING:

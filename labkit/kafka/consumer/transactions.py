@@ -24,7 +24,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from labkit.kafka.consumer.commits import REACH, Commits
 from labkit.kafka.consumer.failures import FailedRecord, SetAside
-from labkit.kafka.consumer.held import TOPIC_REFUSED, Held, Refusals
+from labkit.kafka.consumer.held_outputs import TOPIC_REFUSED, Held, Refusals
 from labkit.kafka.consumer.lanes import Partition
 from labkit.kafka.consumer.run import Run, log
 from labkit.kafka.consumer.state import Changes, PartitionState, most_bytes, outputs_of

@@ -10,7 +10,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.lab import runs
 from labkit.lab.faults.servers import ServerFaults
 from labkit.lab.history import History
-from labkit.runtime import slots
+from labkit.runtime import replication_slots
 from labkit.runtime.connectors import POSTGRES, Connector
 from labkit.runtime.kafka_connect import ConnectorStatus, KafkaConnect
 from labkit.runtime.server import ServerState
@@ -49,7 +49,7 @@ class Connect(ServerFaults):
         """
         self._running("start a connector")
         if connector.config["connector.class"] == POSTGRES:
-            slots.collect(connector, runs.learner(), [prefix for prefix, _ in runs.living()])
+            replication_slots.collect(connector, runs.learner(), [prefix for prefix, _ in runs.living()])
         self._worker.start(connector, timeout)
         self.look()
 

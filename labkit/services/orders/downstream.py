@@ -25,7 +25,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.producer import POD
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic, short_name
-from labkit.patterns.consume_and_project import Projection
+from labkit.patterns.projection import Projection
 from labkit.patterns.views import Batch, Database, PostgresView, Row
 from labkit.services.connections import rows
 from labkit.services.orders import locks

@@ -28,7 +28,7 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import DeliveryFailed, PoisonRecord, place_of
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import VERSION, version_of
+from labkit.patterns.projection import VERSION, version_of
 from labkit.services.http import CONFIRM, HttpService, body, json
 from labkit.services.sites.content import Site
 from labkit.services.sites.view_reader import checked_name

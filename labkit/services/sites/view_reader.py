@@ -17,7 +17,7 @@ from aiohttp import web
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
-from labkit.patterns.consume_and_project import Staleness
+from labkit.patterns.projection import Staleness
 from labkit.patterns.views import View, ViewUnavailable
 from labkit.services.http import Handler, HttpService
 
