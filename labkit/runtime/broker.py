@@ -48,7 +48,6 @@ controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 # Relative, as are all paths of a broker: Java reads this file as Latin-1 with escapes, Kafka splits values at commas.
 log.dirs=data
-# Topics are made on purpose only.
 auto.create.topics.enable=false
 num.partitions=4
 # One node: one replica of everything.
