@@ -51,7 +51,7 @@ def long(*case: str) -> Any:
         long(FIRST, "lossy_produce", "verdict", r"invalid: .* lost [1-9]"),
         long(VIEWS, "offsets_outside", "crash-verdict", r"invalid: view: .* (lost|wrong) [1-9]"),
         long(VIEWS, "lossy_produce", "crash-verdict", r"invalid: view: .* (lost|wrong) [1-9]"),
-        long(VIEWS, "early_commit", "table-verdict", r"invalid: MetaSite's table: .* wrong [1-9]"),
+        long(VIEWS, "early_commit", "crash-verdict", r"invalid: MetaSite's table: .* wrong [1-9]"),
         long(VIEWS, "no_version_check", "verdict", r"invalid: view: .* (wrong|unexpected) [1-9]"),
         long(VIEWS, "snapshot_skipped", "cdc-verdict", r"invalid: topic rows: .* lost [1-9]"),
         long(VIEWS, "offsets_forgotten", "cdc-verdict", r"invalid: topic rows: .* duplicated [1-9]"),

@@ -17,6 +17,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "notices": "Counted ImportNotice Notices channel_of request_of",
         "polling": "DownstreamService PolledFront PollingBrowsers ReportsDownstream",
         "reports": "JobFinished Progress Reports progress",
+        "screens": "on_screens",
         "state": "ImportState",
         "upload": "ContactsJobs",
     },

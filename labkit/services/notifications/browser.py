@@ -114,11 +114,11 @@ class Browser:
                 try:
                     async with session.ws_connect(f"{self.url}/notifications", origin=self.origin) as socket:
                         self._socket = socket
-                        await self._hear(socket)
+                        code = await self._hear(socket)
                         if self.connected.is_set():
                             pause = AGAIN[0]
-                        if socket.close_code in FINAL:
-                            self.ended = f"closed with {socket.close_code}: another attempt would not do better"
+                        if code in FINAL:
+                            self.ended = f"closed with {code}: another attempt would not do better"
                             return
                 except (aiohttp.ClientError, OSError, TimeoutError, AssertionError):
                     # Nobody is there now: the next attempt may find another instance. (aiohttp only asserts that a
@@ -132,13 +132,16 @@ class Browser:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - not all pages at the same moment
                 pause = min(2 * pause, AGAIN[1])
 
-    async def _hear(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _hear(self, socket: aiohttp.ClientWebSocketResponse) -> int | None:
+        """Returns with what code the service closed the connection, if it said one."""
         await socket.send_json({"channel": self.channel, "key": self.key, "position": self.position})
         while True:
             said = await socket.receive(QUIET)
             if said.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
-                return
-            told = msgspec.json.decode(said.data)
+                return socket.close_code
+            told: dict[str, Any] = msgspec.json.decode(said.data)
+            if "code" in told:  # before it closes: a proxy may keep the code for itself
+                return int(told["code"])
             with self._changed:
                 self._take(told)
                 self._changed.notify_all()
