@@ -121,7 +121,7 @@ class BlockedLanes(GroupEntries[Blocked]):
         if (one := now.get(place)) is None:
             here = [other for other in now if other.rpartition("/")[0] == place.rpartition("/")[0]]
             what = (
-                f"in that partition it is {', '.join(here)}"
+                f"in that partition {', '.join(here)} does that"
                 if here
                 else f"it is blocked by {', '.join(now) or 'nothing'}"
             )

@@ -86,7 +86,7 @@ class Mediator(Generic[E]):
         if not versions or len({one.name for one in self.processes}) > 1 or len(set(versions)) < len(versions):
             raise LabkitError("a mediator takes the versions of one process that are under way, each of them once")
         if self.asks < 1:
-            raise LabkitError(f"asks is at least 1, as a step is asked at least once, not {self.asks!r}")
+            raise LabkitError(f"asks must be at least 1, not {self.asks!r}")
         pairs = {(step.name, step.commands.name) for step in self.steps}
         if any(len(set(each)) < len(pairs) for each in zip(*pairs, strict=True)):
             raise LabkitError(

@@ -77,6 +77,11 @@ class HttpService:
 
     async def _serve(self, stop: threading.Event, report: Report) -> None:
         figures = _Figures()
+
+        def tell() -> None:
+            for measured in (figures.measured(), *self.measured(app)):
+                report(Step.MEASURED, measured)
+
         app = web.Application(middlewares=[figures.count])
         app.add_routes(self.routes())
         await self.start(app)
@@ -89,14 +94,12 @@ class HttpService:
         try:
             await runner.setup()
             await web.TCPSite(runner, HOST, self.port, reuse_port=True).start()
-            ends = False
-            while not ends:
-                ends = stop.is_set()  # before the figures: they are told a last time
-                for measured in (figures.measured(), *self.measured(app)):
-                    report(Step.MEASURED, measured)
-                await asyncio.sleep(0 if ends else TELL)
+            while not stop.is_set():
+                tell()
+                await asyncio.sleep(TELL)
         finally:
             await runner.cleanup()
+            tell()  # with what was answered meanwhile
             await self.finish(app)
 
 

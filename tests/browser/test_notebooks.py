@@ -24,8 +24,8 @@ def test_00_a_crash_by_button_is_seen_and_the_verdict_is_valid(
     rest = [cell for cell in book.cells if cell.id != "break"]  # it crashes the same pod: a dead button would not show
     assert len(rest) == len(book.cells) - 1
     book.cells = rest
-    for cell in book.cells:
-        cell.source = cell.source.replace("islice(numbers, 1000)", "islice(numbers, 500)")
+    (load,) = [cell for cell in book.cells if "islice(numbers, 1000)" in cell.source]
+    load.source = load.source.replace("1000", "500")
     nbformat.write(book, root / own)
     notebook.open(jupyter.link(own))
     notebook.run_above(VERDICT)  # the rest waits for the click, however slow the machine is

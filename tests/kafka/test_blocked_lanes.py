@@ -111,7 +111,7 @@ def test_a_skip_of_what_is_not_blocked_is_refused(cluster: Cluster) -> None:
         blocked_at(lanes, f"{topic.name}/0/1")
         assert repr(lanes) == f"BlockedLanes({topic.short} of {group}, 1)"
         for offset in (0, 2):
-            with pytest.raises(LabkitError, match=f"is not blocked by .*/0/{offset}: in that partition it is .*/0/1"):
+            with pytest.raises(LabkitError, match=f"is not blocked by .*/0/{offset}: in that partition .*/0/1"):
                 lanes.skip(f"{topic.name}/0/{offset}")
         assert lanes.skipped() == []
     assert repr(lanes).endswith(", closed)")

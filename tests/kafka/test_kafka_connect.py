@@ -326,6 +326,8 @@ def test_a_connector_that_fails_for_good_says_why_and_another_takes_its_place(
     assert connect.status_line() in lab._status([])
     reason = lab.verdict([Sent("1", "1", 0)], topic).reason  # it may still bring what was sent
     assert str(reason).startswith("connector capture-fails failed: IllegalArgument")
+    connect.stop(good.name)
+    assert lab.settle()
     connect.start(good)
     with closing(Seen(topic)) as seen:
         seen.more(ROWS)

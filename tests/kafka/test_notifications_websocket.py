@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import socket
@@ -147,6 +148,34 @@ def test_what_a_page_may_not_say_closes_its_connection_alone(cluster: Cluster, m
         assert await bad.closed() == CloseCode.BAD_MESSAGE
         await send(topic, good.channel, 1)
         assert await good.ids(1) == ["1"]
+
+    with serving(topic) as served:
+        browse(pages)
+
+
+def test_nothing_follows_the_good_bye(cluster: Cluster) -> None:
+    """By hand: a client's library hears nothing more itself once it has heard that."""
+    topic = fresh_topic(cluster, 1, Note)
+    unmasked = bytes(4)  # a mask that changes nothing
+
+    async def pages(session: aiohttp.ClientSession) -> None:
+        page = Page(session, served.url)
+        told = await page.open()
+        line, page_line = await asyncio.open_connection("127.0.0.1", int(served.url.rpartition(":")[2]))
+        hello = json.dumps({name: told[name] for name in ("channel", "key", "position")}).ljust(126).encode()
+        upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
+        key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+        asked = f"GET /notifications HTTP/1.1\r\nHost: here\r\nOrigin: {served.url}\r\n{upgrade}\r\n{key}\r\n\r\n"
+        page_line.write(asked.encode())
+        page_line.write(b"\x81\xfe" + len(hello).to_bytes(2, "big") + unmasked + hello)
+        heard = await line.readuntil(b"nothing missed")
+        page_line.write(b"\x81\x82" + unmasked + b"{}")  # a second word
+        heard = await line.readuntil(CloseCode.TOO_MANY.to_bytes(2, "big"))
+        await line.readexactly(heard[-3] - 2)  # the rest of the good-bye: why
+        await send(topic, page.channel, "too late")
+        await served.has_read(1)
+        assert await line.read() == b""
+        page_line.close()
 
     with serving(topic) as served:
         browse(pages)

@@ -47,7 +47,7 @@ def service(*codes: int) -> Iterator[str]:
         await runner.cleanup()
 
     stop = asyncio.Event()
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
     assert ready.wait(20)
     try:

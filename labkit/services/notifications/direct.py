@@ -105,10 +105,8 @@ class Listener:
             self.dropped = True
         self.wake()
 
-    def take(self) -> list[Told]:
-        found = [*self._waiting]
-        self._waiting.clear()
-        return found
+    def take(self, most: int) -> list[Told]:
+        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
     def beat(self) -> Told | None:
         return None if self._waiting or self.dropped else Told("")

@@ -61,6 +61,7 @@ class CloseCode(IntEnum):
     """
 
     BAD_MESSAGE = 4400
+    """It said nothing in time, or what is no hello: come back."""
     NOT_YOURS = 4403
     """No channel of ours, or somebody else's: open another one."""
     EXPIRED = 4410
@@ -87,8 +88,8 @@ class Listening(Protocol):
     def dropped(self) -> bool:
         """Whether nothing comes any more: the page has to come back."""
 
-    def take(self) -> list[Told]:
-        """What is there. If that is `SHARE` or more, there may be more still."""
+    def take(self, most: int) -> list[Told]:
+        """What is there, at most so many. If it is as many, there may be more."""
 
     def beat(self) -> Told | None:
         """The position of a page that was told all there is; None if something waits."""
@@ -298,7 +299,7 @@ class _Connection:
         while time.time() < self._expires:
             await self._woken.wait()
             self._woken.clear()
-            told = self.subscription.take()
+            told = self.subscription.take(SHARE)
             if not told and (beat := self.subscription.beat()) is not None:
                 told = [beat]
             while told:
@@ -306,20 +307,24 @@ class _Connection:
                 if len(told) < SHARE:
                     break  # what comes now wakes it again
                 await asyncio.sleep(0)  # a page that reads fast leaves time to the others
-                told = self.subscription.take()
+                told = self.subscription.take(SHARE)
             self._told_at = self._loop.time()
         await _close(self._page, CloseCode.EXPIRED, "the time of this channel is over: open another one")
 
     async def _write(self, texts: list[bytes]) -> None:
         """In one write, which takes a tenth of the time of as many calls of aiohttp. While the page does not read, the
-        last text goes through aiohttp, which waits for it to read, and says that it is gone."""
+        first text goes through aiohttp, which waits until it does, and says that the connection is over."""
+        if self._is_over() or self._request.protocol.writing_paused:
+            await self._page.send_frame(texts[0], WSMsgType.TEXT)
+            texts = texts[1:]
+        if texts and not self._is_over():
+            assert self._request.transport is not None  # noqa: S101
+            self._request.transport.write(b"".join(map(_frame, texts)))
+
+    def _is_over(self) -> bool:
+        """Nothing may be said any more: the page is gone, or was told good-bye."""
         transport = self._request.transport
-        if transport is not None and not transport.is_closing():
-            if not self._request.protocol.writing_paused:
-                transport.write(b"".join(map(_frame, texts)))
-                return
-            transport.write(b"".join(map(_frame, texts[:-1])))
-        await self._page.send_frame(texts[-1], WSMsgType.TEXT)
+        return transport is None or transport.is_closing() or self._page.closed
 
 
 class Rate:
