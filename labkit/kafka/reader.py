@@ -14,6 +14,7 @@ from typing import Any, Generic, cast
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
+from labkit.closing import Closing
 from labkit.kafka.errors import ClusterUnreachable, PoisonRecord, RecordsDeleted, TopicMissing
 from labkit.kafka.lag import end_offsets, stable_offsets, start_offsets
 from labkit.kafka.records import Message, Record, T, decoder
@@ -37,7 +38,7 @@ def has_records(topic: Topic[Any], partition: int, start: int, end: int, timeout
         client.close()
 
 
-class Reader(Generic[T]):
+class Reader(Closing, Generic[T]):
     """Reads one topic from its beginning on. Not for use by several threads at once.
 
     With `committed=False` it also sees records of transactions that are open, or were aborted. `partitions` are those
@@ -147,12 +148,6 @@ class Reader(Generic[T]):
 
     def close(self) -> None:
         self._client.close()
-
-    def __enter__(self) -> Reader[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _read(self, partitions: Iterable[int]) -> None:
         """Read these partitions: those that are new, from where they are to begin."""

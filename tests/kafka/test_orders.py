@@ -245,7 +245,7 @@ def test_what_makes_no_sense_is_refused(dsn: str, checkouts: Topic[OrderCheckout
     with pytest.raises(LabkitError, match="cannot be a name in a view"):
         orders.delivery(checkouts, dsn, table="parcels; drop table carts")
     for guard in ("offset", "none"):
-        with pytest.raises(LabkitError, match="no lock and costs nothing"):
+        with pytest.raises(LabkitError, match="no lock: 'pessimistic' and 'optimistic' have costs"):
             orders.delivery(checkouts, dsn, guard).costs()  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'ship'"):
         _ = orders.ship

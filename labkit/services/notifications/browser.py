@@ -7,11 +7,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
 
+from labkit.closing import Closing
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.services.calls import ask
 
@@ -30,7 +31,7 @@ class Shown(NamedTuple):
     """When it came, in seconds since 1970."""
 
 
-class Browser:
+class Browser(Closing):
     """Opens a channel at the WebSocket service at `url`, and listens until it is closed.
 
     A connection that is lost is made again, with the last position. Each id is shown once. As a browser does, it tells
@@ -87,12 +88,6 @@ class Browser:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._task.cancel)
             self._thread.join(10.0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _run(self) -> None:
         try:

@@ -128,7 +128,10 @@ class Downstream:
     def costs(self) -> locks.Costs:
         """What the lock has cost. Raises LabkitError for a service without a lock."""
         if self.guard not in ("pessimistic", "optimistic"):
-            raise LabkitError(f"the guard of {self.table} is {self.guard!r}, which is no lock and costs nothing")
+            raise LabkitError(
+                f"the guard of {self.table} is {self.guard!r}, which is no lock: 'pessimistic' and 'optimistic' "
+                "have costs"
+            )
         return locks.costs(self.dsn, self.table)
 
     def _read(self) -> list[Row]:
