@@ -31,6 +31,15 @@ class Figures(NamedTuple):
     """Seconds this process computed in a whole run: on a busy machine a better measure than time."""
 
 
+def wait(condition: Callable[[], Any], timeout: float = 300.0) -> None:
+    """Until something is so, which nothing tells of."""
+    until = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError("the benchmark waits for what does not come")
+        time.sleep(0.005)
+
+
 class Bench:
     """A folder and a broker of its own, for as long as the `with` block lasts. Nothing is left of them."""
 

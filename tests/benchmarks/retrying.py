@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, wait
 from benchmarks.consuming import Counted, filled, labkit_loop
 from benchmarks.report import Goal, Row
 from labkit.kafka.consumer import Consumer
@@ -45,14 +45,6 @@ def running(consumer: Consumer) -> Iterator[None]:
         finally:
             stop.set()
             thread.join(30)
-
-
-def wait(condition: Callable[[], Any], timeout: float = 300.0) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > until:
-            raise TimeoutError("the benchmark waits for what does not come")
-        time.sleep(0.005)
 
 
 def lateness(bench: Bench) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from benchmarks.bench import Bench, say
+from benchmarks.bench import Bench, say, wait
 from benchmarks.report import Goal, Row
 from labkit import Lab
 from labkit.kafka.consumer import Consumer
@@ -106,9 +106,7 @@ def deployed(lab: Lab, topic: Topic[int], name: str) -> float:
 
     began = time.perf_counter()
     deployment = lab.deploy(name, Consumer(topic, handle))
-    while deployment.pods[0].state is not PodState.RUNNING:
-        assert time.perf_counter() - began < PATIENCE, f"the pod does not run: {deployment!r}"
-        time.sleep(0.002)
+    wait(lambda: deployment.pods[0].state is PodState.RUNNING)
     took = time.perf_counter() - began
     deployment.drain(timeout=5)
     say(f"  pod: {took:.2f} s")

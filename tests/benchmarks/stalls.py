@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 from confluent_kafka import Consumer as Client
 
-from benchmarks.bench import Bench, say
+from benchmarks.bench import Bench, say, wait
 from benchmarks.report import Goal, Row
-from benchmarks.retrying import running, wait
+from benchmarks.retrying import running
 from labkit import Lab
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step

@@ -15,7 +15,7 @@ import psycopg
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import TopicPartition
 
-from benchmarks.bench import Bench, say
+from benchmarks.bench import Bench, say, wait
 from benchmarks.report import Goal, Row
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.lag import end_offsets
@@ -134,8 +134,7 @@ def changes(kept: KeyValueStore[Customer]) -> Iterator[Row]:
     waits = []
     with KeyValueStore(kept.topic) as other:
         subscription = other.subscribe(lambda key, old, new: told.set())
-        while subscription.behind:
-            time.sleep(0.01)  # the state as it is
+        wait(lambda: not subscription.behind)  # the state as it is
         for number in range(CHANGES):
             told.clear()
             began = time.perf_counter()

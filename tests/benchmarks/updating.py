@@ -18,9 +18,8 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import Producer as RawProducer
 
 from benchmarks.aggregating import INTERVAL, PARTITIONS, counting, filled
-from benchmarks.bench import Bench, say
+from benchmarks.bench import Bench, say, wait
 from benchmarks.report import Goal, Row
-from benchmarks.retrying import wait
 from benchmarks.stalls import Traffic
 from labkit import Lab
 from labkit.kafka.lag import lag

@@ -199,7 +199,7 @@ def test_halted_for_a_moment_it_stays_the_leader(broker: PrivateBroker) -> None:
     topic = fresh_topic(broker.cluster, 8)
     for number in range(3):
         broker.freeze()
-        time.sleep(0.8)
+        time.sleep(0.8)  # the halt itself
         broker.thaw()
         put(topic, number)
         time.sleep(0.2)  # the controller looks for sessions that are over from time to time
