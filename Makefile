@@ -6,11 +6,10 @@ CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3
 FITS := import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))
 VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
 
-# Two at once, each with a broker of its own. A notebook starts a dozen pods and kills Kafka: of three at once on two
-# cores, one was so slow that the others' limits were over. A file stays in one process, with what its tests share and
-# the order of a notebook's cells.
-PYTEST := .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5
-# The longest files start first, notebooks before all, so that no worker ends long after the other.
+# Three at once on two cores, each with a broker of its own; tests/conftest.py keeps three notebooks apart. A file stays in
+# one process, with what its tests share and the order of a notebook's cells.
+PYTEST := .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5
+# The longest files start first, so that no worker ends long after the others.
 TESTS := tests/browser tests/notebooks tests/kafka tests/unit
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=280
 
