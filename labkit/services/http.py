@@ -9,9 +9,8 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -26,8 +25,8 @@ LATELY = 5.0  # seconds: older requests do not count for p50 and p99
 
 T = TypeVar("T")
 
-Handler: TypeAlias = Callable[[Any], Awaitable[web.StreamResponse]]
-"""Takes a `web.Request`, or a `web.BaseRequest` where there are no routes."""
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Stopping: TypeAlias = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,6 @@ class HttpService:
         """Its routes: `web.get("/sites/{id}", self.site)` and so on."""
         return ()
 
-    def handler(self, app: web.Application) -> Handler | None:
-        """A function that answers every request, instead of routes. Called after `start`.
-
-        Without aiohttp's routes, a quick answer takes three quarters of the time.
-        """
-        return None
-
     async def start(self, app: web.Application) -> None:
         """Put what the handlers need into `app[…]`, before the first request."""
 
@@ -63,6 +55,20 @@ class HttpService:
     def measured(self, app: web.Application) -> Iterable[Measured]:
         """Further figures, reported four times a second."""
         return ()
+
+    async def listen(self, app: web.Application, figures: Figures) -> Stopping:
+        """Begin to answer; called after `start`. Returns a function that ends it, once all is answered.
+
+        Override it to serve with another library than aiohttp. Raises OSError if the port is taken.
+        """
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN)
+        try:
+            await runner.setup()
+            await web.TCPSite(runner, HOST, self.port, reuse_port=True).start()
+        except BaseException:
+            await runner.cleanup()
+            raise
+        return runner.cleanup
 
     @property
     def url(self) -> str:
@@ -76,7 +82,7 @@ class HttpService:
             runner.run(self._serve(stop, report))
 
     async def _serve(self, stop: threading.Event, report: Report) -> None:
-        figures = _Figures()
+        figures = Figures()
 
         def tell() -> None:
             for measured in (figures.measured(), *self.measured(app)):
@@ -85,21 +91,16 @@ class HttpService:
         app = web.Application(middlewares=[figures.count])
         app.add_routes(self.routes())
         await self.start(app)
-        runner: web.BaseRunner
-        if handler := self.handler(app):
-            server = web.Server(partial(figures.count, handler=handler), access_log=None)
-            runner = web.ServerRunner(server, shutdown_timeout=DRAIN)
-        else:
-            runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN)
         try:
-            await runner.setup()
-            await web.TCPSite(runner, HOST, self.port, reuse_port=True).start()
-            while not stop.is_set():
-                tell()
-                await asyncio.sleep(TELL)
+            end = await self.listen(app, figures)
+            try:
+                while not stop.is_set():
+                    tell()
+                    await asyncio.sleep(TELL)
+            finally:
+                await end()
+                tell()  # with what was answered meanwhile
         finally:
-            await runner.cleanup()
-            tell()  # with what was answered meanwhile
             await self.finish(app)
 
 
@@ -116,7 +117,7 @@ def json(value: object) -> web.Response:
     return web.json_response(body=value if isinstance(value, bytes) else msgspec.json.encode(value))
 
 
-class _Figures:
+class Figures:
     """The figures of the requests that one process has answered."""
 
     def __init__(self) -> None:
@@ -124,7 +125,7 @@ class _Figures:
         self.latency = Latency()
 
     @web.middleware
-    async def count(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
+    async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         begun = time.perf_counter()
         status = 500
         try:
@@ -135,10 +136,14 @@ class _Figures:
             status = refused.status
             raise
         finally:
-            self.requests += 1
-            self.errors += status >= 500
-            if status != HTTPStatus.SWITCHING_PROTOCOLS:  # a WebSocket lasts as long as its page
-                self.latency.add(time.perf_counter() - begun)
+            self.add(status, begun)
+
+    def add(self, status: int, begun: float) -> None:
+        """A request was answered with this status; `begun` is what `time.perf_counter()` said when it came."""
+        self.requests += 1
+        self.errors += status >= 500
+        if status != HTTPStatus.SWITCHING_PROTOCOLS:  # a WebSocket lasts as long as its page
+            self.latency.add(time.perf_counter() - begun)
 
     def measured(self) -> Measured:
         return Measured({"requests": self.requests, "errors": self.errors}, self.latency.gauges())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from collections import deque
 import uvloop
 
 TICK = 0.001  # seconds between two looks at what is due. uvloop makes 0 of less: that would keep a core busy
-HEADER_END, LENGTH = b"\r\n\r\n", b"Content-Length: "
+HEADER_END, LENGTH = b"\r\n\r\n", re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
 
 class Connection(asyncio.Protocol):
@@ -40,9 +41,8 @@ class Connection(asyncio.Protocol):
         end = self.buffer.find(HEADER_END)
         if end < 0:
             return
-        at = self.buffer.find(LENGTH) + len(LENGTH)
-        length = int(self.buffer[at : self.buffer.find(b"\r\n", at)])
-        if len(self.buffer) >= end + len(HEADER_END) + length:
+        length = LENGTH.search(self.buffer, 0, end)
+        if length and len(self.buffer) >= end + len(HEADER_END) + int(length[1]):
             self.generator.answered(time.perf_counter() - self.due, self.buffer.startswith(b"HTTP/1.1 200"))
             self.generator.is_free(self)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 import psycopg
@@ -167,6 +169,18 @@ def test_it_is_only_read(reader: str) -> None:
     assert msgspec.json.decode(said)["stale"]["records"] == 0
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5) as answer:
         assert (answer.status, answer.read()) == (200, b"")
+
+
+def test_two_requests_in_one_packet_are_both_answered_and_garbage_is_refused(reader: str) -> None:
+    address = urlsplit(reader)
+    where = f"HTTP/1.1\r\nHost: {address.netloc}\r\n"
+    asked = f"GET /site/{site_id(3)} {where}\r\nDELETE /site/{site_id(3)} {where}Connection: close\r\n\r\n"
+    for sent, statuses in ((asked, [200, 405]), ("what is this?\r\n\r\n", [400])):
+        with socket.create_connection((str(address.hostname), address.port or 0), timeout=5) as connection:
+            connection.sendall(sent.encode())
+            said = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", said)] == statuses
+        assert (b"allow: GET, HEAD" in said) == (405 in statuses)
 
 
 def test_a_value_that_its_column_cannot_have_is_refused(cluster: Cluster, dsn: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from labkit.patterns.views.changes import Row, ViewUnavailable
 from labkit.patterns.views.view import BUSY, View, closed_unless_done
+
+LOOK = 0.05  # seconds between two looks whether readers still have the right file: each is a call into the system
 
 
 class SqliteView(View):
@@ -21,6 +24,7 @@ class SqliteView(View):
     """
 
     _of_keys = " without rowid"  # one tree instead of two
+    _look_again = 0.0  # when, by the monotonic clock
 
     def __init__(
         self,
@@ -76,8 +80,10 @@ class SqliteView(View):
     def _read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         with self._lock:
             try:
-                if self._reading is not None and self._is_stale():
-                    self._disconnect()
+                if self._reading is not None and time.monotonic() >= self._look_again:
+                    self._look_again = time.monotonic() + LOOK
+                    if self._is_stale():
+                        self._disconnect()
                 if self._reading is None:
                     self._reading = self._open("rw")
                 found: list[Row] = self._reading.execute(sql, parameters).fetchall()

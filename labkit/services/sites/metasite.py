@@ -31,7 +31,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.projection import VERSION, version_of
 from labkit.services.http import CONFIRM, HttpService, body, json
 from labkit.services.sites.content import Site
-from labkit.services.sites.view_reader import checked_name
+from labkit.services.sites.view_reader import NAME, no_name
 
 TABLE = "create table if not exists sites (id text primary key, version bigint not null, object jsonb)"
 # A deleted site keeps its row and its version, without an object.
@@ -153,7 +153,10 @@ class MetaSite(HttpService):
 
 
 def _name(request: web.Request, part: str = "id") -> str:
-    return checked_name(request.match_info[part])
+    name = request.match_info[part]
+    if not NAME.fullmatch(name):
+        raise web.HTTPBadRequest(text=f"{no_name(name)}\n")
+    return name
 
 
 def _row(site: Site) -> tuple[str, int, str]:

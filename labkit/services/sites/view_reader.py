@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import suppress
+import socket
+import time
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from http import HTTPStatus
+from typing import Any, TypeAlias
+from urllib.parse import parse_qsl
 
+import uvicorn
 from aiohttp import web
 
 from labkit.kafka.errors import LabkitError
@@ -19,14 +26,26 @@ from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.projection import Staleness
 from labkit.patterns.views import View, ViewUnavailable
-from labkit.services.http import Handler, HttpService
+from labkit.services.http import DRAIN, HOST, Figures, HttpService, Stopping
 
 LOOK = 0.5  # seconds between two looks at how far the view is behind
 PAGE, LARGEST_PAGE = 100, 1000  # keys in one answer
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 METHODS = ("GET", "HEAD")
-JSON = {"Content-Type": "application/json"}
+JSON, ALLOW = (b"content-type", b"application/json"), (b"allow", b"GET, HEAD")
+BACKLOG = 2048  # connections that wait to be accepted
 STALENESS, LOOKING = web.AppKey("staleness", Staleness), web.AppKey("looking", asyncio.Task[None])
+
+Scope: TypeAlias = Mapping[str, Any]
+Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Refused(Exception):
+    """The answer is not what was asked for: `status`, and why."""
+
+    def __init__(self, status: HTTPStatus, why: str) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,8 @@ class ViewReader(HttpService):
     `GET /app/stores?limit=50` (an indexed column): the keys with that value, and `next`, the key after which the next
     page begins: `?page=site-000017`.
     Every answer has `stale`: how many records and seconds the view is behind. A refusal says why, in `error`.
+
+    uvicorn serves it: a quick answer costs it a third less than it costs aiohttp.
     """
 
     view: View
@@ -61,63 +82,101 @@ class ViewReader(HttpService):
                 pass  # no view yet, or no Kafka: the last look grows older, and answers say so
             await asyncio.sleep(LOOK)
 
-    def handler(self, app: web.Application) -> Handler:
-        staleness = app[STALENESS]
+    async def listen(self, app: web.Application, figures: Figures) -> Stopping:
+        application = partial(self._answer, app[STALENESS], figures)
+        config = uvicorn.Config(
+            application,
+            interface="asgi3",
+            proxy_headers=False,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=int(DRAIN),
+        )
+        listening = socket.create_server((HOST, self.port), reuse_port=True, backlog=BACKLOG)
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
 
-        def with_staleness(found: dict[str, Any]) -> bytes:
-            seconds = staleness.seconds
-            age = None if seconds is None else round(seconds, 3)
-            return encode({**found, "stale": {"records": staleness.records, "seconds": age}})
+        async def end() -> None:
+            server.should_exit = True
+            await serving
 
-        async def answer(request: web.BaseRequest) -> web.Response:
-            try:
-                return web.Response(body=with_staleness(self._found(request)), headers=JSON)
-            except web.HTTPException as refused:
-                # "There is no such site" may be as old as any other answer.
-                refused.body = with_staleness({"error": (refused.text or "").strip()})
-                refused.content_type = "application/json"
-                raise
+        return end
 
-        return answer
-
-    def _found(self, request: web.BaseRequest) -> dict[str, Any]:
-        if request.method not in METHODS:
-            raise web.HTTPMethodNotAllowed(request.method, METHODS)
-        asked, _, value = request.path[1:].partition("/")
-        if asked != self.view.key and asked not in self.view.indexes:
-            raise web.HTTPNotFound
-        checked_name(value)
+    async def _answer(self, staleness: Staleness, figures: Figures, scope: Scope, _receive: object, send: Send) -> None:
+        begun, status = time.perf_counter(), int(HTTPStatus.INTERNAL_SERVER_ERROR)
         try:
-            return self._rows(value) if asked == self.view.key else self._page(asked, value, request)
+            status, found = self._status_and_answer(scope)
+            seconds = staleness.seconds
+            # "There is no such site" may be as old as any other answer.
+            found["stale"] = {"records": staleness.records, "seconds": None if seconds is None else round(seconds, 3)}
+            body = encode(found)
+            headers = [JSON, (b"content-length", b"%d" % len(body))]
+            if status == HTTPStatus.METHOD_NOT_ALLOWED:
+                headers.append(ALLOW)
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            figures.add(status, begun)
+
+    def _status_and_answer(self, scope: Scope) -> tuple[int, dict[str, Any]]:
+        try:
+            return HTTPStatus.OK, self._found(scope)
+        except Refused as refused:
+            return refused.status, {"error": str(refused)}
         except ViewUnavailable as error:
-            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
+            return HTTPStatus.SERVICE_UNAVAILABLE, {"error": str(error)}
         except LabkitError as error:  # text where the column has numbers, say
-            raise web.HTTPBadRequest(text=f"{error}\n") from error
+            return HTTPStatus.BAD_REQUEST, {"error": str(error)}
+
+    def _found(self, scope: Scope) -> dict[str, Any]:
+        if scope["method"] not in METHODS:
+            raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{scope['method']} is not allowed: this is only read")
+        asked, _, value = scope["path"][1:].partition("/")
+        if asked != self.view.key and asked not in self.view.indexes:
+            raise Refused(
+                HTTPStatus.NOT_FOUND, f"Not Found: ask for {' or '.join((self.view.key, *self.view.indexes))}"
+            )
+        if not NAME.fullmatch(value):
+            raise Refused(HTTPStatus.BAD_REQUEST, no_name(value))
+        return self._rows(value) if asked == self.view.key else self._page(asked, value, scope["query_string"])
 
     def _rows(self, key: str) -> dict[str, Any]:
         found = self.view.rows(key)
         if found is None:
-            raise web.HTTPNotFound(text=f"there is no {self.view.key} {key}\n")
-        rows = [dict(zip(self.view.columns, row, strict=True)) for row in found]
-        return {self.view.key: key, "rows": rows}
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is no {self.view.key} {key}")
+        columns = self.view.columns  # zip's own look at the lengths would double the time
+        return {self.view.key: key, "rows": [dict(zip(columns, row)) for row in found]}  # noqa: B905
 
-    def _page(self, column: str, value: str, request: web.BaseRequest) -> dict[str, Any]:
-        limit, after = self._limit(request), request.query.get("page", "")
+    def _page(self, column: str, value: str, query: bytes) -> dict[str, Any]:
+        wanted = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+        limit, after = _limit(wanted), wanted.get("page", "")
         if after and not NAME.fullmatch(after):
-            raise web.HTTPBadRequest(text=f"page is the key after which it begins, as `next` has it, not {after!r}\n")
+            why = f"page is the key after which it begins, as `next` has it, not {after!r}"
+            raise Refused(HTTPStatus.BAD_REQUEST, why)
         found = self.view.keys(column, value, after, limit + 1)
         page = found[:limit]
         return {column: value, f"{self.view.key}s": page, "next": page[-1] if len(found) > limit else None}
 
-    def _limit(self, request: web.BaseRequest) -> int:
-        wanted = request.query.get("limit", str(PAGE))
-        if not re.fullmatch(r"[0-9]{1,9}", wanted) or not 1 <= int(wanted) <= LARGEST_PAGE:
-            raise web.HTTPBadRequest(text=f"limit is a number from 1 to {LARGEST_PAGE}, not {wanted!r}\n")
-        return int(wanted)
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield  # signals are the pod's, which ends us
 
 
-def checked_name(text: str) -> str:
-    """The text, if it may be a key or a value in a URL. Raises the answer 400."""
-    if not NAME.fullmatch(text):
-        raise web.HTTPBadRequest(text=f"{text!r} is no name: letters, digits and . _ - make one, at most 64\n")
-    return text
+def _limit(query: Mapping[str, str]) -> int:
+    wanted = query.get("limit", str(PAGE))
+    if not re.fullmatch(r"[0-9]{1,9}", wanted) or not 1 <= int(wanted) <= LARGEST_PAGE:
+        raise Refused(HTTPStatus.BAD_REQUEST, f"limit is a number from 1 to {LARGEST_PAGE}, not {wanted!r}")
+    return int(wanted)
+
+
+def no_name(text: str) -> str:
+    """Why this text can be no key and no value in a URL: it is none that NAME matches."""
+    return f"{text!r} is no name: letters, digits and . _ - make one, at most 64"
