@@ -297,7 +297,7 @@ class Loop:
         return call
 
     def close(self) -> None:
-        """End the workers and leave the group, in at most 2 × REACH: a frozen broker would keep the client for a minute."""
+        """End the workers and leave the group. Takes at most 2 × REACH; a frozen broker would make it a minute."""
         self.closed.set()
         self.assignment.forget(list(self.partitions.values()))
         self.workers.close()

@@ -1,7 +1,7 @@
 """Handlers with state: the thread that polls calls them, and their state is committed with the offsets.
 
 State belongs to a partition *number*: the topic and its co-partitioned topics share it. It is kept in the same
-partition number of a compacted topic, the store, and read from there when the partition is assigned. The handler reads the
+number of a compacted topic, the store, and read from there when the partition is assigned. The handler reads the
 state and returns its changes. They are applied after it has returned, so a failed attempt leaves nothing behind. The
 newest value of each changed key is an output of the next transaction.
 
@@ -124,8 +124,8 @@ def restore(run: Run, numbers: Iterable[int]) -> dict[int, PartitionState]:
     """The states of these partition numbers, read from the store up to its end.
 
     Called when the group has answered where the partitions begin. By then each transaction that moved the offsets is
-    decided, but its marker may still be missing in the store. So it reads to the end of uncommitted records, which waits
-    for the markers. Raises TopicMismatch, ClusterUnreachable.
+    decided, but its marker may still be missing in the store. So it reads to the end of uncommitted records, and waits
+    for the marker there. Raises TopicMismatch, ClusterUnreachable.
     """
     states, store = {number: PartitionState(number) for number in numbers}, run.spec.store
     if store is None or not states:
@@ -163,7 +163,7 @@ class StateHandler:
         self.watchdog.start("deadline of the handler")
 
     def handle(self, partition: Partition, messages: list[Message]) -> None:
-        """Handle what was fetched. The rest of what takes too long is fetched again, so that the loop polls and commits."""
+        """Handle what was fetched. If it takes too long, the rest is fetched again after the loop has polled."""
         if partition.topic in self.spec.not_before:
             for lane in partition.add(messages, by_key=False):
                 self._handle_due(lane)
@@ -313,7 +313,7 @@ class StateHandler:
         return raw
 
     def _failed(self, partition: Partition, messages: Sequence[Message], error: BaseException) -> None:
-        """Halve these until one record is left; set that aside in the transaction, as another attempt would fail, too."""
+        """Halve these until one record is left. Set that aside in the transaction: another attempt would fail, too."""
         if isinstance(error, KeyboardInterrupt):  # somebody interrupts the run in the main thread
             self.run.end(error)
             return

@@ -40,7 +40,7 @@ class Step(Enum):
     REVOKED = "revoked"
     """Partitions left this member, after its drain. Subject: list of (topic, partition)."""
     LOST = "lost"
-    """Partitions went to others while this member was away; nothing is committed. Subject: list of (topic, partition)."""
+    """Others got partitions while this member was away; nothing is committed. Subject: list of (topic, partition)."""
     MEASURED = "measured"
     """A service, a view, a store or a guarantee counted something. Subject: Measured."""
 

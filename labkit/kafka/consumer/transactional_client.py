@@ -66,7 +66,7 @@ class TransactionalClient:
                     "partitioner": "murmur2_random",
                     "linger.ms": 5,  # a commit flushes at once; with 0 each output would wake the sending thread
                     "batch.size": min(BATCH_BYTES, most or BATCH_BYTES),
-                    "retry.backoff.ms": 1,  # a commit retries while the last markers are written: with 100 it takes 100 ms
+                    "retry.backoff.ms": 1,  # a commit retries until its markers are written: with 100 it takes 100 ms
                     "retry.backoff.max.ms": 50,
                     "message.max.bytes": COPY_MAX_BYTES,  # for copies; `Producer.output` has checked the others
                     "compression.type": "zstd",
