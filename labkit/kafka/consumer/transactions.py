@@ -6,8 +6,8 @@ transactions, and none is open while it waits for a handler:
     begin → offsets, with the present group metadata → outputs of all records below these offsets → commit
 
 Offsets come first, so that a former membership is refused before an output is queued. (An abort purges what is queued,
-and the gap would make the next transaction fail, too.) Only Kafka's errors abort. Nothing leaves `held` before the commit is
-answered, so after an abort all of it goes with the next transaction, and no handler runs again.
+and the gap would make the next transaction fail, too.) Only Kafka's errors abort. Nothing leaves `held` before the
+commit is answered, so after an abort all of it goes with the next transaction, and no handler runs again.
 
 A call that is not answered in time is made again at a later turn; the loop polls in between.
 """
