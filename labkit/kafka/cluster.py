@@ -19,8 +19,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from labkit.kafka.clients import forget, kept
+from labkit.kafka.connection_errors import explain, is_final
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
-from labkit.kafka.refusal import explain, is_final
 
 T = TypeVar("T")
 

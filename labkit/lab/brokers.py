@@ -11,7 +11,7 @@ from labkit.lab.board.panels import Panel, replica_panels
 from labkit.lab.faults.connection import ConnectionFaults
 from labkit.lab.faults.servers import ServerFaults
 from labkit.lab.history import History
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 class Brokers:

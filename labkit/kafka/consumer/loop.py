@@ -16,6 +16,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Fetched
 
+from labkit.kafka.connection_errors import NOT_JOINED, explain, is_final
 from labkit.kafka.consumer.assignment import GONE, Assignment
 from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
 from labkit.kafka.consumer.lanes import Partition
@@ -28,7 +29,6 @@ from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, end_process, overrun
 from labkit.kafka.consumer.workers import Workers
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.records import Message
-from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
 # Called for every record: the methods take a sixth of the time of a `methodcaller`.
 TOPIC, PARTITION = cast(Callable[[Message], str], Fetched.topic), cast(Callable[[Message], int], Fetched.partition)
