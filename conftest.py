@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from labkit.runtime import shared
-from labkit.runtime.connect import composed
+from labkit.runtime import shared_broker
+from labkit.runtime.which_kafka import composed
 
 PACED = ("notebooks", "browser")  # folders whose tests run notebooks
 # Settings of the person who runs the tests that would lead them to another Kafka.
@@ -39,7 +39,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (folder := config.stash.get(state, None)) is not None:
         if any(folder.glob("broker-*/")):
-            shared.stop()  # notebooks that have just ended would keep it for some seconds
+            shared_broker.stop()  # notebooks that have just ended would keep it for some seconds
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from labkit.lab.exercises import hint as hint
     from labkit.lab.exercises import predict as predict
     from labkit.lab.exercises import solution as solution
+    from labkit.lab.faults.trap import Trap as Trap
     from labkit.lab.lab import Lab as Lab
     from labkit.lab.pages import Page as Page
     from labkit.runtime.connectors import capture as capture
@@ -30,6 +31,7 @@ else:
             "lab.board.panels": "panel",
             "lab.comparison": "Way lines_of",
             "lab.exercises": "exercise hint predict solution",
+            "lab.faults.trap": "Trap",
             "lab.lab": "Lab",
             "lab.pages": "Page",
             "runtime.connectors": "capture mirror",

@@ -11,7 +11,7 @@ from labkit.cli.output import Json, say_json
 
 def up() -> None:
     """Start the embedded broker and keep it, with its data, until `labkit down`."""
-    from labkit.runtime.connect import connect
+    from labkit.runtime.which_kafka import connect
 
     with connect() as connection:
         if connection.lease is None:
@@ -23,18 +23,18 @@ def up() -> None:
 
 def down() -> None:
     """End the embedded broker, for everybody, and remove its data."""
-    from labkit.runtime import shared
+    from labkit.runtime import shared_broker
 
-    typer.echo("Stopped; its data is removed." if shared.stop() else "No embedded broker was running.")
+    typer.echo("Stopped; its data is removed." if shared_broker.stop() else "No embedded broker was running.")
 
 
 def status(as_json: Json = False) -> None:
     """Say which Kafka is running. Starts nothing; the exit code is 1 if there is none."""
-    from labkit.runtime import shared
-    from labkit.runtime.connect import running
+    from labkit.runtime import shared_broker
+    from labkit.runtime.which_kafka import running
 
     connection = running()
-    embedded = shared.status() if connection is None or connection.origin == "embedded" else None
+    embedded = shared_broker.status() if connection is None or connection.origin == "embedded" else None
     facts: dict[str, object] = {"running": connection is not None}
     if connection is not None:
         with connection:

@@ -87,7 +87,7 @@ def java() -> str:
 
 
 def kafka() -> str:
-    from labkit.runtime.connect import connect
+    from labkit.runtime.which_kafka import connect
 
     with connect() as connection:
         return f"answers at {connection.cluster.bootstrap} ({connection.origin})"

@@ -23,8 +23,8 @@ def lab(
 ) -> None:
     """Open the lab: Kafka, and JupyterLab with your own copies of the notebooks."""
     from labkit.cli.jupyter import Jupyter
-    from labkit.runtime.connect import connect
     from labkit.runtime.home import state_dir
+    from labkit.runtime.which_kafka import connect
 
     # A closed terminal must not leave anything running, either. Background jobs of a shell ignore SIGINT otherwise.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -10,7 +10,7 @@ from labkit.cli.names import Learner, Name, hint_at_others, listed, resolve
 from labkit.cli.output import Json, say_json, table
 
 if TYPE_CHECKING:
-    from labkit.runtime.connect import Connection
+    from labkit.runtime.which_kafka import Connection
 
 
 def topics(
@@ -93,7 +93,7 @@ def lag(
 def kafka() -> Connection:
     """The Kafka that is running. Raises LabkitError when there is none."""
     from labkit.kafka.errors import LabkitError
-    from labkit.runtime.connect import running
+    from labkit.runtime.which_kafka import running
 
     connection = running()
     if connection is None:

@@ -1,4 +1,4 @@
-"""The clients that a process keeps for a cluster: made when first asked for, and let go when the cluster is no more."""
+"""The clients that a process keeps for a cluster, from their first use until the cluster has ended."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 
-_kept: dict[tuple[Any, ...], Any] = {}  # by what makes them, cluster, and what else they are made of
+_kept: dict[tuple[Any, ...], Any] = {}  # by factory, cluster and further arguments
 _changing = threading.Lock()
 _inherited: list[object] = []
 
 
 def kept(make: Callable[..., C], cluster: Cluster, *more: Any, most: int | None = None) -> C:
-    """What `make(cluster, *more)` gives, made once in this process. Of more than `most`, the one made first goes."""
+    """The result of `make(cluster, *more)`, made once in this process. If there would be more than `most`, the oldest
+    is let go."""
     key = (make, cluster, *more)
     found: C | None = _kept.get(key)
-    oldest = None  # it ends with this call, and not while others wait
+    oldest = None  # it is destroyed after the lock is released
     if found is None:
         with _changing:
             found = _kept.get(key)
@@ -35,18 +36,18 @@ def kept(make: Callable[..., C], cluster: Cluster, *more: Any, most: int | None 
 
 
 def forget(cluster: Cluster, make: Callable[..., object] | None = None) -> None:
-    """Let go of the clients kept for a cluster, or those that `make` made, with what they have not sent.
+    """Let go of the clients of a cluster, or only of those that `make` made. What they have not sent is lost.
 
-    Those of a cluster that has ended would try to reach it for ever.
+    Clients of a cluster that has ended would try to reach it for ever.
     """
     with _changing:
         keys = [key for key in _kept if key[1] == cluster and make in (None, key[0])]
         gone = [_kept.pop(key) for key in keys]
-    del gone  # their end may take its time
+    del gone  # outside the lock, because destroying a client takes time
 
 
 def _leave_inherited() -> None:
-    """In a forked process the clients made before have no threads, and to end one would crash."""
+    """Keep the parent's clients in a forked process: they have no threads there, and destroying one would crash."""
     global _kept, _changing
     _inherited.append(_kept)
     _kept, _changing = {}, threading.Lock()

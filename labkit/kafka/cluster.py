@@ -19,12 +19,12 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from labkit.kafka.clients import forget, kept
+from labkit.kafka.connection_errors import explain, is_final
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
-from labkit.kafka.refusal import explain, is_final
 
 T = TypeVar("T")
 
-ANSWER = 5.0  # seconds for one answer of the broker, before a second client asks once more
+ANSWER = 5.0  # seconds to wait for one answer of the broker; then a new client asks again
 
 ADMINS = 8  # clusters with an admin client that is kept
 
@@ -36,7 +36,7 @@ _COMMON = {
     "reconnect.backoff.max.ms": 200,
     "log_level": 0,  # librdkafka prints to stderr; what matters comes back as an error
 }
-# A producer goes on asking for its topics. A broker may make what it is asked for, also what was just deleted.
+# A producer asks for its topics again and again. A broker that creates topics on request would bring deleted ones back.
 _NOTHING_MADE_BY_ASKING = {"allow.auto.create.topics": False}
 
 
@@ -75,35 +75,35 @@ class Cluster:
         return {"bootstrap.servers": self.bootstrap, **_COMMON, **dict(self.security), **_NOTHING_MADE_BY_ASKING, **own}
 
     def describe(self, timeout: float = 5.0) -> ClusterInfo:
-        """Ask for the cluster's id, waiting at most `timeout` seconds; a refusal is told at once.
+        """Ask for the cluster's id, waiting at most `timeout` seconds. A refusal is raised at once.
 
         Raises ClientRefused when the settings, the login or a certificate are refused, else ClusterUnreachable.
         """
         heard: list[KafkaError] = []
         security = dict(self.security)
-        # A client of its own: only its callback hears why a connection failed, and an old one knows old brokers.
+        # A new client: only its error callback learns why a connection failed, and an old client knows old brokers.
         held = [_client(self, heard.append)]
         until, addresses, wait = time.monotonic() + timeout, self.bootstrap.count(",") + 1, 0.1
-        refused: dict[str, KafkaError] = {}  # by broker: while one is left that may take us, there is hope
+        refused: dict[str, KafkaError] = {}  # by broker; while one has not refused, we go on asking
         failure: KafkaException | None = None
         while (left := until - time.monotonic()) > 0 and len(refused) < addresses:
             try:
-                # Not `describe_cluster`: it ends the process, by a failed assertion of librdkafka, if the answer names
-                # no broker, as that of one that is just starting does. A short wait first, to hear of refusals.
+                # Not `describe_cluster`: the answer of a broker that is just starting names no broker, and librdkafka
+                # then ends the process by a failed assertion. The first wait is short, so that refusals are noticed.
                 answer = held[0].list_topics(timeout=min(wait, left))
                 return ClusterInfo(str(answer.cluster_id), frozenset(answer.brokers))
             except KafkaException as error:
-                failure, wait = error.with_traceback(None), 2 * wait  # its frames hold the client
+                failure, wait = error.with_traceback(None), 2 * wait  # its traceback would keep the client alive
             held[0].poll(0.01)
-            # Its words begin with the broker they are about: `ssl://127.0.0.1:9093/bootstrap: …`.
+            # The error's text begins with the broker it is about: `ssl://127.0.0.1:9093/bootstrap: …`.
             refused = {error.str().partition(": ")[0]: error for error in heard if is_final(error)}
-        # An error that somebody keeps must not keep the client, which would go on trying. Its end is not waited for:
-        # it lasts as long as the search for a host name that nobody knows.
+        # The error must not keep the client alive, which would go on trying. A thread destroys the client, because
+        # that lasts as long as the lookup of an unknown host name.
         threading.Thread(target=held.clear, name="end of a client", daemon=True).start()
         if refused:
             why = explain(list(refused.values())[-1], security)
             raise ClientRefused(f"Kafka at {self.bootstrap} refuses this client: {why}") from failure
-        # That no broker is left is news, but no reason.
+        # "All brokers are down" is no reason: prefer any other error.
         reasons = [one for one in heard if one.code() != KafkaError._ALL_BROKERS_DOWN] or heard
         why = explain(reasons[-1], security) if reasons else f"silent for {timeout:g} s"
         raise ClusterUnreachable(f"no Kafka answers at {self.bootstrap}: {why}") from failure
@@ -114,7 +114,7 @@ class Cluster:
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
 
     def partitions(self, name: str, at_once: bool = False) -> dict[int, Partition]:
-        """Which brokers have each partition of a topic; `at_once` does not wait for a Kafka that is away.
+        """Which brokers have each partition of a topic. With `at_once` it does not wait for a Kafka that is down.
 
         Raises TopicMissing, ClusterUnreachable.
         """
@@ -149,16 +149,16 @@ class Cluster:
                 return False
             return True
 
-        # On a busy machine a broker misses its heartbeats for a moment, and the controller counts it out.
+        # On a busy machine a broker may miss its heartbeats for a moment: the controller then counts it as down.
         made = self.ask(make, about=f"topic {name}: ", also=KafkaError.INVALID_REPLICATION_FACTOR)
-        # The controller has answered; the broker hears of it a moment later, and would call it unknown until then.
+        # The controller has answered. The broker learns of the topic a moment later: until then it is unknown there.
         unknown = KafkaError.UNKNOWN_TOPIC_OR_PART
         self.ask(lambda client: self._described(client, name), about=f"topic {name}: ", also=unknown)
         if not made:
             self._compare(name, partitions, asked.get("cleanup.policy"))
 
     def _compare(self, name: str, partitions: int, cleanup: str | None) -> None:
-        """Raises TopicMismatch when a topic is not as it was asked for. `cleanup` None: nothing was asked."""
+        """Raises TopicMismatch when a topic is not as requested. `cleanup` None: any cleanup policy will do."""
         there = self.topics().get(name, partitions)
         if there != partitions:
             raise TopicMismatch(
@@ -200,11 +200,11 @@ class Cluster:
                 code = error.args[0].code()
                 if code in PASSING or code == KafkaError._TIMED_OUT:
                     raise
-                refused.append(_reason(error))  # maybe since the partitions are there: by a call without an answer
+                refused.append(_reason(error))  # perhaps an earlier call without an answer has added them
 
         self.ask(add, about=f"topic {name}: ")
         until = time.monotonic() + (1.0 if refused else ANSWER)
-        while self.topics().get(name) != to:  # the controller has answered; the broker hears of it a moment later
+        while self.topics().get(name) != to:  # the broker learns of it a moment later
             if time.monotonic() > until:
                 why = ", ".join(refused) or "they are not listed"
                 raise LabkitError(f"topic {name} was not given {to} partitions: {why}")
@@ -272,7 +272,7 @@ class Cluster:
                 self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
             except (KafkaException, TimeoutError) as error:
                 raise LabkitError(f"topics at {self.bootstrap} could not be deleted: {_reason(error)}") from error
-            # The controller has answered; the broker hears of it a moment later.
+            # The controller has answered; the broker learns of it a moment later.
             until = time.monotonic() + ANSWER
             while not self.topics().keys().isdisjoint(names) and time.monotonic() < until:
                 time.sleep(0.02)
@@ -298,27 +298,27 @@ class Cluster:
     def ask(
         self, question: Callable[[AdminClient], T], patience: float = 10.0, about: str = "", also: int | None = None
     ) -> T:
-        """Ask the process's admin client something that may be asked again: repeats it while the broker restarts or
-        is just being found, and while it answers with the error code `also`.
+        """Ask the process's admin client a question that may be repeated. It is repeated while the broker restarts or
+        is not found yet, and while it answers with the error code `also`.
 
-        Raises ClusterUnreachable, its message beginning with `about`, for any other error, and for these when they
-        last longer than `patience` seconds; ClientRefused when it is a login or a certificate that does not hold.
+        Raises ClusterUnreachable for any other error, and for these when they last longer than `patience` seconds; its
+        message begins with `about`. Raises ClientRefused when a login or a certificate is refused.
         """
         until, silent_before, looked = time.monotonic() + patience, False, False
         while True:
-            client = admin(self)  # held: another thread may replace it, and what a client is asked ends with it
+            client = admin(self)  # held here: if another thread replaces it, this question goes on
             try:
                 return question(client)
             except (KafkaException, TimeoutError) as error:
                 code = error.args[0].code() if isinstance(error, KafkaException) else KafkaError._TIMED_OUT
-                # The next question goes to a new client: one that lived through a broker that was frozen or killed can
-                # hold on to the leaders of before, or wait for ever for a controller that answers everybody else.
+                # The next question goes to a new client: after a broker was frozen or killed, an old client may keep
+                # the former leaders, or wait for ever for a controller that answers everybody else.
                 if admin(self) is client:
                     forget(self, _client)
-                # Who keeps the error that is raised from this must not keep the client, which would go on trying.
+                # The error that is raised must not keep the client alive, which would go on trying.
                 del client
                 error.with_traceback(None)
-                if self.security and not looked:  # a refused login looks like silence to all but `describe`
+                if self.security and not looked:  # only `describe` can tell a refused login from silence
                     looked = True
                     self._raise_refusal(about)
                 silent = code == KafkaError._TIMED_OUT
@@ -329,7 +329,7 @@ class Cluster:
                         "`labkit status` tells"
                     ) from error
                 silent_before = silent_before or silent
-                time.sleep(0.1)  # between two questions: nothing tells when it is over
+                time.sleep(0.1)  # nothing signals when the outage is over
 
     def _raise_refusal(self, about: str) -> None:
         """Raise ClientRefused if that is why there is no answer."""
@@ -350,8 +350,8 @@ class Cluster:
                     raise
 
 
-# What is answered by a broker that has only just started, or has handed the group to another one; and what the client
-# says of a broker that is just going or coming.
+# Errors that pass: of a broker that has just started or has handed the group to another one, and of a connection that
+# is just ending or beginning.
 PASSING = (
     KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
@@ -370,7 +370,7 @@ PASSING = (
 
 
 def _client(cluster: Cluster, hear: Callable[[KafkaError], object] | None = None) -> AdminClient:
-    """A new admin client, which tells `hear` its errors. Raises ClientRefused when no client takes these settings."""
+    """A new admin client; it calls `hear` with its errors. Raises ClientRefused when no client takes these settings."""
     try:
         return AdminClient(cluster.config({} if hear is None else {"error_cb": hear}))
     except KafkaException as error:

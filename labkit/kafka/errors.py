@@ -12,31 +12,31 @@ def place_of(topic: str, partition: int, offset: int) -> str:
 
 
 def error_text(error: BaseException, most: int = 500) -> str:
-    """An error's type and text in at most so many characters, which can be written as UTF-8 whatever the error quotes.
+    """An error's type and text, at most `most` characters, which can be encoded as UTF-8 whatever the error quotes.
 
-    An error of somebody else's may raise when its text is asked for; its type alone is told then.
+    If asking for the text raises, a note stands in its place.
     """
     return f"{type(error).__name__}: {safe_text(error, most)}"[:most]
 
 
 def safe_text(value: object, most: int = 500, of: Callable[[Any], str] = str) -> str:
-    """The text of what is somebody else's, or with `of=repr` what it is shown as; the same holds."""
+    """The `str`, or with `of=repr` the `repr`, of any value, with the guarantees of `error_text`."""
     try:
         text = of(value)
     except Exception as broken:
-        text = f"(its text cannot be had: {type(broken).__name__})"
+        text = f"(its text cannot be read: {type(broken).__name__})"
     return text[:most].encode(errors="replace").decode()
 
 
 def told_in(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it says are in it: which it was raised `from`, or which it groups.
+    """An error, the errors that it was raised `from`, and those of an exception group.
 
-    Not its `__context__`: Python notes there whatever was being dealt with when this one came, wanted or not.
+    Not its `__context__`, which is whatever happened to be handled at that moment.
     """
     found, left = set[int](), [error]
     while left:
         one = left.pop()
-        if id(one) in found:  # a chain may be a ring
+        if id(one) in found:  # a chain may be circular
             continue
         found.add(id(one))
         yield one
@@ -51,7 +51,7 @@ class LabkitError(Exception):
 
 
 class Unavailable(LabkitError):
-    """Something does not answer at the moment: asking again may help."""
+    """A service does not answer at the moment: asking again may help."""
 
 
 class ClusterUnreachable(LabkitError):

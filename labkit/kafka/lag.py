@@ -13,7 +13,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 from labkit.kafka.clients import forget, kept
 from labkit.kafka.cluster import ANSWER, Cluster
 
-ASKERS = 64  # groups whose offsets are asked for in turn, each by a client that is kept: more than a lab has
+ASKERS = 64  # groups whose client is kept: more than a lab has
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 
@@ -21,8 +21,8 @@ _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, int], int]:
     """Records that the group has still to read, for each (topic, partition) of `topics`.
 
-    These are the ones from its committed offset to the end. Without one, or where that is out of the topic's range, the
-    group reads from the beginning, so all records count. Raises ClusterUnreachable.
+    These are the records from its committed offset to the end. Without a committed offset, or with one outside the
+    topic's range, the group reads from the beginning, so all records count. Raises ClusterUnreachable.
     """
     partitions = _partitions(cluster, topics)
     committed = _committed(cluster, group, partitions)
@@ -59,9 +59,9 @@ def _committed(cluster: Cluster, group: str, partitions: Sequence[tuple[str, int
         try:
             answer = kept(_asker, cluster, group, most=ASKERS).committed(places, timeout=2 * ANSWER)
             if errors := [one.error for one in answer if one.error is not None]:
-                raise KafkaException(errors[0])  # not to be taken for "nothing committed"
+                raise KafkaException(errors[0])  # an error is not "nothing committed"
         except KafkaException:
-            forget(cluster, _asker)  # one that lived through a restart can go on asking the coordinator of before
+            forget(cluster, _asker)  # after a restart an old client may go on asking the former coordinator
             raise
         return answer
 
@@ -73,8 +73,8 @@ def _asker(cluster: Cluster, group: str) -> Client:
     """A client that joins no group and only asks for offsets. The admin client's own question must not be used: it
     ends the process with a segmentation fault if the coordinator is moving or starting (librdkafka issue 5040).
 
-    What is committed is asked for, also beside an open transaction: a client of committed records would wait for its
-    end, and a board would stand still as long as a pod is frozen in one.
+    It is read_uncommitted: a read_committed client would wait for the end of an open transaction, and a board would
+    stand still as long as a pod is frozen in one.
     """
     own = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
     return Client(cluster.config(own))

@@ -1,8 +1,8 @@
 """Sending records: one idempotent producer for each process and cluster, confirmed at `flush`.
 
 The header `correlation-id` goes from record to record, end to end, for tracing only; one that a record is sent with is
-kept. A record sent in a handler also says which record caused it (`labkit-cause`) and which pod made it (`labkit-pod`):
-that is how a verdict tells a redelivery from a mistake. All other headers are the sender's own.
+kept. A record sent in a handler also says which record caused it (`labkit-cause`) and which pod made it (`labkit-pod`).
+By these a verdict tells a redelivery from a mistake. All other headers are the sender's own.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError, TopicMissing
 from labkit.kafka.records import CAUSE, CORRELATION, MADE_BY, Record
 
 Headers: TypeAlias = Mapping[str, str | bytes | None] | Sequence[tuple[str, str | bytes | None]]
-"""By name; or in an order of their own, in which a name may come again."""
+"""By name; or as a list, in which a name may occur twice."""
 
 RawHeaders: TypeAlias = list[tuple[str, bytes | None]]
 
 OnDelivery: TypeAlias = Callable[[str | None, int, int], None]
-"""Called once it is known what became of a record: why it was refused (None: it was not), its partition and offset."""
+"""Called with a delivery report: why the record was refused (None: it was not), its partition and offset."""
 
 
 class Output(msgspec.Struct, eq=False, gc=False):
@@ -49,11 +49,10 @@ class Output(msgspec.Struct, eq=False, gc=False):
 
 
 class HandlerContext:
-    """The call of a handler that a thread is in: the record that it handles, and what it has sent so far.
+    """The handler's call that a thread is in: the record that it handles, and what it has sent so far.
 
-    The consumer's worker fills it. Only the handler's own thread may send in it. What is held is what goes through
-    `producer`, which is confirmed before a commit; a handler's own producer, or another cluster's, sends at once, or is
-    refused for the reason that `refuses` gives.
+    The consumer's worker fills it. Only the handler's own thread may send in it. What is sent by `producer` is held,
+    and confirmed before a commit. Any other producer sends at once, or is refused for the reason in `refuses`.
     """
 
     __slots__ = ("collecting", "outputs", "producer", "record", "refuses", "thread")
@@ -69,24 +68,24 @@ class HandlerContext:
         self.thread = threading.get_ident()
 
     def take(self) -> list[Output]:
-        """What was sent in it; from now on it holds nothing."""
+        """Take out what was sent in it."""
         outputs, self.outputs, self.collecting = self.outputs, [], False
         return outputs
 
 
-# An object that is changed, because setting the variable itself for every record takes longer than calling a handler.
-NOBODY = HandlerContext()  # that of a thread which is in no handler
+# Its object is changed, because setting the variable itself for every record takes longer than calling a handler.
+NOBODY = HandlerContext()  # of a thread that is in no handler
 handling: ContextVar[HandlerContext] = ContextVar("handling", default=NOBODY)
 
 # What the client takes at most: its default, 1,000,000 bytes, and labkit's own headers. Brokers take 1,048,588.
 MESSAGE_MAX_BYTES = 1_040_000
-COPY_MAX_BYTES = 1_000_000_000  # the same for a copy, which may be compressed in its topic: as much as there can be
+COPY_MAX_BYTES = 1_000_000_000  # for copies: as large as possible, because their topic may compress them
 OVERHEAD = 100  # bytes of a record beside its value, key and headers; the client counts some 40
 PROPAGATION = 3.0  # seconds for a new topic to be known everywhere
-UNKNOWN = 1 << 31  # partitions of a topic that no broker tells of
-ASK_AGAIN, FOREVER = 30.0, 1e9  # seconds for which an answer holds
+UNKNOWN = 1 << 31  # stands for the partitions of a topic when no broker answers
+ASK_AGAIN, FOREVER = 30.0, 1e9  # seconds for which an answer is kept
 OUTAGE = 600.0  # seconds for which what a process has sent waits for a broker that is away
-POLL = 500  # records from one look at what was refused to the next
+POLL = 500  # records from one `poll` to the next
 POD = "LABKIT_POD"  # environment variable: the pod's name, put into what it sends
 
 
@@ -98,8 +97,8 @@ class Producer:
 
     With `idempotent=False` a record may arrive twice. Only with `reports` may `send` be given `on_delivery`.
 
-    With `copies` it is for records as they were in Kafka before: it compresses them, leaves their size to the broker,
-    and makes up no correlation id.
+    With `copies` it sends copies of records from Kafka: it compresses them, lets the broker check their size, and adds
+    no correlation id.
     """
 
     def __init__(
@@ -146,12 +145,12 @@ class Producer:
     ) -> None:
         """Queue one record. Blocks only while the client's buffer is full. Raises DeliveryFailed when it stays full.
 
-        In a handler the record is held until the handler has returned: one that raises has sent nothing. What cannot be
-        sent is refused here: TopicMissing, LabkitError for no such partition, for one that is too large, and for a
-        thread that is not the handler's own.
+        In a handler the record is held until the handler has returned: a handler that raises has sent nothing. What
+        cannot be sent is refused here. Raises TopicMissing; LabkitError for a partition that does not exist, a record
+        that is too large, and a thread that is not the handler's own.
 
-        `on_delivery` hears what became of it, from the thread that calls `poll` or sends; then it is no business of
-        `flush`, and not held. A handler that is exactly once is refused what cannot be held.
+        `on_delivery` gets the delivery report, in the thread that calls `poll` or sends. Such a record is not held, and
+        `flush` does not raise for it. An exactly-once handler is refused what cannot be held.
         """
         context = handling.get()
         ours = context.producer is self and on_delivery is None
@@ -175,7 +174,7 @@ class Producer:
         headers: Headers | None = None,
         partition: int = -1,
     ) -> Output:
-        """A record as `send` sends it in a handler: made and checked, not sent. Raises TopicMissing, LabkitError."""
+        """A record as `send` would hold it: checked, and not sent. Raises TopicMissing, LabkitError."""
         made = self._made(topic, value, key, headers, partition)
         self._check(made)
         return made
@@ -227,7 +226,7 @@ class Producer:
         )
 
     def _check(self, output: Output) -> None:
-        """Refuse what cannot be sent while the handler can still fail by it: later nobody knows whose record it was."""
+        """Refuse what cannot be sent now, so that the handler fails: later nobody knows which record caused it."""
         topic, size, partition = output.topic, _size(output), output.partition
         if size > self._max_bytes:
             raise LabkitError(f"{topic}: a record of {size:,} bytes is too large: {self._max_bytes:,} are allowed")
@@ -248,7 +247,7 @@ class Producer:
                 break
             if known := len(found.partitions):
                 break
-            if time.monotonic() > until:  # one that has just been made is known everywhere by now
+            if time.monotonic() > until:  # a new topic is known everywhere by now
                 raise TopicMissing(f"topic {topic} does not exist at {self.cluster.bootstrap}: create it first")
             time.sleep(0.05)
         self._partitions[topic] = (known, time.monotonic() + (ASK_AGAIN if known == UNKNOWN else FOREVER))
@@ -257,7 +256,7 @@ class Producer:
     def flush(self, timeout: float = 30.0) -> None:
         """Wait until the broker has confirmed all that was sent so far.
 
-        In a handler that has sent something it raises LabkitError: that goes out when the handler has returned.
+        In a handler that has sent something it raises LabkitError: what was sent goes out after the handler.
         Raises DeliveryFailed: for records that were refused, with their number and the first reasons, or when some are
         still unconfirmed after `timeout` seconds.
         """

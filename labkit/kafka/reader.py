@@ -138,7 +138,7 @@ class Reader(Closing, Generic[T]):
 
     @property
     def undecodable(self) -> str | None:
-        """What it had to pass over so far, in words."""
+        """What it has skipped so far, in words."""
         if not self.poison:
             return None
         first, short = self.poison[0], self.topic.short
@@ -150,7 +150,7 @@ class Reader(Closing, Generic[T]):
         self._client.close()
 
     def _read(self, partitions: Iterable[int]) -> None:
-        """Read these partitions: those that are new, from where they are to begin."""
+        """Read these partitions; new ones from their start position."""
         new = [number for number in partitions if number not in self._partitions]
         if new:
             starts = [TopicPartition(self.topic.name, number, self._starts.get(number, 0)) for number in new]
@@ -167,7 +167,7 @@ class Reader(Closing, Generic[T]):
         if not held:
             return "is the broker up? `labkit status` tells; if it is, allow more time"
         _, number = held[0]
-        return f"an open transaction holds back partition {number}: who began it has to end it, or its timeout does"
+        return f"an open transaction holds back partition {number}: its producer has to end it, or its timeout does"
 
     def _records(self, messages: list[Message]) -> Iterator[Record[T]]:
         for message in messages:

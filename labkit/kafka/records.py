@@ -22,7 +22,7 @@ CORRELATION, CAUSE, MADE_BY = "correlation-id", "labkit-cause", "labkit-pod"
 
 
 class Message(Protocol):
-    """A record as the client delivers it: raw bytes, with a place that is always known."""
+    """A record as the client delivers it: raw bytes, and its coordinates."""
 
     def topic(self) -> str: ...
     def partition(self) -> int: ...
@@ -41,7 +41,7 @@ def coordinates(message: Message) -> str:
 
 
 class Placed:
-    """What comes from one record."""
+    """An object that stands for one record."""
 
     __slots__ = ()
 
@@ -62,29 +62,29 @@ class WholeRecord:
 
     @classmethod
     def of(cls, message: Message) -> Self:
-        """What this record holds; it is no tombstone. An error makes it poison."""
+        """The value of this record, which is no tombstone. If it raises, the record is poison."""
         raise NotImplementedError
 
 
 def headers_of(message: Message) -> list[tuple[str, bytes | None]]:
-    """Headers as they were sent, in their order. None of them can be had when the name of one is no UTF-8."""
+    """Headers as they were sent, in their order; none at all when the name of one is not UTF-8."""
     try:
         return list(_headers(message) or [])
-    except SystemError:  # of the client; asked again it would hand out a null pointer, which ends the process
+    except SystemError:  # the client raises it; asked again, it would return a null pointer, and end the process
         message.set_headers([])
         return []
 
 
-# The client sets an error and returns a value beside it. A call from C looks for that. One from Python does not, once
-# it comes often: then the error is raised somewhere else, or the process ends.
+# The client sets an error and returns a value, too. A call from C checks for that. A call from Python does not, once it
+# is frequent: then the error is raised somewhere else, or the process ends.
 _headers: Callable[[Message], list[tuple[str, bytes | None]] | None] = methodcaller("headers")
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
-UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what keys and values that are none raise
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # raised by keys and values that do not decode
 
 
 def encode(value: Any) -> bytes:
-    """A value as JSON. Raises TypeError for what has no form there, LabkitError for NaN and infinity: they would be
-    null without a word."""
+    """A value as JSON. Raises TypeError for what JSON cannot hold, and LabkitError for NaN and infinity, which would
+    silently become null."""
     raw = _encode(value)
     if b"null" in raw and _has_nan(msgspec.to_builtins(value)):
         raise LabkitError(f"JSON has no NaN or infinity, and a {type(value).__name__} holds one: send None or a text")
@@ -128,7 +128,7 @@ class Record(Placed, Generic[T]):
 
     @property
     def raw_headers(self) -> list[tuple[str, bytes | None]]:
-        """Headers as they came: in order, repeated ones too, values as bytes. Whoever sends may give them like this."""
+        """Headers as they came: in order, with repeated ones, values as bytes. `send` takes them in this form, too."""
         return headers_of(self._message)
 
     def __repr__(self) -> str:
@@ -146,18 +146,18 @@ def parser(value: type[T]) -> Callable[[bytes], T]:
 
 
 def whole(value: type[T]) -> Callable[[Message], T] | None:
-    """A function from a message to the value, if that is of a type that is read from the whole record."""
+    """A function from a message to the value, if its type is read from the whole record."""
     return value.of if isinstance(value, type) and issubclass(value, WholeRecord) else None
 
 
 def poison(message: Message, error: Exception) -> PoisonRecord:
-    """The error of a record that did not decode, for that reason."""
+    """The error of a record that did not decode."""
     reason = str(error) if isinstance(error, UNDECODABLE) else error_text(error)
     return PoisonRecord(message.topic(), message.partition(), message.offset(), reason)
 
 
 def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
-    """A function from a client's message to a `Record` (see `parser`); it raises PoisonRecord, naming the place."""
+    """A function from a client's message to a `Record` (see `parser`); it raises PoisonRecord, with the coordinates."""
     parse, of_whole = parser(value), whole(value)
 
     def decode(message: Message) -> Record[T]:
@@ -168,7 +168,7 @@ def decoder(value: type[T]) -> Callable[[Message], Record[T]]:
                 None if raw_key is None else raw_key.decode(),
                 None if raw is None else parse(raw) if of_whole is None else of_whole(message),  # type: ignore[arg-type]
             )
-        except Exception as error:  # of a value type, whose own checks may raise anything
+        except Exception as error:  # a value type's own checks may raise anything
             raise poison(message, error) from error
 
     return decode

@@ -43,9 +43,9 @@ class Topic(Generic[T]):
         says which partition it goes to, unless `partition` does.
 
         In a handler the record is held until the handler has returned, and is confirmed before the commit: no flush is
-        needed; exactly once, it goes out in one transaction with the record's offset. What cannot be sent raises here,
-        as the handler's own failure. If the broker refuses a record later, the consumer ends with DeliveryFailed and
-        commits nothing of it: nobody knows any more whose record it was. (Exactly once its record is set aside.)
+        needed. Exactly once, it goes out in one transaction with the offset. A record that cannot be sent raises here,
+        so the handler fails. If the broker refuses it later, the consumer ends with DeliveryFailed and does not commit,
+        because nobody knows any more which record caused it. (Exactly once, that record is set aside.)
         """
         producer(self.cluster).send(self.name, None if value is None else encode(value), key, headers, partition)
 
@@ -79,7 +79,7 @@ class Topic(Generic[T]):
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Tell with a failure what the client does not say: that too few replicas are in sync."""
+        """Add to a failed delivery what the client does not say: that too few replicas are in sync."""
         try:
             yield
         except DeliveryFailed as error:
@@ -88,7 +88,7 @@ class Topic(Generic[T]):
             raise
 
     def _lacks_replicas(self) -> str:
-        """Which partition has too few, and what to do. Empty if none has, or if it cannot be told at once."""
+        """Which partition has too few, and what to do. Empty if none has, or if Kafka does not answer at once."""
         with suppress(LabkitError):
             found = self.cluster.partitions(self.name, at_once=True)
             least = int(self.cluster.topic_config(self.name)["min.insync.replicas"])

@@ -1,4 +1,4 @@
-"""The brokers of a lab's Kafka: which there are, who leads what, and the way to a single one that can be cut."""
+"""The brokers of a lab's Kafka: their faults, who leads which partition, and a connection that can be cut."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from labkit.lab.board.panels import Panel, replica_panels
 from labkit.lab.faults.connection import ConnectionFaults
 from labkit.lab.faults.servers import ServerFaults
 from labkit.lab.history import History
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 class Brokers:
-    """The part of a Lab that knows its brokers: one that others use too, one of its own, or three."""
+    """The part of a Lab that knows its brokers: a shared one, one of its own, or three."""
 
     connection: Connection
     brokers: tuple[ServerFaults, ...]
@@ -41,8 +41,8 @@ class Brokers:
         return self.brokers[0]
 
     def leader(self, topic: Topic[Any], partition: int = 0) -> ServerFaults:
-        """Faults of the broker that leads this partition: its records are written there, and read from there. Kafka
-        misses a broker that has died only some seconds later, and calls it the leader until then.
+        """Faults of the broker that leads this partition: clients write and read its records there. When a broker dies,
+        Kafka notices that some seconds later, and calls it the leader until then.
 
         Raises LabkitError for a partition that is not there, or has no leader; ClusterUnreachable.
         """
@@ -68,8 +68,8 @@ class Brokers:
 
     @property
     def proxy(self) -> ConnectionFaults:
-        """The way to this lab's own broker that can be cut, slowed down and held back. A pod takes it if its topics
-        have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not.
+        """The connection to this lab's own broker that can be cut, held and slowed down. A pod uses it if its topics
+        have its cluster: `replace(topic, cluster=lab.proxy.cluster)`. Board and verdict do not use it.
 
         Raises LabkitError where the broker is shared, or there are several.
         """
@@ -87,7 +87,7 @@ class Brokers:
         """Bytes of a topic's records in Kafka's files, all replicas. Raises LabkitError where Kafka is not this lab's
         own."""
         if not self.connection.brokers:
-            raise LabkitError("only of a Kafka of its own does a lab know the files: Lab(…, cluster='private')")
+            raise LabkitError("a lab knows the files of its own Kafka only: Lab(…, cluster='private')")
         total = 0
         for broker in self.connection.brokers:
             for file in broker.folder.glob(f"data/{topic.name}-*/*.log"):

@@ -1,6 +1,6 @@
-"""What each way to do a notebook's work costs, as the notebook has measured it: a row of the table that ends the lab.
+"""What each way to do a notebook's work costs, as the notebook has measured it.
 
-Each notebook writes its row into a file beside itself, and the last notebook reads them all.
+Each notebook writes a row into a file beside itself, and the last notebook shows all rows as one table.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Way(msgspec.Struct, frozen=True):
     lines: float | None = None
     """Of code: see `lines_of`."""
     failed: float | None = None
-    """Others that gave no answer, or a wrong one, because one had failed. To be late is no failure."""
+    """Services that gave no answer, or a wrong one, because another one had failed. A late answer is no failure."""
     consumer: float | None = None
-    """Requests, or messages, that one more consumer costs the producer."""
+    """Requests or messages that one more consumer costs the producer."""
 
 
 COLUMNS = {
@@ -68,7 +68,7 @@ def lines_of(*code: Callable[..., Any] | ModuleType) -> int:
 
 
 def write(notebook: str, title: str, ways: Sequence[Way]) -> pd.DataFrame:
-    """Keep this row, instead of the notebook's earlier one, and show it. A line says so where it cannot be kept."""
+    """Keep this row in place of the notebook's earlier one, and show it. If it cannot be kept, print the reason."""
     row = _Row(title, [Way(way.name, *(_number(getattr(way, column)) for column in COLUMNS)) for way in ways])
     path = _folder() / f"{notebook}.json"
     temporary = path.with_name(f".{path.name}.new")
@@ -83,7 +83,7 @@ def write(notebook: str, title: str, ways: Sequence[Way]) -> pd.DataFrame:
 
 
 def read() -> pd.DataFrame:
-    """All rows. A line says which are missing: a file that cannot be read is none."""
+    """All rows. Print which are missing, or cannot be read."""
     rows = []
     for path in sorted(_folder().glob("*.json")):
         with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -123,12 +123,12 @@ def _statements(code: Callable[..., Any] | ModuleType) -> int:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError) as error:
         what = "give functions, or classes and modules of a package"
-        raise LabkitError(f"the source of {code!r} cannot be had: {what}") from error
+        raise LabkitError(f"the source of {code!r} is not available: {what}") from error
     return sum(map(bool, map(str.strip, ast.unparse(_Bare().visit(tree)).splitlines())))
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings away, those of fields too."""
+    """Removes docstrings, those of fields too."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _time_of = attrgetter("time")
 
-REPEAT = 2.0  # seconds after which a value that has not changed is kept again; a picture calls 4 s without one a gap
+REPEAT = 2.0  # seconds after which an unchanged value is kept again; a picture shows 4 s without a sample as a gap
 
 
 def clock(moment: float) -> str:
@@ -61,21 +61,21 @@ class Snapshot(NamedTuple):
     faults: list[Fault]
     version: int
     changed: float
-    """Time of the newest sample that differed from the one before it: what is older has come to rest."""
+    """Time of the newest sample that differed from the one before it."""
 
 
 class History:
     """Samples and faults of one lab, written by its sampler, read by its board and by the learner.
 
-    A sampler records every series at every tick, in the order of time: a series that is silent for some seconds is
-    shown as a gap, since a picture must not draw what nobody measured. Kept is what draws the same lines: both ends of
-    every change, and now and then a value that stays.
+    A sampler records every series at every tick, in the order of time. A series without a sample for some seconds is
+    shown as a gap. To save memory the history keeps only both ends of every change, and now and then an unchanged
+    value: they draw the same lines.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._samples: list[Sample] = []
-        self._held: dict[tuple[str, str], Sample] = {}  # the newest of each series that stays as it was
+        self._held: dict[tuple[str, str], Sample] = {}  # the newest sample of each unchanged series
         self._kept_at: dict[tuple[str, str], float] = {}
         self._faults: list[Fault] = []
         self._last: dict[tuple[str, str], float] = {}
@@ -110,7 +110,7 @@ class History:
                 before = self._held.pop(series, None) or held.pop(series, None)
                 if self._last.get(series) != sample.value:
                     self._changed = sample.time
-                    kept += [] if before is None else [before]  # where the change begins
+                    kept += [] if before is None else [before]  # the change begins here
                 elif sample.time - self._kept_at[series] < REPEAT:
                     self._held[series] = sample
                     continue
@@ -133,7 +133,7 @@ class History:
         until: float | None = None,
         needs_mending: bool = False,
     ) -> None:
-        """Note a fault, by default an instant: now. It may have lasted `since` then, and it may stand until `end()`."""
+        """Note a fault, by default an instant: now. It may have begun at `since`, and it may stand until `end()`."""
         now = time.time()
         fault = Fault(since or now, None if stands else until or now, kind, target, text, needs_mending)
         with self._lock:
@@ -171,7 +171,7 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """All samples, tidy: time (UTC), seconds (since the first sample), metric, label, value."""
-        # Imported here: pods import this package too, and have no use for pandas' half second.
+        # Imported here, because pods import this package and need no pandas, which takes half a second.
         import pandas as pd
 
         samples = self.samples
@@ -187,7 +187,7 @@ class History:
         )
 
     def table(self) -> pd.DataFrame:
-        """The numbers of now: one row a series, its newest value and the highest so far."""
+        """The present figures: one row a series, its newest value and the highest so far."""
         import pandas as pd
 
         with self._lock:

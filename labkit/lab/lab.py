@@ -39,8 +39,8 @@ from labkit.lab.retry_console import RetryConsole
 from labkit.lab.status import kafka_line, lab_table, status_line
 from labkit.lab.verdict.settling import Settling
 from labkit.runtime.broker import held_port
-from labkit.runtime.connect import connect, private
 from labkit.runtime.server import ServerState
+from labkit.runtime.which_kafka import connect, private
 
 S = TypeVar("S", Database, Cache, Connect)
 

@@ -17,14 +17,13 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.records import T, encode
 from labkit.kafka.topics import Topic
 
-PATIENCE = 600.0  # seconds without Kafka: who kills it may take a while to read what that does
+PATIENCE = 600.0  # seconds without Kafka: a learner who kills it reads for a while
 
 
 class Load(Generic[T]):
     """Sends `values` to `topic`, `rate` a second. Runs until all are sent or `stop` is called, or until it fails.
 
-    It has a producer of its own: what others in this process fail to send is none of its business, nor may their
-    `flush` be told of its failures.
+    It has a producer of its own, so that its failures and those of other senders in this process stay apart.
     """
 
     _stays_in_the_notebook = "a handler sends with topic.send(...)"
@@ -82,7 +81,7 @@ class Load(Generic[T]):
         self._thread.join(35)
 
     def cancel(self) -> None:
-        """The same, without waiting."""
+        """Like `stop`, without waiting."""
         self._stop.set()
 
     def __repr__(self) -> str:
@@ -91,7 +90,7 @@ class Load(Generic[T]):
 
     def _run(self) -> None:
         try:
-            producer = Producer(self.topic.cluster, PATIENCE)  # lives no longer than this: it holds threads
+            producer = Producer(self.topic.cluster, PATIENCE)  # destroyed at the end, because it holds threads
             begun, order = time.monotonic(), 0
             while not self._stop.is_set():
                 due = int((time.monotonic() - begun) * self._rate) + 1 - order
@@ -104,10 +103,10 @@ class Load(Generic[T]):
                     producer.send(self.topic.name, encode(value), key)
                     order += 1
                 self._confirm(producer)
-                if order == len(batch):  # the first took the client up to a second, not to be made up for in a burst
+                if order == len(batch):  # the first records may take a second: no burst to make up for it
                     begun = time.monotonic() - order / self._rate
                 self._stop.wait(0.02)
-        except Exception as error:  # shown by repr, wait and the verdict; a thread has nobody to raise to
+        except Exception as error:  # nobody would catch it; repr, `wait` and the verdict show it
             self.error = error_text(error)
 
     def _confirm(self, producer: Producer) -> None:
@@ -122,7 +121,7 @@ class Load(Generic[T]):
 def identifier(by: str | Callable[[Any], Any]) -> Callable[[Any], str]:
     """A function from a value to its business id: a field's name (Struct, dataclass or dict), or a function.
 
-    It raises LabkitError for a value whose id cannot be had, whatever the value or the function raises.
+    It raises LabkitError for a value without an id, whatever the value or the function raises.
     """
 
     def identify(value: Any) -> str:

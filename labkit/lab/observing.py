@@ -1,4 +1,4 @@
-"""What a lab lets one see: it waits for what is to happen, and answers what has: figures, records, verdicts, logs."""
+"""Observing a lab: waiting for what should happen, and figures, records, verdicts and logs of what has happened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Observing:
-    """The part of a Lab that answers what happens, and happened, in it."""
+    """The part of a Lab that says what happens, and has happened, in it."""
 
     notebook: str
     pace: float
@@ -45,15 +45,15 @@ class Observing:
         return told / self.pace
 
     def figure(self, metric: str, label: str | None = None) -> float:
-        """The newest value of what the history holds, NaN before its first: `lab.figure("requests/s", "clients")`. A
+        """The newest value of a metric in the history, NaN before its first: `lab.figure("requests/s", "clients")`. A
         panel of one line is a metric without labels: `lab.figure("charged")`."""
         return self._history.now(metric, metric if label is None else label)
 
     def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
-        """Wait until a condition holds, which is looked at every 20 ms. While a service that it asks does not answer
-        (OSError) it does not hold.
+        """Wait until a condition holds; it is checked every 20 ms. While a service that it asks does not answer
+        (OSError), it does not hold.
 
-        Raises LabkitError after `timeout` seconds: it names `what` was waited for, and has the pods' last lines.
+        Raises LabkitError after `timeout` seconds, with `what` was waited for and the pods' last lines.
         """
         until = time.monotonic() + timeout
         while True:
@@ -68,11 +68,11 @@ class Observing:
             time.sleep(0.02)
 
     def wait_ready(self, *deployments: Deployment, timeout: float = 30.0) -> None:
-        """Wait until every pod of these runs and consumers share all partitions of their topics, those too that were
-        added; see `wait_until`."""
+        """Wait until every pod of these runs, and consumers share all partitions of their topics, added ones too; see
+        `wait_until`."""
         everyone = self.deployments.values()
         there: dict[str, int] = {}
-        with suppress(LabkitError):  # while Kafka is away: those with which they were deployed
+        with suppress(LabkitError):  # while Kafka is down, the partitions at their deployment count
             there = self.cluster.topics()
         beside = {
             one.name: [it for it in everyone if it is not one and it.group == one.group is not None]
@@ -84,10 +84,9 @@ class Observing:
     def settle(self, timeout: float = 60.0) -> Settled:
         """Wait until loads are done, groups have no lag, and nothing waits for a retry. Never raises.
 
-        What was planned by `when` and is still waiting once all is at rest is dropped. Where waiting cannot help it
-        answers at once: while Kafka or Kafka Connect is down or frozen, a pod is frozen, or records are tried again
-        against a service or database that somebody has to bring back (waiting would keep the buttons from working),
-        and when a load, a connector, or what was planned by `when`, has failed.
+        A plan of `when` that still waits once all is at rest is dropped. If waiting cannot help, it returns at once:
+        Kafka or Kafka Connect is down or frozen; a pod is frozen; records are retried against a service or database
+        that somebody has to recover (buttons do not work while a cell waits); a load, a connector or a plan has failed.
         """
         return self._settling.settle(timeout)
 
@@ -109,9 +108,9 @@ class Observing:
     ) -> Verdict:
         """Wait until the lab has settled, then compare what was sent with what took effect, by business id.
 
-        `sent`: loads, `Sent` tuples, or a mapping from an id to the value it is to have in the end. `done`: the topic
-        in which work takes effect, `Effect`s (of a ledger), or a mapping from an id to the value it has (in a view).
-        `early`, `rejected`: ids of what was done before its time, and of what was set aside (None: not asked). These
+        `sent`: loads, `Sent` tuples, or a mapping from an id to the value that it should have in the end. `done`: the
+        topic in which work takes effect, `Effect`s (of a ledger), or a mapping from an id to its value (in a view).
+        `early`, `rejected`: ids of what was done before its time, and of what was set aside (None: not checked). These
         three may be functions, which are called once the lab has settled.
 
         `exactly_once` admits no extra; `ordered`: each key is to take effect in the order of sending; `name` says what
@@ -126,8 +125,8 @@ class Observing:
         if was_read and (reason := self.unsettled()):
             stale = f"what took effect was read before the lab had settled ({reason}): give a function that reads it"
         self.settle(timeout)
-        # Looked at before the topics are read, or what comes to rest meanwhile would count as lost; and twice, since a
-        # record that is handled between two looks may have made one upstream of what was looked at first.
+        # Before the topics are read, or what comes to rest meanwhile would count as lost. And twice, because a record
+        # that is handled between two looks may have made one upstream of what was looked at first.
         unknown = self.unsettled() or self.unsettled() or stale
         sends, others = evidence.sends(given, self.loads)
         effects, poison = evidence.took_effect(done() if callable(done) else done, identifier(by))
@@ -156,7 +155,7 @@ class Observing:
         return comparison.write(runs.plain(self.notebook, "notebook"), title, ways)
 
     def comparison(self) -> pd.DataFrame:
-        """The rows that notebooks beside this one have kept; a line says whose is missing."""
+        """The rows that all notebooks have kept; a line says which are missing."""
         return comparison.read()
 
     def records(self, topic: Topic[Any], last: int = 10) -> pd.DataFrame:
@@ -181,8 +180,8 @@ class Observing:
     def trace(self, id: object, by: str | Callable[[Any], Any] = "id") -> pd.DataFrame:  # noqa: A002 - as `by` names it
         """One record's life across pods, faults and redeliveries, oldest first.
 
-        Columns: time (UTC), seconds since the first row, event, place, pod, detail. `by` is the business id that `id`
-        is a value of. A handling shows by what it sent. Raises LabkitError when no record of this lab's topics has it.
+        Columns: time (UTC), seconds since the first row, event, place, pod, detail. `by` names the business id whose
+        value is `id`. A handling shows by what it sent. Raises LabkitError when no record of this lab's topics has it.
         """
         self._check_open()
         return trace(id, by, list(self.topics.values()), self.faults)
@@ -193,7 +192,7 @@ class Observing:
         return self._history.faults
 
     def logs(self, name: str, lines: int = 20) -> None:
-        """Print the last lines of a deployment's log: what its pods printed, and what befell them."""
+        """Print the last lines of a deployment's log: what its pods printed, and what happened to them."""
         if name not in self.deployments:
             there = ", ".join(self.deployments) or "none so far"
             raise LabkitError(f"there is no deployment {name!r} in this lab: there is {there}")

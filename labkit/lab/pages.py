@@ -39,7 +39,7 @@ class Page:
     def origins(self) -> tuple[str, ...]:
         """The addresses at which a browser may have found it, for a service that serves only pages of such `origins`.
 
-        One cannot be known here: another name under which JupyterLab is reached, as that of a JupyterHub. Add it.
+        Not among them is another name of JupyterLab, such as that of a JupyterHub. Add it.
         """
         direct = f"http://{HOST}:{self.port}"
         if (server := proxying_server()) is None:

@@ -34,7 +34,7 @@ SHOWN = 200  # entries in a list
 CHARACTERS = 1000  # of a value that are shown
 
 _Command: TypeAlias = Callable[[Sequence[str]], Action]
-"""A button of a list, by the places that were chosen when it was clicked."""
+"""A button of a list; it gets the places that are chosen when it is clicked."""
 
 
 class RetryConsole:
@@ -57,7 +57,7 @@ class RetryConsole:
         delays = self.consumer.retry.topics
         _, *own = self.consumer.own_topics(self.topic)
         self._retry_topics = {f"in {delay:g} s": topic for topic, delay in zip(own, delays, strict=True)}
-        for topic in self.consumer.co_partitioned[self.topic.name][1 + len(own) :]:  # of an earlier policy
+        for topic in self.consumer.co_partitioned[self.topic.name][1 + len(own) :]:  # retry topics of an earlier policy
             self._retry_topics[f"in {topic.name.rpartition('-')[2]}, before"] = topic
         self._closed = threading.Event()
         lab.at_end(self.close)
@@ -86,7 +86,7 @@ class RetryConsole:
         return max((time.time() - one.since for one in self.lanes.values()), default=0.0)
 
     def wait_blocked(self, timeout: float = 30.0) -> Blocked:
-        """Wait until something is blocked; that which has been longest. Raises LabkitError."""
+        """Wait until a lane is blocked; return the one that is blocked longest. Raises LabkitError."""
         found: list[Blocked] = []
 
         def blocked() -> bool:
@@ -128,11 +128,11 @@ class RetryConsole:
     def __repr__(self) -> str:
         try:
             return f"Retries of {self.name}: {len(self.lanes):,} blocked · {len(self.letters):,} dead letters"
-        except LabkitError as error:  # the end of a cell is no place to fail
+        except LabkitError as error:  # a repr must not fail
             return f"Retries of {self.name}: {error}"
 
     def _depth(self, topic: Topic[Any]) -> float:
-        """What waits there, as the lab saw it last: in the partitions it has, which may be fewer than its source's."""
+        """How many records wait there, by the newest sample. It may have fewer partitions than its source."""
         figures = (self._lab.figure("lag", f"{topic.short}/{number}") for number in count())
         known = list(takewhile(math.isfinite, figures))
         return sum(known) if known else math.nan
@@ -147,7 +147,7 @@ class RetryConsole:
 
 
 class _List:
-    """What there is of one kind, what is chosen of it, and buttons."""
+    """All entries of one kind, which of them are chosen, and buttons."""
 
     def __init__(
         self,
@@ -171,12 +171,12 @@ class _List:
         self.refresh()
 
     def refresh(self) -> None:
-        """Show what there is now."""
+        """Show the present entries."""
         self._found = dict(islice(self._entries.items(), SHOWN))
         options = [(_line(one), place) for place, one in self._found.items()]
         if options != list(self._choice.options):
             kept = tuple(place for place in self._chosen() if place in self._found)
-            self._choice.options = options  # which resets what is chosen
+            self._choice.options = options  # this resets the choice
             if isinstance(self._choice, ipywidgets.SelectMultiple):
                 self._choice.value = kept
             elif kept:
@@ -185,7 +185,7 @@ class _List:
         self.show()
 
     def show(self) -> None:
-        """Show what is chosen, and what can be done with it."""
+        """Show the chosen entries, and what can be done with them."""
         chosen = [self._found[place] for place in self._chosen() if place in self._found]
         self._shows.value = "".join(map(_details, chosen[:3]))
         for button in self._buttons:

@@ -16,8 +16,8 @@ from labkit.lab.faults.kafka_connect import Connect
 from labkit.lab.faults.servers import ServerFaults
 from labkit.lab.pods.deployment import Deployment
 from labkit.lab.pods.pod import UP
-from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState
+from labkit.runtime.which_kafka import Connection
 
 _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
     "external": "your own cluster",

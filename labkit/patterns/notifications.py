@@ -35,8 +35,8 @@ from labkit.kafka.lag import end_offsets, start_offsets
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Message, parser
 from labkit.kafka.topics import Topic
-from labkit.patterns.look import Look
 from labkit.patterns.notice_window import Bounds, Entry, Position, Window
+from labkit.patterns.periodic_check import PeriodicCheck
 
 PATIENCE = 30.0  # seconds for the window to be read
 TURN = 0.1  # seconds to wait for a notice, before looking whether this was closed
@@ -304,7 +304,7 @@ class Notifications(Generic[N]):
             self._passed(window, reader)
             self._show(window)
             self._short = 0
-            with Look(lambda: self._look(window, topic_id), LOOK) as look:
+            with PeriodicCheck(lambda: self._look(window, topic_id), LOOK) as look:
                 while not self._stop.is_set():
                     self._deliver(window, self._entries(reader.messages(TURN)), reader)
                     look.answer()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.topics import Topic
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.home import STATE
@@ -53,7 +53,7 @@ class Bench:
         for name in ("KAFKA_BOOTSTRAP_SERVERS", "KAFKA_CLIENT_CONFIG"):  # a person's own Kafka is none of our business
             os.environ.pop(name, None)
         os.environ[STATE] = str(self.folder / "state")
-        self._stack.callback(shared.stop)  # whatever an interrupted benchmark left of it
+        self._stack.callback(shared_broker.stop)  # whatever an interrupted benchmark left of it
         return self
 
     def __exit__(self, *error: object) -> None:

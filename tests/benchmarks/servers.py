@@ -16,7 +16,7 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.lab.pods.pod import PodState
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
 
@@ -48,7 +48,7 @@ def kill(bench: Bench) -> Iterator[Row]:
     """The shared broker after kill -9: seconds until a record is confirmed again, and what was lost of 20,000."""
     took: list[float] = []
     lost = 0
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         try:
             for turn in range(bench.rounds):
                 topic = Topic(lease.cluster, f"kept-{turn}", 4, int)
@@ -71,7 +71,7 @@ def kill(bench: Bench) -> Iterator[Row]:
 
 def killed(topic: Topic[int]) -> float:
     """Seconds from the end of the broker until it has confirmed the record RECORDS."""
-    before = shared.status()
+    before = shared_broker.status()
     assert before is not None, "the shared broker is gone"
     assert before.pid, "the shared broker does not run"
     os.kill(before.pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ def killed(topic: Topic[int]) -> float:
     topic.send(RECORDS, "after")
     topic.flush(PATIENCE)
     took = time.perf_counter() - began
-    after = shared.status()
+    after = shared_broker.status()
     assert after is not None, "the shared broker is gone"
     assert after.pid != before.pid, "the broker was not killed"
     return took
@@ -87,7 +87,7 @@ def killed(topic: Topic[int]) -> float:
 
 def pod(bench: Bench) -> Iterator[Row]:
     """A pod, from `deploy` until the lab knows that it runs."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         try:
             with Lab("bench", pace=1) as lab:
                 topic = lab.topic("orders", 1, int)

@@ -25,7 +25,7 @@ from labkit.kafka.producer import POD, Producer
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 
 PARTITIONS, KEYS = 6, 120
 RATE = 600  # records a second, over all partitions
@@ -43,7 +43,7 @@ OTHERS = 300  # records a second on the other partitions
 
 def stall(bench: Bench) -> Iterator[Row]:
     """Exactly once, one of three processes is killed: how long its partitions show no output; bare ones, and pods."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         try:
             with Lab("stall", pace=1) as lab:
                 yield from _rows("bare", "forked where all is imported: no start of Python", 0.28, 0.8, _bare(lab))

@@ -24,7 +24,7 @@ from benchmarks.stalls import Traffic
 from labkit import Lab
 from labkit.kafka.lag import lag
 from labkit.kafka.topics import Topic
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 from labkit.runtime.streams import StreamsCounter, start_jvm
 
 RATE, SECONDS, WARM = 1_000, 10, 10  # the first so many seconds do not count: Java compiles, the group forms
@@ -126,7 +126,7 @@ def _late(bench: Bench, count: Count) -> list[float]:
 
 def kill(bench: Bench) -> Iterator[Row]:
     """kill -9 of the only pod that counts: how long no count is seen, with labkit and with Kafka Streams."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         try:
             with Lab("counting", pace=1) as lab:
                 ours, peer = _gaps(lab, "labkit"), _gaps(lab, "streams")

@@ -23,7 +23,7 @@ from labkit.kafka.records import Record, encode
 from labkit.kafka.topics import Topic
 from labkit.patterns.projection import Projection
 from labkit.patterns.views import Batch, Change, SqliteView
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 from labkit.services.sites.content import App, Site, site_id, sites, updates
 from labkit.services.sites.metasite import MetaSite, fill
 from labkit.services.sites.view_reader import ViewReader
@@ -110,7 +110,7 @@ def view(bench: Bench) -> Iterator[Row]:
 
 def reader(bench: Bench) -> Iterator[Row]:
     """A million requests a minute, open loop, to two reader processes while 1,000 updates a second are projected."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         try:
             with Lab("bench", pace=1) as lab:
                 yield from answered(bench, lab)

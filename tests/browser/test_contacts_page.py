@@ -16,7 +16,7 @@ from uploading import FILE, HEADER, Sender
 from uploading import upload as upload_directly
 
 from labkit.patterns.notice_window import Bounds
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 from labkit.runtime.broker import free_ports
 from labkit.runtime.postgres import Postgres
 from labkit.services import contacts
@@ -30,7 +30,7 @@ expect.set_options(timeout=WAIT * 1000)
 
 @pytest.fixture(scope="module")
 def world(state_dir: Path) -> Iterator[World]:
-    with Postgres() as postgres, shared.shared_broker() as lease, World(lease.cluster, postgres.dsn) as world:
+    with Postgres() as postgres, shared_broker.shared_broker() as lease, World(lease.cluster, postgres.dsn) as world:
         yield world
 
 

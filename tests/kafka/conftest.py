@@ -14,15 +14,15 @@ from processes import processes_of, wait_until
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import producer
-from labkit.runtime import shared
-from labkit.runtime.connect import Connection
+from labkit.runtime import shared_broker
 from labkit.runtime.postgres import Postgres
+from labkit.runtime.which_kafka import Connection
 
 
 @pytest.fixture(scope="session")
 def connection(state_dir: Path) -> Iterator[Connection]:
     """What `connect()` returns where no other Kafka is named or running."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         yield Connection(lease.cluster, "embedded", lease.cluster_id, lease)
         lease.stop()  # rather than wait until it notices that nobody is left
 
@@ -55,7 +55,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     folder = tmp_path / "own"
     monkeypatch.setenv("LABKIT_STATE", str(folder))
     yield folder
-    shared.stop()
+    shared_broker.stop()
     wait_until(lambda: not processes_of(folder), 5, "the end of every process")
 
 

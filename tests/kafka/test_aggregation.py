@@ -28,7 +28,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.aggregation import AtomicKeyValueStore, Command, ImportKey
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import blocking
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 def done(member: Member) -> None:

@@ -18,7 +18,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.topics import Topic
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 
 LABKIT = [sys.executable, "-c", "from labkit.cli.main import app; app()"]
 RUN = "labkit.ada.start-here.261124090000bbbb."
@@ -45,7 +45,7 @@ def answer(*arguments: str) -> Any:
 def cluster(own_state: Path) -> Cluster:
     """The broker of `labkit up`."""
     said("up")
-    found = shared.status()
+    found = shared_broker.status()
     assert found is not None
     return Cluster(found.bootstrap)
 
@@ -76,7 +76,7 @@ def test_doctor_finds_this_machine_healthy(cluster: Cluster) -> None:
 def test_up_status_down(own_state: Path) -> None:
     assert "`labkit down` ends it" in said("up")
     assert "`labkit down` ends it" in said("up"), "twice is no error"
-    now = shared.status()
+    now = shared_broker.status()
     assert now is not None
     told = answer("status")
     assert told.pop("memory_mb") > 50

@@ -15,7 +15,7 @@ from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, blocking, dead_letter
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 RUN = "labkit.ada.renting.261124090000bbbb."
 

@@ -23,7 +23,7 @@ from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.lag import lag
 from labkit.kafka.reader import Reader
 from labkit.kafka.records import Record
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A broker of these tests' own: killed, the session's takes ever longer to recover all that tests left in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABKIT_STATE", str(tmp_path_factory.mktemp("own")))
-        with shared.shared_broker() as lease:
+        with shared_broker.shared_broker() as lease:
             yield lease.cluster
             lease.stop()
 
 
 def broker() -> int:
     """The broker's process id."""
-    found = shared.status()
+    found = shared_broker.status()
     assert found is not None
     assert found.pid > 1  # a signal to 0 would go to this process too
     return found.pid

@@ -20,7 +20,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 @contextmanager

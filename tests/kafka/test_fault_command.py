@@ -19,8 +19,8 @@ from labkit import Lab
 from labkit.cli.main import app
 from labkit.kafka.consumer import Consumer
 from labkit.lab.pods.pod import PodState
-from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState
+from labkit.runtime.which_kafka import Connection
 from labkit.services.faults import Misbehaviour, ServiceFaults
 
 

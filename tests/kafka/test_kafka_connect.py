@@ -31,12 +31,12 @@ from labkit.lab.faults.kafka_connect import Connect
 from labkit.lab.faults.target import Target
 from labkit.runtime import kafka_connect, postgres, replication_slots
 from labkit.runtime.broker import free_ports
-from labkit.runtime.connect import Connection
 from labkit.runtime.connectors import Connector, slot_name
 from labkit.runtime.kafka_connect import KafkaConnect
 from labkit.runtime.postgres import Postgres
-from labkit.runtime.private import PrivateBroker
+from labkit.runtime.private_broker import PrivateBroker
 from labkit.runtime.server import ServerState
+from labkit.runtime.which_kafka import Connection
 
 ROWS = 200
 

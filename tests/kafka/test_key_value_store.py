@@ -34,7 +34,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab.pods.travel import pack, unpack
 from labkit.patterns.key_value_store import KeyValueStore, StoreClosed, StoreNotReady
 from labkit.runtime.broker import Broker, prepare
-from labkit.runtime.private import PrivateBroker
+from labkit.runtime.private_broker import PrivateBroker
 
 
 class Country(msgspec.Struct, frozen=True):

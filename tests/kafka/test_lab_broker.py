@@ -21,10 +21,10 @@ from labkit.kafka.records import Record
 from labkit.lab.history import Fault
 from labkit.lab.load import Load
 from labkit.lab.pods.deployment import Deployment
-from labkit.runtime.connect import Connection
 from labkit.runtime.home import state_dir
 from labkit.runtime.server import ServerState
-from labkit.runtime.shared import status
+from labkit.runtime.shared_broker import status
+from labkit.runtime.which_kafka import Connection
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from labkit.lab.pods.deployment import Deployment
 from labkit.lab.pods.pod import PodState
 from labkit.lab.pods.travel import CannotTravel
 from labkit.patterns.retries import RetryingConsumer, retry_topics
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

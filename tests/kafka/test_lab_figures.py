@@ -20,7 +20,7 @@ from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.lab.board import sampler
 from labkit.lab.board.panels import panel, replica_panels
 from labkit.lab.pods.travel import CannotTravel
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

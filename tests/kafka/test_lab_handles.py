@@ -15,7 +15,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.lab.load import Load
 from labkit.lab.pods.deployment import Deployment
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

@@ -15,7 +15,7 @@ from processes import wait_until
 from labkit import Lab
 from labkit.lab.faults.planned import Planned
 from labkit.lab.verdict.settling import QUIET
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

@@ -27,7 +27,7 @@ from labkit.lab.pods.deployment import Deployment
 from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.own_topics import own_topic
 from labkit.patterns.retries import RetryingConsumer, retry_topics
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

@@ -29,9 +29,9 @@ from labkit.kafka.consumer.steps import Measured, Report, Step
 from labkit.kafka.errors import LabkitError
 from labkit.lab.board.panels import panel
 from labkit.runtime.broker import free_ports
-from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
 from labkit.runtime.server import ServerState
+from labkit.runtime.which_kafka import Connection
 from labkit.services.clients import Clients
 from labkit.services.faults import Misbehaviour, ServiceFaults
 from labkit.services.http import HttpService

@@ -14,8 +14,8 @@ from processes import is_alive, wait_until
 from labkit import Lab
 from labkit.kafka.errors import LabkitError
 from labkit.runtime import valkey as served
-from labkit.runtime.connect import Connection
 from labkit.runtime.server import ServerState
+from labkit.runtime.which_kafka import Connection
 
 client = pytest.importorskip("valkey", reason="no wheel brings a Valkey for this system")
 

@@ -17,7 +17,7 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
 from labkit.lab.pods.deployment import Deployment, pane
 from labkit.patterns.own_topics import own_topic
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

@@ -27,7 +27,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab.verdict.evidence import effects
 from labkit.lab.verdict.settling import Settled
 from labkit.lab.verdict.verdict import NotValid
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
 

@@ -26,7 +26,7 @@ from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.mediator import Mediator
 from labkit.patterns.mediator_states import ProcessState, StepCommand, StepReply
 from labkit.patterns.retries import blocking
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.patterns import notifications as followed
 from labkit.patterns.notice_window import Bounds
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 from labkit.services.notifications import pages as paged
 from labkit.services.notifications.channels import Channels
 from labkit.services.notifications.pages import CloseCode
@@ -342,7 +342,7 @@ def test_the_broker_is_killed_and_back(own_state: Path, monkeypatch: pytest.Monk
         assert await page.listen() == "nothing missed"
         await send(topic, page.channel, 1)
         assert await page.ids(1) == ["1"]
-        broker = shared.status()
+        broker = shared_broker.status()
         assert broker is not None
         os.kill(broker.pid, signal.SIGKILL)
         await other.open()  # what was read is here
@@ -357,7 +357,7 @@ def test_the_broker_is_killed_and_back(own_state: Path, monkeypatch: pytest.Monk
         assert await page.ids(2) == ["2", "3"]  # and nobody starts over
         assert await other.ids(1) == ["4"]
 
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         topic = fresh_topic(lease.cluster, 2, Note)
         with serving(topic) as served:
             browse(pages)

@@ -28,7 +28,7 @@ from labkit.patterns.blocked_lanes import lanes_topic, skips_topic
 from labkit.patterns.dead_letters import dead_letters_topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.patterns.retries import RetryingConsumer, dead_letter, retry_topics
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 def send(topic: Topic[Any], values: dict[int, Any]) -> None:

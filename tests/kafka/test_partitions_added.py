@@ -25,7 +25,7 @@ from labkit.kafka.topics import Topic
 from labkit.lab.pods.deployment import Deployment
 from labkit.patterns.dead_letters import DeadLetters
 from labkit.patterns.retries import RetryingConsumer, blocking, dead_letter, retry_topics
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 @pytest.fixture

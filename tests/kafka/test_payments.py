@@ -24,8 +24,8 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.reader import Reader
 from labkit.lab.verdict.verdict import judge
 from labkit.runtime.broker import free_ports
-from labkit.runtime.connect import Connection
 from labkit.runtime.postgres import Postgres
+from labkit.runtime.which_kafka import Connection
 from labkit.services.clients import ask
 from labkit.services.http import HttpService
 from labkit.services.payments.job_scheduler import JobScheduler, Schedule, finished, schedule

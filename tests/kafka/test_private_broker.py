@@ -29,9 +29,9 @@ from labkit.kafka.consumer import Consumer
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.reader import Reader
-from labkit.runtime import private
+from labkit.runtime import private_broker
 from labkit.runtime.postgres import Postgres
-from labkit.runtime.private import EACH_MB, PrivateBroker
+from labkit.runtime.private_broker import EACH_MB, PrivateBroker
 from labkit.runtime.server import SPARE_MB, Server, ServerState
 from labkit.runtime.valkey import Valkey
 
@@ -85,7 +85,7 @@ def test_memory_that_another_kernels_clusters_hold_is_told_before_anything_start
     with ExitStack() as first:
         held += [first.enter_context(PrivateBroker()), first.enter_context(PrivateBroker())]
         assert not capsys.readouterr().out
-        monkeypatch.setattr(private, "prepare", stop)
+        monkeypatch.setattr(private_broker, "prepare", stop)
         with pytest.raises(LabkitError, match="far enough"):
             Lab("second-kernel", cluster="private")
         assert "Memory gets short" in capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_closed_it_leaves_nothing(state_dir: Path) -> None:
 def test_it_dies_with_its_owner_and_the_next_one_clears_up(state_dir: Path) -> None:
     code = """
         import time
-        from labkit.runtime.private import PrivateBroker
+        from labkit.runtime.private_broker import PrivateBroker
         broker = PrivateBroker()
         broker.freeze()
         print(broker.log.parent, broker.pid, flush=True)

@@ -26,9 +26,9 @@ from labkit.kafka.producer import Producer
 from labkit.kafka.records import Record
 from labkit.kafka.topics import Topic
 from labkit.runtime.broker import HOST, free_ports, is_free
-from labkit.runtime.connect import Connection
-from labkit.runtime.private import PrivateBroker
+from labkit.runtime.private_broker import PrivateBroker
 from labkit.runtime.proxy import Proxy
+from labkit.runtime.which_kafka import Connection
 
 
 @pytest.fixture(scope="module")

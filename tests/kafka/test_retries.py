@@ -144,7 +144,7 @@ def test_an_error_without_a_text_is_set_aside_too(cluster: Cluster) -> None:
     handler = Handler({1: ALWAYS}, error=Untellable)
     run_to_rest(RetryingConsumer(topic, handler, group, retry=blocking(0.05).then(retry_topics(0.05))))
     (letter,) = letters(topic, group)
-    assert (letter.attempts, letter.error) == (3, "Untellable: (its text cannot be had: RuntimeError)")
+    assert (letter.attempts, letter.error) == (3, "Untellable: (its text cannot be read: RuntimeError)")
     assert handler.done == [2]
 
 

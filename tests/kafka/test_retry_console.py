@@ -14,7 +14,7 @@ from labkit.kafka.records import Record
 from labkit.lab.retry_console import RetryConsole
 from labkit.patterns.blocked_lanes import Skip
 from labkit.patterns.retries import Policy, RetryingConsumer, blocking, dead_letter
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 @pytest.fixture

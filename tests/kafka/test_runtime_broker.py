@@ -24,16 +24,15 @@ from labkit.kafka.lag import end_offsets
 from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
 from labkit.runtime import broker as broker_module
-from labkit.runtime import connect as connect_module
-from labkit.runtime import shared
+from labkit.runtime import shared_broker, which_kafka
 from labkit.runtime.broker import Broker, Kafka, NoAotCache, PortTaken, free_ports, mark_of, prepare
 from labkit.runtime.child import Child
-from labkit.runtime.connect import Connection, connect, running
 from labkit.runtime.supervisor import DISCARD_SECONDS
+from labkit.runtime.which_kafka import Connection, connect, running
 
 USER = """
 import sys
-from labkit.runtime.connect import connect
+from labkit.runtime.which_kafka import connect
 with connect() as connection:
     print(connection.cluster_id, connection.cluster.bootstrap, flush=True)
     sys.stdin.read()
@@ -57,8 +56,8 @@ def user(own_state: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
         process.communicate()
 
 
-def status() -> shared.Status:
-    found = shared.status()
+def status() -> shared_broker.Status:
+    found = shared_broker.status()
     assert found is not None
     return found
 
@@ -86,12 +85,12 @@ def count(topic: Topic[dict[str, int]]) -> int:
     return sum(end_offsets(topic.cluster, [topic.name]).values())
 
 
-def assert_all_gone(folder: Path, before: shared.Status, seconds: float) -> None:
+def assert_all_gone(folder: Path, before: shared_broker.Status, seconds: float) -> None:
     wait_until(lambda: not processes_of(folder), seconds, "the end of every process")
     assert not is_alive(before.pid)
     wait_until(lambda: not is_open(before.bootstrap), 10)  # the last of a dead JVM's threads may still hold it
     assert not before.folder.exists()
-    assert shared.status() is None
+    assert shared_broker.status() is None
     assert {path.name for path in folder.iterdir()} == {"broker.lock"}
 
 
@@ -102,7 +101,7 @@ def test_a_state_folder_of_any_name_will_do(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "ä, %41\\n o:x"
     monkeypatch.setenv("LABKIT_STATE", str(folder))
     monkeypatch.setenv("LC_ALL", locale)
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         assert count(fill(lease.cluster, 10)) == 10
         now = status()
         assert now.folder.parent == folder
@@ -207,7 +206,7 @@ def test_broker_starts_when_no_aot_cache_can_be_built(
         raise errors.pop(0)
 
     monkeypatch.setattr(Kafka, "build_aot_cache", fail)
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         assert lease.cluster.describe(5).brokers == {1}
     kafka = prepare()  # the first error says nothing of the next time
     needs_aot(kafka)
@@ -239,7 +238,7 @@ def test_another_port_is_tried(own_state: Path, monkeypatch: pytest.MonkeyPatch)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         offered = [(taken.getsockname()[1], free_ports()[0])]
         monkeypatch.setattr(broker_module, "free_ports", lambda: offered.pop() if offered else free_ports())
-        with shared.shared_broker() as lease:
+        with shared_broker.shared_broker() as lease:
             assert not offered
             assert lease.cluster.describe(5).cluster_id == lease.cluster_id
             assert len(list(own_state.glob("broker-*/"))) == 1
@@ -249,7 +248,7 @@ def test_broker_that_ends_at_once_shows_its_log(own_state: Path, monkeypatch: py
     broken = broker_module.PROPERTIES.replace("process.roles=broker,controller", "process.roles=baker")
     monkeypatch.setattr(broker_module, "PROPERTIES", broken)
     with pytest.raises(LabkitError, match=r"(?s)ended at once\. Its log says:.*baker"):
-        shared.shared_broker()
+        shared_broker.shared_broker()
 
 
 # --- Sharing ----------------------------------------------------------------------------------------------------
@@ -265,17 +264,17 @@ def test_two_processes_that_start_at_once_share_one(user: Callable[[], subproces
 
 @pytest.mark.long
 def test_a_user_who_returns_at_once_finds_the_same_broker(own_state: Path) -> None:
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         before, pid = lease.cluster_id, status().pid
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         assert lease.cluster_id == before
         assert status().pid == pid
 
 
 @pytest.mark.long
 def test_everything_goes_with_the_last_user(own_state: Path) -> None:
-    assert shared.LINGER + DISCARD_SECONDS < 5  # correctness 30
-    with shared.shared_broker():
+    assert shared_broker.LINGER + DISCARD_SECONDS < 5  # correctness 30
+    with shared_broker.shared_broker():
         before = status()
     assert_all_gone(own_state, before, 20)
 
@@ -294,25 +293,25 @@ def test_everything_goes_with_a_killed_user(own_state: Path, user: Callable[[], 
 def test_pinned_broker_stays_until_it_is_stopped(
     own_state: Path, user: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "LINGER", 0.0)
-    lease = shared.shared_broker()
+    monkeypatch.setattr(shared_broker, "LINGER", 0.0)
+    lease = shared_broker.shared_broker()
     lease.pin()
     lease.close()
     before = status()
     assert (before.pinned, before.users) == (True, 0)
-    again = shared.attach()
+    again = shared_broker.attach()
     assert again is not None
     again.close()
     now = status()
     assert now == replace(before, memory_mb=now.memory_mb)
-    assert shared.stop()
+    assert shared_broker.stop()
     assert_all_gone(own_state, before, 10)
-    assert not shared.stop()
+    assert not shared_broker.stop()
 
 
 def test_nothing_runs_and_nothing_is_started(own_state: Path) -> None:
-    assert shared.status() is None
-    assert shared.attach() is None
+    assert shared_broker.status() is None
+    assert shared_broker.attach() is None
     assert not processes_of(own_state)
 
 
@@ -320,7 +319,7 @@ def test_nothing_runs_and_nothing_is_started(own_state: Path) -> None:
 
 
 def test_killed_broker_is_back_with_all_that_was_confirmed(own_state: Path) -> None:
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         topic = fill(lease.cluster, 20_000)
         before = status()
         os.kill(before.pid, signal.SIGKILL)
@@ -335,14 +334,14 @@ def test_killed_broker_is_back_with_all_that_was_confirmed(own_state: Path) -> N
 
 @pytest.mark.long
 def test_killed_supervisor_takes_the_broker_along(own_state: Path) -> None:
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         before = status()
         os.kill(psutil.Process(before.pid).ppid(), signal.SIGKILL)
         if sys.platform == "linux":
             wait_until(lambda: not is_alive(before.pid), 2)
         with pytest.raises(LabkitError):
             lease.pin()
-        with shared.shared_broker() as new:
+        with shared_broker.shared_broker() as new:
             assert new.cluster.describe(5).cluster_id == new.cluster_id != before.cluster_id
             assert not is_alive(before.pid)
             assert not before.folder.exists()
@@ -350,7 +349,7 @@ def test_killed_supervisor_takes_the_broker_along(own_state: Path) -> None:
 
 @pytest.mark.long
 def test_pinned_data_survives_a_killed_supervisor(own_state: Path) -> None:
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         lease.pin()
         topic = fill(lease.cluster, 1000)
         before = status()
@@ -358,7 +357,7 @@ def test_pinned_data_survives_a_killed_supervisor(own_state: Path) -> None:
         wait_until(lambda: not is_alive(before.pid), 2)
     kept = status()
     assert (kept.running, kept.pinned, kept.cluster_id) == (False, True, before.cluster_id)
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         assert lease.cluster_id == before.cluster_id
         assert count(replace(topic, cluster=lease.cluster)) == 1000
         assert status().pinned
@@ -366,18 +365,18 @@ def test_pinned_data_survives_a_killed_supervisor(own_state: Path) -> None:
 
 @pytest.mark.long
 def test_stop_removes_pinned_data_of_a_broker_that_no_longer_runs(own_state: Path) -> None:
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         lease.pin()
         before = status()
         os.kill(psutil.Process(before.pid).ppid(), signal.SIGKILL)
-    assert shared.stop()
+    assert shared_broker.stop()
     assert_all_gone(own_state, before, 2)
 
 
 @pytest.fixture
-def frozen(own_state: Path) -> Iterator[tuple[shared.Lease, int]]:
+def frozen(own_state: Path) -> Iterator[tuple[shared_broker.Lease, int]]:
     """A broker with users whose supervisor is stopped, as by a debugger or a machine that swaps; its pid."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         supervisor = psutil.Process(status().pid).ppid()
         os.kill(supervisor, signal.SIGSTOP)
         wait_until(lambda: psutil.Process(supervisor).status() == psutil.STATUS_STOPPED)
@@ -387,10 +386,10 @@ def frozen(own_state: Path) -> Iterator[tuple[shared.Lease, int]]:
 
 
 @pytest.mark.long
-def test_a_frozen_supervisor_disturbs_nobody(frozen: tuple[shared.Lease, int]) -> None:
+def test_a_frozen_supervisor_disturbs_nobody(frozen: tuple[shared_broker.Lease, int]) -> None:
     lease, _ = frozen
     topic = fill(lease.cluster, 100)
-    with shared.shared_broker() as again:
+    with shared_broker.shared_broker() as again:
         assert again.cluster_id == lease.cluster_id
         assert count(topic) == 100
         assert (status().running, status().restarts, status().users) == (True, 0, 2)
@@ -398,20 +397,20 @@ def test_a_frozen_supervisor_disturbs_nobody(frozen: tuple[shared.Lease, int]) -
 
 @pytest.mark.long
 def test_one_that_takes_no_users_and_does_not_end_is_named(
-    frozen: tuple[shared.Lease, int], monkeypatch: pytest.MonkeyPatch
+    frozen: tuple[shared_broker.Lease, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease, supervisor = frozen
     (lease.folder / "ready").unlink()  # as it does when it ends
-    monkeypatch.setattr(shared, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(shared_broker, "STOP_SECONDS", 0.3)
     with pytest.raises(LabkitError, match=rf"supervisor {supervisor} .*is it stopped.*labkit down"):
-        shared.shared_broker()
+        shared_broker.shared_broker()
     assert (lease.folder / "data").is_dir()
 
 
 @pytest.mark.long
-def test_stop_ends_a_silent_supervisor(frozen: tuple[shared.Lease, int], own_state: Path) -> None:
+def test_stop_ends_a_silent_supervisor(frozen: tuple[shared_broker.Lease, int], own_state: Path) -> None:
     lease, supervisor = frozen
-    assert shared.stop()
+    assert shared_broker.stop()
     wait_until(lambda: not processes_of(own_state), 2)
     assert not is_alive(supervisor)
     assert not lease.folder.exists()
@@ -419,21 +418,21 @@ def test_stop_ends_a_silent_supervisor(frozen: tuple[shared.Lease, int], own_sta
 
 @pytest.mark.long
 def test_stop_ends_a_supervisor_that_answers_but_does_not_go(own_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "STOP_SECONDS", 0.001)  # it needs more
-    with shared.shared_broker():
+    monkeypatch.setattr(shared_broker, "STOP_SECONDS", 0.001)  # it needs more
+    with shared_broker.shared_broker():
         before = status()
-    assert shared.stop()
+    assert shared_broker.stop()
     assert_all_gone(own_state, before, 2)
 
 
 @pytest.mark.long
 def test_a_supervisor_that_is_ending_is_waited_for(own_state: Path) -> None:
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         lease.pin()
         topic = fill(lease.cluster, 100)
         os.kill(psutil.Process(status().pid).ppid(), signal.SIGTERM)
         wait_until(lambda: not status().running, 5)
-    with shared.shared_broker() as again:
+    with shared_broker.shared_broker() as again:
         assert again.cluster_id == lease.cluster_id
         assert count(replace(topic, cluster=again.cluster)) == 100
 
@@ -450,8 +449,8 @@ def test_what_a_dead_supervisor_left_is_swept(own_state: Path, told: str | None)
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     with Child([*sleep, mark_of(folder)]) as leftover, Child([*sleep, str(folder)]) as stranger:
         (folder / "supervisor").write_text(json.dumps({"supervisor": stranger.pid, "pid": stranger.pid, "restarts": 0}))
-        assert shared.status() is None
-        assert shared.stop()
+        assert shared_broker.status() is None
+        assert shared_broker.stop()
         assert not folder.exists()
         assert stranger.poll() is None
         if told is None:
@@ -462,7 +461,7 @@ def test_what_a_dead_supervisor_left_is_swept(own_state: Path, told: str | None)
 def test_running_finds_and_never_starts(own_state: Path) -> None:
     assert running() is None
     assert not processes_of(own_state)
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         found = running()
         assert found is not None
         with found:
@@ -482,8 +481,8 @@ def test_state_below_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_named_cluster_comes_first(
     cluster: Cluster, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect_module, "COMPOSE", cluster)
-    monkeypatch.setattr(connect_module, "COMPOSE_CLUSTER_ID", connection.cluster_id)
+    monkeypatch.setattr(which_kafka, "COMPOSE", cluster)
+    monkeypatch.setattr(which_kafka, "COMPOSE_CLUSTER_ID", connection.cluster_id)
     (tmp_path / "client.properties").write_text("client.id=somebody\n")
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
     monkeypatch.setenv("KAFKA_CLIENT_CONFIG", str(tmp_path / "client.properties"))
@@ -497,7 +496,7 @@ def test_named_cluster_that_is_silent_is_an_error_although_others_answer(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(connect_module, "PATIENCE", 1.0)
+        monkeypatch.setattr(which_kafka, "PATIENCE", 1.0)
         monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", f"127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(ClusterUnreachable, match="KAFKA_BOOTSTRAP_SERVERS"):
             connect()
@@ -506,8 +505,8 @@ def test_named_cluster_that_is_silent_is_an_error_although_others_answer(
 def test_composed_cluster_comes_second(
     cluster: Cluster, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect_module, "COMPOSE", cluster)
-    monkeypatch.setattr(connect_module, "COMPOSE_CLUSTER_ID", connection.cluster_id)
+    monkeypatch.setattr(which_kafka, "COMPOSE", cluster)
+    monkeypatch.setattr(which_kafka, "COMPOSE_CLUSTER_ID", connection.cluster_id)
     for found in (connect(), running()):
         assert found is not None
         with found:
@@ -517,6 +516,6 @@ def test_composed_cluster_comes_second(
 def test_foreign_cluster_at_the_composed_ones_port_is_not_taken(
     cluster: Cluster, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect_module, "COMPOSE", cluster)
+    monkeypatch.setattr(which_kafka, "COMPOSE", cluster)
     with connect() as found:
         assert (found.origin, found.cluster_id) == ("embedded", connection.cluster_id)

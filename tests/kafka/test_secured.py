@@ -17,14 +17,14 @@ from lab_helpers import Order, Shipped, orders, values, wait_ready
 from processes import wait_until
 from secured import PASSWORD, STORE, USER, Secured, secured_broker
 
-import labkit.runtime.connect as connect_module
 from labkit import Lab
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.producer import Producer
 from labkit.kafka.topics import Topic
-from labkit.runtime.connect import connect
+from labkit.runtime import which_kafka
+from labkit.runtime.which_kafka import connect
 
 SOON = 30.0  # seconds, for a machine that stands still
 WRONG = "wr0ng-passw0rd"
@@ -138,7 +138,7 @@ CLOSED_TOO = {
 def test_a_refusal_is_told_without_waiting(
     name: str, through: Connect, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect_module, "PATIENCE", 3600.0)  # who waited for that would never end
+    monkeypatch.setattr(which_kafka, "PATIENCE", 3600.0)  # who waited for that would never end
     listener, settings, setting = (REFUSED | REFUSED_TOO)[name]
     with pytest.raises(ClusterUnreachable) as told:
         through(listener, settings)
@@ -152,7 +152,7 @@ def test_a_refusal_is_told_without_waiting(
 def test_a_closed_connection_names_what_may_not_fit(
     name: str, through: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect_module, "PATIENCE", 3.0)  # all of which is waited for: it might be a broker that starts
+    monkeypatch.setattr(which_kafka, "PATIENCE", 3.0)  # all of which is waited for: it might be a broker that starts
     listener, settings, setting = (CLOSED | CLOSED_TOO)[name]
     with pytest.raises(ClusterUnreachable, match=r"^KAFKA_BOOTSTRAP_SERVERS says ") as told:
         through(listener, settings)

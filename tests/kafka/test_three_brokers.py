@@ -32,11 +32,11 @@ from labkit.kafka.topics import Topic
 from labkit.lab.faults import control_socket
 from labkit.lab.faults.servers import kafka_away
 from labkit.lab.load import Load
-from labkit.runtime import private as making
+from labkit.runtime import private_broker as making
 from labkit.runtime import server
 from labkit.runtime.broker import HOST, free_ports
 from labkit.runtime.home import state_dir as state_folder
-from labkit.runtime.private import PrivateCluster
+from labkit.runtime.private_broker import PrivateCluster
 from labkit.runtime.server import ServerState
 
 
@@ -284,7 +284,7 @@ def test_a_port_that_is_taken_meanwhile_is_another_try(monkeypatch: pytest.Monke
 def test_they_die_with_their_owner(state_dir: Path) -> None:
     code = """
         import time
-        from labkit.runtime.private import PrivateCluster
+        from labkit.runtime.private_broker import PrivateCluster
         cluster = PrivateCluster()
         cluster.brokers[0].freeze()
         print(*(broker.pid for broker in cluster.brokers), flush=True)

@@ -22,7 +22,7 @@ from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store import KeyValueStore
 from labkit.patterns.projection import Projection, Staleness
 from labkit.patterns.views import SqliteView
-from labkit.runtime.connect import Connection
+from labkit.runtime.which_kafka import Connection
 
 
 @pytest.fixture

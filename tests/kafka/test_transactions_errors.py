@@ -31,7 +31,7 @@ from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.topics import Topic
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
-from labkit.runtime.private import PrivateBroker
+from labkit.runtime.private_broker import PrivateBroker
 from labkit.runtime.proxy import Proxy
 
 # -- a connection that breaks: (request, what happens to it)

@@ -27,8 +27,8 @@ from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import Record
 from labkit.runtime.broker import Broker, prepare
 from labkit.runtime.child import Child
-from labkit.runtime.connect import Connection
-from labkit.runtime.private import PrivateBroker
+from labkit.runtime.private_broker import PrivateBroker
+from labkit.runtime.which_kafka import Connection
 
 
 def test_after_an_abort_all_goes_with_the_next_transaction(

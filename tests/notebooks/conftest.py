@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from labkit.runtime import shared
+from labkit.runtime import shared_broker
 
 
 @pytest.fixture(scope="session")
 def broker(state_dir: Path) -> Iterator[None]:
     """The embedded Kafka that notebooks with this process's LABKIT_STATE share."""
-    with shared.shared_broker() as lease:
+    with shared_broker.shared_broker() as lease:
         yield
         lease.stop()

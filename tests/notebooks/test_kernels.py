@@ -27,7 +27,7 @@ import json, os, time, psutil
 from dataclasses import dataclass
 from labkit import Lab
 from labkit.kafka import Consumer
-from labkit.runtime.shared import status
+from labkit.runtime.shared_broker import status
 
 @dataclass
 class Order:

@@ -371,10 +371,10 @@ def test_an_error_without_a_text_ends_neither_the_frames_nor_a_click(make: Make)
 
     board = make(log=broken, actions=[Action("Break", "It cannot.", broken)])
     board.redraw()
-    assert "log: (its text cannot be had: RuntimeError)" in status(board)
+    assert "log: (its text cannot be read: RuntimeError)" in status(board)
     button = buttons(board)["Break"]
     button.click()
-    wait_until(lambda: "Break: (its text cannot be had" in status(board), what="the message is shown")
+    wait_until(lambda: "Break: (its text cannot be read" in status(board), what="the message is shown")
     assert not button.disabled
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
+from labkit.services import contacts
 from labkit.services.notifications import Browser
+from labkit.services.notifications.browser import FINAL
 
 
 @contextmanager
@@ -58,8 +62,8 @@ def service(*codes: int) -> Iterator[str]:
         loop.close()
 
 
-def test_a_page_that_is_told_to_come_back_later_or_was_slow_does_so() -> None:
-    with service(4503, 4400) as url, Browser(url) as browser:
+def test_a_page_that_is_told_to_come_back_later_or_made_a_mistake_does_so() -> None:
+    with service(4503, 4400, 4429) as url, Browser(url) as browser:
         assert browser.connected.wait(20), browser.ended
         assert (browser.outcomes, browser.position, browser.ended) == (["nothing missed"], "q", "")
 
@@ -69,3 +73,10 @@ def test_a_page_whose_channel_is_over_does_not_come_back(code: int) -> None:
     with service(code) as url, Browser(url) as browser:
         browser._thread.join(20)
         assert browser.ended == f"closed with {code}: another attempt would not do better"
+
+
+def test_the_page_of_contacts_takes_the_same_codes_for_an_end() -> None:
+    page = (Path(contacts.__path__[0]) / "page" / "page.js").read_text()
+    codes = re.search(r"OPEN_ANOTHER = new Set\(\[([\d, ]+)\]\)", page)
+    assert codes is not None
+    assert {int(code) for code in codes[1].split(",")} == set(FINAL)

@@ -17,8 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from labkit.runtime.broker import PROPERTIES
-from labkit.runtime.connect import COMPOSE, COMPOSE_CLUSTER_ID
 from labkit.runtime.jars import KAFKA
+from labkit.runtime.which_kafka import COMPOSE, COMPOSE_CLUSTER_ID
 
 ROOT = Path(__file__).parents[2]
 TOP = {

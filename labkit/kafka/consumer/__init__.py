@@ -1,6 +1,6 @@
 """The one consumer: a group's member that reads topics and calls a handler, in lane order, at least or exactly once.
 
-`spec` is what it is told, `loop` polls, `lanes` keep order, `workers` call the handler, `failures` has the record that
+`spec` has its settings, `loop` polls, `lanes` keep order, `workers` call the handler, `failures` has the record that
 fails and what may become of it, `commits` stores offsets, `transactions` does it exactly once, `assignment` follows the
 group, `state` calls a handler that has one, `steps` are what it reports.
 """
@@ -31,16 +31,16 @@ class Consumer(Spec):
     """
 
     def prepare(self) -> Self:
-        """Make what it needs beside its topics, and return it as it will run. Raises TopicMismatch, TopicMissing."""
+        """Create what it needs beside its topics, and return it as it will run. Raises TopicMismatch, TopicMissing."""
         check_store(self)
         return self
 
     def run(self, stop: threading.Event, report: Report | None = None) -> None:
         """Consume until `stop` is set, then drain, commit and leave the group.
 
-        Raises TopicMissing for a topic that does not exist, is deleted meanwhile or made anew, DeliveryFailed when what
-        handlers sent was not confirmed, HandlerExit when one called `sys.exit`, the handler's error when the policy
-        says Stop, LabkitError when the group does not take this member.
+        Raises TopicMissing for a topic that does not exist, or is deleted or recreated meanwhile; DeliveryFailed when
+        a handler's output was not confirmed; HandlerExit when a handler called `sys.exit`; the handler's error when the
+        policy says Stop; LabkitError when the group refuses this member.
         """
         if not self.group:
             raise LabkitError(

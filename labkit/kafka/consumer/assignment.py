@@ -1,5 +1,5 @@
-"""Which partitions this member has, and where it begins in them. Everything here is called in the thread that polls,
-by the client, in the middle of a `consume`."""
+"""Which partitions this member has, and where it begins in them. The client calls all of this in the thread that
+polls, in the middle of a `consume`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from labkit.kafka.errors import (
 )
 from labkit.kafka.lag import committed_offsets
 
-AWAY = 30.0  # seconds to ask again and again where partitions begin
+AWAY = 30.0  # seconds to go on asking where partitions begin
 GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID)
 
 
 class Assignment:
-    """Follows the group. Partitions of co-partitioned topics come and go with those that the group gives and takes."""
+    """Follows the group. Partitions of co-partitioned topics come and go with those that the group assigns."""
 
     def __init__(self, run: Run, commits: Commits, workers: Workers) -> None:
         self.run, self.commits, self.workers = run, commits, workers
@@ -41,19 +41,19 @@ class Assignment:
             for main, others in run.spec.co_partitioned.items()
         }
         self.own = {name for topics in self.co_partitioned.values() for name, _ in topics}
-        # Topics of which every partition is read from its beginning, unless a commit says otherwise. What is in a
-        # co-partitioned topic is the group's own work. `start` is for a group without history: asked before we join it,
-        # as others that begin now may commit before we are assigned anything.
+        # Topics whose partitions are all read from the beginning, unless a commit says otherwise. The records of a
+        # co-partitioned topic are the group's own. `start` is for a group without history. We look before we join,
+        # because other new members may commit before we are assigned anything.
         self.known = set(self.own)
         if run.spec.start == "latest":
             names = [topic.name for topic in run.spec.sources]
             self.known |= {name for name, _ in committed_offsets(run.spec.cluster, run.spec.group, names)}
-        self.made_anew: set[str] = set()  # topics that are others now than when the run began
-        self.newly_assigned: set[tuple[str, int]] = set()  # assigned during the consume call that runs now
-        self.abandoned: list[Lane] = []  # of partitions that were given up while their handler was running
+        self.made_anew: set[str] = set()  # topics that were deleted and recreated during the run
+        self.newly_assigned: set[tuple[str, int]] = set()  # during the current consume call
+        self.abandoned: list[Lane] = []  # their partitions were given up while the handler ran
 
     def subscribed(self) -> list[str]:
-        """The topics whose partitions the group shares out."""
+        """The topics whose partitions the group assigns."""
         return [topic.name for topic in self.run.spec.sources if topic.name not in self.own]
 
     def gone(self, topic: str | None) -> TopicMissing:
@@ -65,7 +65,7 @@ class Assignment:
         return TopicMissing(f"{told}: create a topic of another name and deploy again")
 
     def grown(self) -> TopicMismatch | None:
-        """The error of a co-partitioned topic that was given more partitions: the group does not share those out.
+        """The error of a co-partitioned topic that was given more partitions: the group does not assign those.
         Raises ClusterUnreachable."""
         there = self.run.spec.cluster.topics() if self.own else {}
         for name, count in chain(*self.co_partitioned.values()):
@@ -77,28 +77,28 @@ class Assignment:
         return None
 
     def store_gone(self) -> TopicMissing:
-        """The error of a store that is not the one in which this group's state was."""
+        """The error of a store that does not hold this group's state any more."""
         store, group = self.run.spec.store, self.run.spec.group
         assert store is not None  # noqa: S101
         return TopicMissing(
-            f"the state of group {group} is not in topic {store.short} any more, which was deleted and made anew, or "
-            "given in place of another one. What was made of records up to the group's offsets is lost: start a group "
-            "of another name with a store of another name, to handle all of them again"
+            f"the state of group {group} is not in topic {store.short} any more: the topic was deleted and made anew, "
+            "or is another one than before. The state up to the group's offsets is lost: start a group of another name "
+            "with a store of another name, to handle all records again"
         )
 
     def assigned(self, client: Client, partitions: list[TopicPartition]) -> None:
-        """The group has given partitions."""
+        """The group has assigned partitions."""
         self._check_one_writer(partitions)
         self.commits.before_assignment()
         starts, fresh = self._starts(client, self._with_co_partitioned(partitions))
         states = restore(self.run, {one.partition for one in starts})
         if self.run.spec.store is not None and (self.run.stop.is_set() or self.run.fatal is not None):
-            starts, fresh = [], {}  # what was read may be half of a state
-        self.known.update(self.run.topic_ids)  # what comes later is not what the group began with
+            starts, fresh = [], {}  # the state may be read half only
+        self.known.update(self.run.topic_ids)  # partitions that come later were added: read them all
         self.commits.assign(starts)
         if not starts:
             return
-        client.resume(starts)  # a pause from before outlives a rebalance in librdkafka
+        client.resume(starts)  # in librdkafka a pause outlives a rebalance
         for one in starts:
             key = (one.topic, one.partition)
             self.run.partitions[key] = Partition(one.topic, one.partition, one.offset)
@@ -106,16 +106,16 @@ class Assignment:
             self.newly_assigned.add(key)
         # "latest" means from now on: without a commit, what is produced while the member restarts would be lost.
         if fresh and not self.commits.commit_now(fresh):
-            for key in fresh:  # refused, say by the next rebalance: goes with the next commit
+            for key in fresh:  # refused, perhaps by a rebalance: included in the next commit
                 self.run.partitions[key].committed = self.run.partitions[key].commit_requested = -1
         self.run.report(Step.ASSIGNED, [(one.topic, one.partition, one.offset) for one in starts])
 
     def _check_one_writer(self, partitions: list[TopicPartition]) -> None:
-        """Raises TopicMismatch if another member has the same number of another topic, and so writes the same state."""
+        """Raises TopicMismatch if another member has the same number of another topic: both would write one state."""
         store = self.run.spec.store
         if store is None:
             return
-        ours = [one for one in partitions if one.partition < store.partitions]  # of others `restore` tells
+        ours = [one for one in partitions if one.partition < store.partitions]  # `restore` refuses the others
         given = [{one.partition for one in ours if one.topic == topic} for topic in self.subscribed()]
         if any(numbers != given[0] for numbers in given):
             raise TopicMismatch(
@@ -124,7 +124,7 @@ class Assignment:
             )
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
-        """The group takes partitions: what runs is finished, up to a bound, and committed."""
+        """The group revokes partitions: finish what runs, up to a bound, and commit."""
         partitions = self._with_co_partitioned(partitions)
         try:
             self.release(self.run.assigned_among(partitions))
@@ -133,7 +133,7 @@ class Assignment:
         self.run.report(Step.REVOKED, [(one.topic, one.partition) for one in partitions])
 
     def lost(self, client: Client, partitions: list[TopicPartition]) -> None:
-        """The group has taken partitions while this member was away: nothing of them counts any more."""
+        """The group gave partitions to others while this member was away: discard everything of them."""
         partitions = self._with_co_partitioned(partitions)
         self.commits.lost()
         self.forget(self.run.assigned_among(partitions))
@@ -141,7 +141,7 @@ class Assignment:
         self.run.report(Step.LOST, [(one.topic, one.partition) for one in partitions])
 
     def release(self, partitions: list[Partition]) -> None:
-        """Let partitions go: start nothing more, wait for what runs, commit. Nothing is committed late."""
+        """Give partitions up: start nothing more, wait for what runs, commit. Nothing is committed later."""
         for partition in partitions:
             partition.active = False
         until = time.monotonic() + self.run.spec.drain
@@ -150,9 +150,9 @@ class Assignment:
             self.run.wake.wait(0.01)
         lost = {p.state for p in partitions if p.state is not None and p.topic in self.made_anew}
         for state in lost:
-            state.changes.clear()  # nor is anything sent that was made of the old one
+            state.changes.clear()  # changes made from the old topic are not written either
         positions = {
-            p: 0 if p.topic in self.made_anew else at  # 0: nothing of the new one is handled
+            p: 0 if p.topic in self.made_anew else at  # 0: nothing of the new topic is handled
             for p in partitions
             if p.topic in self.made_anew or ((at := p.position()) > p.committed and p.state not in lost)
         }
@@ -161,7 +161,7 @@ class Assignment:
             self.commits.settle(positions)
 
     def forget(self, partitions: list[Partition]) -> None:
-        """Nothing that belongs to these partitions counts any more, whoever still works on it."""
+        """Discard everything of these partitions, also what a worker still works on."""
         for partition in partitions:
             self.run.partitions.pop((partition.topic, partition.number), None)
         self.abandoned += self.workers.forget(partitions)
@@ -191,7 +191,7 @@ class Assignment:
                         f"{spec.cluster.bootstrap} did not say within {AWAY:g} s where group {spec.group} begins: "
                         f"{error.args[0].str()}"
                     ) from error
-            except (Unavailable, ClusterUnreachable) as error:  # of who tells positions
+            except (Unavailable, ClusterUnreachable) as error:  # raised by `positions`
                 if isinstance(error, ClientRefused) or time.monotonic() > until:
                     raise
                 log(f"{spec.group}: start positions are not available yet: {error_text(error)}")
@@ -206,7 +206,7 @@ class Assignment:
         fresh: dict[tuple[str, int], int] = {}
         stored = spec.positions and spec.positions([(one.topic, one.partition) for one in partitions])
         for one in client.committed(partitions, timeout=REACH):
-            if one.error is not None:  # not to be taken for "nothing committed"
+            if one.error is not None:  # an error is not "nothing committed"
                 raise KafkaException(one.error)
             key = (one.topic, one.partition)
             offset = one.offset if stored is None else stored.get(key, -1)
@@ -225,16 +225,16 @@ class Assignment:
                 if latest:
                     fresh[key] = offset
             if offset != one.offset and (stored is not None or one.offset >= 0):
-                fresh[key] = offset  # else the group's lag would be that of another one's work
+                fresh[key] = offset  # else the lag would count another topic's records
             starts.append(TopicPartition(*key, offset))
         return starts, fresh
 
     def jumped(self, client: Client, partition: Partition, at: int) -> Partition:
-        """The client goes on at another offset than the next one. That is no news where records were compacted away, or
-        markers of transactions are. If the next offset is out of the topic's range, it is told, and a partition that
-        goes back begins anew; the run ends when something was made of the topic up to that offset."""
+        """The client goes on at another offset than the next one. Compaction and transaction markers make such gaps. If
+        the next offset is out of the topic's range, this is logged, and a partition that goes back begins anew. The run
+        ends if it keeps a state or its own positions, which belong to the lost offset."""
         topic, number, expected = partition.topic, partition.number, partition.next_offset
-        low, high = client.get_watermark_offsets(TopicPartition(topic, number), cached=True)  # as fetched last
+        low, high = client.get_watermark_offsets(TopicPartition(topic, number), cached=True)  # as of the last fetch
         if expected < low <= at:
             why = f"its records before offset {low:,} were deleted"
         elif at < expected and (at <= low or high < expected):
@@ -243,11 +243,11 @@ class Assignment:
             return partition
         told = f"group {self.run.spec.group} is to read {topic}/{number} from offset {expected:,} on, but {why}"
         if self.run.spec.positions is not None or (partition.state is not None and at < expected):
-            self.run.end(LabkitError(f"{told}: build anew what was made of it"))
+            self.run.end(LabkitError(f"{told}: rebuild what was made of its records"))
             return partition
-        log(f"{told}: it goes on with the first record there is, offset {at:,}")
+        log(f"{told}: it goes on at the first record that is there, offset {at:,}")
         if at < expected:
             self.forget([partition])
             partition = self.run.partitions[topic, number] = Partition(topic, number, at)
-            partition.committed = partition.commit_requested = -1  # what is stored could be passed over once more
+            partition.committed = partition.commit_requested = -1  # else the stored offset could be skipped again
         return partition

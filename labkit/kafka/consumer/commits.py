@@ -4,9 +4,9 @@ At least once, a commit is five named steps, always in this order:
 
 1. finish:   the position of each partition is its lowest unfinished offset;
 2. flush:    all that handlers sent is confirmed by the broker, else nothing is committed;
-3. commit:   the positions are sent, without waiting, so that a broker that is away holds up no polling;
+3. commit:   the positions are sent, without waiting, so that polling goes on while the broker is down;
 4. confirm:  the broker's answer is noted; a refused commit is sent again with the next one;
-5. release:  on a revoke or at the end: wait for what runs, up to a bound, then commit once more and let go.
+5. release:  on a revoke or at the end: wait for what runs, up to a bound, then commit once more and give up.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from labkit.kafka.producer import Output, Producer, producer
 from labkit.kafka.records import Message
 
 REACH = 5.0  # seconds to wait for one answer of the broker, in the thread that polls
-OF_TOPIC = "labkit topic.id="  # stands, with the id, in the metadata of what is committed
-OF_STORE = " store.id="  # the same behind it, for a handler with state
+OF_TOPIC = "labkit topic.id="  # stands before the topic's id in the metadata of a commit
+OF_STORE = " store.id="  # the same for a store, behind it
 
 
 class Commits(ABC):
@@ -40,11 +40,11 @@ class Commits(ABC):
     polls."""
 
     refuses: str | None = None
-    """Why a handler may send only what is held until it has returned; None: it may send otherwise, too."""
+    """Why a handler may only send what can be held; None: it may send anything."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.producer = producer(run.spec.cluster)  # what handlers send through it is held until they have returned
+        self.producer = producer(run.spec.cluster)  # handlers send through it
         of_store = OF_STORE + run.store_id if run.store_id else ""
         self.metadata = {name: OF_TOPIC + topic_id + of_store for name, topic_id in run.topic_ids.items()}
         self.pausing = False  # True while no handler may be called until `gate` is set
@@ -54,7 +54,7 @@ class Commits(ABC):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What it wants of the client that polls: above all, how the group shares out partitions."""
+        """Settings of the client that polls: above all, how the group assigns partitions."""
 
     def start(self, client: Client) -> None:
         """Called once, before the client joins its group."""
@@ -62,26 +62,25 @@ class Commits(ABC):
 
     @abstractmethod
     def assign(self, partitions: list[TopicPartition]) -> None:
-        """Have the client read these, which the group has given. In its callback only."""
+        """Have the client read these partitions, which the group has assigned. Only in its callback."""
 
     @abstractmethod
     def unassign(self, partitions: list[TopicPartition]) -> None:
-        """The same for what the group takes."""
+        """Have the client read these no more, which the group has revoked. Only in its callback."""
 
     @abstractmethod
     def publish(self, partition: Partition, messages: Sequence[Message], outputs: list[Output]) -> None:
-        """A handler has returned: take what it sent for these records, before they leave their queue. Raises
-        DeliveryFailed."""
+        """A handler has returned: take its outputs, before the records leave their queue. Raises DeliveryFailed."""
 
     @abstractmethod
     def set_aside(
         self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
     ) -> None:
-        """Keep a failed record elsewhere; `answered` gets the reason of a refusal, or None once it is kept. Raises
-        DeliveryFailed, and what `Producer.output` does."""
+        """Publish a failed record; `answered` gets the reason of a refusal, or None once it is confirmed. Raises
+        DeliveryFailed, and what `Producer.output` raises."""
 
     def ahead(self, partition: Partition) -> int:
-        """How many records of a partition are held here: what `max_ahead` bounds."""
+        """How many records of a partition count against `max_ahead`."""
         return partition.ahead()
 
     @abstractmethod
@@ -89,27 +88,27 @@ class Commits(ABC):
         """Commit what is finished, if it is time."""
 
     def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:  # noqa: B027
-        """The client tells what became of a commit."""
+        """The client reports the result of a commit."""
 
     def before_assignment(self) -> None:  # noqa: B027
-        """Partitions come, and it will be asked where they begin."""
+        """Called before the group is asked where newly assigned partitions begin."""
 
     def lost(self) -> None:  # noqa: B027
         """Partitions went to others while this member was away."""
 
     @abstractmethod
     def settle(self, positions: dict[Partition, int]) -> None:
-        """Commit these positions, of partitions that are let go."""
+        """Commit these positions of partitions that are given up."""
 
     def close(self) -> None:  # noqa: B027
         """End what runs in the background."""
 
     def commit_now(self, positions: dict[tuple[str, int], int]) -> bool:
-        """Commit these positions, of which nothing was made, and wait for the answer. False: they are not stored."""
+        """Commit these positions, which have no outputs, and wait for the answer. False: they are not stored."""
         until = time.monotonic() + REACH
         while True:
             try:
-                # A commit has no time limit: a broker that is away would keep us for a minute. This question has one.
+                # A commit has no time limit, and would wait a minute for a broker that is down. This request has one.
                 self.client.committed(self.offsets(positions), timeout=REACH)
                 answers = self.client.commit(offsets=self.offsets(positions), asynchronous=False)
                 return not any(one.error for one in answers or ())
@@ -122,12 +121,12 @@ class Commits(ABC):
     def of_another_topic(self, stored: TopicPartition) -> bool:
         """Whether the group committed this in a topic of this name that was deleted since. Kafka deletes such offsets,
         but a member that has not noticed yet commits into the new topic."""
-        metadata = stored.metadata or ""  # other tools leave it empty, or write what is theirs
+        metadata = stored.metadata or ""  # other tools leave it empty, or write their own
         topic_id = metadata.partition(OF_STORE)[0].removeprefix(OF_TOPIC)
         return metadata.startswith(OF_TOPIC) and topic_id != self.run.topic_ids[stored.topic]
 
     def of_another_store(self, stored: TopicPartition) -> bool:
-        """Whether the group committed this with what it counted in a store that is not the one of now."""
+        """Whether the group committed this together with a state in another store."""
         store_id = (stored.metadata or "").partition(OF_STORE)[2]
         return bool(store_id and self.run.store_id) and store_id != self.run.store_id
 
@@ -137,15 +136,15 @@ class Commits(ABC):
 
 
 class AtLeastOnce(Commits):
-    """What a handler sent goes out at once, through the process's idempotent producer; it is confirmed before its cause
-    is committed."""
+    """Outputs go out at once, through the process's idempotent producer, and are confirmed before their cause is
+    committed."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.refused = self.producer.refused  # times_refused before this run do not concern it
+        self.refused = self.producer.refused  # refusals before this run do not count
         self.next_commit = 0.0
-        # One is on its way. A second could overtake it: after an outage the client sends again what it had sent, in any
-        # order, and the older of two would be what is stored.
+        # Only one commit at a time: after an outage the client sends again in any order, and the older of two commits
+        # could be what is stored.
         self.commit_sent = False
         self._reports: SimpleQueue[tuple[Callable[[str | None], None], str | None]] = SimpleQueue()
         self._polling: threading.Thread | None = None
@@ -166,7 +165,7 @@ class AtLeastOnce(Commits):
         for output in outputs:
             self.producer.release(output)
 
-    # -- what is set aside: confirmed record by record, as the refusal of a flush names no record
+    # -- what is set aside: confirmed record by record, because `flush` does not say which record was refused
 
     def set_aside(
         self, partition: Partition, message: Message, aside: SetAside, answered: Callable[[str | None], None]
@@ -179,14 +178,14 @@ class AtLeastOnce(Commits):
                 )
                 self._polling.start()
 
-        # The client may not be polled again from within its own callback (it would crash), and hooks do poll it.
+        # The client crashes if it is polled within its own callback, and hooks do poll it.
         def on_delivery(refused: str | None, partition: int, offset: int) -> None:
             self._reports.put((answered, refused))
 
         sender.send(aside.topic, aside.value, aside.key, aside.headers, on_delivery=on_delivery)
 
     def _poll(self, sender: Producer) -> None:
-        """Call `answered` for what has been delivered, in a thread of its own and outside of the client."""
+        """Call `answered` for delivery reports, in a thread of its own and outside of the client's callback."""
         try:
             while not self._closed:
                 sender.poll(0.1)
@@ -194,7 +193,7 @@ class AtLeastOnce(Commits):
                     while True:
                         answered, refused = self._reports.get_nowait()
                         answered(refused)
-        except BaseException as error:  # of a hook: never to be swallowed by a thread
+        except BaseException as error:  # raised by a hook: the thread must not swallow it
             self.run.end(error)
 
     def close(self) -> None:
@@ -227,8 +226,8 @@ class AtLeastOnce(Commits):
             self.confirmed(error.args[0], self.offsets(positions))
 
     def _unconfirmed(self) -> int:
-        """How much of what handlers sent is still on its way. Lanes stand still meanwhile: a busy handler's next send
-        would keep the producer from ever being empty, and uncommitted work would pile up.
+        """How many outputs are unconfirmed. Lanes stand still meanwhile: a busy handler's next send would keep the
+        producer from ever being empty, and uncommitted work would pile up.
 
         Raises DeliveryFailed when the broker refused something.
         """
@@ -245,7 +244,7 @@ class AtLeastOnce(Commits):
         return left
 
     def confirmed(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
-        self.commit_sent = False  # whatever the answer is: without this nothing would be committed any more
+        self.commit_sent = False  # whatever the answer is, or nothing would be committed any more
         stored: dict[tuple[str, int], int] = {}
         for one in offsets:
             partition = self.run.partitions.get((one.topic, one.partition))
@@ -254,7 +253,7 @@ class AtLeastOnce(Commits):
             if error is not None or one.error is not None:
                 partition.commit_requested = (
                     partition.committed
-                )  # refused, say by a rebalance: goes with the next commit
+                )  # refused, perhaps by a rebalance: included in the next commit
             else:
                 partition.committed = max(partition.committed, one.offset)
                 stored[one.topic, one.partition] = one.offset

@@ -15,7 +15,7 @@ from labkit.kafka.errors import DeliveryFailed
 from labkit.kafka.producer import Headers
 from labkit.kafka.records import Message, Placed, Record
 
-TIMES = 50  # of failed attempts that are kept: the newest
+TIMES = 50  # the newest failed attempts whose times are kept
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,29 @@ class FailedRecord(Placed):
         self.error: BaseException = Exception()
         """Of the newest attempt."""
         self.attempt = 0
-        """How many calls have failed; a record that comes again after a restart begins anew."""
+        """How many calls have failed, since the process started."""
         self.times: list[float] = []
-        """When they failed: the newest."""
+        """When the newest of them failed."""
         self.since = time.time()
         """When the first one failed."""
         self.decision: Decision | None = None
         self.due = 0.0
         """When its lane goes on."""
         self.command: Any = None
-        """What somebody outside wants done with it, for the policy to answer."""
+        """A command from outside, such as a skip; the policy answers it."""
         self.refused: DeliveryFailed | None = None
-        """Why it could not be set aside, the last time."""
+        """Why it could not be set aside at the last attempt."""
         self.times_refused = 0
         self.in_flight: set[str] = set()
-        """The topics that it was sent to and that have not refused it."""
+        """The topics to which it was sent, and which have not refused it."""
         self.confirmed = False
-        """Whether one of them has it."""
+        """Whether one of these has confirmed it."""
         self.recheck = False
-        """Whether the policy is asked next, and not the handler called."""
+        """Whether the policy is asked next, instead of the handler."""
         self._wake = wake
 
     def fail(self, record: Record[Any] | None, error: BaseException) -> None:
-        """One more attempt has failed."""
+        """Note one more failed attempt."""
         self.record, self.error = record, error
         self.refused, self.times_refused = None, 0
         self.attempt += 1
@@ -89,12 +89,12 @@ class FailedRecord(Placed):
 
     @property
     def key(self) -> str | None:
-        """What can be read of its key."""
+        """Its key as text, as far as it decodes."""
         key = self.message.key()
         return None if key is None else key.decode(errors="replace")
 
     def put_command(self, command: Any) -> None:
-        """Put a command on it, and have the policy answer that now, in the middle of any back-off. From any thread; it
+        """Put a command on it, and have the policy answer now, even during a back-off. Any thread may call this. It
         does nothing once the record is finished or its partition was given up."""
         self.command = command
         self._wake(self)
@@ -104,7 +104,7 @@ class FailedRecord(Placed):
 
 
 OnFailure: TypeAlias = Callable[[FailedRecord], Decision]
-"""What becomes of a failed record: a pure function. If it raises, `keep_trying` decides."""
+"""Decides what becomes of a failed record: a pure function. If it raises, `keep_trying` decides."""
 
 
 def keep_trying(first: float = 0.1, cap: float = 10.0) -> OnFailure:

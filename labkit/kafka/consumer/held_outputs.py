@@ -1,4 +1,4 @@
-"""What goes out with a commit, exactly once: what handlers sent, and the copies of what was set aside."""
+"""Exactly once: what goes out with a commit, that is what handlers sent and copies of what was set aside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from confluent_kafka import Message as DeliveryReport
 from labkit.kafka.producer import Output
 from labkit.kafka.records import Message, coordinates
 
-# Refusals that another attempt would not mend: of a record, and of a topic.
+# Refusals for which another attempt is no use: of a record, and of a topic.
 RECORD_REFUSED = (
     *(KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_RECORD),
     *(KafkaError.INVALID_MSG, KafkaError.INVALID_TIMESTAMP, KafkaError.POLICY_VIOLATION),
@@ -23,15 +23,15 @@ TOPIC_REFUSED = (
 )
 
 Refusals: TypeAlias = "dict[int, tuple[Held, int, str]]"
-"""Of whom an output was refused, by id: the error's code and text."""
+"""By the id of a Held: itself, and code and text of the error with which one of its outputs was refused."""
 
 
 class Held(msgspec.Struct, eq=False, gc=False):
-    """What the handler of these records sent, or the copy that is kept of one, until it is committed. Of no records:
-    the changes of a state.
+    """What the handler of these records sent, or the copy of a record that was set aside, until it is committed.
+    Without records: the changes of a state.
 
-    It is also what the client calls when one of its outputs is refused. There are thousands of them at a time: so
-    Python's garbage collector is not to look at them (an object more for each output cost a tenth of the speed).
+    It is also the client's callback when one of its outputs is refused. There are thousands at a time, so the garbage
+    collector does not look at them. (One more object for each output cost a tenth of the speed.)
     """
 
     messages: Sequence[Message]
@@ -41,7 +41,7 @@ class Held(msgspec.Struct, eq=False, gc=False):
 
     @property
     def what(self) -> str:
-        """What errors call its outputs."""
+        """A name for its outputs, for errors."""
         if not self.messages:
             return "a value of the handler's state"
         return f"what the handler of {coordinates(self.messages[0])} sent"

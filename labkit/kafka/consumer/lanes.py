@@ -1,6 +1,6 @@
 """Lanes: the unit of order. A partition is one lane, or one lane for each of its keys.
 
-The thread that polls appends to a lane, one worker at a time takes from it. A record leaves its queue only once it is
+The thread that polls appends to a lane. One worker at a time takes from it. A record leaves its queue only once it is
 finished, so what may be committed follows from the queues alone: the lowest offset still in one.
 """
 
@@ -55,17 +55,17 @@ class Lane:
         self.failed: FailedRecord | None = None  # its first record, while that keeps failing
         self.began: float | None = None  # consumer's clock at which the running handler was called
         self.due = 0.0  # monotonic time at which it goes on
-        self.one_by_one = 0  # how many records come one by one, as a batch of them failed
+        self.one_by_one = 0  # how many records come one by one, because a batch of them failed
 
     def to(self, state: LaneState) -> None:
-        """Change state; a change that makes no sense is a bug and raises."""
+        """Change state. A change that is not allowed is a bug, and raises."""
         if (self.state, state) not in _ALLOWED:
             raise AssertionError(f"a lane cannot go from {self.state.value} to {state.value}")
         self.state = state
 
     def busy(self) -> bool:
         """Whether its first record may be finished at any moment: a release waits for it."""
-        failed = self.failed  # another thread may be done with it
+        failed = self.failed  # another thread may clear it
         return bool(failed and failed.in_flight) or self.began is not None
 
 
@@ -75,16 +75,16 @@ class Partition:
     def __init__(self, topic: str, number: int, start: int) -> None:
         self.topic, self.number = topic, number
         self.next_offset = start  # after the last one fetched
-        self.committed = start  # what the broker has, as far as we know
-        self.commit_requested = start  # what we last asked it to store
+        self.committed = start  # as far as we know
+        self.commit_requested = start  # with the last commit
         self.lanes: dict[bytes | None, Lane] = {}
-        self.held: list[Held] = []  # exactly once: what goes out with the commit, in the order in which it was finished
+        self.held: list[Held] = []  # exactly once: what goes out with the commit, in the order of finishing
         self.lock = threading.Lock()  # guards lanes, their states and `held` against the workers
         self.active = True  # False once revoked or lost: no further record is started
-        self.given_up = False  # True once nothing that is finished for it counts any more
+        self.given_up = False  # True once its work is discarded
         self.paused = False
-        self.seeking = False  # the client must seek to next_offset first; what it fetches until then is dropped
-        self.at_end = False  # nothing more to be fetched, as far as we know
+        self.seeking = False  # the client has to seek to next_offset; what it fetches before that is dropped
+        self.at_end = False  # as far as we know, there is nothing more to fetch
         self.state: PartitionState | None = None  # what its handler keeps; co-partitioned topics share it
 
     def add(self, messages: list[Message], by_key: bool) -> list[Lane]:
@@ -103,7 +103,7 @@ class Partition:
         return woken
 
     def unseen(self, messages: list[Message]) -> list[Message]:
-        """These without what was fetched twice (a seek, a rebalance): that is queued, or done already."""
+        """These without records that were fetched twice (by a seek or a rebalance): they are queued or done already."""
         if messages[0].offset() >= self.next_offset:
             return messages
         return [message for message in messages if message.offset() >= self.next_offset]
@@ -118,14 +118,14 @@ class Partition:
             woken.append(lane)
 
     def reached(self, end: int) -> None:
-        """Note the partition's end: a commit then passes commit markers and compacted records, which nobody sees."""
+        """Note the partition's end, so that a commit passes commit markers and compacted records."""
         self.next_offset = max(self.next_offset, end)
         self.at_end = True
 
     def finish(self, message: Message) -> None:
         """A handler with state is done with this record, and with all before it."""
         self.next_offset = max(self.next_offset, message.offset() + 1)
-        if lane := self.lanes.get(None):  # it has waited for its time there
+        if lane := self.lanes.get(None):  # it has waited there until it was due
             lane.queue.popleft()
 
     def rest(self, lane: Lane) -> bool:
@@ -134,14 +134,14 @@ class Partition:
             if lane.queue and self.active:
                 return False
             lane.to(LaneState.IDLE)
-            if not lane.queue:  # what is left in a revoked one still says how far it got
+            if not lane.queue:  # a revoked one's queue still says how far it got
                 self.lanes.pop(lane.key, None)
             return True
 
     def position(self) -> int:
         """The lowest unfinished offset, or the next to be fetched: all before it is finished and may be committed.
 
-        Only the thread that appends may ask: then a queue seen empty stays empty.
+        Only the thread that appends may call this: so a queue that it finds empty stays empty.
         """
         lowest = self.next_offset
         with self.lock:  # a batch leaves its queue as one
@@ -153,7 +153,7 @@ class Partition:
         return lowest
 
     def held_below(self, position: int) -> list[Held]:
-        """What is held for records below a position. A batch is never parted by one."""
+        """What is held for records below a position. A position never divides a batch."""
         with self.lock:
             return [held for held in self.held if held.messages[-1].offset() < position]
 
@@ -168,5 +168,5 @@ class Partition:
             self.held = [new if held is old else held for held in self.held]
 
     def ahead(self) -> int:
-        """How far beyond the lowest unfinished offset has been fetched."""
+        """How many offsets beyond the lowest unfinished one were fetched."""
         return self.next_offset - self.position() if self.lanes else 0

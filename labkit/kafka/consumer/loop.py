@@ -16,6 +16,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Fetched
 
+from labkit.kafka.connection_errors import NOT_JOINED, explain, is_final
 from labkit.kafka.consumer.assignment import GONE, Assignment
 from labkit.kafka.consumer.commits import REACH, AtLeastOnce, Commits
 from labkit.kafka.consumer.lanes import Partition
@@ -28,18 +29,17 @@ from labkit.kafka.consumer.watchdog import EXIT_DEADLINE, end_process, overrun
 from labkit.kafka.consumer.workers import Workers
 from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError
 from labkit.kafka.records import Message
-from labkit.kafka.refusal import NOT_JOINED, explain, is_final
 
-# Called with every record: the methods themselves take a sixth of the time of a `methodcaller`.
+# Called for every record: the methods take a sixth of the time of a `methodcaller`.
 TOPIC, PARTITION = cast(Callable[[Message], str], Fetched.topic), cast(Callable[[Message], int], Fetched.partition)
 BATCH = 500  # records taken at once from what the client has fetched
 TURN = 0.05  # seconds the loop waits for a first record: bounds how late a retry or a stop is noticed
 FULL = 0.1  # seconds a partition may stay full before it is paused
-FULL_BESIDE_EMPTY = 0.005  # the same, while another one waits for its first records and this one hardly moves
+FULL_BESIDE_EMPTY = 0.005  # the same, while another one has nothing to do and this one hardly moves
 FINAL = (KafkaError._FATAL, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 # A fatal error comes as a message with the code _FATAL; only its text says which one it is.
 FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
-IDENTITY = 1.0  # seconds between two looks at whether its topics are still the same ones
+IDENTITY = 1.0  # seconds between two checks that its topics are still the same
 
 
 class Loop:
@@ -108,7 +108,7 @@ class Loop:
                 self.go_back()
                 self.relieve()
                 self.commits.commit(now)
-            with nullcontext() if shared.fatal is None else suppress(LabkitError):  # the first error is the one to tell
+            with nullcontext() if shared.fatal is None else suppress(LabkitError):  # the first error is raised
                 self.assignment.release(list(self.partitions.values()))
         finally:
             self.close()
@@ -116,7 +116,7 @@ class Loop:
             raise shared.fatal
 
     def fetch(self) -> Iterator[list[Message]]:
-        """One record, waiting a little, then whatever is there already: asking for many at once waits to fill."""
+        """Wait a little for one record, then take what is there: asking for many at once would wait until they are."""
         due = self.workers.next_due()
         patience = TURN if due is None else min(TURN, max(0.0, due - time.monotonic()))
         first = self.client.consume(1, patience)
@@ -129,7 +129,7 @@ class Loop:
                 rest = self.client.consume(most - 1, 0)
                 self.shared.more = self.states is not None and len(rest) == most - 1
                 yield cast(list[Message], rest)
-                rest.clear()  # before garbage is collected: it would look at each of them once more
+                rest.clear()  # else the garbage collector looks at each of them once more
 
     def dispatch(self, messages: list[Message]) -> None:
         """Give fetched records to their lanes."""
@@ -146,8 +146,8 @@ class Loop:
                 ends.append(message)
             elif error is not None:
                 self.client_error(error, message.topic())
-        # Taken away and given back within this very call: what was fetched before must not run ahead of what the
-        # committed offset brings again.
+        # A partition was revoked and assigned again within this call: what was fetched before must not run ahead of
+        # what the committed offset brings again.
         for key in self.assignment.newly_assigned & {*batches, *((end.topic(), end.partition()) for end in ends)}:
             if partition := self.partitions.get(key):
                 partition.seeking = True
@@ -158,15 +158,15 @@ class Loop:
             if batch[0].offset() != partition.next_offset:
                 partition = self.jumped(partition, batch[0].offset())
                 if shared.fatal is not None:
-                    return  # what follows what is lacking must not be handled
+                    return  # records behind a gap must not be handled
             if self.states is not None:
                 self.states.handle(partition, batch)
                 if shared.fatal is not None:
-                    return  # what is not handled lies before the ends that were told
+                    return  # there are unhandled records before these ends
                 continue
             for lane in partition.add(batch, self.by_key):
                 self.workers.ready.put(lane)
-        for end in ends:  # only after the records before it, which would look as if they were fetched twice
+        for end in ends:  # after the records before them, which would else count as fetched twice
             partition = self.partitions.get((end.topic(), end.partition()))
             if partition is not None and not partition.seeking:
                 if end.offset() != partition.next_offset and (end.topic(), end.partition()) not in batches:
@@ -176,8 +176,8 @@ class Loop:
                 partition.reached(end.offset())
 
     def go_back(self) -> None:
-        """Have the client fetch what comes next. It refuses until it fetches that partition at all: asked again at the
-        next turn. (An assignment changed outside of a rebalance callback could hide a loss.)"""
+        """Have the client seek to the next offset. It refuses until it fetches that partition: we ask again at the next
+        turn. (To change the assignment outside of a rebalance callback could hide a loss.)"""
         for partition in self.partitions.values():
             if partition.seeking:
                 with suppress(KafkaException):
@@ -185,7 +185,7 @@ class Loop:
                     partition.seeking = False
 
     def client_error(self, error: KafkaError, topic: str | None = None) -> None:
-        """An error that the client reports about a topic or a connection. A refused login it reports nowhere else."""
+        """An error that the client reports about a topic or a connection. It reports a refused login only here."""
         code = error.code()
         if code in GONE:
             self.shared.end(self.assignment.gone(topic))
@@ -200,7 +200,7 @@ class Loop:
             self.shared.end(self.commits.sender.taken(error.str()))
         elif error.fatal() or code in FINAL:
             self.shared.end(LabkitError(f"the consumer of {self.spec.group} cannot go on: {error.str()}"))
-        # Everything else (a broker that is away, a coordinator that moves) the client mends by itself.
+        # The client recovers by itself from everything else (a broker that is down, a coordinator that moves).
 
     def jumped(self, partition: Partition, at: int) -> Partition:
         """See `Assignment.jumped`. Offsets that go back may also be those of another topic of this name."""
@@ -209,21 +209,21 @@ class Loop:
         return partition if self.shared.fatal else self.assignment.jumped(self.client, partition, at)
 
     def revoked(self, client: Client, partitions: list[TopicPartition]) -> None:
-        """See `Assignment.revoked`. A topic that is deleted makes the group share out anew, often before anybody has
-        seen that it was made anew: what was made of the old one must not be committed then."""
+        """See `Assignment.revoked`. When a topic is deleted the group rebalances, often before we have noticed that the
+        topic was recreated: then the old topic's positions must not be committed."""
         if self.shared.assigned_among(partitions):
             self.check_identity()
         self.assignment.revoked(client, partitions)
 
     def watch_identity(self) -> None:
-        """A topic that is deleted and made anew has other records at the same offsets, and the client reads on in it.
-        Runs in a thread of its own, as a broker that is away lets us wait for its answer."""
+        """A topic that is deleted and recreated has other records at the same offsets, and the client reads on in it.
+        This check has a thread of its own, because a broker that is down makes it wait."""
         while not self.closed.wait(IDENTITY):
             self.check_identity()
 
     def check_identity(self) -> None:
-        """End the run if a topic is another one than it was, or partitions were added that it would never read. Of a
-        topic that is only deleted the client tells."""
+        """End the run if a topic was recreated, or if partitions were added that it would never read. (The client
+        reports a topic that is only deleted.)"""
         shared, store = self.shared, self.spec.store
         with suppress(ClusterUnreachable):
             there = self.spec.cluster.topic_ids([*shared.topic_ids, *([] if store is None else [store.name])])
@@ -237,10 +237,10 @@ class Loop:
                 shared.end(grown)
 
     def relieve(self) -> None:
-        """Back-pressure: stop consuming for at most 100 ms; pause only what stays full, as that costs the prefetch.
+        """Back-pressure: wait at most 100 ms for a full partition; pausing what stays full costs its prefetch.
 
-        The client hands out one partition after the other: while one has nothing to do and more to come, a full one is
-        waited for only if its handler is quick. If it is slow, the others would stand still for it.
+        The client hands out one partition after the other. If another partition is idle and has more to come, wait for
+        a full one only if its handler is quick: the others stand still meanwhile.
         """
         full: list[Partition] = []
         starving = False
@@ -256,12 +256,12 @@ class Loop:
         to_do = sum(partition.ahead() for partition in full)
         while full and not shared.stop.is_set() and shared.fatal is None:
             if time.monotonic() - began > patience:
-                left = sum(partition.ahead() for partition in full)  # 0: all is handled, only a commit is waited for
+                left = sum(partition.ahead() for partition in full)  # 0: all is handled, only a commit is missing
                 if patience == FULL or (left and to_do - left < max(1, self.batch // 10)):
                     break
                 patience = FULL
             shared.wake.clear()
-            self.commits.commit(time.monotonic())  # exactly once, nothing else makes room
+            self.commits.commit(time.monotonic())  # exactly once, only a commit makes room
             if not any(map(self.is_full, full)):
                 return
             shared.wake.wait(0.002)
@@ -278,15 +278,15 @@ class Loop:
         """End the process when a handler has run for too long."""
         abandoned = self.assignment.abandoned = [lane for lane in self.assignment.abandoned if lane.began is not None]
         ours = (lane for partition in self.partitions.values() for lane in list(partition.lanes.values()))
-        for lane in itertools.chain(abandoned, ours):  # a worker that hangs is missed, whoever has the record now
+        for lane in itertools.chain(abandoned, ours):  # also workers that hang with a record of another member now
             began = lane.began
             if began is not None and self.shared.clock - began > self.spec.deadline:
                 with suppress(IndexError):  # it returned just now
                     end_process(overrun(lane.queue[0], self.spec.deadline), EXIT_DEADLINE)
 
     def guarded(self, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        """A callback for the client. What it raises ends the loop, but not through the client: that could never close
-        after an exception out of a rebalance."""
+        """A callback for the client. Its errors end the loop without passing through the client, which could never
+        close after an exception in a rebalance."""
 
         def call(first: Any, second: Any) -> None:
             try:
@@ -297,7 +297,7 @@ class Loop:
         return call
 
     def close(self) -> None:
-        """End the workers and leave the group. Takes at most 2 × REACH: a frozen broker would keep us for a minute."""
+        """End the workers and leave the group. Takes at most 2 × REACH; a frozen broker would make it a minute."""
         self.closed.set()
         self.assignment.forget(list(self.partitions.values()))
         self.workers.close()
@@ -309,7 +309,7 @@ class Loop:
         leaving.join(2 * REACH)
 
     def leave(self) -> None:
-        with suppress(KafkaException):  # of a client that was fenced
-            if not self.client.assignment():  # then `close` alone tells the group nothing: it waits for our session
+        with suppress(KafkaException):  # the client was fenced
+            if not self.client.assignment():  # then `close` would not leave: the group would wait for our session
                 self.client.unsubscribe()
         self.client.close()

@@ -18,7 +18,7 @@ from labkit.kafka.errors import error_text
 
 
 class Run:
-    """One run of a consumer: its partitions, its clock, its end, and who hears of its steps."""
+    """One run of a consumer: its partitions, its clock, its end, and its hooks."""
 
     def __init__(self, spec: Spec, stop: threading.Event, report: Report | None) -> None:
         self.spec, self.stop = spec, stop
@@ -27,13 +27,13 @@ class Run:
         self.partitions: dict[tuple[str, int], Partition] = {}
         self.topic_ids = {topic.name: spec.cluster.topic_id(topic.name) for topic in spec.sources}
         self.store_id = "" if spec.store is None else spec.cluster.topic_id(spec.store.name)
-        self.clock = 0.0  # seconds this run has been alive: a frozen process does not age
-        self.more = False  # the thread that polls handles records itself, and more of them are there already
+        self.clock = 0.0  # seconds that this run was alive: a frozen process does not age
+        self.more = False  # the thread that polls handles records itself, and has more of them
         self.fatal: BaseException | None = None
         self.wake = threading.Event()  # a lane ran empty, or cannot go on
 
     def report(self, step: Step, subject: Any) -> None:
-        """Tell the hooks of a step that does not come with every record."""
+        """Call the hooks with a step that does not come with every record."""
         for hook in self._change_hooks:
             hook(step, subject)
 
@@ -57,4 +57,4 @@ def log_traceback(error: BaseException, trace: TracebackType | None) -> None:
     try:
         traceback.print_exception(type(error), error, trace)
     except Exception as broken:
-        log(f"(its traceback cannot be had: {error_text(broken)})")
+        log(f"(its traceback cannot be read: {error_text(broken)})")

@@ -1,15 +1,15 @@
-"""Handlers with state: the thread that polls calls them, and what they keep goes out with the offsets.
+"""Handlers with state: the thread that polls calls them, and their state is committed with the offsets.
 
-State belongs to a partition *number*: that of the topic, and of its co-partitioned topics, which share it. It is kept
-in the same number of a compacted topic, the store, and read from there when the partition comes. The handler reads the
+State belongs to a partition *number*: the topic and its co-partitioned topics share it. It is kept in the same
+number of a compacted topic, the store, and read from there when the partition is assigned. The handler reads the
 state and returns its changes. They are applied after it has returned, so a failed attempt leaves nothing behind. The
 newest value of each changed key is an output of the next transaction.
 
-As one thread polls, calls the handler and commits, positions and state are one cut, and nothing is locked. The price is
-that such a handler must be quick, and has nobody to wait for.
+Because one thread polls, calls the handler and commits, positions and state always match, and nothing is locked. The
+price: such a handler must be quick, and must not wait for anybody.
 
-A record that is to wait for its time (`not_before`) waits in its partition's lane, uncommitted, and holds up what is
-behind it there. Other partitions go on, those of the same number too.
+A record that is not due yet (`not_before`) waits in its partition's lane, uncommitted, and so do the records behind it.
+Other partitions go on, those of the same number too.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from labkit.kafka.topics import Topic
 V = TypeVar("V")
 
 AT_ONCE = 100_000  # records, however fast the handler is
-FIRST = 8  # records that come at once in the beginning: how long they take says how many may come
+FIRST = 8  # records at once in the beginning; how long they take says how many may follow
 RESTORE = 120.0  # seconds for a state to be read from its store
 SLICE = 0.2  # seconds for which the handler is called before the loop polls again
-OVERHEAD = 200  # bytes of a record in a batch beside its key and value, and some more
+OVERHEAD = 200  # bytes of a record in a batch beside its key and value, generously
 
 Changes = Mapping[bytes, bytes | None]
 
@@ -56,11 +56,11 @@ class PartitionState:
     def __init__(self, number: int) -> None:
         self.number = number
         self.values: dict[bytes, bytes] = {}
-        self.view: Mapping[bytes, bytes] = MappingProxyType(self.values)  # what a handler gets
+        self.view: Mapping[bytes, bytes] = MappingProxyType(self.values)  # read-only, for handlers
         self.changes: dict[bytes, bytes | None] = {}  # not committed yet: the newest of each key, None if deleted
 
     def apply(self, changes: Changes) -> None:
-        """A handler has returned these."""
+        """Apply the changes that a handler has returned."""
         self.changes.update(changes)
         for key, value in changes.items():
             if value is None:
@@ -69,15 +69,15 @@ class PartitionState:
                 self.values[key] = value
 
     def committed(self, changes: Changes) -> None:
-        """These are in the store. What has changed since is to be written still."""
+        """These changes are in the store; later ones are still to be written."""
         for key, value in changes.items():
             if key in self.changes and self.changes[key] is value:
                 del self.changes[key]
 
 
 class Values(Mapping[str, V]):
-    """A state as a handler of single records sees it: decoded anew at each look, so that changing a value changes
-    nothing."""
+    """A state as a handler of single records sees it. Each look decodes a value anew, so changing a value in place has
+    no effect."""
 
     def __init__(self, raw: Mapping[bytes, bytes], parse: Callable[[bytes], V]) -> None:
         self._raw, self._parse = raw, parse
@@ -123,14 +123,14 @@ def _other_number(topic: str, read: int, store: str, kept: int) -> TopicMismatch
 def restore(run: Run, numbers: Iterable[int]) -> dict[int, PartitionState]:
     """The states of these partition numbers, read from the store up to its end.
 
-    Called when the group has answered where the partitions begin: whatever changed that is decided by then, but its
-    marker may still be missing in the store. So the end is that of what is not committed; getting there means to wait
-    for the marker. Raises TopicMismatch, ClusterUnreachable.
+    Called when the group has answered where the partitions begin. By then each transaction that moved the offsets is
+    decided, but its marker may still be missing in the store. So it reads to the end of uncommitted records, and waits
+    for the marker there. Raises TopicMismatch, ClusterUnreachable.
     """
     states, store = {number: PartitionState(number) for number in numbers}, run.spec.store
     if store is None or not states:
         return {}
-    if max(states) >= store.partitions:  # added while it runs
+    if max(states) >= store.partitions:  # partitions were added
         raise _other_number(run.spec.sources[0].short, max(states) + 1, store.short, store.partitions)
     with Reader(store, partitions=sorted(states)) as reader:
         for messages in reader.messages_to_end(RESTORE):
@@ -156,14 +156,14 @@ class StateHandler:
         self.parse = parser(store.value)
         self.most = most_bytes(store)
         self.due = {name: (of, workers.decode[name]) for name, of in run.spec.not_before.items()}
-        self.at_once = FIRST  # so many records are to be fetched: what the handler does in a slice, or less
+        self.at_once = FIRST  # records to fetch: at most what the handler does in a slice
         self.done, self.took = 0, 0.0  # records of this turn, and seconds for them
         self.context: HandlerContext
         self.watchdog = Watchdog(run.spec.deadline, EXIT_DEADLINE)
         self.watchdog.start("deadline of the handler")
 
     def handle(self, partition: Partition, messages: list[Message]) -> None:
-        """Handle what was fetched. What would take too long is fetched again: meanwhile the loop polls and commits."""
+        """Handle what was fetched. If it takes too long, the rest is fetched again after the loop has polled."""
         if partition.topic in self.spec.not_before:
             for lane in partition.add(messages, by_key=False):
                 self._handle_due(lane)
@@ -185,7 +185,7 @@ class StateHandler:
             self.done += done
 
     def go_on(self) -> None:
-        """Handle what has waited for its time, and what is behind it."""
+        """Handle records that are due now, and those behind them."""
         ready = self.workers.ready
         for _ in range(ready.qsize()):  # a lane that wants more comes back at the next turn
             with suppress(Empty):
@@ -193,7 +193,7 @@ class StateHandler:
                     self._handle_due(lane)
 
     def _handle_due(self, lane: Lane) -> None:
-        """Handle the records of a lane one by one, until the next one is to wait."""
+        """Handle the records of a lane one by one, until one is not due yet."""
         partition, (not_before, decode) = lane.partition, self.due[lane.partition.topic]
         with self._called_in() as until:
             while self.run.fatal is None and not partition.rest(lane):
@@ -201,7 +201,7 @@ class StateHandler:
                 try:
                     if self.workers.waits(lane, not_before(decode(message))):
                         return
-                except Exception as error:  # of who tells the time, too
+                except Exception as error:  # `not_before` may raise, too
                     self.context.record = None
                     self._failed(partition, (message,), error)
                 else:
@@ -213,7 +213,7 @@ class StateHandler:
 
     @contextmanager
     def _called_in(self) -> Iterator[float]:
-        """What the handler is called in; until when, as time.monotonic() counts, the loop lets it be called."""
+        """The context in which the handler is called. Yields until when (time.monotonic()) it may be called."""
         self.context = HandlerContext(self.commits.producer, refuses=self.commits.refuses)
         token, began = handling.set(self.context), time.monotonic()
         try:
@@ -223,8 +223,8 @@ class StateHandler:
         self.took += time.monotonic() - began
 
     def adapt(self) -> None:
-        """The turn is over: how many records may come in the next one? More only if this one was full: how long many
-        take, a few do not tell."""
+        """After a turn: decide how many records may come in the next one. There are more only if this turn was full,
+        because the time of a few records says nothing about many."""
         if self.took > SLICE:
             self.at_once = max(1, int(self.done * SLICE / self.took))
         elif self.took < SLICE / 4 and self.done >= self.at_once:
@@ -235,7 +235,7 @@ class StateHandler:
         self.watchdog.close()
 
     def _announced(self, messages: list[Message], until: float) -> list[Message]:
-        """Tell the hooks of records that are about to be handled; only of the first ones if the hooks take long."""
+        """Call the hooks for records that are about to be handled; if the hooks are slow, only for the first ones."""
         if self.run.hooks:
             for number, message in enumerate(messages, 1):
                 self._tell(Step.HANDLING, message)
@@ -254,7 +254,7 @@ class StateHandler:
             hook(step, record)
 
     def _attempt(self, partition: Partition, messages: Sequence[Message]) -> None:
-        """Handle these, or, if the handler raises, the halves of them, down to the record that does it."""
+        """Handle these records. If the handler raises, handle their halves, down to the record that fails."""
         state, context = partition.state, self.context
         assert state is not None  # noqa: S101
         context.record, context.collecting = None, True
@@ -280,7 +280,7 @@ class StateHandler:
                 self._tell(Step.HANDLED, message)
 
     def _called(self, state: PartitionState, messages: Sequence[Message]) -> Changes:
-        """What the handler changes, checked and as it is written."""
+        """The handler's changes, checked and encoded."""
         changes: Any
         if self.spec.batch is None:
             record = self.context.record = self.workers.decode[messages[0].topic()](messages[0])
@@ -309,12 +309,12 @@ class StateHandler:
         for key, value in changes.items():
             raw[key.encode()] = encoded = None if value is None else encode(value)
             if encoded is not None:
-                self.parse(encoded)  # else no later attempt could read it
+                self.parse(encoded)  # else nobody could read it later
         return raw
 
     def _failed(self, partition: Partition, messages: Sequence[Message], error: BaseException) -> None:
-        """Which of these was it? Then set that one aside, in the transaction: another attempt would fail as well."""
-        if isinstance(error, KeyboardInterrupt):  # in the main thread: somebody wants the run to end
+        """Halve these until one record is left. Set that aside in the transaction: another attempt would fail, too."""
+        if isinstance(error, KeyboardInterrupt):  # somebody interrupts the run in the main thread
             self.run.end(error)
             return
         if not isinstance(error, Exception):
@@ -352,13 +352,13 @@ class StateHandler:
 
 
 _keeping = threading.Lock()
-_kept: list[bool] = []  # whether garbage was collected before, for each consumer of this process that wants none now
+_kept: list[bool] = []  # for each consumer that wants no collection now: whether it was on before
 
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """No garbage is collected meanwhile: with 10,000 messages in hand, each of which the collector looks at again and
-    again, that takes half of the time."""
+    """Switch garbage collection off: with 10,000 messages in memory, at which the collector looks again and again, it
+    takes half of the time."""
     with _keeping:
         _kept.append(gc.isenabled())
         gc.disable()
@@ -366,11 +366,11 @@ def garbage_kept() -> Iterator[None]:
         yield
     finally:
         with _keeping:
-            if _kept.pop():  # the first one's, which is the last to go, whoever leaves first
+            if _kept.pop():  # the first entry is the last to go, whichever consumer leaves first
                 gc.enable()
 
 
 def outputs_of(state: PartitionState, changes: Changes, store: str) -> Iterator[Output]:
-    """These changes as the transaction takes them."""
+    """These changes as outputs of the transaction."""
     for key, value in changes.items():
         yield Output(store, value, key, state.number, [])

@@ -24,13 +24,13 @@ class Step(Enum):
     FAILED = "failed"
     """The handler raised, or the record did not decode. Subject: the FailedRecord, decision included."""
     BLOCKED = "blocked"
-    """Its lane waits: for the next attempt, or for a topic that does not take it. Subject: the FailedRecord."""
+    """Its lane waits for the next attempt, or for a topic that refuses the record. Subject: the FailedRecord."""
     RECOVERED = "recovered"
     """A lane that had failed goes on: its record was handled, set aside, or taken away. Subject: the FailedRecord."""
     COMMITTING = "committing"
-    """Offsets are about to be committed. At least once: what a hook sends now is confirmed first, and it is reported
-    again until all outputs are confirmed. Exactly once: a transaction is about to begin. Subject: {(topic, partition):
-    offset}."""
+    """Offsets are about to be committed. At least once: what a hook sends now is confirmed first, and the step is
+    reported again until all outputs are confirmed. Exactly once: a transaction is about to begin.
+    Subject: {(topic, partition): offset}."""
     OFFSETS_SENT = "offsets sent"
     """Exactly once: the transaction has the offsets; the outputs follow. Subject: None."""
     FLUSHED = "flushed"
@@ -40,19 +40,19 @@ class Step(Enum):
     REVOKED = "revoked"
     """Partitions left this member, after its drain. Subject: list of (topic, partition)."""
     LOST = "lost"
-    """Partitions were taken while this member was away; nothing is committed. Subject: list of (topic, partition)."""
+    """Others got partitions while this member was away; nothing is committed. Subject: list of (topic, partition)."""
     MEASURED = "measured"
     """A service, a view, a store or a guarantee counted something. Subject: Measured."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures that only their process knows, by name. Told again as often as they change."""
+    """Figures that only their process knows, by name; reported again whenever they change."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Totals since the process started: of several processes the sum counts, and how fast it grows."""
+    """Totals since the process started; boards show their sum over all processes, and how fast it grows."""
     gauges: Mapping[str, float] = field(default_factory=dict)
-    """Values of now: of several processes the highest counts."""
+    """Present values; boards show the highest of all processes."""
 
 
 Report: TypeAlias = Callable[[Step, Any], None]

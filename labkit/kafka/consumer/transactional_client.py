@@ -1,8 +1,8 @@
 """The client that makes transactions: its settings, three kinds of errors, and an end for calls that never come back.
 
-Everything raises `MustAbort` if nothing of the transaction can take effect, `Unanswered` if the same call is to be made
-again later, and LabkitError if the process has to end. Ending is always safe: who comes next with the same id settles
-what is open.
+Every call raises `MustAbort` if nothing of the transaction can take effect, `Unanswered` if the same call has to be
+made again later, and LabkitError if the process has to end. Ending is always safe: the next process with this id
+settles an open transaction.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from labkit.kafka.consumer.watchdog import Watchdog
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 from labkit.kafka.producer import COPY_MAX_BYTES, Output
 
-TIMEOUT = 10.0  # seconds after which the broker aborts a transaction, and refuses the process that left it open
-START = 60.0  # seconds to be let in
-CALL = 5.0  # seconds a call is given at most
-NO_ANSWER = 15.0  # seconds for a call to come back, whatever it was given: librdkafka can lose one for ever
-BATCH_BYTES = 1_000_000  # the client's own default for what goes out together
+TIMEOUT = 10.0  # seconds; then the broker aborts an open transaction, and fences its process
+START = 60.0  # seconds for `init_transactions`
+CALL = 5.0  # seconds for one call at most
+NO_ANSWER = 15.0  # seconds for a call to return, whatever its timeout: librdkafka can lose one for ever
+BATCH_BYTES = 1_000_000  # of records that are sent together; the client's own default
 EXIT_NO_ANSWER = 71  # exit code of a process whose call was lost
 LOG = "__transaction_state"
 TAKEN = (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID, KafkaError.INVALID_PRODUCER_EPOCH)
@@ -43,32 +43,32 @@ class MustAbort(Exception):
 
 
 class Unanswered(Exception):
-    """Not known yet: the same call again at a later turn."""
+    """The result is not known yet: make the same call again at a later turn."""
 
 
 class TransactionalClient:
-    """Used by one thread. `slot` names its owner in errors. What goes out together has at most `most` bytes, or is one
-    record: a broker refuses together what is too large together."""
+    """Used by one thread. `slot` names its owner in errors. A batch has at most `most` bytes, or is one record: a
+    broker refuses a whole batch that is too large."""
 
     def __init__(self, cluster: Cluster, transactional_id: str, slot: str, most: int | None = None) -> None:
         self.cluster, self.slot = cluster, slot
-        self.over = False  # fenced, or fatal: nothing more may be asked of it
+        self.over = False  # fenced, or fatal: it must not be called any more
         self._watchdog = Watchdog(NO_ANSWER, EXIT_NO_ANSWER)
         self._watchdog.what = f"{slot}: a call of the client does not come back"
         self._client = Client(
             cluster.config(
                 {
                     "transactional.id": transactional_id,
-                    "transaction.timeout.ms": int(TIMEOUT * 1000),  # how long a dead process holds readers back
-                    "delivery.timeout.ms": int(TIMEOUT * 1000),  # may not be longer
-                    "topic.metadata.propagation.max.ms": 3000,  # else a missing topic is told after 10 s only
+                    "transaction.timeout.ms": int(TIMEOUT * 1000),  # a dead process holds readers back for so long
+                    "delivery.timeout.ms": int(TIMEOUT * 1000),  # must not be longer
+                    "topic.metadata.propagation.max.ms": 3000,  # else a missing topic is reported after 10 s only
                     "topic.metadata.refresh.interval.ms": 1000,
                     "partitioner": "murmur2_random",
-                    "linger.ms": 5,  # a commit waits for nothing; with 0 each output wakes the thread that sends
+                    "linger.ms": 5,  # a commit flushes at once; with 0 each output would wake the sending thread
                     "batch.size": min(BATCH_BYTES, most or BATCH_BYTES),
-                    "retry.backoff.ms": 1,  # while the last markers are written; with 100 a commit takes 100 ms
+                    "retry.backoff.ms": 1,  # a commit retries until its markers are written: with 100 it takes 100 ms
                     "retry.backoff.max.ms": 50,
-                    "message.max.bytes": COPY_MAX_BYTES,  # copies are among it; `Producer.output` has checked the rest
+                    "message.max.bytes": COPY_MAX_BYTES,  # for copies; `Producer.output` has checked the others
                     "compression.type": "zstd",
                     "queue.buffering.max.messages": 1_000_000,
                     "delivery.report.only.error": True,
@@ -77,10 +77,10 @@ class TransactionalClient:
         )
 
     def start(self, topic: str, stop: threading.Event) -> None:
-        """Take over from whoever had this id before, and settle what that left open."""
+        """Take this id over from its former owner, and settle the transaction that it left open."""
         self._watchdog.start("transactional calls")
         until = time.monotonic() + START
-        with suppress(KafkaException):  # a connection first: without one the client asks every 0.5 s only
+        with suppress(KafkaException):  # connect first: without a connection the client asks every 0.5 s only
             self._client.list_topics(topic, timeout=1.0)
         while not stop.is_set():
             try:
@@ -95,12 +95,12 @@ class TransactionalClient:
         self.over = True
 
     def _check_log(self) -> None:
-        """Raise LabkitError if the brokers are too few for a log of transactions: the client would only wait."""
+        """Raise LabkitError if there are too few brokers for the transaction log: the client would only wait."""
         with suppress(ClusterUnreachable):
             about = self.cluster.ask(lambda client: client.list_topics(timeout=CALL))
             if LOG not in about.topics:
                 raise LabkitError(
-                    f"the brokers at {self.cluster.bootstrap} cannot make the log of transactions, which exactly once "
+                    f"the brokers at {self.cluster.bootstrap} cannot make the transaction log, which exactly once "
                     "needs: set their transaction.state.log.replication.factor and transaction.state.log.min.isr to no "
                     f"more than there are brokers, {len(about.brokers)}"
                 )
@@ -109,14 +109,14 @@ class TransactionalClient:
         self._call(self._client.begin_transaction)
 
     def send_offsets(self, offsets: list[TopicPartition], metadata: object, wait: float) -> None:
-        """Raises MustAbort when unanswered, too: a second such call can be lost for ever."""
+        """Raises MustAbort also when it is unanswered: a second such call can be lost for ever."""
         try:
             self._call(self._client.send_offsets_to_transaction, offsets, metadata, wait)
         except Unanswered as error:
             raise MustAbort(str(error)) from error
 
     def produce(self, output: Output, reported: Reported) -> None:
-        """Queue an output. `reported` hears of its refusal, and in a later call only."""
+        """Queue an output. A later call calls `reported` with its delivery report."""
         o = output
         try:
             self._client.produce(o.topic, o.value, o.key, o.partition, reported, None, 0, o.headers)  # type: ignore[arg-type]
@@ -131,10 +131,10 @@ class TransactionalClient:
             raise MustAbort(failure.str(), failure.code()) from caught
 
     def flush(self, wait: float) -> int:
-        """How many outputs are unconfirmed after at most so many seconds."""
+        """Wait at most so many seconds; return how many outputs are unconfirmed then."""
         try:
             return int(self._client.flush(wait))
-        except SystemError:  # it was fenced meanwhile: the next call tells
+        except SystemError:  # it was fenced meanwhile: the next call raises
             return 0
 
     def commit(self, wait: float) -> None:
@@ -144,7 +144,7 @@ class TransactionalClient:
         self._call(self._client.abort_transaction, wait)
 
     def close(self, is_open: bool) -> None:
-        """Abort what is open: else it would hold readers back until it times out."""
+        """Abort an open transaction, which would hold readers back until it times out."""
         if is_open and not self.over:
             with suppress(Exception):
                 self.abort(1.0)
@@ -156,7 +156,7 @@ class TransactionalClient:
                 function(*arguments)
         except KafkaException as caught:
             error: KafkaError = caught.args[0]
-            if not error.fatal() and error.code() not in TAKEN:  # FENCED_INSTANCE_ID says abortable, and is for ever
+            if not error.fatal() and error.code() not in TAKEN:  # FENCED_INSTANCE_ID says abortable, and is final
                 if error.txn_requires_abort():
                     raise MustAbort(error.str(), error.code()) from caught
                 if error.retriable():
@@ -164,7 +164,7 @@ class TransactionalClient:
             self.end(error.str(), error.code())
 
     def end(self, why: str, code: int = 0) -> NoReturn:
-        """Raise the error with which the process ends; from now on nothing is asked of the client."""
+        """Raise the error with which the process ends; from now on the client is not called any more."""
         self.over = True
         raise self.taken(why) if code in TAKEN else LabkitError(f"{self.slot} cannot go on: {why}")
 

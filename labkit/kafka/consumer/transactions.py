@@ -1,15 +1,15 @@
-"""Exactly once: what handlers sent, what was set aside and the offsets of all that go out in one transaction.
+"""Exactly once: what handlers sent, what was set aside, and the offsets go out in one transaction.
 
-What a handler sent stays with its partition (`Partition.held`) until the commit. The thread that polls alone makes the
-transaction, and none is open while a handler is waited for:
+What a handler sent stays with its partition (`Partition.held`) until the commit. Only the thread that polls makes
+transactions, and none is open while it waits for a handler:
 
-    begin → offsets, with the membership of now → outputs of all records below these offsets → commit
+    begin → offsets, with the present group metadata → outputs of all records below these offsets → commit
 
-Offsets come first: a membership that is over is told before an output is queued. (An abort purges what is queued; the
-gap would make the next transaction fail, too.) Only Kafka's errors abort. Nothing leaves `held` before the commit is
-answered, so after an abort all of it goes with the next transaction, and no handler runs again.
+Offsets come first, so that a former membership is refused before an output is queued. (An abort purges what is queued,
+and the gap would make the next transaction fail, too.) Only Kafka's errors abort. Nothing leaves `held` before the
+commit is answered, so after an abort all of it goes with the next transaction, and no handler runs again.
 
-Each call may be left unanswered: it is made again at a later turn, and the loop polls in between.
+A call that is not answered in time is made again at a later turn; the loop polls in between.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from labkit.kafka.errors import DeliveryFailed, error_text, place_of
 from labkit.kafka.producer import HandlerContext, Output, handling, producer
 from labkit.kafka.records import Message, Record
 
-PATIENCE = 60.0  # seconds of this run without a commit that is to be, after which it ends
-SETTLE = 20.0  # seconds for an open transaction to be settled when partitions come
+PATIENCE = 60.0  # seconds of this run for a commit to succeed; then the run ends
+SETTLE = 20.0  # seconds to settle an open transaction before partitions are assigned
 WAIT = 0.5  # seconds for one answer, in the thread that polls
-BRIEF = 0.005  # the same while that thread has records to handle itself: it asks again at its next turn
+BRIEF = 0.005  # the same while that thread has records to handle itself
 
 NOT_ALLOWED = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
@@ -52,7 +52,7 @@ class State(Enum):
     SENDING = "sending"
     """Its offsets are accepted, its outputs go out."""
     COMMITTING = "committing"
-    """The commit was asked for: it may be done, and can only be asked for again."""
+    """The commit was requested: it may be done, and can only be requested again."""
     ABORTING = "aborting"
     """It is to be aborted."""
     CHECKING = "checking"
@@ -73,8 +73,8 @@ _ALLOWED = {
 
 
 class ExactlyOnce(Commits):
-    """Outputs and offsets in one transaction. Its transactional id is the group's and the slot's, and lasts: a restart
-    takes the slot over from its predecessor at once."""
+    """Outputs and offsets in one transaction. Its transactional id consists of group and slot, so that a restarted
+    process takes over from its predecessor at once."""
 
     refuses = (
         "a handler that is exactly once can send only by topic.send(…), to topics of its consumer's cluster: that goes "
@@ -93,20 +93,20 @@ class ExactlyOnce(Commits):
         self.state = State.READY
         self.positions: dict[Partition, int] = {}  # what is in the transaction
         self.outputs: list[Output] = []
-        self.owners: list[Held] = []  # whose each of them is
-        self.changes: dict[PartitionState, Changes] = {}  # those among them that are changes of states
-        self.sent = 0  # how many of these are queued
-        self.began: float | None = None  # the run's clock when a commit that is still to be was begun
-        self.not_allowed = ""  # why no further transaction would do better
+        self.owners: list[Held] = []  # the owner of each output
+        self.changes: dict[PartitionState, Changes] = {}  # the changes of states among them
+        self.sent = 0  # how many outputs are queued
+        self.began: float | None = None  # the run's clock when the commit that is missing was begun
+        self.not_allowed = ""  # why no transaction can succeed
         self.counts = {"transactions committed": 0, "transactions aborted": 0}
         self.refused: Refusals = {}
-        self.of_states = Held((), [], self.refused, is_aside=True)  # the owner of what is written of states
-        self.one_by_one: set[int] = set()  # ids of Held: each is flushed by itself, to learn whose output was refused
+        self.of_states = Held((), [], self.refused, is_aside=True)  # the owner of the changes of states
+        self.one_by_one: set[int] = set()  # ids of Held that are flushed one by one, to learn whose output was refused
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Static members: a restart changes no assignment. Eager ones: with a cooperative assignor a static member that
-        is killed between the two rebalances of a transfer leaves partitions to nobody."""
+        """Members are static, so that a restart changes no assignment. They are eager: if a static member with a
+        cooperative assignor is killed between two rebalances, partitions may have no owner."""
         return {"partition.assignment.strategy": "range", "group.instance.id": self.run.spec.slot}
 
     def assign(self, partitions: list[TopicPartition]) -> None:
@@ -116,7 +116,7 @@ class ExactlyOnce(Commits):
         self.client.unassign()
 
     def start(self, client: Client) -> None:
-        """What the predecessor left open is settled first: `committed()` would wait for that."""
+        """Settle the predecessor's open transaction first, because `committed()` would wait for it."""
         super().start(client)
         self.sender.start(self.run.spec.sources[0].name, self.run.stop)
 
@@ -144,7 +144,7 @@ class ExactlyOnce(Commits):
     # -- called by the thread that polls
 
     def ahead(self, partition: Partition) -> int:
-        """What is finished is still held here, until it is committed."""
+        """Finished records count, too: they are held until they are committed."""
         return partition.next_offset - partition.committed
 
     def commit(self, now: float) -> None:
@@ -157,17 +157,17 @@ class ExactlyOnce(Commits):
         self._advance()
 
     def _half_is_finished(self, partition: Partition) -> bool:
-        """Whether a commit makes room for so much more that it should come at once."""
+        """Whether half of `max_ahead` is finished, so that a commit should come at once."""
         committed = partition.committed
         return partition.next_offset - committed >= self.half and partition.position() - committed >= self.half
 
     def before_assignment(self) -> None:
-        """`committed()` waits for offsets in open transactions: of ours only this thread could settle them."""
+        """Settle our transaction, because `committed()` waits for open ones, and only this thread can settle ours."""
         if not self._settle_open(SETTLE) and not self.sender.over:
             self.sender.end(f"its transaction was not settled within {SETTLE:g} s")
 
     def lost(self) -> None:
-        """Offsets that are not accepted yet must never be: with the metadata of a new membership they would."""
+        """Abort if the offsets are not accepted yet: with the metadata of a new membership they would be."""
         if self.state is State.OPEN:
             self._to(State.ABORTING)
 
@@ -182,22 +182,22 @@ class ExactlyOnce(Commits):
             self._begin(left)
             if self.state is State.READY:
                 break
-        self.lost()  # what is not accepted by now must never be: the partitions go to somebody else
+        self.lost()  # offsets that are not accepted by now must never be: the partitions go to another member
         if not self.sender.over:
-            log(f"{self.slot}: not committed when partitions went: their next owner learns it, or handles them again")
+            log(f"{self.slot}: not committed on a revoke: the next owner finds it done, or handles the records again")
 
     # -- the transaction
 
     def _to(self, state: State) -> None:
-        """Change state; a change that makes no sense is a bug and raises."""
+        """Change state. A change that is not allowed is a bug, and raises."""
         if (self.state, state) not in _ALLOWED:
             raise AssertionError(f"a transaction cannot go from {self.state.value} to {state.value}")
         self.state = state
 
     def _begin(self, positions: dict[Partition, int]) -> None:
-        # Metadata without a member would be accepted unchecked.
+        # The broker would accept metadata without a member unchecked.
         if not positions:
-            self.began = None  # nothing waits for a commit: what did has gone with its partitions
+            self.began = None  # what waited for a commit has gone with its partitions
             return
         if self.sender.over or not self.client.memberid():
             return
@@ -206,7 +206,7 @@ class ExactlyOnce(Commits):
         held = [one for partition, at in positions.items() for one in partition.held_below(at)]
         self.outputs = [output for one in held for output in one.outputs]
         self.owners = [one for one in held for _ in one.outputs]
-        # All of a state's partitions that got on are among these: the changes are as old as the positions.
+        # These are all partitions of a state that have progressed, so changes and positions match.
         self.changes = {p.state: dict(p.state.changes) for p in positions if p.state is not None}
         if (store := self.run.spec.store) is not None:
             for state, changes in self.changes.items():
@@ -219,14 +219,14 @@ class ExactlyOnce(Commits):
         self._to(State.OPEN)
 
     def _settle_open(self, patience: float) -> bool:
-        """Wait until there is no transaction. False: there is one, or none may be asked for any more."""
+        """Wait until no transaction is open. False: one still is, or the client must not be called any more."""
         until = time.monotonic() + patience
         while self.state is not State.READY and not self.sender.over and time.monotonic() < until:
             self._advance()
         return self.state is State.READY and not self.sender.over
 
     def _advance(self) -> None:
-        """Take the transaction as far as it goes now."""
+        """Take the transaction as far as possible now."""
         if self.sender.over:
             return
         try:
@@ -256,7 +256,7 @@ class ExactlyOnce(Commits):
 
     def _commit(self) -> None:
         if self.state is State.OPEN:
-            metadata = self.client.consumer_group_metadata()  # of now: a generation that is over is told
+            metadata = self.client.consumer_group_metadata()  # of now: the broker refuses a former generation
             self.sender.send_offsets(self.offsets(_by_place(self.positions)), metadata, REACH)
             self._to(State.SENDING)
             self.run.report(Step.OFFSETS_SENT, None)
@@ -281,11 +281,11 @@ class ExactlyOnce(Commits):
             self._clear()
 
     def _patience(self) -> float:
-        """How long to wait for an answer. A handler with state runs in this thread: the next records need not wait."""
+        """How long to wait for an answer: only briefly while this thread has records of a handler with state."""
         return BRIEF if self.run.more else WAIT
 
     def _clear(self) -> None:
-        """It is over: states of partitions that have gone to others are not kept for it."""
+        """Forget the transaction, and with it states of partitions that others have now."""
         self.positions, self.outputs, self.owners, self.changes = {}, [], [], {}
 
     def _count(self, what: str) -> None:
@@ -298,7 +298,7 @@ class ExactlyOnce(Commits):
         while self.sent < len(self.outputs):
             held = self.owners[self.sent]
             if self.one_by_one and held is not before and not self.one_by_one.isdisjoint((id(held), id(before))):
-                self._flush(REACH)  # what goes out together is refused together
+                self._flush(REACH)  # a batch is refused as a whole
             self.sender.produce(self.outputs[self.sent], held)
             self.sent, before = self.sent + 1, held
 
@@ -310,7 +310,7 @@ class ExactlyOnce(Commits):
             raise Unanswered(f"{left:,} outputs are not confirmed yet")
 
     def _check_committed(self) -> None:
-        """End if somebody else has moved the committed offsets: what is held here is then not what comes next."""
+        """End the run if somebody else has moved the committed offsets: then what is held here does not come next."""
         ours = {key: p for key, p in self.run.partitions.items() if p in self.positions and p.committed >= 0}
         try:
             stored = self.client.committed([TopicPartition(*key) for key in ours], timeout=2 * WAIT) if ours else []
@@ -325,8 +325,8 @@ class ExactlyOnce(Commits):
     # -- outputs that the broker refuses
 
     def _replace_refused(self) -> None:
-        """Let dead letters take the place of outputs that the broker does not take, once it is clear whose those are:
-        the client sends several together, which are then refused together."""
+        """Replace outputs that the broker refuses by dead letters, once it is clear whose they are: the client sends
+        several together, and the broker refuses them together."""
         refused = self.refused.copy()
         self.refused.clear()
         for held, code, why in refused.values():
@@ -339,10 +339,10 @@ class ExactlyOnce(Commits):
             self._replace(held, DeliveryFailed(f"{held.what} was refused: {why}"))
 
     def _replace(self, held: Held, error: DeliveryFailed) -> None:
-        """Ask the policy about a record whose outputs are refused. It gets no record, as no further attempt would mend
-        that."""
+        """Ask the policy about a record whose outputs are refused. It gets no record, because another attempt would not
+        help."""
         if len(held.messages) != 1 or held.is_aside:
-            raise error  # of which of them the output was, nobody knows; and a dead letter, or a state, has no other
+            raise error  # nobody knows whose it was; or it was a dead letter or a state, which nothing replaces
         (message,) = held.messages
         failed = FailedRecord(message, lambda _: None)
         failed.fail(None, error)

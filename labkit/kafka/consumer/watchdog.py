@@ -1,4 +1,4 @@
-"""An end for calls that never come back: Python cannot end a thread, so the process ends."""
+"""Ends the process when a call never returns: Python cannot end a thread."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EXIT_DEADLINE = 70  # exit code of a process whose handler overran its deadline
 
 
 class Watchdog:
-    """Ends the process when a call, made by one thread `with` it, takes more than `limit` seconds of the process's own
-    time: one that was frozen does not age meanwhile."""
+    """Ends the process when a call, which one thread makes `with` it, takes more than `limit` seconds of the process's
+    own time: a frozen process does not age."""
 
     def __init__(self, limit: float, exit_code: int) -> None:
         self.limit, self.exit_code = limit, exit_code
         self.what = ""
-        """What the log tells of the call that runs."""
+        """What the log says about the call that runs."""
         self._calls, self._inside = 0, False
         self._closed = threading.Event()
 
@@ -32,7 +32,7 @@ class Watchdog:
         self._inside = False
 
     def start(self, name: str) -> None:
-        """Begin to look, in a thread of this name."""
+        """Begin to watch, in a thread of this name."""
         threading.Thread(target=self._watch, name=name, daemon=True).start()
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Watchdog:
 
 
 def overrun(message: Message, deadline: float) -> str:
-    """What the log tells of a handler that takes too long with this record."""
+    """What the log says about a handler that takes too long with this record."""
     return f"handler of {coordinates(message)} has run for more than its deadline of {deadline:g} s"
 
 

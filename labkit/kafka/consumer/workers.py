@@ -22,14 +22,14 @@ from labkit.kafka.producer import HandlerContext, handling
 from labkit.kafka.records import Message, Record, coordinates, decoder
 
 STAY = 256  # records a lane may handle before it lets other lanes have its worker
-CONFIRM = 5.0  # seconds for what is set aside to be confirmed, before its lane counts as blocked
-AGAIN, AGAIN_CAP = 0.5, 10.0  # seconds until what was refused is set aside again, doubling
+CONFIRM = 5.0  # seconds for a record that is set aside to be confirmed; then its lane counts as blocked
+AGAIN, AGAIN_CAP = 0.5, 10.0  # seconds until a refused record is set aside again, doubling
 OURS = ("labkit.kafka.", "labkit.patterns.")  # modules between the loop and the user's handler
-TRACED = 1.0  # seconds from one traceback to the next of its kind
+TRACED = 1.0  # seconds between two tracebacks of one error type
 
 
 class Workers:
-    """A bounded pool of threads; each takes a lane, handles its records, and gives it up when it is empty or waits."""
+    """A bounded pool of threads. Each takes a lane, handles its records, and leaves it when it is empty or waits."""
 
     def __init__(self, run: Run, commits: Commits) -> None:
         self.run, self.commits, self.spec = run, commits, run.spec
@@ -38,8 +38,8 @@ class Workers:
         self.waiting: list[tuple[float, int, Lane]] = []  # a heap: when lanes go on
         self._waiting_lock = threading.Lock()
         self._tie = itertools.count()
-        self._traced: dict[type[BaseException], float] = {}  # until when errors of this type are told in one line
-        self._threads = [  # daemons, because one that hangs in its handler must not keep the process
+        self._traced: dict[type[BaseException], float] = {}  # until when errors of this type are logged in one line
+        self._threads = [  # daemons: a thread that hangs in its handler must not keep the process alive
             threading.Thread(target=self._serve, name=f"lane-{number}", daemon=True)
             for number in range(run.spec.workers)
         ]
@@ -67,7 +67,7 @@ class Workers:
                     return
                 due, _, lane = heapq.heappop(self.waiting)
             with lane.partition.lock:
-                if lane.due != due or not lane.partition.active:  # this wait ended before
+                if lane.due != due or not lane.partition.active:  # this wait has ended already
                     continue
                 if lane.state is LaneState.BACKING_OFF:
                     lane.to(LaneState.RUNNING)
@@ -101,7 +101,7 @@ class Workers:
         while (lane := self.ready.get()) is not None:
             try:
                 self._work(lane)
-            except BaseException as error:  # of a hook: never to be swallowed by a thread
+            except BaseException as error:  # raised by a hook: the thread must not swallow it
                 self._end(lane, error)
 
     def _work(self, lane: Lane) -> None:
@@ -119,13 +119,13 @@ class Workers:
     def _one_by_one(self, lane: Lane, context: HandlerContext) -> bool:
         """Handle up to STAY records. False when the lane is empty or waits.
 
-        What is done here is done for every record: hence the local names, and no call that can be spared.
+        This runs for every record: hence the local names, and as few calls as possible.
         """
         run, commits, hooks, queue, partition = self.run, self.commits, self.run.hooks, lane.queue, lane.partition
         handler, decode = self.spec.handler, self.decode[partition.topic]
         not_before = self.spec.not_before.get(partition.topic)
         for _ in range(STAY):
-            lane.began = run.clock  # set before `active` is read: this worker sees the release, or that waits for it
+            lane.began = run.clock  # before `active` is read: this worker sees the release, or the release waits for it
             if not (queue and partition.active):
                 if self._rests(lane):
                     return False
@@ -138,7 +138,7 @@ class Workers:
                 if not_before is not None and self.waits(lane, not_before(record)):
                     return False
                 if hooks:
-                    context.collecting = False  # what a hook sends is no output of the record
+                    context.collecting = False  # what a hook sends does not belong to the record
                     for hook in hooks:
                         hook(Step.HANDLING, record)
                 context.collecting = True
@@ -166,7 +166,7 @@ class Workers:
         queue, partition, hooks = lane.queue, lane.partition, self.run.hooks
         decode, done = self.decode[partition.topic], 0
         while done < STAY:
-            context.record = None  # what the policy set aside before had a cause
+            context.record = None  # a record that was set aside before is no cause of this
             lane.began = self.run.clock
             if not (queue and partition.active):
                 if self._rests(lane):
@@ -174,7 +174,7 @@ class Workers:
                 continue
             if self.commits.pausing:
                 self.commits.gate.wait()
-            # By index: the thread that polls appends meanwhile, which an iterator would not survive.
+            # By index, because an iterator would fail when the thread that polls appends.
             most = 1 if lane.one_by_one or lane.failed else self.spec.batch or 1
             messages = [queue[number] for number in range(min(len(queue), most))]
             batch: list[Record[Any] | PoisonRecord] = []
@@ -229,10 +229,10 @@ class Workers:
         return True
 
     def _recovered(self, lane: Lane) -> None:
-        """Report that its first record fails no more, if it did."""
+        """If its first record had failed, report that it has recovered."""
         if lane.failed is None:
             return
-        with lane.partition.lock:  # two threads may find it: one of them tells
+        with lane.partition.lock:  # two threads may come here: only one reports
             failed, lane.failed = lane.failed, None
         if failed is not None:
             self.run.report(Step.RECOVERED, failed)
@@ -255,12 +255,12 @@ class Workers:
         context.take()
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return self._end(lane, error, message)
-        if not lane.partition.active:  # its next owner gets the record again, and asks its own policy
+        if not lane.partition.active:  # the next owner handles the record again, and asks its own policy
             log(f"{coordinates(message)} failed while its partition was given up: {error_text(error)}")
             lane.began = None
             self.run.wake.set()
             return False
-        if many > 1:  # which of them it was is known once they come one by one: only then the policy is asked
+        if many > 1:  # which of them it was shows when they come one by one; then the policy is asked
             log(f"{many} records from {coordinates(message)} on failed, now one by one: {error_text(error)}")
             lane.one_by_one, lane.began = many, None
             return True
@@ -282,13 +282,13 @@ class Workers:
         """Do what the policy decides. True when the lane goes on with its next record at once."""
         handling.get().record = failed.record or Record(failed.message, None, None)  # the cause of what is set aside
         while not failed.confirmed:
-            lane.began, failed.recheck = self.run.clock, False  # deciding has a deadline of its own
+            lane.began, failed.recheck = self.run.clock, False  # the decision has the full deadline
             decision = failed.decision = self.decision(failed)
             if first_time:
                 self.log_failed(failed)
                 self.run.report(Step.FAILED, failed)
                 first_time = False
-            if failed.recheck:  # somebody outside has put a command on it meanwhile
+            if failed.recheck:  # a command was put on it meanwhile
                 continue
             match decision:
                 case Retry(after):
@@ -298,14 +298,15 @@ class Workers:
                 case Stop(error):
                     return self._end(lane, error or failed.error)
             if waits:
-                if lane.partition.given_up and lane.failed is failed:  # meanwhile: nobody else tells its end
+                if lane.partition.given_up and lane.failed is failed:  # nobody else would report its end
                     self._recovered(lane)
                 return False
         self._finish(lane)
         return True
 
     def decision(self, failed: FailedRecord) -> Decision:
-        """The policy's, or the default's when it cannot do its work: that must neither lose the record nor spin."""
+        """The policy's decision; the default's if the policy fails, so that the record is neither lost nor retried in a
+        busy loop."""
         try:
             decision = self.spec.on_failure(failed)
             if not isinstance(decision, Decision):
@@ -329,22 +330,22 @@ class Workers:
         return True
 
     def _set_aside(self, lane: Lane, failed: FailedRecord, aside: SetAside) -> bool:
-        """Publish the record; its lane waits for the confirmation. False if a command came, or that is here already."""
+        """Publish the record; its lane waits for the confirmation. False if a command or the confirmation is there."""
         with lane.partition.lock:
             if failed.recheck or failed.confirmed:
                 return False
-            again = aside.topic in failed.in_flight  # the policy was asked for another reason
+            again = aside.topic in failed.in_flight  # it is on its way already
             failed.in_flight.add(aside.topic)
             lane.began = None
             lane.to(LaneState.SETTING_ASIDE)
             self._wait(lane, CONFIRM)
-        if not again and not lane.partition.given_up:  # else its next owner has the record, and asks its own policy
+        if not again and not lane.partition.given_up:  # else the next owner handles the record
             try:
                 self.commits.set_aside(
                     *(lane.partition, failed.message, aside),
                     lambda refused: self._on_delivery(lane, failed, aside.topic, refused),
                 )
-            except Exception as error:  # of what cannot be sent at all, too
+            except Exception as error:  # also when it cannot be sent at all
                 self._on_delivery(lane, failed, aside.topic, error_text(error))
         return True
 
@@ -372,13 +373,13 @@ class Workers:
         """Report that a lane waits. An error in a hook ends the run, not the calling thread."""
         try:
             self.run.report(Step.BLOCKED, failed)
-            if lane.failed is not failed:  # it was taken away, or finished, meanwhile: that word may have come first
+            if lane.failed is not failed:  # it was taken away or finished meanwhile: that report may have come first
                 self.run.report(Step.RECOVERED, failed)
         except BaseException as error:
             self.run.end(error)
 
     def _finish(self, lane: Lane) -> None:
-        """Its first record is kept elsewhere: go on with the next one."""
+        """Its first record is set aside: go on with the next one."""
         lane.began = self.run.clock
         self._recovered(lane)
         lane.queue.popleft()
@@ -415,7 +416,7 @@ class Workers:
             heapq.heappush(self.waiting, (lane.due, next(self._tie), lane))
 
     def _end(self, lane: Lane, error: BaseException, message: Message | None = None) -> bool:
-        """Let the consumer stop with an error; the lane's current record stays uncommitted."""
+        """End the run with an error; the lane's current record stays uncommitted."""
         if not isinstance(error, Exception):
             place = "a record" if message is None else coordinates(message)
             error = HandlerExit(
@@ -426,8 +427,7 @@ class Workers:
         return False
 
     def log_failed(self, failed: FailedRecord) -> None:
-        """One line for each failed attempt; the traceback, below our own frames, once for errors of a kind that come in
-        numbers."""
+        """Log one line for each failed attempt. When many errors of one type come, only the first has its traceback."""
         error, now = failed.error, time.monotonic()
         log(f"{failed.place} failed, attempt {failed.attempt}: {error_text(error)}")
         if failed.attempt == 1 and not isinstance(error, PoisonRecord) and now > self._traced.get(type(error), 0):

@@ -68,7 +68,7 @@ class Board:
         self._newest: float | None = None
         self._failed_action = ""
         self.frames = 0
-        """How many frames were drawn."""
+        """The number of frames drawn so far."""
 
         self._picture = ipywidgets.Image(format="png")
         self._picture.layout = ipywidgets.Layout(width="100%", max_width=f"{picture.WIDTH}px")
@@ -84,7 +84,7 @@ class Board:
     # -- what a notebook uses
 
     def table(self) -> pd.DataFrame:
-        """The numbers of now: metric, label, now, highest."""
+        """The present figures: metric, label, now, highest."""
         return self._history.table()
 
     def snapshot(self) -> display.Image:
@@ -139,7 +139,7 @@ class Board:
 
     def _redraw_until_closed(self) -> None:
         took = 0.0
-        while not self._closed.wait(max(_FRAME - took, 4 * took)):  # on a slow machine fewer frames, not a busy core
+        while not self._closed.wait(max(_FRAME - took, 4 * took)):  # a slow machine draws fewer frames
             begun = time.monotonic()
             self.redraw()
             took = time.monotonic() - begun
@@ -170,7 +170,7 @@ class Board:
         window = min(self._window, max(_NARROWEST, now - (self._history.begun or now)))
         seen = self._history.snapshot(since=now - window - 5)
         self._newest = seen.samples[-1].time if seen.samples else self._newest
-        # Nothing new, or nothing but the same figures for the whole width of the picture.
+        # Nothing is new, or all figures have been the same for the whole width of the picture.
         visible = [fault for fault in seen.faults if fault.end is None or fault.end > now - window - 1]
         at_rest = seen.changed < now - window - 1 and not visible
         if seen.version == self._drawn_version or (at_rest and self._drawn_at_rest):
@@ -195,7 +195,7 @@ class Board:
     # -- clicks
 
     def _answered(self, text: str, failed: bool) -> None:
-        """Tell what failed; what was done is in the picture."""
+        """Show what failed. What was done is in the picture."""
         with self._lock:
             self._failed_action = text if failed else ""
         self.redraw()
@@ -219,14 +219,14 @@ class _PodButtons:
             Button(partial(self._scale, verb, by), say) for verb, by in (("Add a pod to", 1), ("Remove a pod of", -1))
         ]
         self.buttons = [*on_pod, *on_all]
-        # What is clicked often stays in its place.
+        # Buttons that are clicked often stay in their place.
         self.widget = ipywidgets.VBox([_row(on_all, self._choice), _row(on_pod)])
 
     def refresh(self) -> None:
         pods, chosen = self._pods(), self._chosen
         options = [(_named(pod), name) for name, pod in pods.items()]
         if options != list(self._choice.options):
-            # New options reset the choice; the learner's stays, also while its deployment is replaced and has no pods.
+            # New options reset the choice: restore it, also while its deployment is being replaced and has no pods.
             if chosen not in pods and (first := f"{self._owner().name}-0") in pods:
                 chosen = first
             self._choice.options = options
@@ -285,14 +285,14 @@ _NAMED = re.compile(r"^((?:\d\d:\d\d:\d\d )?)([A-Za-z0-9][\w.-]*-\d+)(?=[\s:|│
 
 
 def _log_html(lines: Sequence[str]) -> str:
-    """The log pane. What pods print is anybody's text: control sequences go, all else is escaped."""
+    """The log pane. Pods may print anything: control sequences are removed, all else is escaped."""
     shown = []
     for line in lines:
         text = _ANSI.sub("", line.rstrip("\n"))
         if len(text) > _LINE_LENGTH:
             text = f"{text[:_LINE_LENGTH]} … ({len(text) - _LINE_LENGTH:,} characters more)"
         shown.append(_NAMED.sub(r"\1<b>\2</b>", html.escape(text)))
-    body = "\n".join(shown) or '<span style="opacity:.6">Here is what pods print, and their tracebacks.</span>'
+    body = "\n".join(shown) or '<span style="opacity:.6">Output and tracebacks of pods appear here.</span>'
     return f'<div role="log" style="{_LOG_STYLE}"><pre style="{_PRE_STYLE}">{body}</pre></div>'
 
 

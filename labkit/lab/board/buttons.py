@@ -1,4 +1,4 @@
-"""Buttons whose actions run in threads: a click holds up no message behind it."""
+"""Buttons whose actions run in threads, so that a click does not block the kernel's other messages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from labkit.kafka.errors import safe_text
 from labkit.lab.faults.target import Action
 
 Say: TypeAlias = Callable[[str, bool], None]
-"""Where a click's answer goes: what its action returned as a text, or why it failed; and whether it failed."""
+"""Receives a click's result: the text that its action returned, or why it failed; and whether it failed."""
 
 
 class Button:
-    """A button. It is disabled while its action runs, and, with the reason as its tooltip, while that makes no sense.
+    """A button. It is disabled while its action runs, and while the action makes no sense; then its tooltip says why.
 
-    `action` is asked for at every click and `refresh`: it may depend on what is chosen beside it.
+    `action` is called at every click and `refresh`, because it may depend on what is chosen beside it.
     """
 
     def __init__(self, action: Callable[[], Action], say: Say) -> None:
@@ -29,7 +29,7 @@ class Button:
         self.widget.on_click(lambda _: self._click())
 
     def refresh(self) -> None:
-        """Show the action of now, and whether it may be done."""
+        """Show the present action, and whether it may be done."""
         with self._lock:
             action = self._action()
             why_not = self._closed or ("Under way …" if self._busy else action.available())
@@ -53,7 +53,7 @@ class Button:
 
     def _run(self, action: Action) -> None:
         try:
-            why_not = action.available()  # it may have made sense when the browser drew it
+            why_not = action.available()  # the browser may show an old state
             answer = why_not or action.run()
             said, failed = answer if isinstance(answer, str) else "", why_not is not None
         except Exception as error:

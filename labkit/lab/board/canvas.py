@@ -1,7 +1,7 @@
 """The canvas: texts, lines and areas in pixels, and how they become a PNG.
 
-A frame is drawn three times a second beside a kernel that has other work, and matplotlib's axes and letters cost
-several times what the picture does. So lines and areas go straight to its renderer, and Pillow writes the texts on top.
+A frame is drawn three times a second in a kernel that has other work, and matplotlib's axes and texts would take
+several times as long. So lines and areas go straight to its renderer, and Pillow writes the texts on top.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Text:
     size: float
     colour: str
     role: str
-    """What it is for, as a test asks: "title", "unit", "words", "tick", "label", "fault", "caption"."""
+    """Its role, for tests: "title", "unit", "words", "tick", "label", "fault", "caption"."""
     bold: bool = False
     align: Literal["left", "center", "right"] = "left"
 
@@ -51,7 +51,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Area:
-    """What lies between two lines."""
+    """The area between two lines."""
 
     xs: Floats
     low: Floats
@@ -75,14 +75,13 @@ class Scene:
 def render(scene: Scene) -> bytes:
     """The scene as PNG bytes, quickly."""
     out = io.BytesIO()
-    # Level 1: a third of the time for a few kB more, and a frame lives for a third of a second.
+    # Compression level 1 takes a third of the time for a few kB more; a frame lasts a third of a second.
     _image(scene, 1.0).save(out, "png", compress_level=1)
     return out.getvalue()
 
 
 def render_small(scene: Scene, most: int = 30_000) -> bytes:
-    """The scene as PNG bytes, as sharp as `most` bytes allow; by default those of a picture that is kept in a notebook,
-    40 kB as base64."""
+    """The scene as PNG bytes, as sharp as `most` bytes allow; by default for a saved notebook (40 kB as base64)."""
     png = b""
     for scale, colours in ((1.5, 64), (1.0, 64), (1.0, 24), (0.75, 16)):
         out = io.BytesIO()

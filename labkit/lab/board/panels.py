@@ -1,4 +1,4 @@
-"""The panels of a board, as data: what they draw, say in words, and read. `picture` draws them."""
+"""The panels of a board, as data: what they draw, what they say in words, what they read. `picture` draws them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Read: TypeAlias = Callable[[], float | None]
-"""Reads a figure; None or NaN: it is not known now."""
+"""Reads a figure; None or NaN if it is not known now."""
 
 # Okabe–Ito: told apart by colour-blind eyes. Vermillion and the light orange are kept for faults.
 BLUE, SKY, GREEN, PURPLE, ORANGE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000"
@@ -27,7 +27,7 @@ GREY = "#8B8F98"
 COLOURS = (BLUE, PURPLE, GREEN, SKY, ORANGE, BLACK)
 _FIGURE = re.compile("<(.+?)>")  # in words
 NAMED = 6
-"""Lines a panel shows by name; of more, only the highest are named and the rest are grey."""
+"""The most lines that a panel names; if there are more, it names the highest ones, and the others are grey."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Plot:
     colours: Sequence[str] = COLOURS
 
     def among(self, series: Mapping[tuple[str, str], T]) -> dict[str, T]:
-        """What it takes of these series (by metric and label): its labels, in natural order."""
+        """Its part of these series (by metric and label): by label, in natural order."""
         labels = (label for metric, label in series if metric == self.metric)
         mine = [label for label in labels if not self.owners or _parts(label)[0] in self.owners]
         return {label: series[self.metric, label] for label in sorted(mine, key=_natural)}
 
     def name(self, label: str) -> str:
-        """What stands at the end of its line: no more than tells it from the others."""
+        """The text at the end of its line: just enough to tell it from the others."""
         owner, partition = _parts(label)
         words = [] if len(self.owners) == 1 else [owner]
         return " ".join([*words, f"p{partition}"] if partition else words) or self.metric
@@ -63,7 +63,7 @@ class Panel:
     is shown.
 
     In them `<lag>` stands for the sum of a metric, `<each lag>` for every line by name, `<highest lag>` for the highest
-    line, `<which lag>` for the names of those above 0. A part with a figure that nobody knows is left out, and the last
+    line, `<which lag>` for the names of those above 0. A part with an unknown figure is left out, and so are the last
     parts where there is no room. `readers` are functions that read figures, by metric and label; a lab whose board
     shows the panel calls them.
     """
@@ -184,7 +184,7 @@ def replica_panels(topic: Topic[Any], brokers: Sequence[str]) -> list[Panel]:
     asked = float("-inf")
 
     def known() -> dict[int, Partition]:
-        """Asked for once a round, whichever reader is the first: they are called one after another."""
+        """Ask Kafka once a round: the readers are called one after another."""
         nonlocal found, asked
         if time.monotonic() - asked > 0.2:
             found = {}
@@ -215,7 +215,7 @@ def replica_panels(topic: Topic[Any], brokers: Sequence[str]) -> list[Panel]:
 def store_lag(deployments: Mapping[str, Deployment], name: str, topic: Topic[Any]) -> int:
     """Records of `topic` that the store in the slowest pod of a deployment has still to read.
 
-    Seen from outside, by what a pod said last: so that of a frozen one grows. A pod that starts has all to read.
+    It goes by each pod's last report, so the lag of a frozen pod grows. A pod that starts has everything to read.
     """
     end = sum(end_offsets(topic.cluster, [topic.name]).values())
     reports = [pod.report for pod in deployments[name].pods]
@@ -235,5 +235,5 @@ def _parts(label: str) -> tuple[str, str]:
 
 def _natural(label: str) -> tuple[object, ...]:
     """Sort key that puts "orders/10" after "orders/9"."""
-    # Split by digits, every second part is a number: like is only ever compared with like.
+    # Split by digits, every second part is a number, so numbers are only compared with numbers.
     return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", label)))

@@ -22,7 +22,7 @@ from labkit.lab.history import Fault, Sample
 Points: TypeAlias = tuple[Floats, Floats]
 """Times and values."""
 
-# The pale ones are too pale for letters on white.
+# Pale colours cannot be read as text on white.
 _LETTERS = {SKY: "#2A86BD", ORANGE: "#A87000", PURPLE: "#A9527F", GREEN: "#00835F"}
 _INK, _TICK, _GRID, _FLOOR, _QUIET = "#1F2328", "#5E6470", "#E7E8EC", "#C3C6CD", "#B5BAC4"
 _SHADE, _SHADE_LETTERS, _INSTANT, _INSTANT_LETTERS = "#FAF0DA", "#8A5A00", "#D55E00", "#B84F00"
@@ -35,13 +35,13 @@ _TICK_SIZE, _LABEL_SIZE, _TITLE_SIZE, _WORDS_SIZE = 12.0, 12.0, 16.0, 14.0
 _LABEL_PITCH, _FAULT_PITCH, _FAULT_ROWS, _CAPTION_PITCH = 15.0, 16.0, 4, 20
 
 _SILENT = 4.0
-"""Seconds without a sample after which a line is broken, and the figures of now are called old."""
+"""Seconds without a sample after which a line has a gap, and the figures are called old."""
 _HIGHEST = 3
-"""Lines that are named where there are too many to name them all."""
+"""How many lines are named if there are too many to name all."""
 _ROUND = [1, 2, 5, 10]
 """Steps of a scale."""
 _COUNT_ROOM = 26.0
-"""Beside the text of a fault, for the count that may come: " ×88"."""
+"""Room beside the text of a fault for a count: " ×88"."""
 
 
 def compose(
@@ -80,7 +80,7 @@ def compose(
 
 def _caption_lines(caption: str) -> list[str]:
     """The caption, broken between its parts where a line is full; a part that is too long for a line is cut."""
-    room = 0.95 * (WIDTH - 2 * _LEFT)  # in a small picture letters may be wider than their share
+    room = 0.95 * (WIDTH - 2 * _LEFT)  # in a small picture letters are wider in proportion
     lines: list[str] = []
     for part in caption.split(" · ") if caption else ():
         longer = f"{lines[-1]} · {part}" if lines else part
@@ -96,7 +96,7 @@ def _caption_lines(caption: str) -> list[str]:
 
 @dataclass
 class _Frame:
-    """Where one panel stands, and its way from seconds and values to pixels."""
+    """Where one panel stands, and how seconds and values become pixels."""
 
     scene: Scene
     now: float
@@ -130,7 +130,7 @@ class _Curve:
     """A line, or an area that stands on `low`."""
 
     name: str
-    """Empty: one of those that are too many to be named."""
+    """Empty: this line has no name, because there are too many."""
     times: Floats
     values: Floats
     colour: str
@@ -140,7 +140,7 @@ class _Curve:
 
     @property
     def end(self) -> float:
-        """Where its name belongs."""
+        """The height at which its name belongs."""
         return float(self.values[-1] if self.low is None else (self.low[-1] + self.values[-1]) / 2)
 
 
@@ -157,13 +157,13 @@ def _draw_panel(
 
     # The names at the line ends decide how much of the cell is left for the lines.
     widest = max(text_width(name, _LABEL_SIZE, True) for name in [more, *(curve.name for curve in curves)])
-    # In steps, so that the plot keeps its place while names come and go.
+    # In steps, so that the plot does not move when names come and go.
     margin = min(max(32.0, 8.0 * math.ceil((widest + 12) / 8.0)), 0.34 * (frame.cell_right - frame.left))
     frame.right = frame.cell_right - margin
 
     _draw_faults(frame, faults, writes_faults)
     highest = max((float(curve.values.max()) for curve in curves), default=0.0)
-    highest = max(highest, 5.0)  # one record behind is no mountain
+    highest = max(highest, 5.0)  # one record of lag should not look like many
     frame.highest = highest * 1.04
     _furniture(frame, panel, highest)
     _words(frame, panel, series)
@@ -190,7 +190,7 @@ def _curves(plot: Plot, mine: Mapping[str, Points]) -> list[_Curve]:
         return []
     colours = dict(zip(mine, cycle(plot.colours), strict=False))
     if plot.how == "gain":
-        # Counters begin again at 0 with a new process: only rises are news.
+        # With a new process a counter begins again at 0: only its rises count.
         rises = {label: np.maximum(np.diff(values, prepend=values[0]), 0) for label, (_, values) in mine.items()}
         counted = [label for label, (_, values) in mine.items() if values[-1] > 0]
         return [_Curve(plot.name(one), mine[one][0], np.cumsum(rises[one]), plot.colours[0]) for one in counted]
@@ -230,7 +230,7 @@ def _words(frame: _Frame, panel: Panel, series: Mapping[tuple[str, str], Points]
 
 
 def _furniture(frame: _Frame, panel: Panel, highest: float) -> None:
-    """What stays from frame to frame: title, unit, grid and scales."""
+    """Title, unit, grid and scales."""
     frame.add(Text(frame.left, frame.ceiling - 20, panel.title, _TITLE_SIZE, _INK, "title", bold=True))
     frame.add(Text(frame.cell_right, frame.ceiling - 20, panel.unit, _TICK_SIZE, GREY, "unit", align="right"))
     for value in _ticks(highest):
@@ -283,15 +283,15 @@ class _FaultText:
 def _draw_faults(frame: _Frame, faults: Sequence[Fault], writes: bool) -> None:
     """Shade the windows, rule the instants; on the panel that writes them, texts in rows above the lines.
 
-    Their rows are taken from the top of the plot (`data_top`), so that a text lies on no line. A text that finds no
-    room is left out; one that would lie on one that says the same is counted there.
+    Their rows are taken from the top of the plot (`data_top`), so that no text lies on a line. A text without room is
+    left out; if it equals the text that is in its way, it is counted there.
     """
     for fault in sorted(faults, key=lambda fault: fault.instant):
         x = float(frame.x(fault.start))
         if fault.instant:
             frame.add(_rule(x, frame.bottom, x, frame.top, _INSTANT, 1.6, "dashed"))
         else:
-            end = max(float(frame.x(frame.now if fault.end is None else fault.end)), x + 2)  # a short one shows too
+            end = max(float(frame.x(frame.now if fault.end is None else fault.end)), x + 2)  # a short one shows, too
             frame.add(Area(np.array((x, end)), np.full(2, frame.bottom), np.full(2, frame.top), _SHADE))
     placed: list[_FaultText] = []
     for fault in faults if writes else ():
@@ -323,7 +323,7 @@ def _draw_faults(frame: _Frame, faults: Sequence[Fault], writes: bool) -> None:
 
 
 def _label_ends(frame: _Frame, curves: Sequence[_Curve], more: str) -> None:
-    """The names of lines, as near to their ends as they can be; above them, how many lines have none."""
+    """The names of lines, as near to their ends as possible; above them, how many lines have no name."""
     ends = sorted((float(frame.y(curve.end)), curve.name, curve.colour) for curve in curves if curve.name)
     if more:
         ends.append((ends[-1][0] + _LABEL_PITCH, more, GREY))
@@ -343,7 +343,7 @@ def spread(wanted: Sequence[float], pitch: float, low: float, high: float) -> li
     if not wanted:
         return []
     steps = pitch * np.arange(len(wanted))
-    # Each as far up as those below it push it, and as far down as those above it do: in the middle of both.
+    # The mean of two solutions: pushed up by those below, and pushed down by those above.
     loose = np.array(wanted) - steps
     pushed_up, pushed_down = np.maximum.accumulate(loose), np.minimum.accumulate(loose[::-1])[::-1]
     middle = (pushed_up + pushed_down) / 2 + steps
@@ -355,7 +355,7 @@ def spread(wanted: Sequence[float], pitch: float, low: float, high: float) -> li
 
 
 def _series(samples: Sequence[Sample], start: float) -> dict[tuple[str, str], Points]:
-    """Times and values of each series in the picture; from its left edge on where a line crosses it."""
+    """Times and values of each series in the picture; a line that crosses the left edge begins there."""
     first = bisect_left(samples, start - _SILENT, key=lambda sample: sample.time)
     found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for sample in samples[first:]:

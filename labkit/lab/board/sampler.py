@@ -1,4 +1,4 @@
-"""The sampler: one thread of a lab that reads its metrics, from Kafka itself wherever Kafka knows."""
+"""The sampler: one thread of a lab that reads its metrics, from Kafka itself wherever possible."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from labkit.lab.pods.pod import PodState
 from labkit.lab.pods.telemetry import PodReport
 
 TICK = 0.33  # seconds between two samples
-FROZEN = 2.0  # seconds after a freeze within which a pod tells that its partitions went meanwhile
-ASLEEP = 5.0  # seconds that the wall clock runs ahead of this process's before we say that the machine slept
+FROZEN = 2.0  # seconds after a freeze in which a pod reports that it lost its partitions
+ASLEEP = 5.0  # if the wall clock gains so many seconds on this process's clock, the machine slept
 
 
 class Tally:
-    """Counts what took effect in a topic: distinct ids, and what came of one record more than once."""
+    """Counts what took effect in a topic: distinct ids, and effects that one record had more than once."""
 
     def __init__(self, topic: Topic[Any], by: str | Callable[[Any], str]) -> None:
         self.topic, self.by = topic, by
@@ -34,7 +34,7 @@ class Tally:
         self._identify = identifier(by)
         self._seen: set[str] = set()
         self._nameless: str | None = None
-        self._made: set[tuple[str | None, str]] = set()  # by which record, and its id
+        self._made: set[tuple[str | None, str]] = set()  # the cause and the id of each effect
         self.again = 0
         """How often a record's work took effect again. (An id that is sent twice may take effect twice.)"""
 
@@ -60,7 +60,7 @@ class Tally:
                 self._made.add(work)
 
     def look(self) -> None:
-        """From now on count in partitions too that were added."""
+        """From now on, also count in partitions that were added."""
         self._reader.look()
 
     @property
@@ -84,7 +84,7 @@ class Sampler:
         loads: Sequence[Load[Any]],
         look: Callable[[], None] = lambda: None,
     ) -> None:
-        """`look` notes what befell Kafka; it is called before each sample."""
+        """`look` notes what happened to Kafka; it is called before each sample."""
         self.history = history
         self._look = look
         self.trouble: str | None = None
@@ -99,14 +99,14 @@ class Sampler:
         self._recent: dict[tuple[str, str], list[tuple[float, int]]] = {}
         self._watched: dict[tuple[str, str], Read] = {}
         self._ids: dict[str, set[str]] = {}  # sent, by topic
-        self._counted: dict[int, int] = {}  # how much of each load is in there
+        self._counted: dict[int, int] = {}  # how many records of each load are in `_ids`
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._thread.start()
 
     def tally(self, topic: Topic[Any], by: str | Callable[[Any], str]) -> None:
-        """Count what takes effect in `topic`, read from its beginning. Replaces who counted it by another id."""
+        """Count what takes effect in `topic`, from its beginning. This replaces a count by another id."""
         with self._lock:
             before = self._tallies.get(topic.short)
             if before is None or before.by != by:
@@ -122,7 +122,7 @@ class Sampler:
         """End the thread and its clients."""
         self._stop.set()
         self._thread.join(15)
-        if not self._thread.is_alive():  # clients may be closed again
+        if not self._thread.is_alive():  # a client may be closed twice
             self._reports.close()
             for tally in (*self._tallies.values(), *self._replaced):
                 tally.close()
@@ -132,14 +132,14 @@ class Sampler:
         while not self._stop.is_set():
             slept = (time.time() - wall) - (time.monotonic() - mono)
             if slept > ASLEEP:
-                # Sessions ended meanwhile: without this, what was redelivered would have no explanation.
+                # Sessions ended meanwhile: without this fault, redeliveries would have no explanation.
                 self.history.note("sleep", "machine", f"the machine slept {slept:.0f} s", since=wall)
             wall, mono = time.time(), time.monotonic()
             try:
                 self.trouble = self._sample()
             except LabkitError as error:
                 self.trouble = str(error)
-            except Exception as error:  # a thread has nobody to raise to; the status line shows it
+            except Exception as error:  # nobody would catch it; the status line shows it
                 self.trouble = error_text(error)
             self._stop.wait(max(0.0, TICK - (time.monotonic() - mono)))
 
@@ -155,7 +155,7 @@ class Sampler:
         with self._lock:
             tallies, watched = list(self._tallies.values()), list(self._watched.items())
         while self._replaced:
-            self._replaced.pop().close()  # here, where it was read
+            self._replaced.pop().close()  # in the thread that reads it
         for tally in tallies:
             tally.read()
         values: list[tuple[str, str, float]] = []
@@ -166,7 +166,7 @@ class Sampler:
             try:
                 values += [] if away else self._of_group(deployment)
             except LabkitError as error:
-                # It was waited for: to wait again for each group would stop the picture in the middle of the fault.
+                # We have waited for Kafka once. To wait again for each group would stop the picture during a fault.
                 trouble, away = str(error), away or isinstance(error, ClusterUnreachable)
         for tally in () if away else tallies:
             tally.look()
@@ -177,26 +177,26 @@ class Sampler:
             values.append(("redelivered", tally.topic.short, tally.again))
         for (metric, label), read in watched:
             try:
-                if (value := read()) is not None and math.isfinite(value):  # what is not known now is left out
+                if (value := read()) is not None and math.isfinite(value):  # an unknown figure is left out
                     values.append((metric, label, value))
-            except Exception as error:  # the learner's own function, or a server that is down: the others count on
+            except Exception as error:  # a learner's function, or a server that is down: go on with the others
                 trouble = f"{metric}{f' of {label}' * (label != metric)}: {error_text(error)}"
         now = time.time()
-        highest: dict[tuple[str, str], float] = {}  # of the groups that read one topic, the one that is most behind
+        highest: dict[tuple[str, str], float] = {}  # the highest lag, if several groups read one topic
         for metric, label, value in values:
             highest[metric, label] = max(value, highest.get((metric, label), value))
         self.history.record(Sample(now, *series, value) for series, value in highest.items())
         return trouble
 
     def _look_for_eviction(self, report: PodReport) -> None:
-        """A pod that was starved, or stopped from outside, lost its partitions: a fault that nobody ordered."""
+        """Note a fault if a pod lost its partitions because it got no CPU time, or was stopped from outside."""
         before = self._handled.get((report.deployment, report.pod, report.process))
         if report.lost <= (0 if before is None else before.lost):
             return
         for fault in self.history.faults:
             over = fault.end is not None and report.time - fault.end > FROZEN
             if (fault.kind, fault.target) == ("freeze", report.pod) and not over:
-                return  # somebody did
+                return  # a fault explains it
         text = f"{report.pod} lost its partitions"
         self.history.note("eviction", report.pod, text, since=report.away, until=report.time)
 
@@ -236,7 +236,7 @@ class Sampler:
         values: list[tuple[str, str, float]] = []
         if deployment.group and deployment.topics:
             short = {topic.name: topic.short for topic in deployment.topics}
-            behind = lag(self._reports.topic.cluster, deployment.group, list(short))  # not by a way that may be cut
+            behind = lag(self._reports.topic.cluster, deployment.group, list(short))  # the proxy may be cut
             stuck = {one.place.rpartition("/")[0] for one in deployment.waiting}
             for (topic, number), count in sorted(behind.items()):
                 label = f"{short[topic]}/{number}"
@@ -245,7 +245,7 @@ class Sampler:
         return values
 
     def _sent(self) -> dict[str, int]:
-        """Distinct ids sent to each topic, as completed ones are counted: a load's cell that ran again sends none."""
+        """Distinct ids sent to each topic: a load's cell that ran again adds none."""
         for number, load in enumerate(list(self._loads)):
             fresh = load.confirmed_since(self._counted.get(number, 0))
             self._counted[number] = self._counted.get(number, 0) + len(fresh)

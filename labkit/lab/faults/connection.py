@@ -13,10 +13,10 @@ from labkit.runtime.proxy import Proxy
 
 
 class ConnectionFaults(Target):
-    """The way through a proxy to a broker, for those who take `cluster`, and to what else is reached `through` it.
+    """The connection through a proxy to a broker, for users of `cluster`, and to other servers `through` it.
 
     `cut` and `hold` begin at once, or with the broker's first request of a kind (`Produce`, `EndTxn` …); different
-    faults stand side by side until `recover`. A `distance` is no fault, and stays.
+    faults stand together until `recover`. A `distance` is no fault, and stays.
     """
 
     _stays_in_the_notebook = Proxy._stays_in_the_notebook
@@ -40,11 +40,11 @@ class ConnectionFaults(Target):
         return self._proxy.cluster
 
     def distance(self, seconds: float) -> None:
-        """Put this far away what is reached by this connection: so many seconds each way, a round trip to connect."""
+        """Delay this connection by so many seconds each way, and by a round trip to connect."""
         self._proxy.distance(seconds)
 
     def through(self, port: int) -> int:
-        """The port by which what listens on `port`, a service or a database, is reached by this connection too."""
+        """A port by which this connection also leads to `port`, where a service or a database listens."""
         return self._proxy.through(port)
 
     def cut(self, request: str = "") -> None:
@@ -53,8 +53,8 @@ class ConnectionFaults(Target):
         self._stands("cut", request)
 
     def hold(self, request: str = "") -> None:
-        """Hold answers back while requests go through, until it recovers. After `wait`, `cut`: the broker has done the
-        work, and its client never hears of it."""
+        """Hold answers back while requests go through, until it recovers. After `wait`, then `cut`, the broker has done
+        the work, and its client never learns of it."""
         self._proxy.hold(request)
         self._stands("hold", request)
 
@@ -76,6 +76,6 @@ class ConnectionFaults(Target):
         return f"ended: {', '.join(stood)}" if stood else self._nothing()
 
     def _stands(self, verb: str, request: str) -> None:
-        self._ended("cut", "hold")  # the newer one takes the place of the older
+        self._ended("cut", "hold")  # the new one replaces the old one
         first = f" from the next {request} on" if request else ""
         self._began(verb, f"{verb} the connection{first}", needs_mending=True)

@@ -1,7 +1,7 @@
 """The door by which a terminal breaks what a notebook runs: a Unix socket in the folder of the run.
 
-It is on this machine, for this user alone, and works while Kafka is dead. The terminal calls the same methods as a
-button, so that what it does is in the lab's history. One line of JSON is asked, and one is answered.
+Only this user on this machine can use it. It works while Kafka is down. The terminal calls the same methods as a
+button, so what it does is in the lab's history. Question and answer are one line of JSON each.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import msgspec
 from labkit.kafka.errors import LabkitError, error_text
 from labkit.lab.faults.target import Target
 
-WAIT = 60.0  # seconds until something is done: a broker that stops in good order and starts again takes some of them
-LOOK = 5.0  # seconds until all targets are told
+WAIT = 60.0  # seconds for an order to be done; the restart of a broker takes some of them
+LOOK = 5.0  # seconds to list all targets
 LARGEST = 65536  # bytes of a question
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What to do to which target. Without a target: tell of all of them."""
+    """What to do to which target. Without a target: list all targets."""
 
     target: str = ""
     verb: str = ""
@@ -35,12 +35,12 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class TargetState(msgspec.Struct, frozen=True):
-    """What is told of a target."""
+    """A target, as it is listed."""
 
     target: str
     state: str
     can: list[str]
-    """What makes sense to do with it now."""
+    """The verbs that make sense now."""
     stands: list[str]
     """Its faults."""
 
@@ -59,10 +59,10 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Control(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Answers orders in threads of their own, until `close`. `targets` is asked for at every order."""
+    """Answers orders in threads of their own, until `close`. `targets` is called for every order."""
 
     daemon_threads = True
-    block_on_close = False  # an order that takes long does not hold up the end of the lab
+    block_on_close = False  # a long order does not delay the end of the lab
 
     def __init__(self, folder: Path, targets: Callable[[], Mapping[str, Target]]) -> None:
         self._targets = targets
@@ -70,7 +70,7 @@ class Control(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         door = folder / "control"
         try:
             super().__init__(os.fspath(door), socketserver.BaseRequestHandler)
-        except OSError:  # its path is too long for a socket, or the file system has none
+        except OSError:  # the path is too long for a socket, or the file system has no sockets
             self._away = Path(tempfile.mkdtemp(prefix="labkit-"))  # for this user alone, too
             door.symlink_to(self._away / door.name)
             super().__init__(os.fspath(self._away / door.name), socketserver.BaseRequestHandler)
@@ -89,7 +89,7 @@ class Control(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             request.sendall(msgspec.json.encode(self._answer(question.readline(LARGEST))))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever asked has gone: nobody is told."""
+        """The client has gone: nobody waits for the error."""
 
     def _answer(self, line: bytes) -> Answer:
         try:
@@ -100,12 +100,12 @@ class Control(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             if order.target not in targets:
                 raise LabkitError(f"there is no {order.target} here; there are: {', '.join(targets)}")
             return Answer(said=targets[order.target].do(order.verb, order.options))
-        except Exception as error:  # whoever asks is in another process
+        except Exception as error:  # the client is in another process
             return Answer(refused=str(error) if isinstance(error, LabkitError) else error_text(error))
 
 
 def ask(folder: Path, order: Order) -> Answer | None:
-    """Have a run whose folder this is do something; None if it has ended. Raises LabkitError if it does not answer."""
+    """Send an order to the run with this folder; None if it has ended. Raises LabkitError if it does not answer."""
     wait = WAIT if order.target else LOOK
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(wait)

@@ -1,4 +1,4 @@
-"""The Kafka Connect of a lab: connectors are started, looked at and stopped here, and their worker can be broken."""
+"""The Kafka Connect of a lab: starts, observes and stops connectors, and breaks their worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from labkit.runtime.server import ServerState
 if TYPE_CHECKING:
     import pandas as pd
 
-LOOK = 1.0  # seconds that a look for the board may take
+LOOK = 1.0  # seconds for a look, for the board
 
 
 class Connect(ServerFaults):
@@ -33,7 +33,7 @@ class Connect(ServerFaults):
         self.cluster = cluster
         self._worker = KafkaConnect(cluster, prefix)
         self.connectors: list[ConnectorStatus] = []
-        """As they stood at the last `look`."""
+        """Their states at the last `look`."""
         super().__init__(name, self._worker, history)
 
     @property
@@ -42,10 +42,10 @@ class Connect(ServerFaults):
         return self._worker.memory
 
     def start(self, connector: Connector, timeout: float = 60.0) -> None:
-        """Run this connector, in the place of another one of its name. Returns once it and its task run.
+        """Run this connector. It replaces a connector of the same name. Returns once it and its task run.
 
-        Raises LabkitError when it fails, with its own error and, where that is known, the fix; and before anything is
-        started when what it is to read or write is not there.
+        Raises LabkitError when it fails, with its own error and, if known, the fix; and, before anything is started,
+        when its source or its target does not exist.
         """
         self._running("start a connector")
         if connector.config["connector.class"] == POSTGRES:
@@ -54,8 +54,8 @@ class Connect(ServerFaults):
         self.look()
 
     def stop(self, name: str) -> None:
-        """Take the connector of this name away. What it has read stays known: one of its name goes on there, unless it
-        is a capture, which would read all rows anew."""
+        """Remove the connector of this name. Its position is kept, so a new connector of this name goes on there; but a
+        capture reads all rows anew."""
         self._running("stop a connector")
         self._worker.stop(name)
         self.look()
@@ -68,19 +68,19 @@ class Connect(ServerFaults):
         return pd.DataFrame(rows, columns=["connector", "state", "tasks", "last error"]).set_index("connector")
 
     def look(self, deaths: int = 0) -> None:
-        """Note a death that nobody ordered, and how its connectors stand."""
+        """Note an unexpected death, and the states of its connectors."""
         super().look(deaths)
         self.connectors = self._look(LOOK)
 
     def status_line(self) -> str:
-        """How it stood when it was last looked at."""
+        """Its state at the last `look`."""
         if self.state is not ServerState.RUNNING:
             return f"{self.name} {self.state.value}"
         each = [f"{one.name} {one.state}{f' ({one.error})' if one.error else ''}" for one in self.connectors]
         return f"{self.name}: {', '.join(each) or 'no connector'}"
 
     def _look(self, timeout: float) -> list[ConnectorStatus]:
-        """Every connector as it stands; as it stood last while the worker does not answer."""
+        """The state of every connector; the last known one while the worker does not answer."""
         if self.state is ServerState.RUNNING:
             with suppress(LabkitError):
                 return self._worker.status(timeout)

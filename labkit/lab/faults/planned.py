@@ -1,4 +1,4 @@
-"""What a lab is to do once a condition holds: faults that were planned by a cell, done by a thread."""
+"""Actions that a lab does once a condition holds: a cell plans a fault, and a thread does it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Planned:
         self.failed = False
         self._condition, self._action = condition, action
         self._begun = False
-        self._deciding = threading.Lock()  # it is begun or it is dropped: never both
+        self._deciding = threading.Lock()  # it is either begun or dropped
         threading.Thread(target=self._run, name="planned", daemon=True).start()
 
     def drop(self, why: str) -> bool:
-        """Do not do it any more, unless it has begun: whether it had not."""
+        """Drop it, unless it has begun. Returns whether it was dropped."""
         with self._deciding:
             if dropped := self.waits and not self._begun:
                 self.waits, self.state = False, f"did not happen: {why}"
             return dropped
 
     def is_the_same(self, condition: Callable[[], bool], action: Callable[[], object]) -> bool:
-        """Whether it does just this, under just this condition."""
+        """Whether it is the same action under the same condition."""
         try:
             return _what(self._condition) == _what(condition) and _what(self._action) == _what(action)
-        except Exception:  # one was given what cannot be compared, a DataFrame say
+        except Exception:  # a default value that cannot be compared, such as a DataFrame
             return False
 
     def __repr__(self) -> str:
@@ -43,7 +43,7 @@ class Planned:
     def _holds(self) -> bool:
         try:
             return self._condition()
-        except OSError:  # a service that it asks is away, or is only just starting
+        except OSError:  # a service that it asks is down, or is starting
             return False
 
     def _run(self) -> None:
@@ -58,7 +58,7 @@ class Planned:
                 self._begun, self.state = True, "is being done"
             self._action()
             self.state, self.waits = "done", False
-        except Exception as error:  # a thread has nobody to raise to: `unsettled` names it
+        except Exception as error:  # nobody would catch it; `unsettled` names it
             with self._deciding:
                 if self.waits:
                     self.state = f"failed: {error_text(error)}"
@@ -75,9 +75,9 @@ class Plans:
         return iter(self._all)
 
     def add(self, condition: Callable[[], bool], action: Callable[[], object]) -> Planned:
-        """Plan something. What failed is forgotten; one that is the same and still waits is dropped.
+        """Plan an action. Failed plans are forgotten, and the same plan, if it still waits, is dropped.
 
-        If the same is just being done, that is the answer: done beside itself it would meet what it breaks.
+        If the same plan is just being done, return that one: two of them would get in each other's way.
         """
         for one in self:
             if one.is_the_same(condition, action) and not one.drop("planned again") and one.waits:
@@ -87,16 +87,16 @@ class Plans:
         return planned
 
     def waiting(self) -> str | None:
-        """One that still waits, in words."""
+        """A plan that still waits, in words."""
         return next((repr(planned) for planned in self if planned.waits), None)
 
     def failed(self) -> str | None:
-        """One that failed, in words."""
+        """A plan that failed, in words."""
         return next((repr(planned) for planned in self if planned.failed), None)
 
 
 def _what(function: Callable[[], object]) -> tuple[object, ...]:
-    """What makes a function the same though a cell that ran again made it anew. A method is the same by itself."""
+    """The identity of a function, which stays the same if a cell runs again. Methods can be compared as they are."""
     if not isinstance(function, FunctionType):
         return (function,)
     return function.__code__, function.__defaults__, function.__kwdefaults__, function.__closure__

@@ -21,8 +21,8 @@ _UP, _FROZEN, _DOWN = ServerState.RUNNING, ServerState.FROZEN, ServerState.DOWN
 class ServerFaults(Target):
     """Kill, freeze, restart and recover a server.
 
-    `server` is None where others use it too; then `shared` says so, and what to do about it. `needed`: work that meets
-    its fault cannot be done until somebody ends it; not of one that others stand in for.
+    `server` is None if others use it too; then `shared` says so, and what to do about it. `needed`: work cannot be done
+    while it is broken, because no other server takes its place.
     """
 
     verbs: Mapping[str, Collection[Enum]] = {
@@ -38,11 +38,11 @@ class ServerFaults(Target):
         super().__init__(name, history)
         self._server, self._shared, self._needed = server, "" if server else shared, needed
         self._looked, self._deaths = time.time(), 0
-        self._doing = threading.Lock()  # what is being done is not to be taken for what befell it
+        self._doing = threading.Lock()  # while we break it, its death is not unexpected
 
     @property
     def state(self) -> ServerState:
-        """What it is doing. One that others use too is taken to be running."""
+        """Its state. A shared server counts as running."""
         return _UP if self._server is None else self._server.state
 
     def why_not(self, verb: str) -> str | None:
@@ -74,8 +74,8 @@ class ServerFaults(Target):
     def recover(self) -> str:
         """Let it go on (SIGCONT) if it is frozen, as if no time had passed; start it on its data if it is down.
 
-        Returns once it answers, and says what was mended, or that there was nothing to mend. One that needs others
-        before it answers is not waited for.
+        Returns once it answers, and says what was mended, or that there was nothing to mend. It does not wait for a
+        server that needs others before it can answer.
         """
         state = self.state
         if not self._shared and state not in (_FROZEN, _DOWN):
@@ -94,7 +94,7 @@ class ServerFaults(Target):
         return self.state in (_DOWN, _FROZEN)
 
     def look(self, deaths: int = 0) -> None:
-        """Note a death that nobody ordered. `deaths` is how often one that is started again by itself has died."""
+        """Note an unexpected death. `deaths` counts those of a server that is restarted automatically."""
         before, self._looked = self._looked, time.time()
         if deaths > self._deaths:
             self._deaths = deaths
@@ -117,7 +117,7 @@ class ServerFaults(Target):
 
     def _own(self, verb: str) -> Server:
         self._check(verb)
-        return cast(Server, self._server)  # or the check would have refused
+        return cast(Server, self._server)  # else the check would have refused
 
 
 def kafka_away(brokers: Sequence[ServerFaults]) -> str | None:
@@ -148,7 +148,7 @@ class Database(ServerFaults):
         self._committed: tuple[float, int] | None = None
 
     def transactions(self) -> float:
-        """Transactions a second since it was asked last, for a panel; 0 while it is down."""
+        """Transactions a second since the last call, for a panel; 0 while it is down."""
         import psycopg
 
         before, self._committed = self._committed, None
@@ -157,7 +157,7 @@ class Database(ServerFaults):
             self._committed = time.monotonic(), client.execute(sql).fetchall()[0][0]
         if before is None or self._committed is None or self._committed[0] <= before[0]:
             return 0.0
-        return max(0, self._committed[1] - before[1]) / (self._committed[0] - before[0])  # a kill takes the count away
+        return max(0, self._committed[1] - before[1]) / (self._committed[0] - before[0])  # a kill resets the count
 
 
 class Cache(ServerFaults):

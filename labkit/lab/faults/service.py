@@ -1,4 +1,4 @@
-"""Faults of a service: it fails, answers slowly or cuts connections, because it is told to by a switch."""
+"""Faults of a service: it fails, answers slowly or cuts connections, because a switch tells it to."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Switch(Protocol):
     """How a service is told to misbehave: through a store, or by HTTP."""
 
     understands: Collection[str]
-    """The names of what it can be told: "errors", "status", "delay", and "cut" where it can."""
+    """What it can be told: "errors", "status", "delay", and "cut" if it can."""
 
     def tell(self, service: str, told: Mapping[str, object]) -> None:
-        """Have it do this and nothing else. Raises LabkitError for what it does not understand, or when it is away."""
+        """Have it do this and nothing else. Raises LabkitError for what it does not understand, or when it is down."""
 
 
 class ServiceState(Enum):
@@ -32,7 +32,7 @@ class ServiceState(Enum):
 class Service(Target):
     """A service that misbehaves when it is told to.
 
-    A fault stands until `recover`, which ends all of them, or for `seconds`. Different ones stand side by side.
+    A fault stands until `recover`, which ends all of them, or for `seconds`. Different faults stand together.
     """
 
     def __init__(self, name: str, switch: Switch, history: History) -> None:
@@ -74,13 +74,13 @@ class Service(Target):
         """Have it behave again."""
         stood = self.standing()
         with self._lock:
-            self._switch.tell(self.name, {})  # also what an earlier cell told it, whatever we know of it
+            self._switch.tell(self.name, {})  # also what an earlier cell has told it
             self._told.clear()
             self._ended()
         return f"ended: {', '.join(stood)}" if stood else self._nothing()
 
     def close(self) -> None:
-        """What still stands does not end by itself any more."""
+        """From now on no timer ends a fault that still stands."""
         self._told.clear()
 
     def _tell(self, kind: str, text: str, seconds: float | None, told: Mapping[str, object]) -> None:
@@ -106,11 +106,11 @@ class Service(Target):
     def _expire(self, kind: str, told: Mapping[str, object]) -> None:
         with self._lock:
             if self._told.get(kind) is not told:
-                return  # it was ended, or another one of its kind has taken its place
+                return  # it has ended, or was replaced by a fault of its kind
             del self._told[kind]
             try:
                 self._switch.tell(self.name, self._all())
-            except LabkitError:  # it is away, or Kafka is: the fault stands until it can be told
+            except LabkitError:  # it is down, or Kafka is: the fault stands
                 self._told[kind] = told
                 self._later(1.0, kind, told)
             else:

@@ -1,7 +1,7 @@
-"""A target: what can be broken and mended, by its verbs: in code, by a board's button, and in a terminal.
+"""A target can be broken and mended by its verbs: in code, by a board's button, and in a terminal.
 
-To break: `kill`, `freeze`, `slow`, `fail`, `cut`, `hold`, `restart`. To mend: `recover`. What is done is in the lab's
-history.
+To break: `kill`, `freeze`, `slow`, `fail`, `cut`, `hold`, `restart`. To mend: `recover`. The lab's history has all of
+it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Action:
 class Target:
     """What can be broken and mended, as by the buttons of a board.
 
-    A verb at the wrong moment, or with a figure that makes no sense, raises LabkitError with the fix. What is already
-    so is left alone, as a cell may run twice: to kill what is dead, to freeze what is frozen, to mend what is well.
+    A verb at the wrong moment, or with a wrong figure, raises LabkitError with the fix. Because a cell may run twice, a
+    verb does nothing if its effect is there already: killing what is dead, freezing what is frozen.
     """
 
     _stays_in_the_notebook = "faults are injected from the notebook, not from a handler"
@@ -69,7 +69,7 @@ class Target:
     def why_not(self, verb: str) -> str | None:
         """Why a verb makes no sense now, and what to do about it; None when it does."""
         state = self.state
-        if state in self.verbs.get(verb, (state,)):  # what can never be done to it says so itself
+        if state in self.verbs.get(verb, (state,)):  # a verb that it does not have says so itself
             return None
         return f"it is {state.value}: {_FIX.get(state.value, 'recover it first')}"
 
@@ -78,7 +78,7 @@ class Target:
         return [fault.text for fault in self.history.standing() if fault.target == self.name]
 
     def do(self, verb: str, options: Mapping[str, float]) -> str:
-        """Do it by the name of the verb, and say what came of it. Raises LabkitError for what it cannot be told."""
+        """Do it by the name of the verb, and say the result. Raises LabkitError for an unknown verb or option."""
         if verb not in self.verbs:
             what = f"{verb!r} cannot be done to {self.name}" if verb else f"say what is to be done to {self.name}"
             raise LabkitError(f"{what}; what can: {', '.join(self.verbs)}")

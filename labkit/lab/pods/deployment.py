@@ -23,7 +23,7 @@ from labkit.lab.pods.telemetry import PodReport, Waiting
 from labkit.runtime.streams import StreamsCounter
 
 GroupMember: TypeAlias = Consumer | StreamsCounter
-"""What reads topics as a member of a group, which is of the deployment's name unless it has one."""
+"""A runnable that reads topics as a member of a group; without a group it gets one of the deployment's name."""
 
 
 class Deployment:
@@ -48,7 +48,7 @@ class Deployment:
         self._retired: list[Pod] = []
         self._pods = [Pod(self, index) for index in range(replicas)]
         self._log: deque[LogLine] = deque(maxlen=5000)
-        self._leaving = False  # it was told to end: its pods may take a while
+        self._leaving = False  # told to end, though its pods may still drain
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"deployment {name}", daemon=True)
 
@@ -64,7 +64,7 @@ class Deployment:
 
     @property
     def log(self) -> list[LogLine]:
-        """What its pods printed, prints and tracebacks of handlers included, and what befell them, oldest first."""
+        """What its pods printed, handlers' output and tracebacks too, and what happened to them, oldest first."""
         return sorted((*self._log, *self._faults()), key=lambda line: line.time)
 
     @property
@@ -98,7 +98,7 @@ class Deployment:
                 )
             gone = self._pods[replicas:]
             if replicas != len(self._pods):
-                # Partitions move for as long as pods leave. Noted first: they may be gone at the next moment.
+                # Partitions move while pods leave. Noted first, because they may be gone at once.
                 self.history.note("scale", self.name, f"scale to {replicas}", stands=bool(gone))
             self._pods = self._pods[:replicas]
             self._pods += [Pod(self, index) for index in range(len(self._pods), replicas)]
@@ -119,12 +119,12 @@ class Deployment:
             return False
         reports = [report for pod in pods if (report := pod.report) is not None]
         if getattr(self.runnable, "listens", False) and not all(report.counts for report in reports):
-            return False  # it tells figures from the moment at which it listens
+            return False  # its first figures come when it listens
         if not pods or not self.topics:
             return True
         shares = [report.assigned for report in reports]
         held = [place for share in shares for place in share]
-        shared = getattr(self.runnable, "mains", self.topics)  # retry topics go with the partitions of their own
+        shared = getattr(self.runnable, "mains", self.topics)  # retry topics follow their main topics
         counts = {topic.name: (there or {}).get(topic.name, topic.partitions) for topic in shared}
         every = {f"{name}/{number}" for name, count in counts.items() for number in range(count)}
         # The first pod of a group has all partitions until the next one asks for its share. (Exactly once, the same
@@ -137,7 +137,7 @@ class Deployment:
         self._log.append(LogLine(time.time(), pod, text))
 
     def heard(self, report: PodReport) -> None:
-        """Take in what a pod said of itself."""
+        """Take in a pod's report."""
         for pod in self.pods:
             if pod.name != report.pod or pod.child is None or pod.child.pid != report.process:
                 continue
@@ -149,12 +149,12 @@ class Deployment:
             pod.heard = report
 
     def drain(self, timeout: float = GRACE + 2) -> None:
-        """Stop all pods: they finish what they have in hand, commit and leave. Not started again."""
+        """Stop all pods for good: they finish the records that they handle now, commit and leave."""
         self.scale_down()
         until = time.monotonic() + timeout
         while any(pod.child is not None for pod in self._retired) and time.monotonic() < until:
             if self._ended.wait(0.02):
-                break  # nobody buries them any more
+                break  # the deployment's thread has ended
         self.close()
 
     def scale_down(self) -> None:
@@ -164,7 +164,7 @@ class Deployment:
             gone, self._pods = self._pods, []
             self._retired += gone
             leaving = list(self._retired)
-        for pod in leaving:  # those too that an interrupted call did not get to
+        for pod in leaving:  # including those that an interrupted call did not reach
             pod.retire()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""One pod of a deployment: its process is started, fed, broken, mended, buried and started again, with back-off.
+"""One pod of a deployment: its process is started, broken, mended, and started again with back-off when it has ended.
 
-What a learner does to a pod only states a wish or sends a signal, so that buttons and cells return at once. The thread
-of its deployment does the rest. (What runs inside is `labkit.lab.pods.process`.)
+The methods for learners only set a wish or send a signal, so buttons and cells return at once. The thread of its
+deployment does the rest. (What runs inside is `labkit.lab.pods.process`.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GRACE = 10.0  # seconds a pod gets to drain before it is killed
 FIRST_RESTART, LONGEST_RESTART = 0.1, 10.0  # seconds before a dead pod is started again, doubling
-STABLE = 10.0  # seconds of life after which a pod's earlier deaths are forgiven
+STABLE = 10.0  # seconds of life after which a pod's back-off begins anew
 
 
 class PodState(Enum):
@@ -77,11 +77,11 @@ class Pod(Target):
         self.restarts = 0
         self.child: Child | None = None
         self.heard: PodReport | None = None
-        """What one of its processes said last."""
+        """The last report of one of its processes."""
         self._lock = threading.Lock()
         self._wanted = True  # False: not started again
-        self._reader: threading.Thread | None = None  # of what it prints
-        self._kill_at: float | None = None  # monotonic; draining, and this is when it takes too long
+        self._reader: threading.Thread | None = None  # reads what it prints
+        self._kill_at: float | None = None  # monotonic; a pod that is still draining then is killed
         self._frozen = False
         self._killed = False
         self._slow = 0.0
@@ -107,7 +107,7 @@ class Pod(Target):
 
     @property
     def report(self) -> PodReport | None:
-        """What its process said last; None before its first words."""
+        """The last report of its process; None before the first."""
         child, heard = self.child, self.heard
         return heard if child is not None and heard is not None and heard.process == child.pid else None
 
@@ -195,7 +195,7 @@ class Pod(Target):
     # -- what follows is called by the deployment's thread ---------------------------------------------------------
 
     def step(self, now: float, payload: bytes) -> None:
-        """Bring it closer to what is wanted."""
+        """Do the next step towards the wanted state."""
         with self._lock:
             if self.child is None:
                 if self._wanted and now >= self._again_at:
@@ -208,7 +208,7 @@ class Pod(Target):
                 self._kill_at = math.inf
 
     def retire(self) -> None:
-        """Drain it and do not start it again. A frozen one is thawed for that: one that is killed stays a member of its
+        """Drain it and do not start it again. A frozen pod is thawed for that: killed, it would stay a member of its
         group until its session ends."""
         with self._lock:
             self._wanted = False
@@ -230,7 +230,7 @@ class Pod(Target):
         self._born, self._at_once = now, False
         try:
             self.child = Child([sys.executable, "-u", "-m", "labkit.lab.pods.process", self.name])
-        except (LabkitError, OSError) as error:  # no memory or no process to be had: tried again
+        except (LabkitError, OSError) as error:  # no memory, or no process: try again
             self._again(f"could not be started: {error}", now)
             return
         self.deployment.note(self.name, f"pod {self.index} started as process {self.child.pid}")
@@ -242,12 +242,12 @@ class Pod(Target):
         child, self.child = self.child, None
         if child is not None:
             self._close(child)
-        self._ended()  # with its process, all that was done to it is over
-        # SIGTERM ends a pod that was not up yet; what it had in hand then is nothing.
+        self._ended()  # all its faults end with its process
+        # SIGTERM ends a pod that is not up yet at once: it handles nothing.
         drained = self._kill_at is not None and code in (0, -signal.SIGTERM)
         killed = self._killed
         self._killed, self._frozen, self._slow, self._kill_at = False, False, 0.0, None
-        if not killed and not drained:  # nobody asked for it; what it had in hand comes again
+        if not killed and not drained:  # unexpected: its records are redelivered
             self.history.note("death", self.name, f"pod {self.index} died")
         self._again("drained" if drained else _ended(code), now)
 
@@ -263,11 +263,11 @@ class Pod(Target):
         self.deployment.note(self.name, f"{why}; starts again in {wait:g} s")
 
     def _close(self, child: Child) -> None:
-        """End a child and its pipes, its last words read."""
+        """End a child and its pipes, after reading its last lines."""
         child.kill()
         if self._reader is not None:
             self._reader.join(1)
-            if self._reader.is_alive():  # something that a handler started holds the pipe open, and would hold us
+            if self._reader.is_alive():  # a process that a handler started holds the pipe open
                 threading.Thread(target=child.close, name=f"close {self.name}", daemon=True).start()
                 return
         child.close()
@@ -284,7 +284,7 @@ class Pod(Target):
     def _read(self, child: Child) -> None:
         if child.output is None:
             return
-        with suppress(ValueError):  # closed under us: the pod is gone
+        with suppress(ValueError):  # closed meanwhile: the pod is gone
             for line in child.output:
                 self.deployment.note(self.name, line.decode(errors="replace").rstrip("\n"))
 
@@ -296,7 +296,7 @@ class Pod(Target):
 
     @staticmethod
     def _tell(child: Child, words: bytes) -> None:
-        with suppress(BrokenPipeError):  # it has just died; so did what it should have done
+        with suppress(BrokenPipeError):  # it has just died
             child.stdin.write(words)
             child.stdin.flush()
 

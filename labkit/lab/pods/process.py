@@ -49,7 +49,7 @@ def main() -> int:
     pipe = sys.stdin.buffer
     (size,) = HEADER.unpack(pipe.read(HEADER.size))
     packed = io.BytesIO(pipe.read(size))
-    # What the notebook can import, its handlers can. At the end: nothing of a pod's own is to be hidden by it.
+    # What the notebook can import, its handlers can. At the end, so that it hides no module of the pod.
     sys.path += [folder for folder in pickle.load(packed) if folder not in sys.path]  # noqa: S301 - from our parent
     runnable, deployment, topic = unpack(packed.read())
     sys.stdin = open(os.devnull)  # noqa: SIM115 - a handler that reads it must not take our commands

@@ -1,4 +1,4 @@
-"""What only a pod knows: how much it handled, what it tries again, since when. It goes through a topic of its own.
+"""What only a pod knows: how much it handled, what it retries, since when. It has a topic of its own.
 
 Everything else a board shows is read from Kafka itself, so the picture cannot disagree with the truth.
 """
@@ -19,9 +19,9 @@ from labkit.kafka.records import encode
 from labkit.kafka.topics import Topic
 
 INTERVAL = 0.2  # seconds between two reports
-AGAIN = 2.0  # seconds after which a report is sent again that is as it was: a broker that was away may have missed it
-HANDLING, HANDLED = Step.HANDLING, Step.HANDLED  # a member of an enum is slow to look up, for every record
-UNHEARD = 7.0  # seconds that a member was not heard of when it is told that it lost its partitions: a session, and more
+AGAIN = 2.0  # seconds after which an unchanged report is sent again, because it may be lost
+HANDLING, HANDLED = Step.HANDLING, Step.HANDLED  # looking up a member of an enum for every record is slow
+UNHEARD = 7.0  # seconds: a member that lost its partitions sent no heartbeat for longer than its session
 
 
 class Waiting(msgspec.Struct):
@@ -43,9 +43,9 @@ class PodReport(msgspec.Struct):
     handled: int = 0
     failed: int = 0
     lost: int = 0
-    """How often its partitions were given to others because it was not heard of."""
+    """How often its partitions were given to others because it sent no heartbeat."""
     away: float = 0.0
-    """Since when it was not heard of, the last time."""
+    """Since when it had sent no heartbeat, the last time."""
     assigned: list[str] = []
     waiting: list[Waiting] = []
     counts: dict[str, int] = {}
@@ -56,7 +56,7 @@ class PodReport(msgspec.Struct):
 class Telemetry:
     """Collects the steps of one running pod and sends a PodReport whenever something changed, and every two seconds.
 
-    Once `stop` is set, nothing is held up any more: a slow pod drains as soon as another one.
+    Once `stop` is set, records are not delayed any more, so a slow pod drains as quickly as others.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Telemetry:
         self.topic = topic
         self._stop = stop or threading.Event()
         self.slow = 0.0
-        """Seconds by which every record is held up: the fault "slow"."""
+        """Seconds by which every record is delayed: the fault "slow"."""
         self._report = PodReport(deployment, pod, process, time.time())
-        self._awake = time.time()  # when this process last had a say
-        self._pause = (0.0, 0.0)  # the last time it was stopped, or starved: from, until
+        self._awake = time.time()  # when this process ran last
+        self._pause = (0.0, 0.0)  # when it was last stopped, or got no CPU time: from, until
         self._waiting: dict[str, Waiting] = {}
         self._assigned: set[str] = set()
         self._done: list[None] = []  # one for each record handled since the last report: appended to without the lock
@@ -82,7 +82,7 @@ class Telemetry:
 
     def __call__(self, step: Step, subject: Any) -> None:
         """The pod's `report`."""
-        if step is HANDLED:  # the two that come with every record
+        if step is HANDLED:  # these two come with every record
             self._done.append(None)
         elif step is HANDLING:
             if self.slow:
@@ -101,10 +101,10 @@ class Telemetry:
             counts = {name: int(count) for name, count in subject.counts.items()}
             gauges = {name: float(value) for name, value in subject.gauges.items()}
             known = {name: value for name, value in gauges.items() if math.isfinite(value)}
-            encode((counts, known))  # whoever measured hears of what cannot be written, not the thread that sends it
+            encode((counts, known))  # raises in the code that measures, not in the thread that sends
             with self._lock:
                 self._report.counts.update(counts)
-                for name in gauges.keys() - known:  # JSON has no NaN: what is not known now is left out
+                for name in gauges.keys() - known:  # JSON has no NaN: an unknown figure is left out
                     self._report.gauges.pop(name, None)
                 self._report.gauges.update(known)
         elif step is Step.ASSIGNED:
@@ -125,7 +125,7 @@ class Telemetry:
         try:
             self._producer.flush(2)
         except DeliveryFailed:
-            pass  # the pod ends all the same; whoever keeps it sees its exit code
+            pass  # the pod ends all the same
 
     def _unheard_since(self, now: float) -> float:
         stopped, went_on = self._pause
@@ -163,4 +163,4 @@ class Telemetry:
         try:
             self._producer.send(self.topic.name, encode(report), self._report.pod)
         except DeliveryFailed:
-            pass  # it is said again
+            pass  # it is sent again

@@ -1,7 +1,7 @@
 """How what a notebook defines travels to a pod: one pickler, by value.
 
-Refused by its name is what cannot live in another process (a Lab, a board, a client, an open file), and a msgspec
-Struct of a notebook: it would arrive without its fields and encode as `{}`, silently. A dataclass arrives whole.
+What cannot live in another process (a Lab, a board, a client, an open file) is refused by its name. So is a msgspec
+Struct of a notebook: it would arrive without its fields, and silently encode as `{}`. A dataclass arrives whole.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import msgspec
 from labkit.kafka.errors import LabkitError
 
 STAYS = "_stays_in_the_notebook"  # a class with this attribute is refused; it says what to do instead
-KNOWN = (types.FunctionType, types.MethodType, functools.partial, type)  # a learner knows the names within, and
-# those within a notebook's own classes: the attributes of others are nobody's business
+KNOWN = (types.FunctionType, types.MethodType, functools.partial, type)  # a learner knows the names in these, and
+# in a notebook's own classes, but not the attributes of other classes
 MAKE_IT_THERE = "make it inside the handler, or in a function that the handler calls"
 
 
@@ -39,7 +39,7 @@ def pack(thing: Any) -> bytes:
         return _pickled(thing)
     except CannotTravel:
         raise
-    except Exception as error:  # whatever a type raises that does not want to be pickled
+    except Exception as error:  # a type that cannot be pickled may raise anything
         variable, culprit = _culprit(thing, "", thing, []) or ("something the handler uses", None)
         why = f": {getattr(type(culprit), STAYS)}" if hasattr(type(culprit), STAYS) else f" ({error}): {MAKE_IT_THERE}"
         raise CannotTravel(f"{variable} cannot travel to a pod{why}") from None
@@ -55,7 +55,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if hasattr(type(obj), STAYS):
             raise pickle.PicklingError("it stays in the notebook")
         if isinstance(obj, io.TextIOWrapper) and obj not in (sys.stdout, sys.stderr):
-            raise pickle.PicklingError("an open file")  # cloudpickle would send a copy of what it holds now
+            raise pickle.PicklingError("an open file")  # cloudpickle would send a copy of its contents
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
             raise CannotTravel(
                 f"{obj.__name__} is a msgspec Struct of this notebook, whose fields do not reach a pod. "
@@ -69,16 +69,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return "MISSING"  # by its name: msgspec asks whether a default *is* this object
         reduced = super().reducer_override(obj)
         if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) > 2:  # a class, by value
-            reduced[2][0].pop("__msgspec_cache__", None)  # of an enum or a dataclass that was decoded here before
+            reduced[2][0].pop("__msgspec_cache__", None)  # an enum or a dataclass that was decoded here has it
             reduced[2][0].update(_resolved(obj))
         return reduced
 
 
 def _resolved(cls: type) -> dict[str, Any]:
-    """The annotations of a class, where some are texts: a pod that decodes it does not find what they name."""
+    """The annotations of a class, with texts resolved: a pod that decodes it would not find what they name."""
     try:
         own, meant = inspect.get_annotations(cls), get_type_hints(cls, include_extras=True)
-    except Exception:  # what they name is nowhere: whoever decodes that class is told so
+    except Exception:  # they name what does not exist: decoding that class will raise
         return {}
     resolved = {name: meant[name] for name in own}
     return {} if resolved == own else {"__annotations__": resolved}
@@ -105,7 +105,7 @@ def _importable(thing: Any) -> bool:
 
 
 def _lasting(module: str) -> bool:
-    """Whether a pod has this module too; not so what is defined in a notebook, or travels by value on demand."""
+    """Whether a pod has this module, too: it is no notebook's, and does not travel by value."""
     return module != "__main__" and module not in cloudpickle.list_registry_pickle_by_value()
 
 
@@ -113,10 +113,10 @@ def _lasting(module: str) -> bool:
 
 
 def _culprit(value: Any, name: str, named: Any, seen: list[Any]) -> tuple[str, Any] | None:
-    """The innermost part of `value` that does not travel: the variable that is it, or holds it, and itself.
+    """The innermost part of `value` that does not travel: its variable, or the one that holds it, and the part.
 
-    `named` is the nearest thing around it that has a name, and `name` that name. None for what fails for the sake of
-    something in `seen` only.
+    `named` is the nearest object around it that has a name, and `name` is that name. None if only something in `seen`
+    is to blame.
     """
     seen.append(value)
     ends = True
@@ -146,7 +146,7 @@ def _travels(thing: Any) -> bool:
 
 
 def _parts(value: Any, name: str | None) -> Iterator[tuple[str | None, Any]]:
-    """What `value` is made of, with the name under which the learner knows it."""
+    """The parts of `value`, with the names that the learner knows."""
     if isinstance(value, types.FunctionType):
         if not _importable(value):
             yield from _used_by(value)
@@ -212,5 +212,5 @@ def _plain(members: Any) -> Iterator[Any]:
             yield member.__func__
         elif isinstance(member, property):
             yield from (part for part in (member.fget, member.fset, member.fdel) if part is not None)
-        elif not inspect.isdatadescriptor(member):  # of its fields, which are not pickled
+        elif not inspect.isdatadescriptor(member):  # descriptors of its fields are not pickled
             yield member

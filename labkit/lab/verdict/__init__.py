@@ -1,4 +1,4 @@
-"""The verdict: whether a lab has come to rest, what was sent and what took effect, and what is judged of that.
+"""The verdict: whether a lab has come to rest, what was sent, what took effect, and how that is judged.
 
 `anomalies` has the rules; `trace` tells of one record.
 """

@@ -1,7 +1,7 @@
-"""How a verdict judges: every deviation of what took effect from what was sent, told apart by evidence.
+"""How a verdict judges: it classifies, by evidence, each difference between what was sent and what took effect.
 
-- In a partition the offset says what came first, whatever the clocks say. Between two partitions only clocks
-  can tell: the logs themselves show how far those disagree, and nothing nearer than that is claimed.
+- In a partition the offset says what came first, whatever the clocks say. Between two partitions only clocks can
+  tell. The logs show by how much clocks disagree, and no order is claimed within that time.
 - A redelivery has a cause: something (a crash, a freeze, a rebalance …) between a record's two handlings.
 - A send that was never confirmed may have arrived or not: it is neither lost nor unexpected.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 WRONG = ("lost", "duplicated", "out of order", "early", "wrong", "unexpected")  # in the order of a verdict's line
 # "sent again": `sent` lists its id often enough. "resent": it does not, but another source record made it.
 HARMLESS = ("rejected", "redelivered", "sent again", "resent")
-# Seconds after its end in which a fault still moves partitions: the group's session has to end (6 s), then
-# the pod is restarted with back-off and joins again, each with a rebalance.
+# For so many seconds after its end a fault still moves partitions: the group's session has to end (6 s), then the pod
+# restarts with back-off and joins again, each with a rebalance.
 AFTERMATH = 30.0
-# One pod does a record twice only if it was restarted, or lost its partition, in between; otherwise one
-# handling sent twice. So the fault has to lie between the two; a second more: it is noted first, then acts.
+# One pod does a record twice only if it was restarted, or lost its partition, in between; otherwise one handling sent
+# twice. So the fault has to lie between the two. One second more, because a fault is noted before it acts.
 SAME_POD = 1.0
 NOTED = 0.2  # seconds from the moment at which a fault is noted until it acts
 STRIKE = ("kill", "death", "freeze", "eviction", "restart")  # and not "slow", which takes nothing away
@@ -36,7 +36,7 @@ STRIKE = ("kill", "death", "freeze", "eviction", "restart")  # and not "slow", w
 
 @dataclass(frozen=True, slots=True)
 class Anomaly:
-    """One deviation. `place`: of the effect in question; `first_…`: of that compared with."""
+    """One difference. `place`: of the effect in question; `first_…`: of the effect that it is compared with."""
 
     kind: str  # one of WRONG (as "maybe lost" … in an unknown verdict), or of HARMLESS
     id: str
@@ -55,18 +55,18 @@ class Anomaly:
 class _Moment(NamedTuple):
     """An effect's place in time: these sort in the order things took effect."""
 
-    at: float  # never before what has a lower offset in the same log
+    at: float  # never earlier than a lower offset of the same log
     log: str
     offset: int
-    number: int  # no two have the same, so that effects are never compared
+    number: int  # unique, so that effects are never compared
     effect: Effect
 
 
 class Timeline:
-    """Effects in time: the first of each id, and all of the ids that have several."""
+    """Effects in the order of time: the first of each id, and all effects of ids that have several."""
 
     def __init__(self, effects: Sequence[Effect]) -> None:
-        self.effects, self.gap = effects, 0.0  # gap: the most seconds by which they disagree
+        self.effects, self.gap = effects, 0.0  # gap: by how many seconds clocks disagree at most
         self.first: dict[str, _Moment] = {}
         self.several: dict[str, list[_Moment]] = {}
         logs: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -111,7 +111,7 @@ def differences(
     content: Mapping[str, Any],
     values: Mapping[str, Any] | None,
 ) -> list[Anomaly]:
-    """The anomalies of a content, by id. `values`: what it is to be, if that is known."""
+    """The anomalies of a content, by id. `values`: the expected values, if they are known."""
     found = _lost(wanted, confirmed, content)
     for name, value in (values or {}).items():
         if name in content and content[name] != value:
@@ -129,9 +129,9 @@ def _lost(wanted: Mapping[str, Sent], confirmed: set[str], there: Container[str]
 def _extras(
     line: Timeline, wanted: Mapping[str, Sent], repeats: Mapping[str, int], faults: Sequence[Fault]
 ) -> list[Anomaly]:
-    """Every effect but the first of its id, told apart by its cause and by what happened in between."""
+    """Every effect but the first of its id, classified by its cause and by what happened in between."""
     found = []
-    made: defaultdict[str | None, set[str]] = defaultdict(set)  # the ids that came of one source record
+    made: defaultdict[str | None, set[str]] = defaultdict(set)  # the ids that one source record made
     for effect in line.effects if line.several else ():
         made[effect.cause].add(effect.id)
     for name in sorted(line.several.keys() & wanted.keys(), key=lambda name: wanted[name].order):
@@ -139,7 +139,7 @@ def _extras(
         last, seen, spare = first, {first.effect.cause: first}, repeats[name]
         for moment in extras:
             effect = moment.effect
-            # Where a cause is not known, nothing shows that it was another record: it is taken for the same.
+            # An unknown cause is taken for the same record, because nothing shows another one.
             earlier = last if effect.cause is None else seen.get(effect.cause, seen.get(None))
             before = (earlier or first).effect
             if earlier is None:
@@ -161,8 +161,8 @@ def _extras(
 
 
 def _explaining(faults: Sequence[Fault], before: Effect, effect: Effect, at: float) -> Fault | None:
-    """The fault before the extra effect that could have made the record be handled again: the last that struck the pod
-    which had it in hand, else the last within reach."""
+    """The fault that could have caused the redelivery: the last one that struck the pod which handled the record first,
+    else the last one within reach."""
     reach = SAME_POD if effect.pod is not None and effect.pod == before.pod else AFTERMATH
     since = min(before.time, effect.time)
 
@@ -175,7 +175,7 @@ def _explaining(faults: Sequence[Fault], before: Effect, effect: Effect, at: flo
 
 
 def _strikes(fault: Fault, pod: str | None) -> bool:
-    """Whether a fault takes what a pod has in hand away from it."""
+    """Whether a fault takes away from a pod the records that it handles."""
     if pod is None:
         return False
     everywhere = fault.target in ("Kafka", "machine") or fault.target == pod.rpartition("-")[0]
@@ -189,7 +189,7 @@ def _since(fault: Fault, effect: Effect) -> str:
 
 
 def _disorder(line: Timeline, wanted: Mapping[str, Sent]) -> list[Anomaly]:
-    """The fewest first effects that have to be moved to put each key into the order of sending."""
+    """The smallest set of first effects that would have to move so that each key is in the order of sending."""
     keys: defaultdict[str, list[_Moment]] = defaultdict(list)
     for send in wanted.values():
         if send.key is not None and send.confirmed and send.id in line.first:
@@ -212,10 +212,10 @@ def _disorder(line: Timeline, wanted: Mapping[str, Sent]) -> list[Anomaly]:
 
 
 def _misplaced(moments: Sequence[_Moment], ranks: Sequence[float]) -> Iterator[tuple[_Moment, _Moment]]:
-    """What the longest rising run of `ranks` leaves out, each with one in it that it is late or early for."""
+    """The moments outside the longest rising run of `ranks`, each with one of the run that it is late or early for."""
     if all(a <= b for a, b in pairwise(ranks)):
         return
-    tops: list[float] = []  # the lowest rank that ends a run of each length, and who has it
+    tops: list[float] = []  # the lowest rank that ends a run of each length, and its owner
     ends: list[int] = []
     previous = []
     for index, rank in enumerate(ranks):

@@ -15,7 +15,7 @@ from labkit.lab.load import Load
 READ = 30.0  # seconds for a topic to be read to its end
 
 Content = Iterable[Effect] | Mapping[Any, Any]
-"""Effects, or the value that each id has."""
+"""Effects, or the value of each id."""
 
 
 def sends(
@@ -23,7 +23,7 @@ def sends(
 ) -> tuple[Iterable[Sent] | Mapping[Any, Any], set[str]]:
     """All sends of the ids that were sent, by earlier loads of the `run` too; and the ids only other loads sent.
 
-    A load's cell that runs again sends the same ids again: that they take effect again is no wonder.
+    A load's cell that runs again sends the same ids again, so they may take effect again.
     """
     if isinstance(given, Mapping):
         return given, set()
@@ -36,14 +36,14 @@ def sends(
     if told:
         return told, set()
     asked = {one.id for load in loads for one in load.sent}
-    topics = {load.topic.name for load in loads}  # a cell that ran again may have made its type anew
+    topics = {load.topic.name for load in loads}  # a cell that ran again may have defined its type anew
     everything = [one for load in run if load.topic.name in topics for one in load.sent]
     sent = [one._replace(order=order) for order, one in enumerate(everything) if one.id in asked]
     return sent, {one.id for one in everything} - asked
 
 
 def took_effect(done: Topic[Any] | Content, identify: Callable[[Any], str]) -> tuple[Content, str | None]:
-    """What took effect, and what of it could not be read."""
+    """What took effect, and, in words, what could not be read."""
     if isinstance(done, Topic):
         return effects(done, identify)
     if isinstance(done, Mapping):
@@ -56,7 +56,7 @@ def took_effect(done: Topic[Any] | Content, identify: Callable[[Any], str]) -> t
 
 
 def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Effect], str | None]:
-    """What took effect in a topic, and what of it could not be read."""
+    """What took effect in a topic, and, in words, what could not be read."""
     with Reader(topic) as reader:
         try:
             records = reader.read_to_end(READ)
@@ -65,7 +65,7 @@ def effects(topic: Topic[Any], identify: Callable[[Any], str]) -> tuple[list[Eff
     found = []
     for record in records:
         if record.value is None:
-            continue  # a tombstone takes something back; it is no work done
+            continue  # a tombstone is no work that was done
         cause, place = record.headers.get(CAUSE), short_name(record.place)
         cause, name = cause and short_name(cause), identify(record.value)
         found.append(Effect(name, record.key, place, record.timestamp, cause, record.headers.get(MADE_BY)))

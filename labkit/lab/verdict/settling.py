@@ -1,4 +1,4 @@
-"""Whether a lab has come to rest: before that, what is missing may still come, and nothing can be judged."""
+"""Whether a lab has come to rest: before that, missing records may still come, and nothing can be judged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from labkit.lab.pods.pod import PodState
 if TYPE_CHECKING:
     from labkit.lab.faults.kafka_connect import Connect
 
-QUIET = 1.5  # seconds without work after which a plan is dropped: longer than pods take to report what they did
+QUIET = 1.5  # seconds without work after which a plan is dropped; pods report their work sooner
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Settling:
-    """What has to come to rest: all that goes on in a lab, as it is at every moment."""
+    """Everything in a lab that has to come to rest."""
 
     cluster: Cluster
     brokers: Sequence[ServerFaults]
@@ -60,10 +60,10 @@ class Settling:
             now = time.monotonic()
             quiet_since = float("inf") if moving else min(quiet_since, now)
             if now - quiet_since > QUIET:
-                for planned in self.plans:  # what they wait for does not come by itself any more
+                for planned in self.plans:  # their condition cannot become true by itself any more
                     planned.drop("all came to rest before its condition held")
             reason = moving or self.plans.waiting() or ""
-            # Twice: a record that is handled between two looks may have made one upstream of what was looked at first.
+            # Twice, because a record that is handled between two looks may have made one upstream of the first look.
             calm = 0 if reason else calm + 1
             if calm >= 2:
                 return Settled(True)
@@ -76,7 +76,7 @@ class Settling:
         return self.hopeless() or self.moving() or self.plans.waiting()
 
     def hopeless(self) -> str | None:
-        """Why this lab will not settle however long one waits."""
+        """Why this lab cannot settle by itself; None if it can."""
         if kafka := kafka_away(self.brokers):
             return kafka
         for worker in self.workers():
@@ -92,7 +92,7 @@ class Settling:
                     return f"{pod.name} is frozen: recover it first"
         if failed := self.plans.failed():
             return failed
-        newest = {load.topic.name: load for load in self.loads}  # a cell that is run again makes good for its failure
+        newest = {load.topic.name: load for load in self.loads}  # a cell that runs again replaces a failed load
         for load in newest.values():
             if load.error:
                 return f"the load on {load.topic.short} failed: {load.error}"
@@ -102,7 +102,7 @@ class Settling:
         return None
 
     def moving(self) -> str | None:
-        """What still goes on by itself."""
+        """What is still going on; None if nothing is."""
         for load in self.loads:
             if not load.done:
                 return f"the load on {load.topic.short} still sends"
@@ -113,7 +113,7 @@ class Settling:
         return next(filter(None, map(self._unfinished, self.deployments.values())), None)
 
     def _unfinished(self, deployment: Deployment) -> str | None:
-        """What a deployment has still to do."""
+        """What a deployment still has to do, in words; None if nothing."""
         name = deployment.name
         if waiting := deployment.waiting:
             first = min(waiting, key=lambda one: one.since)

@@ -1,7 +1,7 @@
 """One record's life: who made it, who handled it, what it led to, and what was done to the lab meanwhile.
 
-The lab's topics tell it (a record names its cause and the pod that made it), and the faults. A handling shows by what
-it sent, and nothing is told that does not show.
+The evidence is in the lab's topics (a record names its cause and the pod that made it) and in its faults. A handling
+shows by what it sent; what leaves no evidence is not told.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from labkit.lab.load import identifier
 if TYPE_CHECKING:
     import pandas as pd
 
-AWAY = ("freeze", "eviction")  # kinds of faults after which a pod goes on with what others have done meanwhile
-ENDS = ("kill", "death", "restart", "redeploy")  # after which a pod of the same name is another process
+AWAY = ("freeze", "eviction")  # after these a pod goes on with work that others have done meanwhile
+ENDS = ("kill", "death", "restart", "redeploy")  # after these a pod of the same name is another process
 
 
 class Seen(NamedTuple):
@@ -81,7 +81,7 @@ def _belonging(business_id: object, by: str | Callable[[Any], Any], topics: Coll
 
 
 def related(records: Sequence[Seen], places: Collection[str]) -> list[Seen]:
-    """The records at these places, those with their correlation ids, and all that any of them caused."""
+    """The records at these places, those with the same correlation ids, and all that these caused."""
     known = set(places)
     correlations = {one.correlation for one in records if one.place in known} - {None}
     known |= {one.place for one in records if one.correlation in correlations}
@@ -94,7 +94,7 @@ def life(records: Iterable[Seen], faults: Sequence[Fault]) -> list[Row]:
     """What happened to these records, oldest first, and every fault that stood meanwhile."""
     records = sorted(records, key=lambda one: (one.time, one.cause is not None))
     rows: list[Row] = []
-    handlings: dict[tuple[str, str], dict[str, float]] = {}  # of a cause, by a deployment: when each pod sent last
+    handlings: dict[tuple[str, str], dict[str, float]] = {}  # by cause and deployment: when each pod sent last
     for one in records:
         place, pod = short_name(one.place), one.pod or ""
         if one.cause is None:
@@ -108,7 +108,7 @@ def life(records: Iterable[Seen], faults: Sequence[Fault]) -> list[Row]:
             rows.append(Row(one.time, event, cause, pod, detail))
         sent[pod] = one.time
         rows.append(Row(one.time, "took effect", place, pod, f"caused by {cause}"))
-    first, last = records[0].time, records[-1].time if handlings else inf  # what came of nothing may still wait
+    first, last = records[0].time, records[-1].time if handlings else inf  # a record without outputs may still wait
     for fault in faults:
         if fault.start <= last and _end(fault) >= first:
             rows.append(Row(fault.start, fault.kind, "", fault.target, _told(fault)))
@@ -116,7 +116,7 @@ def life(records: Iterable[Seen], faults: Sequence[Fault]) -> list[Row]:
 
 
 def _handling(pod: str, at: float, sent: Mapping[str, float], faults: Sequence[Fault]) -> tuple[str, str] | None:
-    """Which handling shows by what a pod sent at this time: event and detail. None: one that has shown before."""
+    """The handling that a pod's output at this time shows: event and detail. None: it has been shown before."""
     if not sent:
         return "handled", ""
     if pod in sent:
@@ -124,7 +124,7 @@ def _handling(pod: str, at: float, sent: Mapping[str, float], faults: Sequence[F
         restarted = any(end is not None and sent[pod] <= end <= at for end in ends)
         return ("redelivered", f"again: {pod} had it before") if restarted else None
     other, since = next(iter(sent.items()))
-    # A pod that had been away may only now be done with what it had in hand before the other: no second delivery.
+    # A pod that was away may only now finish a record that it began before the other pod: no second delivery.
     for fault in faults:
         if fault.kind in AWAY and fault.target == pod and fault.start <= since <= _end(fault):
             return "handled", f"late: it was away when {other} had it"

@@ -26,7 +26,7 @@ from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.patterns.key_value_store.contents import Changes, Contents, differences
 from labkit.patterns.key_value_store.subscription import Subscription
-from labkit.patterns.look import Look
+from labkit.patterns.periodic_check import PeriodicCheck
 
 V = TypeVar("V")
 Partition: TypeAlias = tuple[str, int]
@@ -190,7 +190,7 @@ class Follower(Generic[V]):
         Returns when all must be read again, for one of two reasons. A key came from a second partition. Or a tombstone
         may have come and gone unseen, while Kafka was away or this process stood still.
         """
-        with Look(lambda: (time.time(), self._ends()), min(LOOK, keeps / 4)) as look:
+        with PeriodicCheck(lambda: (time.time(), self._ends()), min(LOOK, keeps / 4)) as look:
             while self._failure is None and time.time() - fresh <= keeps:
                 fresh = max(fresh, self._all_was_read(look.answer()))
                 self._take(reader)

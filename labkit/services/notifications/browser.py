@@ -18,8 +18,7 @@ from labkit.services.calls import ask
 
 AGAIN = 0.05, 2.0  # seconds from one attempt to connect to the next: at first, and at most
 QUIET = 25.0  # seconds without a word after which a connection counts as dead: more than two beats
-# Close codes after which another attempt would not do better. (After 4400 one would: it was too slow to say hello.)
-FINAL = (4403, 4410, 4429)
+FINAL = (4403, 4410)  # close codes of a channel that is over; after all others it connects again, as the page does
 
 
 class Shown(NamedTuple):

@@ -67,7 +67,7 @@ class CloseCode(IntEnum):
     EXPIRED = 4410
     """Open another one."""
     TOO_MANY = 4429
-    """It said more than which channel it wants."""
+    """It said more than which channel it wants: come back."""
     UNAVAILABLE = 4503
     """The topic cannot be read now: come back later."""
 

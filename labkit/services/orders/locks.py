@@ -51,6 +51,10 @@ class Costs(NamedTuple):
     waited: float
     """Seconds of waiting for a pessimistic lock, each with a connection to the database in hand."""
 
+    def __str__(self) -> str:
+        counts = f"orders {self.orders:,}, repeats {self.repeats:,}, conflicts {self.conflicts:,}"
+        return f"{counts}, waited {self.waited:.2f} s"
+
 
 def costs(dsn: str, table: str) -> Costs:
     """What the lock on this table's orders has cost."""

@@ -10,8 +10,8 @@ import pytest
 from confluent_kafka import KafkaError
 
 from labkit.kafka.cluster import Cluster
+from labkit.kafka.connection_errors import explain, is_final
 from labkit.kafka.consumer import Consumer
-from labkit.kafka.refusal import explain, is_final
 from labkit.kafka.topics import Topic
 
 PASSWORD = "corr3ct h0rse's=staple"

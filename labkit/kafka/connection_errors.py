@@ -1,4 +1,4 @@
-"""Why a cluster does not let a client in: librdkafka's words, and the settings to look at."""
+"""Why a cluster refuses a client: from librdkafka's error texts to the settings to look at."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from confluent_kafka import KafkaError
 
-# Each pattern is sought in an error's name and words; the first that is found tells what to do. The last one names
-# several causes: a broker that expects another protocol closes the connection without a word, as one does that stops.
+# Each pattern is searched in an error's name and text; the first match says what to do. The last one names several
+# causes: a broker that expects another protocol closes the connection silently, and so does one that stops.
 MEANINGS = {
     "Broker: Unsupported SASL mechanism": "the broker does not take this sasl.mechanism: set one that it names here",
     "Unsupported SASL mechanism": "the client knows no such sasl.mechanism: set SCRAM-SHA-512, SCRAM-SHA-256 or PLAIN",
@@ -25,7 +25,7 @@ MEANINGS = {
     "_AUTHENTICATION": "the login was refused: check sasl.username, sasl.password and sasl.mechanism",
     "certificate verify failed": (
         "the broker's certificate could not be verified: set ssl.ca.location to the file (PEM) of the authority that "
-        "signed it. If that is set right, the certificate has expired, or was made for another host name"
+        "signed it. If that is right, the certificate has expired, or was made for another host name"
     ),
     "SSL alert number": (
         "the broker does not accept this client's certificate, or demands one that it was not given: set "
@@ -41,10 +41,10 @@ MEANINGS = {
         "If it fits, the broker is starting or stopping"
     ),
 }
-# Why a group does not take a member, by the error's code. The client only tries again, for ever.
+# Why a group refuses a member, by the error's code. The client would try again for ever.
 NOT_JOINED = {
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: (
-        "a member that is in it shares partitions out in another way, or is no consumer. All members need the same "
+        "one of its members assigns partitions in another way, or is no consumer. All members need the same "
         "partition.assignment.strategy, here {strategy}, and the same guarantee: set it there, end that member, or use "
         "another group"
     ),
@@ -76,7 +76,7 @@ def explain(error: KafkaError, security: Mapping[str, str]) -> str:
             now = ", ".join(f"{name}={settings[name]}" for name in SHOWN if name in settings)
             return f"{meaning} [now {now}; librdkafka: {words}]"
     for name, value in security.items():
-        if name.endswith(".location") and name in words:  # the client does not even start
+        if name.endswith(".location") and name in words:  # the client cannot even start
             try:
                 Path(value).open("rb").close()
             except OSError as reason:

@@ -15,8 +15,8 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
 
 if TYPE_CHECKING:
-    from labkit.runtime.private import BrokerServer, PrivateBroker, PrivateCluster
-    from labkit.runtime.shared import Lease
+    from labkit.runtime.private_broker import BrokerServer, PrivateBroker, PrivateCluster
+    from labkit.runtime.shared_broker import Lease
 
 BOOTSTRAP = "KAFKA_BOOTSTRAP_SERVERS"
 CLIENT_CONFIG = "KAFKA_CLIENT_CONFIG"
@@ -75,7 +75,7 @@ def connect() -> Connection:
     """
     if found := _outside():
         return found
-    from labkit.runtime.shared import shared_broker
+    from labkit.runtime.shared_broker import shared_broker
 
     return _embedded(shared_broker())
 
@@ -85,7 +85,7 @@ def private(brokers: int = 1) -> Connection:
 
     Raises LabkitError when it cannot be started.
     """
-    from labkit.runtime.private import PrivateBroker, PrivateCluster
+    from labkit.runtime.private_broker import PrivateBroker, PrivateCluster
 
     if brokers > 1:
         several = PrivateCluster(brokers)
@@ -101,7 +101,7 @@ def running() -> Connection | None:
     """
     if found := _outside():
         return found
-    from labkit.runtime.shared import attach
+    from labkit.runtime.shared_broker import attach
 
     lease = attach()
     return None if lease is None else _embedded(lease)

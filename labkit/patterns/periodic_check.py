@@ -1,4 +1,4 @@
-"""A thread that looks at Kafka every so often, so that nobody else waits when Kafka is slow to answer."""
+"""A thread that asks Kafka a question periodically, so that no other thread waits when Kafka is slow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from labkit.kafka.errors import ClusterUnreachable, LabkitError
 A = TypeVar("A")
 
 
-class Look(Generic[A]):
+class PeriodicCheck(Generic[A]):
     """Calls `ask` every so many seconds while this context lasts, or until the first failure."""
 
     def __init__(self, ask: Callable[[], A], every: float) -> None:

