@@ -167,7 +167,8 @@ def test_a_cluster_that_forbids_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         put(bobs, 1)
         with Member(Consumer(bobs, lambda record: None, group=group)) as member:
             member.wait_committed({0: 1})
-        allow(cluster, ResourceType.CLUSTER, "kafka-cluster", AclOperation.ALTER, AclOperation.DESCRIBE, exactly=True)
+        rest = (AclOperation.CLUSTER_ACTION, AclOperation.ALTER, AclOperation.DESCRIBE)  # all that is needed but Create
+        allow(cluster, ResourceType.BROKER, "kafka-cluster", *rest, exactly=True)
         for kind in (ResourceType.TOPIC, ResourceType.GROUP):
             allow(cluster, kind, "labkit.", AclOperation.DESCRIBE)
             allow(cluster, kind, f"labkit.{ada}.", AclOperation.ALL)
