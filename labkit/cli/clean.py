@@ -31,6 +31,7 @@ def clean(
 ) -> None:
     """Remove topics and groups of runs that have ended: by default yours. A run that lives stays.
 
+    Of runs on other machines, only the members of their groups are seen: one without a consumer counts as ended.
     With --learner or --all, and without --older-than, a learner of whom nothing lives loses the last verdicts, too.
     """
     from labkit.lab import runs
@@ -44,7 +45,7 @@ def clean(
         chosen = [one for one in there if everything or one.learner == runs.learner(learner)]
         alive = {one.learner for one in chosen if one.life}
         if older_than:
-            chosen = [one for one in chosen if one.run and one.began <= before]
+            chosen = [one for one in chosen if one.run and (runs.began(one.run) or 0.0) <= before]
         elif not everything and not learner:
             chosen = [one for one in chosen if one.run]
         ended = [one for one in chosen if not one.life and (one.run or one.learner not in alive)]
@@ -65,21 +66,22 @@ def clean(
             raise LabkitError("nothing was removed")
         left, why = remove(cluster, ended)
     if left:
-        raise LabkitError(
-            f"removed: {_counted(ended, left)}; still there: {', '.join(left)}. "
-            f"{' '.join(why) or 'A group has got a member again: try once more when it has left.'}"
-        )
+        reasons = why or ["A group has got a member again: try once more when it has left."]
+        there_still = "".join(f"\n  {name}" for name in left)
+        raise LabkitError(f"removed: {_counted(ended, left)}. Still there:{there_still}\n" + "\n".join(reasons))
     typer.echo(f"Removed {what}.")
 
 
 def _listed(chosen: list[Remains], ended: list[Remains]) -> str:
     """A row for each run: whose it is, since when, how much of it there is, and why it stays if it does."""
+    from labkit.lab import runs
+
     rows = (
         (
             one.learner,
             one.notebook or "–",
             one.run or "last verdicts",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(one.began)) if one.run else "–",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(began)) if (began := runs.began(one.run)) else "–",
             len(one.topics),
             len(one.groups),
             "" if one in ended else f"stays: {one.life or 'a run of this learner lives'}",

@@ -281,7 +281,7 @@ class Cluster:
             until = time.monotonic() + ANSWER
             while not self.topics().keys().isdisjoint(gone) and time.monotonic() < until:
                 time.sleep(0.02)
-            self._raise_undeleted("topics", left)
+            self._raise_undeleted("topic", left)
 
     def delete_groups(self, names: Collection[str]) -> None:
         """Delete consumer groups; those that are unknown, or still have a member, are passed over.
@@ -291,7 +291,7 @@ class Cluster:
         if names:
             asked = admin(self).delete_consumer_groups(list(names), request_timeout=10)
             ignore = {KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP}
-            self._raise_undeleted("groups", self._failed(asked, ignore))
+            self._raise_undeleted("group", self._failed(asked, ignore))
 
     def groups(self) -> dict[str, bool]:
         """Every consumer group's name, and whether it has members."""
@@ -347,10 +347,11 @@ class Cluster:
     @staticmethod
     def _failed(asked: Mapping[str, Future[Any]], ignore: Collection[int]) -> dict[str, KafkaException | TimeoutError]:
         """Wait for all that was asked; returns what failed, and why, but for the error codes `ignore`."""
+        until = time.monotonic() + 15
         failed: dict[str, KafkaException | TimeoutError] = {}
         for name, future in asked.items():
             try:
-                future.result(15)
+                future.result(max(0.0, until - time.monotonic()))
             except (KafkaException, TimeoutError) as error:
                 if isinstance(error, TimeoutError) or error.args[0].code() not in ignore:
                     failed[name] = error
@@ -361,7 +362,7 @@ class Cluster:
             error = next(iter(left.values()))
             forbidden = isinstance(error, KafkaException) and error.args[0].code() in FORBIDDEN
             raise (NotAllowed if forbidden else LabkitError)(
-                f"{what} at {self.bootstrap} could not be deleted: {_reason(error)} ({', '.join(sorted(left))})"
+                f"{len(left)} {what}{'s' * (len(left) != 1)} at {self.bootstrap} could not be deleted: {_reason(error)}"
             ) from error
 
 

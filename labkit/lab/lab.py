@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import runs
+from labkit.lab import remains, runs
 from labkit.lab.board.board import Board
 from labkit.lab.board.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.board.sampler import Sampler
@@ -35,7 +35,6 @@ from labkit.lab.pods.deployment import Deployment, GroupMember, pane
 from labkit.lab.pods.process import Runnable
 from labkit.lab.pods.telemetry import PodReport
 from labkit.lab.pods.travel import pack
-from labkit.lab.remains import warn_of_namesakes
 from labkit.lab.retry_console import RetryConsole
 from labkit.lab.status import kafka_line, lab_table, status_line
 from labkit.lab.verdict.settling import Settling
@@ -95,8 +94,7 @@ class Lab(Observing, Brokers):
 
     def _begin(self, undo: ExitStack) -> None:
         self.collected = runs.collect(self.cluster, self.connection.cluster_id)
-        if self.connection.origin == "external":
-            warn_of_namesakes(self.cluster)
+        remains.warn_of_namesakes(self.connection)
         self.run = runs.Run(self.notebook, self.connection.cluster_id, self.connection.origin == "private")
         undo.callback(self.run.forget)
         self.deployments: dict[str, Deployment] = {}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
-from calendar import timegm
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,8 +9,7 @@ from dataclasses import dataclass
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError, NotAllowed
 from labkit.lab import runs
-
-CLASS = re.compile(r"labkit\.([a-z0-9-]+)\.class")  # the topic with a learner's last verdicts, which outlives runs
+from labkit.runtime.connect import Connection
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,6 @@ class Remains:
         """What its names begin with."""
         return f"labkit.{self.learner}.{self.notebook}.{self.run}."
 
-    @property
-    def began(self) -> float:
-        """When the run began, by the clock of its machine."""
-        try:
-            return timegm(time.strptime(self.run[:12], "%y%m%d%H%M%S"))
-        except ValueError:
-            return 0.0
-
 
 def remains(cluster: Cluster) -> list[Remains]:
     """What is on the cluster of each learner and run.
@@ -57,7 +45,7 @@ def remains(cluster: Cluster) -> list[Remains]:
     for name in groups:
         if prefix := runs.prefix_of(name):
             found[prefix][1].append(name)
-    listed = [Remains(one[1], "", "", [name], []) for name in topics if (one := CLASS.fullmatch(name))]
+    listed = [Remains(one[1], "", "", [name], []) for name in topics if (one := runs.CLASS_TOPIC.fullmatch(name))]
     for prefix, (its_topics, its_groups) in found.items():
         _, learner, notebook, run, _ = prefix.split(".")
         life = f"process {here[prefix]} of this machine has it" if prefix in here else ""
@@ -75,27 +63,29 @@ def remove(cluster: Cluster, ended: Collection[Remains]) -> tuple[list[str], lis
     topics = [name for one in ended for name in one.topics]
     groups = [name for one in ended for name in one.groups]
     why: list[str] = []
+    forbidden = False
     for delete, names in ((cluster.delete_topics, topics), (cluster.delete_groups, groups)):
         try:
             delete(names)
         except LabkitError as error:
-            why.append(f"{error}." if not isinstance(error, NotAllowed) else f"{error}. {_fix(ended)}")
+            why.append(str(error))
+            forbidden = forbidden or isinstance(error, NotAllowed)
+    if forbidden:
+        learners = {one.learner for one in ended}
+        prefix = f"labkit.{learners.pop()}." if len(learners) == 1 else "labkit."
+        why.append(runs.allowance("Delete", "topics and groups", prefix))
     there = {*cluster.topics(), *cluster.groups()}
     return sorted(there.intersection((*topics, *groups))), why
 
 
-def warn_of_namesakes(cluster: Cluster) -> None:
+def warn_of_namesakes(connection: Connection) -> None:
     """Warn who uses the name of somebody who works on another machine now. Raises ClusterUnreachable."""
+    if connection.origin != "external":
+        return  # a Kafka of this machine
     here, name = runs.recorded(), runs.learner()
-    for one in remains(cluster):
+    for one in remains(connection.cluster):
         if one.life and one.learner == name and one.prefix not in here:
             print(  # noqa: T201
                 f"{name} runs notebook {one.notebook} on another machine, too: {one.life}. If that is not you, set "
                 f"{runs.LEARNER} to a name of your own and begin again. Until then `labkit` takes you for one learner."
             )
-
-
-def _fix(ended: Collection[Remains]) -> str:
-    learners = {one.learner for one in ended}
-    prefix = f"labkit.{learners.pop()}." if len(learners) == 1 else "labkit."
-    return runs.allowance("Delete", "topics and groups", prefix)
