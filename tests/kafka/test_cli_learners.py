@@ -172,3 +172,11 @@ def test_who_has_none_is_told_who_has(both: Both, monkeypatch: pytest.MonkeyPatc
         done = CliRunner().invoke(app, [command, "--json"])
         assert "eve has nothing here" in done.stderr
         assert both.name("ada", "") not in done.stdout
+
+
+def test_status_says_who_one_is(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert labkit("status").splitlines()[0].endswith("), as ada")
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+    assert told("status")["learner"] == "ada"
+    monkeypatch.delenv("LABKIT_LEARNER")
+    assert "(LABKIT_LEARNER is not set, so this is your user name: set it to a name " in labkit("status")
