@@ -53,7 +53,10 @@ def clean(
             typer.echo(_listed(chosen, ended))
         if not ended:
             if chosen:
-                raise LabkitError("nothing was removed: what is left lives. Close its labs first (`lab.close()`)")
+                raise LabkitError(
+                    "nothing was removed: what is there lives. Close its lab first (`lab.close()`); "
+                    "a lab that was killed has ended 6 s later"
+                )
             typer.echo("There is nothing to remove.")
             if not everything:
                 hint_at_others((name for one in there for name in one.topics), learner)
