@@ -30,6 +30,7 @@ def down() -> None:
 
 def status(as_json: Json = False) -> None:
     """Say which Kafka is running. Starts nothing; the exit code is 1 if there is none."""
+    from labkit.lab import runs
     from labkit.runtime import shared_broker
     from labkit.runtime.which_kafka import running
 
@@ -42,6 +43,7 @@ def status(as_json: Json = False) -> None:
                 "origin": connection.origin,
                 "bootstrap": connection.cluster.bootstrap,
                 "cluster_id": connection.cluster_id,
+                "learner": runs.learner(),
             }
     if embedded is not None:
         users = max(0, embedded.users - (connection is not None))  # without the lease that `running` takes for a moment
@@ -52,7 +54,9 @@ def status(as_json: Json = False) -> None:
         kept = embedded is not None and embedded.pinned
         typer.echo("No Kafka is running; `labkit up` starts one" + (" on the data that was kept." if kept else "."))
     else:
-        typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}, cluster {connection.cluster_id})")
+        whose = runs.known_as(connection.origin)
+        place = f"({connection.origin}, cluster {connection.cluster_id})"
+        typer.echo(f"Kafka is at {connection.cluster.bootstrap} {place}, {whose}")
         if embedded is not None:
             until = "until `labkit down`" if embedded.pinned else "while somebody uses it"
             typer.echo(

@@ -23,6 +23,7 @@ def lab(
 ) -> None:
     """Open the lab: Kafka, and JupyterLab with your own copies of the notebooks."""
     from labkit.cli.jupyter import Jupyter
+    from labkit.lab.runs import known_as
     from labkit.runtime.home import state_dir
     from labkit.runtime.which_kafka import connect
 
@@ -35,7 +36,9 @@ def lab(
     try:
         # JupyterLab starts while Kafka does.
         with Jupyter(work, state_dir() / "jupyter.log", port=port) as jupyter, connect() as connection:
-            typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}).")
+            typer.echo(
+                f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}), {known_as(connection.origin)}."
+            )
             jupyter.wait_until_ready()
             show(jupyter.link(FIRST), None if no_browser else jupyter.page(FIRST))
             typer.echo("Ctrl-C stops everything.")

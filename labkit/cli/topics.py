@@ -32,16 +32,15 @@ def topics(
     records = dict.fromkeys(wanted, 0)
     for (topic, partition), end in ends.items():
         records[topic] += max(0, end - starts.get((topic, partition), 0))
-    shown.sort(key=lambda name: (name.notebook, name.run, name.short))
+    shown.sort(key=lambda name: (name.learner, name.notebook, name.run, name.short))
     if as_json:
         facts = {name.full: {"partitions": there[name.full], "records": records[name.full]} for name in shown}
         say_json([{"topic": one.full, "short": one.short, **one.whose, **facts[one.full]} for one in shown])
     else:
         rows = (
-            (one.notebook or "–", one.full if everything else one.short, there[one.full], records[one.full])
-            for one in shown
+            (*_whose(one), one.full if everything else one.short, there[one.full], records[one.full]) for one in shown
         )
-        typer.echo(table(("notebook", "topic", "partitions", "records"), rows, "No topics."))
+        typer.echo(table(("learner", "notebook", "topic", "partitions", "records"), rows, "No topics."))
     if not everything:
         hint_at_others(there, learner)
 
@@ -64,8 +63,13 @@ def lag(
     with kafka() as connection:
         groups = connection.cluster.groups()
         if not group:
-            names = sorted(groups if everything else {name.short for name in listed(groups, learner)})
-            say_json(names) if as_json else typer.echo("\n".join(names) or "There is no consumer group.")
+            shown = [Name.parse(one) for one in groups] if everything else listed(groups, learner)
+            shown.sort(key=lambda one: (one.learner, one.notebook, one.run, one.short))
+            if as_json:
+                say_json([{"group": one.full, "short": one.short, **one.whose} for one in shown])
+            else:
+                rows = ((*_whose(one), one.full if everything else one.short) for one in shown)
+                typer.echo(table(("learner", "notebook", "group"), rows, "There is no consumer group."))
             if not everything:
                 hint_at_others(groups, learner)
             return
@@ -86,8 +90,12 @@ def lag(
         say_json({"group": full, **name.whose, "lag": sum(lags.values()), "partitions": partitions})
     else:
         typer.echo(f"{name.described}: {sum(lags.values()):,} records behind")
-        rows = ((Name.parse(topic).short, partition, count) for (topic, partition), count in sorted(lags.items()))
-        typer.echo(table(("topic", "partition", "lag"), rows))
+        behind_by = ((Name.parse(topic).short, partition, count) for (topic, partition), count in sorted(lags.items()))
+        typer.echo(table(("topic", "partition", "lag"), behind_by))
+
+
+def _whose(name: Name) -> tuple[str, str]:
+    return name.learner or "–", name.notebook or "–"
 
 
 def kafka() -> Connection:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AdminClient,
     ConfigResource,
@@ -20,7 +20,14 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 
 from labkit.kafka.clients import forget, kept
 from labkit.kafka.connection_errors import explain, is_final
-from labkit.kafka.errors import ClientRefused, ClusterUnreachable, LabkitError, TopicMismatch, TopicMissing
+from labkit.kafka.errors import (
+    ClientRefused,
+    ClusterUnreachable,
+    LabkitError,
+    NotAllowed,
+    TopicMismatch,
+    TopicMissing,
+)
 
 T = TypeVar("T")
 
@@ -131,7 +138,7 @@ class Cluster:
         """Make a topic; one that already exists with as many partitions and this cleanup policy is left as it is.
 
         Returns once the broker knows the topic: it can be listed, read and consumed at once.
-        Raises TopicMismatch when it exists in another way, ClusterUnreachable.
+        Raises TopicMismatch when it exists in another way, NotAllowed, ClusterUnreachable.
         """
         asked = dict(config or {})
         new = NewTopic(name, num_partitions=partitions, replication_factor=-1, config=asked)
@@ -145,7 +152,8 @@ class Cluster:
                 if code in PASSING or code in (KafkaError._TIMED_OUT, KafkaError.INVALID_REPLICATION_FACTOR):
                     raise
                 if code != KafkaError.TOPIC_ALREADY_EXISTS:
-                    raise LabkitError(f"topic {name} could not be created: {_reason(error)}") from error
+                    kind = NotAllowed if code in FORBIDDEN else LabkitError
+                    raise kind(f"topic {name} could not be created: {_reason(error)}") from error
                 return False
             return True
 
@@ -263,37 +271,33 @@ class Cluster:
     def delete_topics(self, names: Collection[str]) -> None:
         """Delete topics; those that are already gone are passed over. Returns once the broker lists them no more.
 
-        Raises LabkitError when that fails.
+        Raises LabkitError when some are left, and all others are gone then; NotAllowed when the cluster forbids it.
         """
         if names:
-            client = admin(self)
-            try:
-                futures = client.delete_topics(list(names), operation_timeout=10)
-                self._wait(futures, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
-            except (KafkaException, TimeoutError) as error:
-                raise LabkitError(f"topics at {self.bootstrap} could not be deleted: {_reason(error)}") from error
-            # The controller has answered; the broker learns of it a moment later.
+            asked = admin(self).delete_topics(list(names), operation_timeout=10)
+            left = self._failed(asked, ignore={KafkaError.UNKNOWN_TOPIC_OR_PART})
+            gone = set(names) - left.keys()
+            # The controller has answered; the broker hears of it a moment later.
             until = time.monotonic() + ANSWER
-            while not self.topics().keys().isdisjoint(names) and time.monotonic() < until:
+            while not self.topics().keys().isdisjoint(gone) and time.monotonic() < until:
                 time.sleep(0.02)
+            self._raise_undeleted("topic", left)
 
     def delete_groups(self, names: Collection[str]) -> None:
         """Delete consumer groups; those that are unknown, or still have a member, are passed over.
 
-        Raises LabkitError when that fails.
+        Raises LabkitError when some are left, and all others are gone then; NotAllowed when the cluster forbids it.
         """
         if names:
-            client = admin(self)
-            try:
-                futures = client.delete_consumer_groups(list(names), request_timeout=10)
-                self._wait(futures, ignore={KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP})
-            except (KafkaException, TimeoutError) as error:
-                raise LabkitError(f"groups at {self.bootstrap} could not be deleted: {_reason(error)}") from error
+            asked = admin(self).delete_consumer_groups(list(names), request_timeout=10)
+            ignore = {KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP}
+            self._raise_undeleted("group", self._failed(asked, ignore))
 
-    def groups(self) -> list[str]:
-        """Every consumer group's name."""
+    def groups(self) -> dict[str, bool]:
+        """Every consumer group's name, and whether it has members."""
         listing = self.ask(lambda client: client.list_consumer_groups(request_timeout=ANSWER).result(ANSWER + 1))
-        return [group.group_id for group in listing.valid]
+        empty = (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)
+        return {group.group_id: group.state not in empty for group in listing.valid}
 
     def ask(
         self, question: Callable[[AdminClient], T], patience: float = 10.0, about: str = "", also: int | None = None
@@ -341,13 +345,25 @@ class Cluster:
             pass
 
     @staticmethod
-    def _wait(futures: Mapping[str, Future[Any]], ignore: Iterable[int] = ()) -> None:
-        for future in futures.values():
+    def _failed(asked: Mapping[str, Future[Any]], ignore: Collection[int]) -> dict[str, KafkaException | TimeoutError]:
+        """Wait for all that was asked; returns what failed, and why, but for the error codes `ignore`."""
+        until = time.monotonic() + 15
+        failed: dict[str, KafkaException | TimeoutError] = {}
+        for name, future in asked.items():
             try:
-                future.result(15)
-            except KafkaException as error:
-                if error.args[0].code() not in ignore:
-                    raise
+                future.result(max(0.0, until - time.monotonic()))
+            except (KafkaException, TimeoutError) as error:
+                if isinstance(error, TimeoutError) or error.args[0].code() not in ignore:
+                    failed[name] = error
+        return failed
+
+    def _raise_undeleted(self, what: str, left: Mapping[str, KafkaException | TimeoutError]) -> None:
+        if left:
+            error = next(iter(left.values()))
+            forbidden = isinstance(error, KafkaException) and error.args[0].code() in FORBIDDEN
+            raise (NotAllowed if forbidden else LabkitError)(
+                f"{len(left)} {what}{'s' * (len(left) != 1)} at {self.bootstrap} could not be deleted: {_reason(error)}"
+            ) from error
 
 
 # Errors that pass: of a broker that has just started or has handed the group to another one, and of a connection that
@@ -366,6 +382,13 @@ PASSING = (
     KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._DESTROY_BROKER,  # the client has just been told that the cluster is without this broker
+)
+
+# What a cluster with access control lists answers to a login that may not do what it asks for.
+FORBIDDEN = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
 
 

@@ -62,6 +62,10 @@ class ClientRefused(ClusterUnreachable):
     """A broker, or the client itself, does not accept the security settings: trying again would not help."""
 
 
+class NotAllowed(LabkitError):
+    """The cluster's access control lists do not let this login do what it asked for."""
+
+
 class TopicMissing(LabkitError):
     """A topic that should be read or written does not exist (any more)."""
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.records import T, decoder
 from labkit.kafka.topics import Topic
-from labkit.lab import runs
+from labkit.lab import remains, runs
 from labkit.lab.board.board import Board
 from labkit.lab.board.panels import Panel, completed_panel, lag_panel, retries_panel, store_panels
 from labkit.lab.board.sampler import Sampler
@@ -94,6 +94,7 @@ class Lab(Observing, Brokers):
 
     def _begin(self, undo: ExitStack) -> None:
         self.collected = runs.collect(self.cluster, self.connection.cluster_id)
+        remains.warn_of_namesakes(self.connection)
         self.run = runs.Run(self.notebook, self.connection.cluster_id, self.connection.origin == "private")
         undo.callback(self.run.forget)
         self.deployments: dict[str, Deployment] = {}
@@ -108,7 +109,7 @@ class Lab(Observing, Brokers):
         self._boards: dict[tuple[str, ...], Board] = {}
         self._consoles: dict[str, RetryConsole] = {}
         self._telemetry = Topic(self.cluster, self.run.name("telemetry"), 1, PodReport)
-        self._telemetry.create({"retention.ms": "3600000"})
+        self.run.create(self._telemetry, {"retention.ms": "3600000"})
         self._sampler = Sampler(self._history, self._telemetry, self.deployments, self.loads, self._look_at_kafka)
         self._settling = Settling(
             self.cluster, self.brokers, lambda: self._workers, self.deployments, self.loads, self._plans, self._history
@@ -131,8 +132,8 @@ class Lab(Observing, Brokers):
         """A topic of this run, made if it is not there. `value` is the type its values decode to; `config` are Kafka's
         own settings of a topic.
 
-        Raises LabkitError for a name Kafka would not take, TopicMismatch for one that is there with other partitions,
-        CannotTravel for a type that pods cannot have.
+        Raises LabkitError for a name Kafka would not take, NotAllowed, CannotTravel for a type that pods cannot have,
+        TopicMismatch for one that is there with other partitions.
         """
         self._check_open()
         _check_partitions(partitions)
@@ -142,7 +143,7 @@ class Lab(Observing, Brokers):
         except (TypeError, NameError) as error:
             raise LabkitError(f"values of topic {name} cannot be of type {value!r}: {error}") from error
         topic = Topic(self.cluster, self.run.name(name), partitions, value)
-        topic.create({**({"cleanup.policy": "compact"} if compacted else {}), **(config or {})})
+        self.run.create(topic, {**({"cleanup.policy": "compact"} if compacted else {}), **(config or {})})
         self.topics[name] = topic
         return topic
 

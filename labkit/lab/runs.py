@@ -6,27 +6,32 @@ under a running consumer silently loses records. Whatever has such a name is the
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import getpass
 import os
 import re
 import shutil
 import time
+import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from labkit.kafka.cluster import Cluster
-from labkit.kafka.errors import LabkitError
+from labkit.kafka.errors import LabkitError, NotAllowed
+from labkit.kafka.topics import Topic
 from labkit.patterns.own_topics import taken_apart
 from labkit.runtime.home import state_dir
 
 LEARNER = "LABKIT_LEARNER"
 CAPS = {"learner": 20, "notebook": 30, "name": 40}  # a retry topic holds a group and a topic: 249 characters in all
 NAMESPACE = re.compile(r"labkit\.[a-z0-9-]+\.[a-z0-9-]+\.[0-9]{12}[0-9a-f]{4}\.")  # of a run's names
+CLASS_TOPIC = re.compile(r"labkit\.([a-z0-9-]+)\.class")  # no run's, but the learner's: see labkit.lab.results
 FORGET = 30 * 86400.0  # seconds after which a record is dropped whose cluster has not been seen again
 
 
@@ -61,6 +66,17 @@ class Run:
                 f"{short!r} cannot be a name: use lower-case letters, digits and '-', at most {CAPS['name']} of them"
             )
         return self.prefix + short
+
+    def create(self, topic: Topic[Any], config: Mapping[str, str]) -> None:
+        """Make a topic of this run. Raises NotAllowed, which says what to ask for, and what `Topic.create` raises."""
+        try:
+            topic.create(config)
+        except NotAllowed as error:
+            prefix = ".".join(self.prefix.split(".")[:2]) + "."
+            raise NotAllowed(
+                f"{str(error).rstrip('.')}. {allowance('Create', 'topics', prefix)} If the cluster allows you another "
+                f"prefix, labkit.NAME., set {LEARNER} to that name"
+            ) from error
 
     @property
     def folder(self) -> Path:
@@ -130,26 +146,53 @@ def living() -> list[tuple[str, int]]:
         return [(made.prefix, made.process) for _, made, lives in _records(held) if lives and made.prefix]
 
 
+def recorded() -> set[str]:
+    """The prefixes of all runs that this machine has a record of, dead ones too."""
+    with ExitStack() as held:
+        return {made.prefix for _, made, _ in _records(held)}
+
+
 def folder_of(run_id: str) -> Path:
     """The folder of a run's files, whoever has it."""
     return _folder() / run_id
 
 
 def plain(text: str, what: str) -> str:
-    """`text` as a part of a Kafka name: lower-case letters, digits and dashes, capped."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[: CAPS[what]].strip("-")
+    """`text` as a part of a Kafka name: lower-case letters, digits and dashes, capped. An accent is left out."""
+    return _plain(text)[: CAPS[what]].strip("-")
+
+
+def _plain(text: str) -> str:
+    letters = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text.casefold()))
+    return re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
 
 
 def learner(name: str = "") -> str:
     """The learner's part of names: of this name, else of LABKIT_LEARNER, else of the user's name.
 
-    It is never empty, whatever alphabet they write their name in.
+    It is never empty, whatever alphabet they write their name in. Long names that differ only in their end stay
+    different: a checksum stands for what is cut off.
     """
     try:
         name = name or os.environ.get(LEARNER) or getpass.getuser()
     except (KeyError, OSError):  # in a container a user may have no name
         name = f"u{os.getuid()}"
-    return plain(name, "learner") or f"u{zlib.crc32(os.fsencode(name)):08x}"
+    part, most = _plain(name), CAPS["learner"]
+    if 0 < len(part) <= most:
+        return part
+    checksum = f"{zlib.crc32(os.fsencode(name)):08x}"
+    return f"{part[: most - 9].strip('-')}-{checksum}" if part else f"u{checksum}"
+
+
+def known_as(origin: str) -> str:
+    """The learner's name, for a line about a Kafka of this origin, with a hint where others may have the same one."""
+    hint = f" ({LEARNER} is not set, so this is your user name: set it to a name that nobody else on this cluster has)"
+    return f"as {learner()}{hint if origin == 'external' and not os.environ.get(LEARNER) else ''}"
+
+
+def allowance(operation: str, what: str, prefix: str) -> str:
+    """What to ask of those who keep a cluster that forbids something."""
+    return f"Ask for {operation} on {what} that begin with {prefix} (an ACL whose pattern type is PREFIXED)."
 
 
 def prefix_of(name: str) -> str | None:
@@ -160,6 +203,14 @@ def prefix_of(name: str) -> str | None:
     """
     found = NAMESPACE.match(taken_apart(name)[1]) or NAMESPACE.match(name)  # beside another run's topic, too
     return found and found[0]
+
+
+def began(run_id: str) -> float | None:
+    """When the run of this id began, in Unix seconds; None if its id does not say it."""
+    try:
+        return float(calendar.timegm(time.strptime(run_id[:12], "%y%m%d%H%M%S")))
+    except ValueError:  # somebody's own name that looks like a run's
+        return None
 
 
 def short_names(text: str) -> str:

@@ -28,8 +28,8 @@ _ORIGIN: Mapping[Literal["external", "compose", "embedded", "private"], str] = {
 
 
 def kafka_line(connection: Connection) -> str:
-    """Which Kafka a lab is connected to."""
-    return f"{_ORIGIN[connection.origin]} at {connection.cluster.bootstrap}"
+    """Which Kafka a lab is connected to, and as whom."""
+    return f"{_ORIGIN[connection.origin]} at {connection.cluster.bootstrap} {runs.known_as(connection.origin)}"
 
 
 def lab_table(

@@ -1,4 +1,4 @@
-"""A broker that asks for TLS and a login: its certificates, its listeners, its users."""
+"""Brokers that do not let everybody do everything: one asks for TLS and a login, one has access control lists."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    ResourcePatternType,
+    ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
+from processes import wait_until
 
-from labkit.kafka.cluster import admin
+from labkit.kafka.cluster import Cluster, admin
 from labkit.runtime.broker import HOST, Broker, free_ports, prepare
 from labkit.runtime.child import Child
 from labkit.runtime.java import find_java
@@ -103,6 +114,48 @@ def secured_broker(folder: Path) -> Iterator[Secured]:
         secured = Secured(broker, certificates, {"PLAINTEXT": port, **ports})
         secured.set_password(USER, PASSWORD)
         yield secured
+
+
+# What no entry is about is allowed to everybody, and what one is about to nobody whom it does not name.
+ACLS = """\
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true
+"""
+
+
+@contextmanager
+def broker_with_acls(folder: Path) -> Iterator[Cluster]:
+    """Start one in `folder` which has no entries yet; it ends with the context."""
+    kafka = prepare()
+    broker = Broker.create(folder, kafka, extra=ACLS)
+    with Child(kafka.command(folder), cwd=folder, output=broker.log) as child:
+        broker.wait_until_ready(lambda: child.poll() is None)
+        yield broker.cluster
+
+
+def allow(
+    cluster: Cluster, kind: ResourceType, name: str, *operations: AclOperation, exactly: bool = False
+) -> list[AclBindingFilter]:
+    """Allow these operations, and no others, on what begins with this name, or has exactly it. Returns the entries."""
+    pattern = ResourcePatternType.LITERAL if exactly else ResourcePatternType.PREFIXED
+    whole = [(kind, name, pattern, "User:ANONYMOUS", "*", one, AclPermissionType.ALLOW) for one in operations]
+    for made in admin(cluster).create_acls([AclBinding(*one) for one in whole]).values():
+        made.result(10)
+    entries = [AclBindingFilter(*one) for one in whole]
+    wait_until(lambda: all(_known(cluster, one) for one in entries), what="the entries")
+    return entries
+
+
+def forbid(cluster: Cluster, entries: list[AclBindingFilter]) -> None:
+    """Take entries back."""
+    for taken in admin(cluster).delete_acls(entries).values():
+        taken.result(10)
+    wait_until(lambda: not any(_known(cluster, one) for one in entries), what="no entries")
+
+
+def _known(cluster: Cluster, entry: AclBindingFilter) -> bool:
+    """Whether the broker goes by this entry."""
+    return bool(admin(cluster).describe_acls(entry).result(10))
 
 
 def _settings(port: int, controller: int, ports: dict[str, int], certificates: Certificates) -> str:

@@ -147,9 +147,14 @@ def test_topics_and_lag(both: Both) -> None:
     assert (answer["group"], answer["lag"]) == (groups["ada"], 2)
     assert both.whose("ada").items() <= answer.items()
     assert labkit("lag", both.group, "--learner", "bob").startswith(f"{both.said('bob')}: 0 records behind\n")
-    assert both.group in told("lag")
-    assert both.group not in told("lag", "--learner", "nobody")
-    assert set(groups.values()) <= set(told("lag", "--all"))
+    assert [one for one in told("lag") if one["short"] == both.group] == [
+        {"group": groups["ada"], "short": both.group, **both.whose("ada")}
+    ]
+    assert both.group not in {one["short"] for one in told("lag", "--learner", "nobody")}
+    assert set(groups.values()) <= {one["group"] for one in told("lag", "--all")}
+    for command, name in (("topics", both.name("bob", "rents")), ("lag", groups["bob"])):
+        row = next(line for line in labkit(command, "--all").splitlines() if f" {name}" in line)
+        assert row.split()[:2] == ["bob", both.notebook]
 
 
 def test_who_has_none_is_told_who_has(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,3 +172,11 @@ def test_who_has_none_is_told_who_has(both: Both, monkeypatch: pytest.MonkeyPatc
         done = CliRunner().invoke(app, [command, "--json"])
         assert "eve has nothing here" in done.stderr
         assert both.name("ada", "") not in done.stdout
+
+
+def test_status_says_who_one_is(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert labkit("status").splitlines()[0].endswith("), as ada")
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+    assert told("status")["learner"] == "ada"
+    monkeypatch.delenv("LABKIT_LEARNER")
+    assert "(LABKIT_LEARNER is not set, so this is your user name: set it to a name " in labkit("status")

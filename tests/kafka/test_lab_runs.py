@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from consuming import put
+from consuming import Member, put
 from lab_helpers import Order, orders, values, wait_ready
 from processes import is_alive, wait_until
 
@@ -373,3 +373,26 @@ def test_a_run_whose_cluster_is_away_is_kept(
     assert (state_dir / "runs" / f"{run.id}.json").exists()
     assert run.prefix in runs.collect(cluster, connection.cluster_id)
     assert name not in cluster.topics()
+
+
+def test_who_has_the_name_of_somebody_elsewhere_is_warned(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+    with Lab("unnamed") as lab:
+        assert "LABKIT_LEARNER is not set, so this is your user name" in lab._repr_html_()
+    monkeypatch.setenv("LABKIT_LEARNER", "Twin")
+    topic = Topic(cluster, "labkit.twin.elsewhere.261124090000aaaa.orders", 1, dict)
+    topic.create()
+    group = topic.name.replace("orders", "shop")
+    put(topic, {})
+    with Member(Consumer(topic, lambda record: None, group=group)) as member:
+        member.wait_committed({0: 1})
+        with Lab("here") as lab, Lab("and-here"):
+            assert f"at {cluster.bootstrap} as twin</td>" in lab._repr_html_()
+        said = "twin runs notebook elsewhere on another machine, too: group shop has members. If that is not you, set"
+        assert capsys.readouterr().out.count(said) == 2, "once by each, and none by its own runs"
+    with Lab("after"):
+        assert capsys.readouterr().out == ""
+    cluster.delete_topics([topic.name])
+    cluster.delete_groups([group])

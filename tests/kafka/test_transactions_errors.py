@@ -12,25 +12,17 @@ import pytest
 from confluent_kafka import Consumer as Client
 from confluent_kafka import Producer as Other
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import (  # type: ignore[attr-defined]
-    AclBinding,
-    AclBindingFilter,
-    AclOperation,
-    AclPermissionType,
-    ResourcePatternType,
-    ResourceType,
-)
+from confluent_kafka.admin import AclOperation, ResourceType  # type: ignore[attr-defined]
 from consuming import Member, Process, committed, fresh_group, fresh_topic, put
 from processes import wait_until
+from secured import allow, broker_with_acls, forbid
 from transacting import Sending, exactly_once, values
 
 import labkit.kafka.consumer.transactional_client as client_module
-from labkit.kafka.cluster import Cluster, admin
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.consumer.steps import Step
 from labkit.kafka.errors import DeliveryFailed, LabkitError
 from labkit.kafka.topics import Topic
-from labkit.runtime.broker import Broker, prepare
-from labkit.runtime.child import Child
 from labkit.runtime.private_broker import PrivateBroker
 from labkit.runtime.proxy import Proxy
 
@@ -168,45 +160,26 @@ def test_a_topic_of_outputs_that_is_deleted_ends_it_before_anything_is_committed
     assert values(output) == list(range(10))
 
 
-ACLS = """\
-authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
-allow.everyone.if.no.acl.found=true
-"""
-
-
-def known(cluster: Cluster, entry: tuple[Any, ...]) -> bool:
-    """Whether the broker goes by this entry of its access control list."""
-    return bool(admin(cluster).describe_acls(AclBindingFilter(*entry)).result(10))
-
-
 @pytest.mark.long
 def test_what_a_principal_may_not_do_ends_it_with_the_reason(tmp_path: Path) -> None:
     """correctness 21: no transaction is tried again and again; with the permission, all goes on."""
-    kafka, folder = prepare(), tmp_path / "broker"
-    made = Broker.create(folder, kafka, extra=ACLS)
-    with Child(kafka.command(folder), cwd=folder, output=made.log) as child:
-        made.wait_until_ready(lambda: child.poll() is None)
-        cluster = made.cluster
+    with broker_with_acls(tmp_path / "broker") as cluster:
         topic, output, group = fresh_topic(cluster), fresh_topic(cluster), fresh_group()
         put(topic, *range(10))
         refused = [
-            (ResourceType.TRANSACTIONAL_ID, f"{group}.one", AclOperation.DESCRIBE, f"{group}"),
-            (ResourceType.TOPIC, output.name, AclOperation.DESCRIBE, output.name),
-            (ResourceType.GROUP, group, AclOperation.DESCRIBE, group),
+            (ResourceType.TRANSACTIONAL_ID, f"{group}.one", f"{group}"),
+            (ResourceType.TOPIC, output.name, output.name),
+            (ResourceType.GROUP, group, group),
         ]
-        for kind, name, allowed, named in refused:
-            # What has an entry is allowed to nobody else, or for nothing else.
-            entry = (kind, name, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", allowed, AclPermissionType.ALLOW)
-            admin(cluster).create_acls([AclBinding(*entry)])
-            wait_until(lambda: known(cluster, entry), what="the entry")  # noqa: B023
+        for kind, name, named in refused:
+            entries = allow(cluster, kind, name, AclOperation.DESCRIBE, exactly=True)
             member = Member(exactly_once(topic, Sending(output), group))
             member.__enter__()
             error = member.ends(30)
             assert isinstance(error, LabkitError)
             assert named in str(error)
             assert "authoriz" in str(error).lower()
-            admin(cluster).delete_acls([AclBindingFilter(*entry)])
-            wait_until(lambda: not known(cluster, entry), what="no entry")  # noqa: B023
+            forbid(cluster, entries)
         assert committed(topic, group) == {}
         succeed(topic, output, group, 10)
         assert values(output) == list(range(10))

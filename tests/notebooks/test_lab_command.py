@@ -18,6 +18,7 @@ import pytest
 from processes import processes_of, wait_until
 
 from labkit.cli.lab import FIRST, ROOT
+from labkit.lab.runs import learner
 
 COMMAND = "import sys, pathlib; from labkit.cli import lab, main; lab.ROOT = pathlib.Path(sys.argv.pop()); main.app()"
 ANSWER = build_opener(ProxyHandler({})).open
@@ -76,6 +77,7 @@ def test_comes_up_and_ends_cleanly(
 ) -> None:
     said, address = read_address(lab)
     assert "Kafka is at 127.0.0.1:" in said
+    assert f" (embedded), as {learner()}.\n" in said
     assert "No browser on this machine" in said
     assert ("You are root" in said) == (os.geteuid() == 0)
     assert f"/lab/tree/{FIRST}?token=" in address

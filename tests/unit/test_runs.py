@@ -10,13 +10,22 @@ import pytest
 from labkit.lab import runs
 
 
-@pytest.mark.parametrize(("name", "part"), [("Ada L.", "ada-l"), ("юля", "u6c0da25d"), ("…", "u5111434a")])
+@pytest.mark.parametrize(
+    ("name", "part"), [("Ada L.", "ada-l"), ("Jörg Müßig", "jorg-mussig"), ("юля", "u6c0da25d"), ("…", "u5111434a")]
+)
 def test_every_learner_has_a_name(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(runs.LEARNER, name)
     run = runs.Run("names", "no-cluster")
     run._path.unlink()
     run.forget()
     assert run.prefix == f"labkit.{part}.names.{run.id}."
+
+
+def test_names_that_differ_stay_different() -> None:
+    names = ["Müller", "Möller", "l" * 199, "l" * 200, "workshop-attendee-number-1", "workshop-attendee-number-2"]
+    parts = {runs.learner(name) for name in names}
+    assert len(parts) == len(names)
+    assert max(map(len, parts)) == runs.CAPS["learner"]
 
 
 @pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no username set")])
