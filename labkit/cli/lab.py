@@ -22,26 +22,32 @@ def lab(
     port: Annotated[int, typer.Option(help="The port to try first.")] = 8888,
 ) -> None:
     """Open the lab: Kafka, and JupyterLab with your own copies of the notebooks."""
-    from labkit.cli.jupyter import Jupyter
+    from labkit.cli.jupyter import AlreadyRunning, Instance, Jupyter
     from labkit.runtime.connect import connect
-    from labkit.runtime.home import state_dir
 
     # A closed terminal must not leave anything running, either. Background jobs of a shell ignore SIGINT otherwise.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    work = prepare_work(ROOT)
-    if os.geteuid() == 0:
-        typer.echo("You are root, so JupyterLab runs with --allow-root.")
+    work = ROOT / "work"
     try:
-        # JupyterLab starts while Kafka does.
-        with Jupyter(work, state_dir() / "jupyter.log", port=port) as jupyter, connect() as connection:
-            typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}).")
-            jupyter.wait_until_ready()
-            show(jupyter.link(FIRST), None if no_browser else jupyter.page(FIRST))
-            typer.echo("Ctrl-C stops everything.")
-            if jupyter.wait():
-                raise LabkitError(f"JupyterLab ended unexpectedly; its log is {jupyter.log}")
-            typer.echo("JupyterLab was shut down.")
+        with Instance(work) as instance:
+            prepare_work(ROOT)
+            if os.geteuid() == 0:
+                typer.echo("You are root, so JupyterLab runs with --allow-root.")
+            # JupyterLab starts while Kafka does.
+            with Jupyter(instance, port=port) as jupyter, connect() as connection:
+                typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}).")
+                jupyter.wait_until_ready()
+                link = jupyter.link(FIRST)
+                instance.announce(link)
+                show(link, None if no_browser else instance.page)
+                typer.echo("Ctrl-C stops everything.")
+                if jupyter.wait():
+                    raise LabkitError(f"JupyterLab ended unexpectedly; its log is {jupyter.log}")
+                typer.echo("JupyterLab was shut down.")
+    except AlreadyRunning as running:
+        typer.echo("`labkit lab` runs on these notebooks already, in another terminal. Here it starts nothing.")
+        show(running.link, None if no_browser else running.page)
     except KeyboardInterrupt:
         typer.echo("\nStopped.")
 
