@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from labkit.kafka.errors import LabkitError
+from labkit.runtime.home import BROUGHT
 
 FIRST = "00_start_here.ipynb"
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +29,10 @@ def lab(
     # A closed terminal must not leave anything running, either. Background jobs of a shell ignore SIGINT otherwise.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    work = ROOT / "work"
+    source, work = find_notebooks(ROOT, BROUGHT)
     try:
         with Instance(work) as instance:
-            prepare_work(ROOT)
+            prepare_work(source, work)
             if os.geteuid() == 0:
                 typer.echo("You are root, so JupyterLab runs with --allow-root.")
             # JupyterLab starts while Kafka does.
@@ -52,15 +53,24 @@ def lab(
         typer.echo("\nStopped.")
 
 
-def prepare_work(root: Path) -> Path:
-    """Make or refresh the learner's copies in `root`/work, and say what has changed. Raises LabkitError."""
+def find_notebooks(clone: Path, brought: Path) -> tuple[Path, Path]:
+    """The notebooks, and where a learner's copies of them belong. Raises LabkitError if this labkit has none."""
+    if (clone / "notebooks" / FIRST).exists():
+        return clone / "notebooks", clone / "work"
+    if (brought / FIRST).exists():
+        return brought, Path.cwd() / "work"
+    raise LabkitError(
+        f"this labkit came without its notebooks (there is no {brought / FIRST}): "
+        "install it again, pip install --force-reinstall 'labkit[lab]', or use `make lab` in a clone of the repository"
+    )
+
+
+def prepare_work(source: Path, work: Path) -> None:
+    """Make or refresh the learner's copies of `source` in `work`, and say what has changed. Raises LabkitError."""
     from labkit.cli.copies import copy_notebooks
 
-    if not (root / "notebooks" / FIRST).exists():
-        raise LabkitError(f"there is no notebooks/{FIRST} in {root}: `labkit lab` runs in a clone of the repository")
-    work = root / "work"
     try:
-        done = copy_notebooks(root / "notebooks", work)
+        done = copy_notebooks(source, work)
     except OSError as error:
         raise LabkitError(
             f"the notebooks cannot be copied to {work} ({error.strerror or error}): make that folder writable"
@@ -71,7 +81,6 @@ def prepare_work(root: Path) -> Path:
         typer.echo(f"{name} has a new version. It replaces your copy, which you had not edited.")
     for name, beside in done.kept.items():
         typer.echo(f"{name} has a new version, {beside}. Your copy stays, as you have edited it.")
-    return work
 
 
 def show(link: str, page: Path | None) -> None:

@@ -10,19 +10,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
 import pytest
-from processes import processes_of, wait_until
+from processes import processes_of
+from running_lab import ANSWER, ask, assert_nothing_is_left, environment, read_address, started
 
 from labkit.cli.lab import FIRST, ROOT
 
 COMMAND = "import sys, pathlib; from labkit.cli import lab, main; lab.ROOT = pathlib.Path(sys.argv.pop()); main.app()"
-ANSWER = build_opener(ProxyHandler({})).open
 
 
 @pytest.fixture
@@ -32,50 +31,17 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path / "clone"
 
 
-def start(clone: Path, state: Path, **how: Any) -> subprocess.Popen[str]:
-    """`labkit lab` on a machine without a desktop."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", COMMAND, "lab", str(clone)],
-        env={**environment, "LABKIT_STATE": str(state)},
-        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True, **how},
-    )
+def started_in(clone: Path, state: Path, **how: Any) -> AbstractContextManager[subprocess.Popen[str]]:
+    """`labkit lab` in another clone than this one, with the same code."""
+    env = environment(state, PYTHONPATH=str(ROOT))
+    return started([sys.executable, "-c", COMMAND, "lab", str(clone)], env, **how)
 
 
 @pytest.fixture
 def lab(clone: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A running `labkit lab` with a state folder of its own."""
-    process = start(clone, tmp_path / "state")
-    assert process.stdout is not None
-    with process.stdout:
+    with started_in(clone, tmp_path / "state") as process:
         yield process
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def read_address(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """What it said until it was ready, and the address in it."""
-    said = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        said += line
-        if "Ctrl-C" in line:
-            break
-    found = re.search(r"http://127\.0\.0\.1:\d+/lab/tree/\S+\?token=\w+", said)
-    assert found, said
-    return said, found[0]
-
-
-def start_kernel(address: str) -> None:
-    """As opening a notebook does."""
-    where = urlsplit(address)
-    with ANSWER(Request(f"http://{where.netloc}/api/kernels?{where.query}", b"{}", method="POST"), timeout=60) as made:
-        assert made.status == 201
-
-
-def assert_nothing_is_left(folder: Path) -> None:
-    wait_until(lambda: not processes_of(folder), 10, f"the end of every process: {processes_of(folder)}")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +62,8 @@ def test_comes_up_once_and_ends_cleanly(
     assert f"/lab/tree/{FIRST}?token=" in address
     assert (clone / "work" / FIRST).exists()
     running = {process.pid for process in processes_of(tmp_path)}
-    second = start(clone, tmp_path / "state")  # on the same copies it only says where the first one is
-    said, _ = second.communicate(timeout=60)
+    with started_in(clone, tmp_path / "state") as second:  # on the same copies it only says where the first one is
+        said, _ = second.communicate(timeout=60)
     assert second.returncode == 0
     assert "runs on these notebooks already" in said
     assert address in said
@@ -105,7 +71,7 @@ def test_comes_up_once_and_ends_cleanly(
     with ANSWER(address, timeout=10) as page:
         assert page.status == 200
     for _ in range(kernels):
-        start_kernel(address)
+        assert ask(address, "api/kernels", b"{}") == 201  # as opening a notebook does
     lab.send_signal(number)
     assert lab.wait(30) == 0
     assert_nothing_is_left(tmp_path)
@@ -116,11 +82,10 @@ def test_on_other_copies_a_second_one_runs_with_a_log_of_its_own(
     lab: subprocess.Popen[str], clone: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(clone, tmp_path / "second")
-    with start(tmp_path / "second", tmp_path / "state") as other:
+    with started_in(tmp_path / "second", tmp_path / "state") as other:
         addresses = [read_address(each)[1].partition("/lab/")[0] for each in (lab, other)]
         logs = [path.read_text() for path in (tmp_path / "state" / "labs").rglob("jupyter.log")]
         assert sorted(address in log for address in addresses for log in logs) == [False, False, True, True]
-        other.terminate()
     lab.terminate()
     lab.wait(30)
     assert_nothing_is_left(tmp_path)
@@ -129,28 +94,21 @@ def test_on_other_copies_a_second_one_runs_with_a_log_of_its_own(
 @pytest.mark.long
 def test_a_closed_terminal_ends_it(clone: Path, tmp_path: Path) -> None:
     ours, its = os.openpty()
-    process = start(
-        clone,
-        tmp_path / "state",
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        pass_fds=[its],
-        preexec_fn=lambda: os.login_tty(its),
-    )
-    os.close(its)
-    with open(ours, "rb", buffering=0) as terminal:
-        said = ""
-        while "Ctrl-C" not in said:
-            said += terminal.read(4096).decode()
-    assert process.wait(30) is not None
+    how = {"stdin": its, "stdout": its, "stderr": its, "pass_fds": [its], "preexec_fn": lambda: os.login_tty(its)}
+    with started_in(clone, tmp_path / "state", **how) as process:
+        os.close(its)
+        with open(ours, "rb", buffering=0) as terminal:
+            said = ""
+            while "Ctrl-C" not in said:
+                said += terminal.read(4096).decode()
+        assert process.wait(30) is not None
     assert_nothing_is_left(tmp_path)
 
 
 @pytest.mark.long
 def test_kill_9_leaves_nothing(lab: subprocess.Popen[str], clone: Path, tmp_path: Path) -> None:
     said, address = read_address(lab)
-    start_kernel(address)
+    assert ask(address, "api/kernels", b"{}") == 201
     psutil.Process(lab.pid).kill()
     lab.wait()
     assert_nothing_is_left(tmp_path)
@@ -160,8 +118,7 @@ def test_kill_9_leaves_nothing(lab: subprocess.Popen[str], clone: Path, tmp_path
     state = tmp_path / "state"
     left = {path.name for path in state.iterdir()} | {path.name for path in (state / "labs").glob("*/*")}
     assert left <= {"broker.lock", "labs.lock", "labs", "jupyter.log", "run"}, left
-    with start(clone, state) as again:  # nobody has the notebooks any more
+    with started_in(clone, state) as again:  # nobody has the notebooks any more
         assert read_address(again)[1] != address
-        again.terminate()
     assert_nothing_is_left(tmp_path)
     assert [path.name for path in (state / "labs").glob("*/*")] == ["jupyter.log"]

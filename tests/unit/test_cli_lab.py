@@ -59,17 +59,25 @@ def test_no_text_browser_without_a_desktop(desktop: list[str], monkeypatch: pyte
     assert desktop == []
 
 
-def test_outside_a_clone_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(LabkitError, match="clone of the repository"):
-        lab.prepare_work(tmp_path)
+def test_a_clones_notebooks_come_before_those_of_the_wheel_and_without_any_the_fix_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clone, brought = tmp_path / "clone", tmp_path / "labkit" / "notebooks"
+    with pytest.raises(LabkitError, match=r"came without its notebooks .*pip install --force-reinstall"):
+        lab.find_notebooks(clone, brought)
+    for folder in (brought, clone / "notebooks"):
+        folder.mkdir(parents=True)
+    (brought / lab.FIRST).write_text("{}")
+    assert lab.find_notebooks(clone, brought) == (brought, tmp_path / "work")
+    (clone / "notebooks" / lab.FIRST).write_text("{}")
+    assert lab.find_notebooks(clone, brought) == (clone / "notebooks", clone / "work")
 
 
 def test_a_work_that_is_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / lab.FIRST).write_text("{}")
     (tmp_path / "work").write_text("")
     with pytest.raises(LabkitError, match="make that folder writable"):
-        lab.prepare_work(tmp_path)
+        lab.prepare_work(tmp_path, tmp_path / "work")
 
 
 def owner_of(work: Path) -> subprocess.Popen[str]:
