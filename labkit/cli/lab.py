@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from labkit.kafka.errors import LabkitError
+from labkit.runtime.home import BROUGHT
 
 FIRST = "00_start_here.ipynb"
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,42 +23,56 @@ def lab(
     port: Annotated[int, typer.Option(help="The port to try first.")] = 8888,
 ) -> None:
     """Open the lab: Kafka, and JupyterLab with your own copies of the notebooks."""
-    from labkit.cli.jupyter import Jupyter
+    from labkit.cli.jupyter import AlreadyRunning, Instance, Jupyter
     from labkit.lab.runs import known_as
-    from labkit.runtime.home import state_dir
     from labkit.runtime.which_kafka import connect
 
     # A closed terminal must not leave anything running, either. Background jobs of a shell ignore SIGINT otherwise.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    work = prepare_work(ROOT)
-    if os.geteuid() == 0:
-        typer.echo("You are root, so JupyterLab runs with --allow-root.")
+    source, work = find_notebooks(ROOT, BROUGHT)
     try:
-        # JupyterLab starts while Kafka does.
-        with Jupyter(work, state_dir() / "jupyter.log", port=port) as jupyter, connect() as connection:
-            typer.echo(
-                f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}), {known_as(connection.origin)}."
-            )
-            jupyter.wait_until_ready()
-            show(jupyter.link(FIRST), None if no_browser else jupyter.page(FIRST))
-            typer.echo("Ctrl-C stops everything.")
-            if jupyter.wait():
-                raise LabkitError(f"JupyterLab ended unexpectedly; its log is {jupyter.log}")
-            typer.echo("JupyterLab was shut down.")
+        with Instance(work) as instance:
+            prepare_work(source, work)
+            if os.geteuid() == 0:
+                typer.echo("You are root, so JupyterLab runs with --allow-root.")
+            # JupyterLab starts while Kafka does.
+            with Jupyter(instance, port=port) as jupyter, connect() as connection:
+                who = known_as(connection.origin)
+                typer.echo(f"Kafka is at {connection.cluster.bootstrap} ({connection.origin}), {who}.")
+                jupyter.wait_until_ready()
+                link = jupyter.link(FIRST)
+                instance.announce(link)
+                show(link, None if no_browser else instance.page)
+                typer.echo("Ctrl-C stops everything.")
+                if jupyter.wait():
+                    raise LabkitError(f"JupyterLab ended unexpectedly; its log is {jupyter.log}")
+                typer.echo("JupyterLab was shut down.")
+    except AlreadyRunning as running:
+        typer.echo("`labkit lab` runs on these notebooks already, in another terminal. Here it starts nothing.")
+        show(running.link, None if no_browser else running.page)
     except KeyboardInterrupt:
         typer.echo("\nStopped.")
 
 
-def prepare_work(root: Path) -> Path:
-    """Make or refresh the learner's copies in `root`/work, and say what has changed. Raises LabkitError."""
+def find_notebooks(clone: Path, brought: Path) -> tuple[Path, Path]:
+    """The notebooks, and where a learner's copies of them belong. Raises LabkitError if this labkit has none."""
+    if (clone / "notebooks" / FIRST).exists():
+        return clone / "notebooks", clone / "work"
+    if (brought / FIRST).exists():
+        return brought, Path.cwd() / "work"
+    raise LabkitError(
+        f"this labkit came without its notebooks (there is no {brought / FIRST}): "
+        "install it again, pip install --force-reinstall 'labkit[lab]', or use `make lab` in a clone of the repository"
+    )
+
+
+def prepare_work(source: Path, work: Path) -> None:
+    """Make or refresh the learner's copies of `source` in `work`, and say what has changed. Raises LabkitError."""
     from labkit.cli.copies import copy_notebooks
 
-    if not (root / "notebooks" / FIRST).exists():
-        raise LabkitError(f"there is no notebooks/{FIRST} in {root}: `labkit lab` runs in a clone of the repository")
-    work = root / "work"
     try:
-        done = copy_notebooks(root / "notebooks", work)
+        done = copy_notebooks(source, work)
     except OSError as error:
         raise LabkitError(
             f"the notebooks cannot be copied to {work} ({error.strerror or error}): make that folder writable"
@@ -68,7 +83,6 @@ def prepare_work(root: Path) -> Path:
         typer.echo(f"{name} has a new version. It replaces your copy, which you had not edited.")
     for name, beside in done.kept.items():
         typer.echo(f"{name} has a new version, {beside}. Your copy stays, as you have edited it.")
-    return work
 
 
 def show(link: str, page: Path | None) -> None:

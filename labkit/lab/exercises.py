@@ -16,6 +16,7 @@ from typing import Any
 import ipywidgets
 
 from labkit.kafka.errors import error_text
+from labkit.runtime.home import BROUGHT
 
 _OK, _MISSING = "#00835F", "#B84F00"
 
@@ -165,11 +166,13 @@ def read_solutions(path: Path) -> dict[str, str]:
 def solution(cell_id: str) -> Shown:
     """Show the solution of an exercise. Never raises: what is missing is said in place.
 
-    Solutions are in `notebooks/solutions/<notebook>.py`, looked for from the working folder upwards.
+    Solutions are in `notebooks/solutions/<notebook>.py`, looked for from the working folder upwards, then in labkit.
     """
     folder = _solutions_folder(Path.cwd())
     if folder is None:
-        return _no_solution(f"No folder notebooks/solutions here or above {Path.cwd().name}: is this a full clone?")
+        return _no_solution(
+            f"No folder notebooks/solutions here, above {Path.cwd().name}, or in labkit: is this a full clone?"
+        )
     # The server says which notebook this is; where it does not, the cell's id alone has to do.
     notebook = Path(os.environ.get("JPY_SESSION_NAME", "")).stem
     files = sorted(folder.glob("*.py"), key=lambda file: (file.stem != notebook, file.name))
@@ -197,4 +200,4 @@ def _solutions_folder(start: Path) -> Path | None:
         for candidate in (folder / "solutions", folder / "notebooks" / "solutions"):
             if candidate.is_dir():
                 return candidate
-    return None
+    return BROUGHT / "solutions" if (BROUGHT / "solutions").is_dir() else None

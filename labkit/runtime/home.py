@@ -1,4 +1,4 @@
-"""The two folders that labkit keeps for a user, and locks on files."""
+"""The two folders that labkit keeps for a user, the one it brings along, and locks on files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from labkit.kafka.errors import LabkitError
 
 CACHE = "LABKIT_CACHE"
 STATE = "LABKIT_STATE"
+BROUGHT = Path(__file__).parents[1] / "notebooks"  # in a wheel; a clone has them beside the package
 
 
 def cache_dir() -> Path:

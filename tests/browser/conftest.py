@@ -12,7 +12,7 @@ import pytest
 from notebook_page import NotebookPage
 from playwright.sync_api import Browser, sync_playwright
 
-from labkit.cli.jupyter import Jupyter
+from labkit.cli.jupyter import Instance, Jupyter
 from labkit.cli.lab import ROOT
 
 FLAGS = (
@@ -46,7 +46,7 @@ def jupyter(root: Path, state_dir: Path, tmp_path_factory: pytest.TempPathFactor
         f"--LabServerApp.user_settings_dir={own / 'settings'}",
         f"--LabServerApp.workspaces_dir={own / 'workspaces'}",
     )
-    with Jupyter(root, own / "log", extra=extra) as server:
+    with Instance(root) as instance, Jupyter(instance, extra=extra) as server:
         server.wait_until_ready()
         yield server
 

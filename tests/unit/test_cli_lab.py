@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
 import sys
 import webbrowser
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from labkit.cli import lab
-from labkit.cli.jupyter import Jupyter
+from labkit.cli.jupyter import AlreadyRunning, Instance, Jupyter
 from labkit.kafka.errors import LabkitError
 
 PAGE = Path("/private/open.html")
@@ -58,23 +59,62 @@ def test_no_text_browser_without_a_desktop(desktop: list[str], monkeypatch: pyte
     assert desktop == []
 
 
-def test_outside_a_clone_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(LabkitError, match="clone of the repository"):
-        lab.prepare_work(tmp_path)
+def test_a_clones_notebooks_come_before_those_of_the_wheel_and_without_any_the_fix_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clone, brought = tmp_path / "clone", tmp_path / "labkit" / "notebooks"
+    with pytest.raises(LabkitError, match=r"came without its notebooks .*pip install --force-reinstall"):
+        lab.find_notebooks(clone, brought)
+    for folder in (brought, clone / "notebooks"):
+        folder.mkdir(parents=True)
+    (brought / lab.FIRST).write_text("{}")
+    assert lab.find_notebooks(clone, brought) == (brought, tmp_path / "work")
+    (clone / "notebooks" / lab.FIRST).write_text("{}")
+    assert lab.find_notebooks(clone, brought) == (clone / "notebooks", clone / "work")
 
 
 def test_a_work_that_is_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / lab.FIRST).write_text("{}")
     (tmp_path / "work").write_text("")
     with pytest.raises(LabkitError, match="make that folder writable"):
-        lab.prepare_work(tmp_path)
+        lab.prepare_work(tmp_path, tmp_path / "work")
+
+
+def owner_of(work: Path) -> subprocess.Popen[str]:
+    """Another process that has the JupyterLab of `work`, as if it ran, and says where its log is."""
+    code = (
+        "import sys, pathlib; from labkit.cli.jupyter import Instance; one = Instance(pathlib.Path(sys.argv[1])); "
+        "one.log.write_text('its own'); one.announce(sys.argv[2]); print(one.log, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(work), LINK]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_second_one_gets_the_address_and_what_a_dead_one_left_goes(tmp_path: Path) -> None:
+    with owner_of(tmp_path / "one" / ".." / "one") as owner:
+        assert owner.stdout
+        log = Path(owner.stdout.readline().strip())
+        with pytest.raises(AlreadyRunning) as running:
+            Instance(tmp_path / "one")
+        assert running.value.link == LINK
+        assert LINK in running.value.page.read_text()
+        with Instance(tmp_path / "other") as other:  # on other notebooks, with a log of its own
+            assert other.log != log
+        assert log.read_text() == "its own"
+        owner.kill()
+        owner.wait()
+        with Instance(tmp_path / "other"):
+            assert not log.parent.exists()
+        with Instance(tmp_path / "one") as one, pytest.raises(LabkitError, match="is starting on these notebooks"):
+            Instance(one.root)
+        assert not one.run.exists()
 
 
 @pytest.mark.long
 def test_jupyter_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
     with (
-        Jupyter(tmp_path, tmp_path / "log", extra=["--ServerApp.port_retries=wrong"]) as jupyter,
+        Instance(tmp_path) as instance,
+        Jupyter(instance, extra=["--ServerApp.port_retries=wrong"]) as jupyter,
         pytest.raises(LabkitError, match=r"(?s)JupyterLab ended at once.*port_retries"),
     ):
         jupyter.wait_until_ready()
@@ -83,9 +123,10 @@ def test_jupyter_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
 def test_jupyter_takes_the_next_port_and_keeps_its_token_to_itself(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with Jupyter(tmp_path, tmp_path / "log", port=port) as jupyter:
+        with Instance(tmp_path) as instance, Jupyter(instance, port=port) as jupyter:
             address = jupyter.wait_until_ready()
-            link, page = jupyter.link(lab.FIRST), jupyter.page(lab.FIRST)
+            link, page = jupyter.link(lab.FIRST), instance.page
+            instance.announce(link)
             assert address.startswith("http://127.0.0.1:")
             assert f":{port}/" not in address
             assert link in page.read_text()

@@ -144,6 +144,14 @@ def test_a_missing_solution_is_said_not_raised(clone: Path, monkeypatch: pytest.
     assert "No folder notebooks/solutions" in repr(solution("delay"))
 
 
+def test_without_a_clone_the_solutions_are_those_that_labkit_brings(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = (clone / "notebooks").rename(clone / "brought")
+    monkeypatch.setattr("labkit.lab.exercises.BROUGHT", brought)
+    assert repr(solution("delay")) == "delay = 0.1"
+
+
 def test_a_solutions_file_is_read_by_cell(clone: Path) -> None:
     cells = read_solutions(clone / "notebooks" / "solutions" / "00_start_here.py")
     assert list(cells) == ["delay", "handler"]

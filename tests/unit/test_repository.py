@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -15,7 +16,10 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+from labkit.cli.lab import lab
+from labkit.cli.main import app
 from labkit.runtime.broker import PROPERTIES
 from labkit.runtime.jars import KAFKA
 from labkit.runtime.which_kafka import COMPOSE, COMPOSE_CLUSTER_ID
@@ -25,6 +29,7 @@ TOP = {
     *("notebooks", "labkit", "data", "tests", "docs"),
     *("environment.yml", "docker-compose.yml", "README.md", "pyproject.toml", "requirements.lock", "Makefile"),
     *("LICENSE", "CONTRIBUTING.md", "conftest.py"),
+    *(".binder", ".devcontainer"),
     *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
 }
 MAX_BYTES = 1_000_000
@@ -237,3 +242,67 @@ def test_compose_broker_has_the_settings_of_the_embedded_one(compose: dict[str, 
     for name, value in embedded.items():
         if name not in placed:
             assert str(environment[f"KAFKA_{name.upper().replace('.', '_')}"]) == value, name
+
+
+# -- starting anywhere: tests/notebooks/test_anywhere.py takes the steps
+
+
+# Of the schema of development containers, what is used here: each name with the type of its value.
+DEV_CONTAINER = {
+    "name": str,
+    "image": str,
+    "postCreateCommand": str,
+    "postAttachCommand": str,
+    "forwardPorts": list,
+    "portsAttributes": dict,
+    "hostRequirements": dict,
+}
+
+
+@pytest.fixture(scope="module")
+def dev_container() -> dict[str, Any]:
+    """The file, whose comments have lines of their own."""
+    text = (ROOT / ".devcontainer" / "devcontainer.json").read_text()
+    found: dict[str, Any] = json.loads(re.sub(r"(?m)^\s*//.*", "", text))
+    return found
+
+
+def test_dev_container_says_what_its_schema_knows(dev_container: dict[str, Any]) -> None:
+    assert {name: type(value) for name, value in dev_container.items()} == DEV_CONTAINER
+    (port,) = dev_container["forwardPorts"]
+    assert dev_container["portsAttributes"].keys() == {str(port)}
+    attributes = dev_container["portsAttributes"][str(port)]
+    assert attributes.keys() <= {"label", "onAutoForward", "protocol", "requireLocalPort", "elevateIfNeeded"}
+    assert attributes["onAutoForward"] in {
+        "notify",
+        "openBrowser",
+        "openBrowserOnce",
+        "openPreview",
+        "silent",
+        "ignore",
+    }
+    assert dev_container["hostRequirements"].keys() <= {"cpus", "memory", "storage", "gpu"}
+    assert re.fullmatch(r"\d+[tgmk]b", dev_container["hostRequirements"]["memory"])
+
+
+def test_containers_have_a_python_that_fits_and_name_no_host(
+    dev_container: dict[str, Any], project: dict[str, Any]
+) -> None:
+    image = re.fullmatch(r"python:(3\.\d+)", dev_container["image"])
+    binder = re.fullmatch(r"python-(3\.\d+)\n", (ROOT / ".binder" / "runtime.txt").read_text())
+    assert image
+    assert binder
+    assert all(SpecifierSet(project["project"]["requires-python"]).contains(version[1]) for version in (image, binder))
+
+
+def test_containers_call_commands_that_there_are(dev_container: dict[str, Any]) -> None:
+    path = ROOT / ".binder" / "postBuild"
+    assert path.stat().st_mode & 0o111
+    steps = "\n".join([dev_container["postCreateCommand"], dev_container["postAttachCommand"], path.read_text()])
+    targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())
+    assert re.findall(r"(?m)^make ([a-z-]+)", steps) == ["environment"]
+    assert "environment" in targets
+    called = re.findall(r"(?m)^(?:\.venv/bin/)?labkit ([a-z]+)", steps)
+    assert called == ["lab", "up", "down"]
+    assert set(called) <= {command.name for command in app.registered_commands}
+    assert dev_container["forwardPorts"] == [inspect.signature(lab).parameters["port"].default]
