@@ -6,6 +6,7 @@ under a running consumer silently loses records. Whatever has such a name is the
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import getpass
 import os
@@ -27,6 +28,7 @@ from labkit.runtime.home import state_dir
 LEARNER = "LABKIT_LEARNER"
 CAPS = {"learner": 20, "notebook": 30, "name": 40}  # a retry topic holds a group and a topic: 249 characters in all
 NAMESPACE = re.compile(r"labkit\.[a-z0-9-]+\.[a-z0-9-]+\.[0-9]{12}[0-9a-f]{4}\.")  # of a run's names
+CLASS_TOPIC = re.compile(r"labkit\.([a-z0-9-]+)\.class")  # no run's, but the learner's: see labkit.lab.results
 FORGET = 30 * 86400.0  # seconds after which a record is dropped whose cluster has not been seen again
 
 
@@ -160,6 +162,14 @@ def prefix_of(name: str) -> str | None:
     """
     found = NAMESPACE.match(taken_apart(name)[1]) or NAMESPACE.match(name)  # beside another run's topic, too
     return found and found[0]
+
+
+def began(run_id: str) -> float | None:
+    """When the run of this id began, in Unix seconds; None if its id does not say it."""
+    try:
+        return float(calendar.timegm(time.strptime(run_id[:12], "%y%m%d%H%M%S")))
+    except ValueError:  # somebody's own name that looks like a run's
+        return None
 
 
 def short_names(text: str) -> str:

@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("lab", "doctor", "up", "down", "status", "topics", "lag", "blocked", "fault"):
+    for command in ("lab", "doctor", "up", "down", "status", "topics", "lag", "class", "blocked", "fault"):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
 
 
