@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import NewTopic
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    NewTopic,
+    ResourcePatternType,
+    ResourceType,
+)
 from consuming import Member, put
 from lab_helpers import values
 from processes import wait_until
 from typer.testing import CliRunner
 
 from labkit import Lab, class_table, exercise
+from labkit.cli.classroom import CLEAR
 from labkit.cli.main import app
 from labkit.kafka import lag
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
+from labkit.kafka.errors import LabkitError
 from labkit.kafka.reader import Reader
 from labkit.kafka.topics import Topic
 from labkit.lab import classroom, results, runs
 from labkit.lab.classroom import Row, look
 from labkit.lab.results import Result, Results, topic_of
+from labkit.runtime.broker import Broker, prepare
+from labkit.runtime.child import Child
 from labkit.runtime.connect import Connection
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -63,6 +80,12 @@ class Class:
 
     def rows(self) -> list[Row]:
         return [row for row in look(self.cluster) if row.learner.startswith(self.mark)]
+
+
+AUTHORIZER = """
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true
+"""
 
 
 @pytest.fixture
@@ -183,11 +206,13 @@ def test_a_kafka_that_is_away_harms_no_verdict(learner: str, monkeypatch: pytest
 def test_what_a_private_lab_finds_goes_to_the_kafka_of_the_class(
     connection: Connection, cluster: Cluster, learner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Connection | None] = [None, connection]
-    monkeypatch.setattr(results, "outside", lambda: told.pop(0))
     run = runs.Run("key-value-store", "private", private=True)
     alone = Results(Cluster("127.0.0.1:1"), run, private=True)
-    alone.tell("verdict", "valid", name="of nobody's Kafka")
+    alone.tell("verdict", "valid", name="first")
+    alone.close()  # which waits until it is told, to nobody
+    assert row_of(cluster, learner) is None
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+    alone = Results(Cluster("127.0.0.1:1"), run, private=True)
     alone.tell("verdict", "invalid", "lost 3", "second")
     wait_until(lambda: row_of(cluster, learner), 20, "what it told")
     alone.close()
@@ -207,6 +232,37 @@ def test_a_second_private_lab_tells_by_the_notebooks_own(lab: Lab, cluster: Clus
     (told,) = values(topic_of(cluster, learner))
     assert (told.notebook, told.run, told.cell) == ("class", lab.run.id, "far view")
     run.forget()
+
+
+@pytest.mark.long
+def test_a_kafka_that_forbids_its_topic_harms_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kafka, learner = prepare(), "ada"
+    monkeypatch.setenv("LABKIT_LEARNER", learner)
+    broker = Broker.create(tmp_path / "broker", kafka, extra=AUTHORIZER)
+    with Child(kafka.command(broker.folder), cwd=broker.folder, output=broker.log) as child:
+        broker.wait_until_ready(lambda: child.poll() is None)
+        topic = topic_of(broker.cluster, learner)
+        allow = partial(_rule, AclPermissionType.ALLOW, AclOperation.ALL)
+        forbid = partial(_rule, AclPermissionType.DENY, AclOperation.CREATE)
+        cluster, every = (ResourceType.BROKER, "kafka-cluster"), (ResourceType.TOPIC, "*")
+        rules = [allow(*cluster), allow(*every), forbid(*cluster), forbid(ResourceType.TOPIC, topic.name)]
+        for rule in rules:
+            admin(broker.cluster).create_acls([rule])[rule].result(10)
+        with pytest.raises(LabkitError, match="Authorization failed"):
+            topic.create()
+        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.cluster.bootstrap)
+        with Lab("class") as lab:
+            assert lab.verdict({"a": 1}, {"a": 1}).result == "valid"
+            assert exercise("Choose.", delay=1)
+            lab._results.close()
+            row = row_of(broker.cluster, learner)
+            assert row is not None
+            assert (row.run, row.verdict) == (lab.run.id, None)
+        assert topic.name not in broker.cluster.topics()
+
+
+def _rule(permission: AclPermissionType, operation: AclOperation, kind: ResourceType, name: str) -> AclBinding:
+    return AclBinding(kind, name, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation, permission)
 
 
 # -- what the table says
@@ -353,3 +409,66 @@ def test_the_widget_follows_the_class(everybody: Class) -> None:
     wait_until(lambda: "unknown: &lt;b&gt; is frozen" in shown.widget.value, 10, "the new verdict")
     shown.close()
     assert shown.rows
+
+
+@pytest.mark.long
+def test_the_command_goes_on_at_a_terminal_until_it_is_interrupted(everybody: Class) -> None:
+    everybody.tells("ada", verdict("valid"))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", "from labkit.cli.main import app; app()", "class"])
+    seen = ""
+
+    def shows(text: str) -> bool:
+        nonlocal seen
+        seen += os.read(terminal, 10_000).decode()
+        return text in seen.rpartition(CLEAR)[2]
+
+    wait_until(lambda: shows("valid (verdict)"), 30, "the first look")
+    everybody.tells("ada", verdict("invalid", "lost 9", time=BEGAN + 90))
+    wait_until(lambda: shows("lost 9"), 30, "a later look")
+    os.kill(process, signal.SIGINT)
+    with suppress(OSError):  # the end of a terminal that nobody is at
+        while os.read(terminal, 10_000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    os.close(terminal)
+
+
+@pytest.mark.long
+def test_the_table_while_a_learner_is_cut_off_and_while_kafka_is_frozen(
+    cluster: Cluster, learner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Lab("class", cluster="private") as lab:
+        there = Class(lab.cluster)
+        topic = replace(there.topic("ada"), cluster=lab.proxy.cluster)
+        put(there.topic("ada"), 1)
+        put(there.topic("bob"), 1)
+        run = runs.Run("far", "private")
+        far = Results(lab.proxy.cluster, run, private=False)
+        with Member(Consumer(topic, lambda record: None, group=there.name("ada", "shop"))) as pod:
+            pod.wait_committed({0: 1})
+            lab.proxy.cut()
+            put(there.topic("ada"), 2)
+            wait_until(lambda: there.rows()[0].pods == 0, 30, "the end of the session")
+            ada, bob = there.rows()
+            assert (ada.lag, bob.lag) == (1, 0)
+            far.tell("verdict", "valid", name="told while cut off")
+            lab.proxy.recover()
+            wait_until(lambda: (there.rows()[0].pods, there.rows()[0].lag) == (1, 0), 30, "its return")
+        wait_until(lambda: row_of(lab.cluster, learner), 30, "what was told while cut off")
+        far.close()
+        run.forget()
+        shown = class_table(lab.cluster)
+        shown.look()
+        assert there.learner("ada") in shown.widget.value
+        lab.broker.freeze()
+        shown.look()
+        assert "no answer from" in shown.widget.value
+        assert there.learner("ada") in shown.widget.value, "what was seen before"
+        lab.broker.recover()
+        shown.look()
+        assert "no answer from" not in shown.widget.value
+        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+        assert lab.verdict({"a": 1}, {"a": 1}, name="of a Kafka of its own").result == "valid"
+        wait_until(lambda: row_of(cluster, learner), 20, "what a private lab found")
