@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Annotated
@@ -44,5 +45,7 @@ def class_(
                 text = shown()
             except LabkitError as error:  # it may come back
                 text = f"labkit: {error}"
-            typer.echo(f"{CLEAR}{text}\n\n{time.strftime('%H:%M:%S')} · Ctrl-C ends this.")
+            width = shutil.get_terminal_size().columns
+            lines = "\n".join(line[:width] for line in text.splitlines())
+            typer.echo(f"{CLEAR}{lines}\n\n{time.strftime('%H:%M:%S')} · Ctrl-C ends this.")
             time.sleep(REFRESH)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
+
+import msgspec
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
@@ -20,6 +22,7 @@ from labkit.runtime.connect import connect
 
 HEADS = ("learner", "notebook", "since", "last word", "lag", "pods", "last verdict", "exercise")
 REFRESH = 2.0  # seconds between two looks
+_Key: TypeAlias = tuple[str, str, str]  # a run: learner, notebook, run id
 
 
 @dataclass(frozen=True)
@@ -50,46 +53,40 @@ def look(cluster: Cluster) -> list[Row]:
     topics, groups, told = _of_runs(there := cluster.topics()), _of_runs(cluster.groups()), _told(cluster, there)
     members = cluster.members([group for names in groups.values() for group in names])
     assigned = {group: {place for one in found for place in one.assigned} for group, found in members.items()}
-    newest = newest_records(cluster, {name for names in topics.values() for name in names if _is_word(name)})
     behind = lags(cluster, {name: topics[run] for run, names in groups.items() for name in names}, assigned)
-    rows: list[Row] = []
-    hosts, latest = defaultdict[str, set[str]](set), dict[tuple[str, str], str]()
-    for prefix in topics.keys() | groups.keys():
-        _, learner, notebook, run, _ = prefix.split(".")
-        latest[learner, notebook] = max(latest.get((learner, notebook), ""), run)
-        own = [one for one in told.get(learner, ()) if one.run == run]
-        counts = [behind[group] for group in groups[prefix]]
-        since = runs.began(run)
-        words = [newest.get(name) for name in topics[prefix]] + [since, *(one.time for one in own)]
-        people = [one for group in groups[prefix] for one in members[group]]
+    sent = newest_records(cluster, [name for names in topics.values() for name in names if _is_word(name)])
+    here = topics.keys() | groups.keys()
+    newest = {(learner, notebook): run for learner, notebook, run in sorted(here)}
+    hosts = defaultdict[str, set[str]](set)
+
+    def row(key: _Key) -> Row:
+        learner, notebook, run = key
+        own, since = [one for one in told[learner] if one.run == run], runs.began(run)
+        words = [*(sent[name] for name in topics[key] if name in sent), *(one.time for one in own)]
+        counts = [behind[group] for group in groups[key]]
+        people = [one for group in groups[key] for one in members[group]]
         hosts[learner].update(one.host for one in people)
-        rows.append(
-            Row(
-                learner,
-                notebook,
-                run,
-                since,
-                max((one for one in words if one is not None), default=None),
-                None if None in counts else sum(filter(None, counts)),
-                len(people),
-                _last(own, "verdict"),
-                _last(own, "exercise"),
-            )
+        return Row(
+            learner,
+            notebook,
+            run,
+            since,
+            max([*words, since or 0.0]) or None,
+            sum(filter(None, counts)) if key in here and None not in counts else None,
+            len(people) if key in here else None,
+            _last(own, "verdict"),
+            _last(own, "exercise"),
         )
-    rows = [row for row in rows if row.pods or latest[row.learner, row.notebook] == row.run]
-    busy = [(row.learner, row.notebook) for row in rows if row.pods]
-    rows = [
-        replace(row, twice=len(hosts[row.learner]) > 1 or busy.count((row.learner, row.notebook)) > 1) for row in rows
-    ]
-    for learner in told.keys() - {row.learner for row in rows}:
-        last = max(told[learner], key=lambda one: one.time)
-        own = [one for one in told[learner] if one.run == last.run]
-        since, verdict, exercise = runs.began(last.run), _last(own, "verdict"), _last(own, "exercise")
-        rows.append(Row(learner, last.notebook, last.run, since, last.time, verdict=verdict, exercise=exercise))
-    return sorted(rows, key=lambda row: (row.learner, row.run))
+
+    absent = told.keys() - {learner for learner, _, _ in here}
+    last = [max(told[learner], key=lambda one: one.time) for learner in absent]
+    rows = [row(key) for key in sorted({*here, *((one.learner, one.notebook, one.run) for one in last)})]
+    rows = [one for one in rows if one.pods or newest.get((one.learner, one.notebook), one.run) == one.run]
+    busy = Counter((one.learner, one.notebook) for one in rows if one.pods)
+    return [replace(one, twice=len(hosts[one.learner]) > 1 or busy[one.learner, one.notebook] > 1) for one in rows]
 
 
-def cells(row: Row, now: float) -> tuple[object, ...]:
+def cells(row: Row, now: float) -> tuple[str, ...]:
     """A row for people to read, in the order of HEADS."""
     since = "–" if row.since is None else time.strftime("%a %H:%M", time.localtime(row.since))
     verdict, exercise = "–", "–"
@@ -100,7 +97,9 @@ def cells(row: Row, now: float) -> tuple[object, ...]:
         exercise = row.exercise.result
     counts = ("–" if count is None else f"{count:,}" for count in (row.lag, row.pods))
     learner = f"{row.learner} (twice)" if row.twice else row.learner
-    return learner, row.notebook, since, _age(row.last_word, now), *counts, verdict, exercise
+    texts = (learner, row.notebook, since, _age(row.last_word, now), *counts, verdict, exercise)
+    # What a learner's machine has written may hold commands for a terminal.
+    return tuple("".join(one if one.isprintable() else " " for one in text) for text in texts)
 
 
 def advice(rows: Iterable[Row]) -> str:
@@ -159,21 +158,22 @@ def class_table(cluster: Cluster | None = None, refresh: float = REFRESH) -> Cla
     return ClassTable(connect().cluster if cluster is None else cluster, refresh)
 
 
-def _of_runs(names: Iterable[str]) -> defaultdict[str, list[str]]:
-    """Names by the prefix of their run."""
+def _of_runs(names: Iterable[str]) -> defaultdict[_Key, list[str]]:
+    """Names by the run that they belong to."""
     found = defaultdict(list)
     for name in names:
         if (prefix := runs.prefix_of(name)) is not None:
-            found[prefix].append(name)
+            _, learner, notebook, run, _ = prefix.split(".")
+            found[learner, notebook, run].append(name)
     return found
 
 
-def _told(cluster: Cluster, topics: Iterable[str]) -> dict[str, list[Result]]:
-    """What each learner's notebooks told, by the name of the topic."""
+def _told(cluster: Cluster, topics: Iterable[str]) -> defaultdict[str, list[Result]]:
+    """What each learner's notebooks told. Whose it is the topic says: anybody may write anything."""
     found = defaultdict(list)
     for record in read_all(cluster, [name for name in topics if runs.CLASS_TOPIC.fullmatch(name)], Result):
         if record.value is not None and (match := runs.CLASS_TOPIC.fullmatch(record.topic)):
-            found[match[1]].append(record.value)
+            found[match[1]].append(msgspec.structs.replace(record.value, learner=match[1]))
     return found
 
 

@@ -176,7 +176,7 @@ def test_the_cell_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for metadata, cell in (
         ({"cellId": "crash-verdict"}, "crash-verdict"),
-        ({"cellId": "vscode-notebook-cell:/home/ada/00.ipynb#W3sZ"}, "W3sZ"),
+        ({"cellId": "vscode-notebook-cell:00.ipynb#W3sZ"}, "W3sZ"),
         ({}, ""),
         (None, ""),
     ):
@@ -368,12 +368,12 @@ def test_thirty_learners_cost_no_more_questions_than_two(everybody: Class, monke
 
 
 def test_what_is_no_result_is_passed_over(everybody: Class) -> None:
-    everybody.tells("ada", verdict("valid"))
+    everybody.tells("ada", verdict("invalid", "\x1b[2Jlost 1"))
     topic = topic_of(everybody.cluster, everybody.learner("ada"))
     Topic(everybody.cluster, topic.name, 1, dict).deliver([({"cell": 7}, "x", None), (None, "y", None)])
     Topic(everybody.cluster, f"labkit.{everybody.learner('bob')}.start-here.999999999999aaaa.orders", 1, int).create()
     ada, bob = everybody.rows()
-    assert ada.verdict is not None
+    assert classroom.cells(ada, BEGAN)[6] == "invalid:  [2Jlost 1 (verdict)", "no command for a terminal"
     assert (bob.since, bob.last_word) == (None, None)
     assert classroom.cells(bob, BEGAN)[2:] == ("–", "–", "0", "0", "–", "–")
 
