@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from labkit.lab.board.panels import panel as panel
+    from labkit.lab.classroom import class_table as class_table
     from labkit.lab.comparison import Way as Way
     from labkit.lab.comparison import lines_of as lines_of
     from labkit.lab.exercises import exercise as exercise
@@ -29,6 +30,7 @@ else:
         __name__,
         {
             "lab.board.panels": "panel",
+            "lab.classroom": "class_table",
             "lab.comparison": "Way lines_of",
             "lab.exercises": "exercise hint predict solution",
             "lab.faults.trap": "Trap",

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labkit.cli import broker, clean, doctor, faults, lab, retries, topics
+from labkit.cli import broker, classroom, clean, doctor, faults, lab, retries, topics
 from labkit.kafka.errors import LabkitError
 
 
@@ -42,6 +42,7 @@ app.command("status")(broker.status)
 app.command("topics")(topics.topics)
 app.command("lag")(topics.lag)
 app.command("clean")(clean.clean)
+app.command("class")(classroom.class_)
 app.command("fault")(faults.fault)
 app.command("blocked")(retries.blocked)
 app.command("skip")(retries.skip)

@@ -29,6 +29,8 @@ class Name:
         from labkit.lab import runs
 
         prefix = runs.prefix_of(full)
+        if whose := runs.CLASS_TOPIC.fullmatch(full):
+            return cls(full, whose[1], "", "", "class")
         if prefix is None:
             return cls(full, "", "", "", full)
         _, learner, notebook, run, _ = prefix.split(".")

@@ -68,6 +68,14 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Member:
+    """Who is in a consumer group: the address that it calls from, and the (topic, partition)s that it has."""
+
+    host: str
+    assigned: frozenset[tuple[str, int]]
+
+
+@dataclass(frozen=True)
 class Cluster:
     """The coordinates of a cluster: plain data, so it can travel to another process.
 
@@ -299,6 +307,25 @@ class Cluster:
         empty = (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)
         return {group.group_id: group.state not in empty for group in listing.valid}
 
+    def members(self, groups: Collection[str]) -> dict[str, list[Member]]:
+        """Who is in each of these consumer groups: nobody, in one that is gone. Raises ClusterUnreachable."""
+        if not groups:
+            return {}
+
+        def asked(client: AdminClient) -> dict[str, list[Member]]:
+            found = {}
+            for name, answer in client.describe_consumer_groups(list(groups), request_timeout=ANSWER).items():
+                try:
+                    there = answer.result(ANSWER + 1).members
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
+                        raise
+                    there = []
+                found[name] = [Member(one.host.lstrip("/"), _places(one.assignment)) for one in there]
+            return found
+
+        return self.ask(asked)
+
     def ask(
         self, question: Callable[[AdminClient], T], patience: float = 10.0, about: str = "", also: int | None = None
     ) -> T:
@@ -390,6 +417,10 @@ FORBIDDEN = (
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
+
+
+def _places(assignment: Any) -> frozenset[tuple[str, int]]:
+    return frozenset((one.topic, one.partition) for one in assignment.topic_partitions) if assignment else frozenset()
 
 
 def _client(cluster: Cluster, hear: Callable[[KafkaError], object] | None = None) -> AdminClient:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from confluent_kafka import Consumer as Client
@@ -12,10 +12,13 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from labkit.kafka.clients import forget, kept
 from labkit.kafka.cluster import ANSWER, Cluster
+from labkit.kafka.errors import LabkitError
 
-ASKERS = 64  # groups whose client is kept: more than a lab has
+ASKERS = 64  # groups whose offsets are asked for in turn, each by a client that is kept: more than a lab has
+AT_ONCE = 8  # groups of many whose offsets are asked for at the same time
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+_NEWEST: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
 
 
 def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, int], int]:
@@ -31,9 +34,55 @@ def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, 
     starts = offsets(cluster, behind, _BEGINNING) if behind else {}
     found = dict.fromkeys(partitions, 0)
     for place, start in starts.items():
-        at = committed.get(place, start)
-        found[place] = max(0, ends[place] - (at if start <= at <= ends[place] else start))
+        found[place] = _left(committed.get(place), start, ends[place])
     return found
+
+
+def lags(
+    cluster: Cluster, groups: Mapping[str, Collection[str]], assigned: Mapping[str, Collection[tuple[str, int]]]
+) -> dict[str, int | None]:
+    """Records that each of many groups has still to read, in a few questions: in those of its topics in which it has
+    committed something, and in the partitions that its members are `assigned`. None where Kafka does not say it now.
+
+    Raises ClusterUnreachable.
+    """
+    partitions = _partitions(cluster, {topic for topics in groups.values() for topic in topics})
+    partitions = [*{*partitions, *(place for places in assigned.values() for place in places)}]
+    ends, starts = offsets(cluster, partitions, _END), offsets(cluster, partitions, _BEGINNING)
+
+    def behind(group: str) -> int | None:
+        own = {place for place in partitions if place[0] in groups[group]}.union(assigned.get(group, ()))
+        try:
+            committed = _committed(cluster, group, [*own])
+        except LabkitError:  # its coordinator is moving, or does not answer: the other groups' may
+            return None
+        reads = committed.keys() | assigned.get(group, ())
+        return sum(_left(committed.get(place), starts[place], ends[place]) for place in reads)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # a client for each group, which first has to find the coordinator
+        return dict(zip(groups, pool.map(behind, groups), strict=True))
+
+
+def _left(committed: int | None, start: int, end: int) -> int:
+    """How many records of a partition are left to read."""
+    return max(0, end - (committed if committed is not None and start <= committed <= end else start))
+
+
+def newest_records(cluster: Cluster, topics: Collection[str]) -> dict[str, float]:
+    """When the newest record of each of these topics was sent, in Unix seconds, by its sender's clock. A topic without
+    records has none. Raises ClusterUnreachable."""
+    wanted = {TopicPartition(*place): _NEWEST for place in _partitions(cluster, topics)}
+    if not wanted:
+        return {}
+
+    def asked(client: AdminClient) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for one, future in client.list_offsets(wanted, request_timeout=ANSWER).items():
+            if (answer := _answer(future)) is not None and answer.timestamp > 0:
+                found[one.topic] = max(found.get(one.topic, 0.0), answer.timestamp / 1000)
+        return found
+
+    return cluster.ask(asked)
 
 
 def committed_offsets(
@@ -110,12 +159,18 @@ def offsets(
 
 
 def _offset(future: Future[Any]) -> int:
+    answer = _answer(future)
+    return 0 if answer is None else int(answer.offset)
+
+
+def _answer(future: Future[Any]) -> Any:
+    """What Kafka says of a partition; None if its topic is gone."""
     try:
-        return int(future.result(ANSWER + 1).offset)
+        return future.result(ANSWER + 1)
     except KafkaException as error:
         if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
             raise
-        return 0
+        return None
 
 
 def start_offsets(cluster: Cluster, topics: Sequence[str]) -> dict[tuple[str, int], int]:

@@ -16,6 +16,7 @@ from typing import Any
 import ipywidgets
 
 from labkit.kafka.errors import error_text
+from labkit.lab.results import tell_exercise
 from labkit.runtime.home import BROUGHT
 
 _OK, _MISSING = "#00835F", "#B84F00"
@@ -102,18 +103,20 @@ def exercise(task: str, check: Callable[..., object] | None = None, **answers: o
     missing = [name for name, answer in answers.items() if _unfilled(answer)]
     if missing:
         names = ", ".join(f"<code>{html.escape(name)}</code>" for name in missing)
-        return _exercise(task, f"Still to fill in: {', '.join(missing)}.", f"Still to fill in: {names}.")
+        return _exercise(task, "open", f"Still to fill in: {', '.join(missing)}.", f"Still to fill in: {names}.")
     try:
         result = True if check is None else check(**answers)
         if result is None or result is True:
-            return _exercise(task, "Done.", "Done.", ok=True)
+            return _exercise(task, "done", "Done.", "Done.")
         wrong = str(result) if result else "this is not what was asked for."
     except Exception as error:
         wrong = error_text(error)
-    return _exercise(task, f"Not yet: {wrong}", f"Not yet: {html.escape(wrong)}")
+    return _exercise(task, "not yet", f"Not yet: {wrong}", f"Not yet: {html.escape(wrong)}")
 
 
-def _exercise(task: str, state: str, as_html: str, ok: bool = False) -> Shown:
+def _exercise(task: str, result: str, state: str, as_html: str) -> Shown:
+    tell_exercise(result)  # and nothing else: what is wrong may quote the answer
+    ok = result == "done"
     colour = _OK if ok else _MISSING
     return Shown(
         f"Exercise: {task} {state}",

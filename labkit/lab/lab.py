@@ -35,6 +35,7 @@ from labkit.lab.pods.deployment import Deployment, GroupMember, pane
 from labkit.lab.pods.process import Runnable
 from labkit.lab.pods.telemetry import PodReport
 from labkit.lab.pods.travel import pack
+from labkit.lab.results import Results
 from labkit.lab.retry_console import RetryConsole
 from labkit.lab.status import kafka_line, lab_table, status_line
 from labkit.lab.verdict.settling import Settling
@@ -117,6 +118,7 @@ class Lab(Observing, Brokers):
         self._deploying = threading.Lock()
         self._closing = self._closed = False
         self._control = Control(self.run.folder, lambda: self.targets)
+        self._results = Results(self.cluster, self.run, self.connection.origin == "private")
         _open[self.notebook] = self
 
     # -- making things ---------------------------------------------------------------------------------------------
@@ -372,6 +374,7 @@ class Lab(Observing, Brokers):
             *(partial(deployment.drain, grace) for deployment in deployments),
             self._sampler.close,
             *(target.close for target in self._targets),
+            self._results.close,
             partial(self.run.end, self.cluster, wait),
             self.connection.close,
             *(held.close for held in self._ports.values()),

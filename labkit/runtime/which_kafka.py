@@ -73,7 +73,7 @@ def connect() -> Connection:
 
     Raises LabkitError when there is none.
     """
-    if found := _outside():
+    if found := outside():
         return found
     from labkit.runtime.shared_broker import shared_broker
 
@@ -99,7 +99,7 @@ def running() -> Connection | None:
 
     Raises LabkitError when a cluster is named and does not answer.
     """
-    if found := _outside():
+    if found := outside():
         return found
     from labkit.runtime.shared_broker import attach
 
@@ -107,7 +107,9 @@ def running() -> Connection | None:
     return None if lease is None else _embedded(lease)
 
 
-def _outside() -> Connection | None:
+def outside() -> Connection | None:
+    """The Kafka that others use too: the one that is named, else the compose file's. Raises LabkitError when the named
+    one does not answer."""
     if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
         return _external()
     return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID) if composed() else None

@@ -44,7 +44,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("lab", "doctor", "up", "down", "status", "topics", "lag", "clean", "blocked", "fault"):
+    commands = ("lab", "doctor", "up", "down", "status", "topics", "lag", "class", "clean", "blocked", "fault")
+    for command in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
 
 

@@ -50,6 +50,12 @@ class Verdict:
             raise LabkitError(f"there is no kind {kind!r} of anomalies, but {', '.join((*WRONG, *HARMLESS))}")
         return [anomaly for anomaly in self.found if anomaly.kind == kind]
 
+    @property
+    def why(self) -> str:
+        """Why it is not valid, in a few words: how many are wrong of each kind, or why nothing can be claimed."""
+        wrong = [f"{kind} {len(self.of(kind)):,}" for kind in WRONG if self.of(kind)]
+        return self.reason or ", ".join(wrong)
+
     def __str__(self) -> str:
         """One line of invariants, the same for every valid run of a load; below it the ids of what was found."""
         name = f"{self.name}: " if self.name else ""
