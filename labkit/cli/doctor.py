@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -58,6 +60,22 @@ def examine(checks: dict[str, tuple[Check, str]]) -> Iterator[Finding]:
             yield Finding(name, str(error), fix)
         except Exception as error:
             yield Finding(name, f"the check itself failed: {error_text(error)}", fix)
+
+
+def examine_own_cluster() -> Iterator[Finding]:
+    """Run the checks of a cluster that is named. Whether it answers, the check `Kafka` has said."""
+    from labkit.cli.own_cluster import OwnCluster
+    from labkit.kafka.errors import LabkitError
+    from labkit.lab.runs import Run
+    from labkit.runtime.connect import connect, is_named
+
+    if is_named():
+        with suppress(LabkitError), connect() as connection:
+            run = Run("doctor", connection.cluster_id)
+            try:
+                yield from examine(OwnCluster(connection, run).checks())
+            finally:
+                run.end(connection.cluster)
 
 
 def python() -> str:
@@ -167,9 +185,12 @@ CHECKS: dict[str, tuple[Check, str]] = {
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check everything that a lab needs; the exit code is 1 if something is wrong. Starts the broker if none runs."""
+    """Check everything that a lab needs; the exit code is 1 if something is wrong.
+
+    Starts the broker if none runs. In a cluster of your own it makes topics, and deletes them.
+    """
     findings = []
-    for finding in examine(CHECKS):
+    for finding in itertools.chain(examine(CHECKS), examine_own_cluster()):
         findings.append(finding)
         if not as_json:
             mark = "PROBLEM" if finding.fix else "ok"

@@ -107,8 +107,13 @@ def running() -> Connection | None:
     return None if lease is None else _embedded(lease)
 
 
+def is_named() -> bool:
+    """Whether a cluster is named, so that no other is tried."""
+    return bool(os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG))
+
+
 def _outside() -> Connection | None:
-    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
+    if is_named():
         return _external()
     return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID) if composed() else None
 
