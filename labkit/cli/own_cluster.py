@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from labkit.cli.doctor import Check, Problem
 from labkit.kafka import capabilities
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.lab.runs import LEARNER, Run, learner
 from labkit.runtime.connect import Connection
@@ -44,7 +47,7 @@ class OwnCluster:
         has = capabilities.broker_settings(self.connection.cluster)
         if not has:
             return "this login may not read the brokers' settings (DescribeConfigs): what they allow is tried below"
-        brokers = self._brokers()
+        brokers = len(self.connection.cluster.describe().brokers)
         replicas, confirm = int(has["default.replication.factor"]), int(has["min.insync.replicas"])
         both = f"default.replication.factor={replicas}, min.insync.replicas={confirm}, {brokers} brokers"
         if replicas > brokers or confirm > replicas:
@@ -83,39 +86,32 @@ class OwnCluster:
         )
 
     def groups(self) -> str:
-        capabilities.commit_an_offset(self.connection.cluster, self.run.name("group"), self._topic)
-        return f"may commit under labkit.{learner()}."
+        commit = partial(capabilities.commit_an_offset, group=self.run.name("group"), topic=self._topic)
+        return self._tried(commit, "__consumer_offsets", "offsets.topic.replication.factor", "min.insync.replicas")
 
     def transactions(self) -> str:
-        cluster = self.connection.cluster
+        make = partial(capabilities.make_a_transaction, transactional_id=self.run.name("id"), topic=self._topic)
+        own = "transaction.state.log"
+        return self._tried(make, "__transaction_state", f"{own}.replication.factor", f"{own}.min.isr")
+
+    def _tried(self, attempt: Callable[[Cluster], None], log: str, factor: str, least: str) -> str:
+        """Try what Kafka keeps in a topic of its own, `log`, for which there are these two settings."""
+        cluster, refused = self.connection.cluster, None
         try:
-            capabilities.make_a_transaction(cluster, self.run.name("transaction"), self._topic)
-        except capabilities.Refused as refused:
-            log = self._transaction_log()
-            if refused.is_forbidden or log is None:
-                raise  # the fix is to give the right
-            brokers = self._brokers()
-            raise Problem(
-                f"{refused}; the log of transactions has replication factor {log[0]}, min.isr {log[1]}, and there are "
-                f"{brokers} brokers",
-                "set transaction.state.log.replication.factor and transaction.state.log.min.isr to no more than "
-                f"{brokers} {RESTART}; if the topic {capabilities.TRANSACTION_LOG} exists already, change that",
-            ) from refused
-        log = self._transaction_log()
-        has = f"; their log has replication {log[0]}, min.isr {log[1]}" if log else ""
-        return f"may be made under labkit.{learner()}.{has}"
+            attempt(cluster)
+        except capabilities.Refused as error:
+            if error.is_forbidden:
+                raise
+            refused = error
+        has = capabilities.broker_settings(cluster)
+        found = capabilities.replication(cluster, log) or (has.get(factor, "?"), has.get(least, "?"))
+        brokers = len(cluster.describe().brokers)
+        text = f"{log} has replication {found[0]}, min.insync.replicas {found[1]}; there are {brokers} brokers"
+        if refused is None:
+            return f"may be used under labkit.{learner()}.; {text}"
+        fix = f"set {factor} and {least} to no more than {brokers} {RESTART}; if the topic {log} exists, change it, too"
+        raise Problem(f"{refused}; {text}", fix)
 
     @property
     def _topic(self) -> str:
         return self.run.name("try")
-
-    def _brokers(self) -> int:
-        return len(self.connection.cluster.describe().brokers)
-
-    def _transaction_log(self) -> tuple[int, int] | None:
-        """Its replicas, and how many must confirm: as it is, or as the settings would make it; None if unknown."""
-        if (found := capabilities.replication(self.connection.cluster, capabilities.TRANSACTION_LOG)) is not None:
-            return found
-        has = capabilities.broker_settings(self.connection.cluster)
-        wanted = [has.get(f"transaction.state.log.{name}") for name in ("replication.factor", "min.isr")]
-        return (int(wanted[0]), int(wanted[1])) if wanted[0] and wanted[1] else None

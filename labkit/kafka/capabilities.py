@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from contextlib import suppress
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]
 
-from labkit.kafka.cluster import ANSWER, Cluster
+from labkit.kafka.cluster import ANSWER, PASSING, Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing
 
-TRANSACTION_LOG = "__transaction_state"
 FORBIDDEN = (
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
@@ -36,9 +36,9 @@ OLDER = "older than 3.5"
 class Refused(LabkitError):
     """Kafka did not do what it was asked for; `is_forbidden` if that was for lack of a right."""
 
-    def __init__(self, what: str, error: KafkaException) -> None:
-        super().__init__(f"{what}: {error.args[0].str()}")
-        self.is_forbidden = error.args[0].code() in FORBIDDEN
+    def __init__(self, what: str, error: KafkaError) -> None:
+        super().__init__(f"{what}: {error.str()}")
+        self.is_forbidden = error.code() in FORBIDDEN
 
 
 def release(cluster: Cluster) -> str:
@@ -93,11 +93,20 @@ def replication(cluster: Cluster, topic: str) -> tuple[int, int] | None:
 
 def commit_an_offset(cluster: Cluster, group: str, topic: str) -> None:
     """Commit an offset as this group. Raises Refused."""
-    client = Consumer(cluster.config({"group.id": group, "enable.auto.commit": False}))
+    told: list[KafkaError | None] = []
+    own = {"group.id": group, "enable.auto.commit": False, "on_commit": lambda error, _: told.append(error)}
+    client = Consumer(cluster.config(own))
+    until = time.monotonic() + PATIENCE
     try:
-        client.commit(offsets=[TopicPartition(topic, 0, 0)], asynchronous=False)
-    except KafkaException as error:
-        raise Refused(f"group {group} could not commit", error) from error
+        while True:
+            client.commit(offsets=[TopicPartition(topic, 0, 0)], asynchronous=True)
+            while not told and time.monotonic() < until:
+                client.poll(0.1)
+            error = told.pop() if told else KafkaError(KafkaError._TIMED_OUT)
+            if error is None:
+                return
+            if error.code() not in PASSING or time.monotonic() > until:  # the first group of a cluster has to wait
+                raise Refused(f"group {group} could not commit", error)
     finally:
         client.close()
 
@@ -111,4 +120,4 @@ def make_a_transaction(cluster: Cluster, transactional_id: str, topic: str) -> N
         client.produce(topic, b"doctor")
         client.commit_transaction(PATIENCE)
     except KafkaException as error:
-        raise Refused("no transaction can be made", error) from error
+        raise Refused("no transaction can be made", error.args[0]) from error

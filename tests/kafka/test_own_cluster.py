@@ -43,7 +43,7 @@ def test_the_embedded_kafka_as_an_own_cluster(
     assert "auto.create.topics.enable=false" in found["settings"].text
     assert "group.initial.rebalance.delay.ms=0" in found["settings"].text
     assert "under labkit.ada.; replication 1, min.insync.replicas 1" in found["topics"].text
-    assert "their log has replication 1, min.isr 1" in found["transact."].text
+    assert "__transaction_state has replication 1, min.insync.replicas 1; " in found["transact."].text
     assert not [name for name in (*cluster.topics(), *cluster.groups()) if name.startswith("labkit.ada.")]
 
 
@@ -104,6 +104,8 @@ def test_a_single_broker_on_settings_for_three(tmp_path: Path, monkeypatch: pyte
     with stock_broker(tmp_path / "broker", KAFKA, "") as cluster:
         monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
         found = diagnosed(monkeypatch)
-        assert {name for name, one in found.items() if one.fix} >= {"transact."}
-        assert "replication factor 3, min.isr 2, and there are 1 brokers" in found["transact."].text
-        assert "to no more than 1" in found["transact."].fix
+        assert [name for name, one in found.items() if one.fix] == ["groups", "transact."]
+        assert "__consumer_offsets has replication 3" in found["groups"].text
+        assert "set offsets.topic.replication.factor" in found["groups"].fix
+        assert "replication 3, min.insync.replicas 2; there are 1 brokers" in found["transact."].text
+        assert "transaction.state.log.min.isr to no more than 1" in found["transact."].fix
