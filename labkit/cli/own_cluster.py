@@ -49,7 +49,7 @@ class OwnCluster:
             return "this login may not read the brokers' settings (DescribeConfigs): what they allow is tried below"
         brokers = len(self.connection.cluster.describe().brokers)
         replicas, confirm = int(has["default.replication.factor"]), int(has["min.insync.replicas"])
-        both = f"default.replication.factor={replicas}, min.insync.replicas={confirm}, {brokers} brokers"
+        both = f"default.replication.factor={replicas}, min.insync.replicas={confirm}; brokers: {brokers}"
         if replicas > brokers or confirm > replicas:
             raise Problem(
                 f"{both}: no topic can be made, or none can be written",
@@ -104,13 +104,13 @@ class OwnCluster:
                 raise
             refused = error
         has = capabilities.broker_settings(cluster)
-        found = capabilities.replication(cluster, log) or (has.get(factor, "?"), has.get(least, "?"))
+        found = capabilities.replication(cluster, log) or (has and (has[factor], has[least]))
         brokers = len(cluster.describe().brokers)
-        text = f"{log} has replication {found[0]}, min.insync.replicas {found[1]}; there are {brokers} brokers"
+        text = f"{log} has replication {found[0]}, min.insync.replicas {found[1]}; brokers: {brokers}" if found else ""
         if refused is None:
-            return f"may be used under labkit.{learner()}.; {text}"
+            return f"may be used under labkit.{learner()}.; {text}".rstrip("; ")
         fix = f"set {factor} and {least} to no more than {brokers} {RESTART}; if the topic {log} exists, change it, too"
-        raise Problem(f"{refused}; {text}", fix)
+        raise Problem(f"{refused}; {text}".rstrip("; "), fix)
 
     @property
     def _topic(self) -> str:
