@@ -104,6 +104,17 @@ def java() -> str:
     return f"{found.version} at {found.path}"
 
 
+def jars() -> str:
+    """What is missing is no problem where there is a network: it is fetched when it is first needed."""
+    from labkit.runtime.jars import NOTEBOOKS, missing
+
+    lines = []
+    for what in missing():
+        numbers = [number for number, needs in NOTEBOOKS.values() if what in needs]
+        lines.append(f"{what} is not here yet; notebooks {', '.join(numbers)} need it")
+    return "\n".join([*lines, "`labkit fetch` brings it before the network is gone"]) if lines else "all are here"
+
+
 def kafka() -> str:
     from labkit.runtime.connect import connect
 
@@ -178,6 +189,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "Python": (python, REMAKE),
     "Java": (java, "`make clean lab` brings one along; or set LABKIT_JAVA_HOME to a Java 17 or newer"),
     "Kafka": (kafka, OTHER_KAFKA),
+    "jars": (jars, "run `labkit fetch` where there is a network"),
     "JupyterLab": (jupyter, REMAKE),
     "memory": (memory, REMAKE),
     "disk": (disk, "make the folder writable, or set LABKIT_CACHE or LABKIT_STATE to one that is"),

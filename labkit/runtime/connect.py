@@ -13,6 +13,7 @@ from labkit.closing import Closing
 from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.runtime.jars import JarsMissing
 
 if TYPE_CHECKING:
     from labkit.runtime.private import BrokerServer, PrivateBroker, PrivateCluster
@@ -77,7 +78,15 @@ def connect() -> Connection:
         return found
     from labkit.runtime.shared import shared_broker
 
-    return _embedded(shared_broker())
+    try:
+        return _embedded(shared_broker())
+    except JarsMissing as error:
+        raise JarsMissing(
+            f"{error}\n"
+            "Instead of the embedded broker you can\n"
+            "  · start one with Docker: docker compose up -d\n"
+            f"  · name one that runs: {BOOTSTRAP}=host:port"
+        ) from error
 
 
 def private(brokers: int = 1) -> Connection:
