@@ -111,7 +111,7 @@ def jars() -> str:
     lines = []
     for what in missing():
         numbers = [number for number, needs in NOTEBOOKS.values() if what in needs]
-        lines.append(f"{what} is not here yet; notebooks {', '.join(numbers)} need it")
+        lines.append(f"{what} is not here yet: needed by notebook {', '.join(numbers)}")
     return "\n".join([*lines, "`labkit fetch` brings it before the network is gone"]) if lines else "all are here"
 
 

@@ -45,7 +45,7 @@ class OwnCluster:
     def settings(self) -> str:
         """Most of them can be lived with: the text says what they do."""
         has = capabilities.broker_settings(self.connection.cluster)
-        if not has:
+        if not {"default.replication.factor", "min.insync.replicas"} <= has.keys():
             return "this login may not read the brokers' settings (DescribeConfigs): what they allow is tried below"
         brokers = len(self.connection.cluster.describe().brokers)
         replicas, confirm = int(has["default.replication.factor"]), int(has["min.insync.replicas"])
@@ -57,13 +57,13 @@ class OwnCluster:
                 f"{RESTART}",
             )
         lines = [both]
-        if has["auto.create.topics.enable"] == "true":
+        if has.get("auto.create.topics.enable", "true") == "true":
             lines.append(
                 "auto.create.topics.enable=true: other clients make a topic by a misspelt name, labkit's never"
             )
         else:
             lines.append("auto.create.topics.enable=false")
-        delay = int(has["group.initial.rebalance.delay.ms"])
+        delay = int(has.get("group.initial.rebalance.delay.ms", "3000"))
         slow = f": a new group's first record waits so long. For a class set it to 0 {RESTART}" if delay > 500 else ""
         lines.append(f"group.initial.rebalance.delay.ms={delay}{slow}")
         return "\n".join(lines)
@@ -104,7 +104,7 @@ class OwnCluster:
                 raise
             refused = error
         has = capabilities.broker_settings(cluster)
-        found = capabilities.replication(cluster, log) or (has and (has[factor], has[least]))
+        found = capabilities.replication(cluster, log) or (has and (has.get(factor, "?"), has.get(least, "?")))
         brokers = len(cluster.describe().brokers)
         text = f"{log} has replication {found[0]}, min.insync.replicas {found[1]}; brokers: {brokers}" if found else ""
         if refused is None:

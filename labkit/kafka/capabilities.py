@@ -79,7 +79,7 @@ def broker_settings(cluster: Cluster) -> dict[str, str]:
             if error.args[0].code() not in FORBIDDEN:
                 raise
             return {}
-        return {entry.name: entry.value for entry in answer.values()}
+        return {entry.name: entry.value for entry in answer.values() if entry.value is not None}
 
     return cluster.ask(asked)
 

@@ -134,9 +134,9 @@ def test_without_a_network(offline: Path, caplog: pytest.LogCaptureFixture, capf
 
 
 def test_what_sections_lack_is_said_by_the_doctor_and_in_the_first_cell(offline: Path) -> None:
-    assert "Kafka Connect is not here yet; notebooks 01, 02 need it" in doctor.jars()
-    assert "Apache Kafka is not here yet; notebooks 01, 02, 03, 05 need it" in doctor.jars()
-    assert "Kafka Streams is not here yet; notebooks 06 need it" in doctor.jars()
+    assert "Kafka Connect is not here yet: needed by notebook 01, 02" in doctor.jars()
+    assert "Apache Kafka is not here yet: needed by notebook 01, 02, 03, 05" in doctor.jars()
+    assert "Kafka Streams is not here yet: needed by notebook 06" in doctor.jars()
     connection = Connection(Cluster("127.0.0.1:9"), "external", "an-id")
     run = Run("consume-and-project", "an-id")
     shown = lab_table("consume-and-project", run, connection, [], "")
