@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -60,6 +62,22 @@ def examine(checks: dict[str, tuple[Check, str]]) -> Iterator[Finding]:
             yield Finding(name, f"the check itself failed: {error_text(error)}", fix)
 
 
+def examine_own_cluster() -> Iterator[Finding]:
+    """Run the checks of a cluster that is named. Whether it answers, the check `Kafka` has said."""
+    from labkit.cli.own_cluster import OwnCluster
+    from labkit.kafka.errors import LabkitError
+    from labkit.lab.runs import Run
+    from labkit.runtime.which_kafka import connect, is_named
+
+    if is_named():
+        with suppress(LabkitError), connect() as connection:
+            run = Run("doctor", connection.cluster_id)
+            try:
+                yield from examine(OwnCluster(connection, run).checks())
+            finally:
+                run.end(connection.cluster)
+
+
 def python() -> str:
     """The version is right, and everything that labkit depends on can be loaded."""
     version = ".".join(map(str, sys.version_info[:3]))
@@ -84,6 +102,17 @@ def java() -> str:
             "set LABKIT_JAVA_HOME to the folder of a Java 17 or newer",
         )
     return f"{found.version} at {found.path}"
+
+
+def jars() -> str:
+    """What is missing is no problem where there is a network: it is fetched when it is first needed."""
+    from labkit.runtime.jars import NOTEBOOKS, missing
+
+    lines = []
+    for what in missing():
+        numbers = [number for number, needs in NOTEBOOKS.values() if what in needs]
+        lines.append(f"{what} is not here yet: needed by notebook {', '.join(numbers)}")
+    return "\n".join([*lines, "`labkit fetch` brings it before the network is gone"]) if lines else "all are here"
 
 
 def kafka() -> str:
@@ -160,6 +189,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "Python": (python, REMAKE),
     "Java": (java, "`make clean lab` brings one along; or set LABKIT_JAVA_HOME to a Java 17 or newer"),
     "Kafka": (kafka, OTHER_KAFKA),
+    "jars": (jars, "run `labkit fetch` where there is a network"),
     "JupyterLab": (jupyter, REMAKE),
     "memory": (memory, REMAKE),
     "disk": (disk, "make the folder writable, or set LABKIT_CACHE or LABKIT_STATE to one that is"),
@@ -167,9 +197,12 @@ CHECKS: dict[str, tuple[Check, str]] = {
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check everything that a lab needs; the exit code is 1 if something is wrong. Starts the broker if none runs."""
+    """Check everything that a lab needs; the exit code is 1 if something is wrong.
+
+    Starts the broker if none runs. In a cluster of your own it makes topics, and deletes them.
+    """
     findings = []
-    for finding in examine(CHECKS):
+    for finding in itertools.chain(examine(CHECKS), examine_own_cluster()):
         findings.append(finding)
         if not as_json:
             mark = "PROBLEM" if finding.fix else "ok"

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labkit.cli import broker, classroom, clean, doctor, faults, lab, retries, topics
+from labkit.cli import broker, classroom, clean, doctor, faults, fetch, lab, retries, topics
 from labkit.kafka.errors import LabkitError
 
 
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.command("lab")(lab.lab)
 app.command("doctor")(doctor.doctor)
+app.command("fetch")(fetch.fetch)
 app.command("up")(broker.up)
 app.command("down")(broker.down)
 app.command("status")(broker.status)

@@ -16,6 +16,7 @@ from labkit.lab.faults.kafka_connect import Connect
 from labkit.lab.faults.servers import ServerFaults
 from labkit.lab.pods.deployment import Deployment
 from labkit.lab.pods.pod import UP
+from labkit.runtime.jars import missing
 from labkit.runtime.server import ServerState
 from labkit.runtime.which_kafka import Connection
 
@@ -36,12 +37,14 @@ def lab_table(
     notebook: str, run: runs.Run, connection: Connection, deployments: Iterable[Deployment], closed: str
 ) -> str:
     """A lab as HTML. `closed` says what to do if it is."""
+    lacking = ", ".join(missing(notebook))  # a section would need it, perhaps where there is no network any more
     rows: Mapping[str, str] = {
         **({"state": f"closed: {closed}"} if closed else {}),
         "Kafka": kafka_line(connection),
         "run": f"{run.id}: topics and groups are named <code>{html.escape(run.prefix)}…</code>",
         "running": ", ".join(map(repr, deployments)) or "nothing yet",
         "memory": f"{_memory(deployments) / 1e6:,.0f} MB in this notebook and its pods",
+        **({"not here yet": f"{lacking}: fetched when needed, or now by <code>labkit fetch</code>"} if lacking else {}),
         "other labs": ", ".join(name.split(".")[2] for name, _ in runs.living() if name != run.prefix) or "none",
     }
     left = "style='text-align:left'"

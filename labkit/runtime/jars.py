@@ -25,6 +25,16 @@ CONNECT = Path(__file__).with_name(f"kafka-connect-{KAFKA}.jars")
 DEBEZIUM = Path(__file__).with_name("debezium-3.7.0.Final.jars")
 LISTS = {"Apache Kafka": LIST, "Kafka Streams": STREAMS, "Kafka Connect": CONNECT, "Debezium": DEBEZIUM}
 """Lists by their names in messages. All but the first only have what is needed beside Kafka's jars."""
+_CONNECT = ("Kafka Connect", "Debezium")
+NOTEBOOKS = {
+    "consume-and-project": ("01", ("Apache Kafka", *_CONNECT)),
+    "end-to-end": ("02", ("Apache Kafka", *_CONNECT)),
+    "key-value-store": ("03", ("Apache Kafka",)),
+    "events-in-transactions": ("05", ("Apache Kafka",)),
+    "event-aggregation": ("06", ("Kafka Streams",)),
+}
+"""By the name of its lab: a notebook's number, and the lists that it needs on any Kafka, for one of its own or in a
+section."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class Jar:
             return False
 
 
+class JarsMissing(LabkitError):
+    """Jars are not on this machine, and could not be fetched."""
+
+
 Fetch = Callable[[Jar, Path], Path]  # puts the jar somewhere below the folder, and returns its path
 
 
@@ -64,13 +78,35 @@ def read_list(path: Path = LIST) -> list[Jar]:
 
 def streams_jars(rocksdb: bool) -> list[Path]:
     """Kafka's jars and those of Kafka Streams. RocksDB has 73 MB, so it is fetched only on demand."""
-    jars = [jar for jar in read_list(STREAMS) if rocksdb or jar.artifact != "rocksdbjni"]
-    return jar_files() + jar_files(jars=jars, what="Kafka Streams")
+    return jar_files() + jar_files(jars=_streams(rocksdb), what="Kafka Streams")
 
 
 def connect_jars() -> list[Path]:
     """Kafka's jars, those of Kafka Connect with MirrorMaker, and Debezium's for PostgreSQL."""
     return jar_files() + jar_files(what="Kafka Connect") + jar_files(what="Debezium")
+
+
+def fetch(what: str) -> Path:
+    """Fetch what is missing of a list, so that no network is needed later; returns the folder. Raises JarsMissing."""
+    return jar_files(jars=_of_notebooks(what), what=what)[0].parent
+
+
+def missing(notebook: str = "") -> list[str]:
+    """The lists that are not all here, those that this notebook needs or all. It looks at names only."""
+    wanted = NOTEBOOKS[notebook][1] if notebook in NOTEBOOKS else () if notebook else tuple(LISTS)
+    return [what for what in wanted if not all((_folder(what) / jar.file_name).exists() for jar in _of_notebooks(what))]
+
+
+def _of_notebooks(what: str) -> list[Jar]:
+    return _streams(rocksdb=False) if what == "Kafka Streams" else read_list(LISTS[what])
+
+
+def _streams(rocksdb: bool) -> list[Jar]:
+    return [jar for jar in read_list(STREAMS) if rocksdb or jar.artifact != "rocksdbjni"]
+
+
+def _folder(what: str) -> Path:
+    return cache_dir() / "jars" / LISTS[what].stem
 
 
 def jar_files(
@@ -81,9 +117,9 @@ def jar_files(
 ) -> list[Path]:
     """The paths of the jars, every one checked (0.1 s). Those that are missing or damaged are fetched first.
 
-    Raises LabkitError when that is impossible, saying what to do instead.
+    Raises JarsMissing when that is impossible, saying what to do instead.
     """
-    folder = folder or cache_dir() / "jars" / LISTS[what].stem
+    folder = folder or _folder(what)
     jars = read_list(LISTS[what]) if jars is None else jars
     paths = [folder / jar.file_name for jar in jars]
     if _broken(jars, folder):
@@ -130,7 +166,7 @@ def _fetch_all(jars: Sequence[Jar], folder: Path, fetch: Fetch, what: str) -> No
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, Exception):
-                    raise LabkitError(_what_to_do(futures[future], error, folder, what)) from error
+                    raise JarsMissing(_what_to_do(futures[future], error, folder, what)) from error
                 future.result()
                 progress.advance(task)
     finally:
@@ -165,14 +201,8 @@ def _quiet(*names: str) -> Iterator[None]:
 
 def _what_to_do(jar: Jar, error: Exception, folder: Path, what: str) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    failed = f"{what} could not be fetched: {jar.file_name} ({jar.group}): {reason}\n"
-    copy = f"copy the jars listed in {LISTS[what]} into {folder}"
-    if what != "Apache Kafka":
-        return f"{failed}To go on, {copy}"
     return (
-        f"{failed}"
-        "Instead of the embedded broker you can\n"
-        "  · start one with Docker: docker compose up -d\n"
-        "  · name one that runs: KAFKA_BOOTSTRAP_SERVERS=host:port\n"
-        f"  · {copy}"
+        f"{what} could not be fetched: {jar.file_name} ({jar.group}): {reason}\n"
+        "Run `labkit fetch` once where there is a network: from then on none is needed. "
+        f"Or copy the jars listed in {LISTS[what]} into {folder}"
     )

@@ -13,6 +13,7 @@ from labkit.closing import Closing
 from labkit.kafka.clients import forget
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import ClusterUnreachable, LabkitError
+from labkit.runtime.jars import JarsMissing
 
 if TYPE_CHECKING:
     from labkit.runtime.private_broker import BrokerServer, PrivateBroker, PrivateCluster
@@ -77,7 +78,15 @@ def connect() -> Connection:
         return found
     from labkit.runtime.shared_broker import shared_broker
 
-    return _embedded(shared_broker())
+    try:
+        return _embedded(shared_broker())
+    except JarsMissing as error:
+        raise JarsMissing(
+            f"{error}\n"
+            "Instead of the embedded broker you can\n"
+            "  · start one with Docker: docker compose up -d\n"
+            f"  · name one that runs: {BOOTSTRAP}=host:port"
+        ) from error
 
 
 def private(brokers: int = 1) -> Connection:
@@ -107,10 +116,15 @@ def running() -> Connection | None:
     return None if lease is None else _embedded(lease)
 
 
+def is_named() -> bool:
+    """Whether a cluster is named, so that no other is tried."""
+    return bool(os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG))
+
+
 def outside() -> Connection | None:
     """The Kafka that others use too: the one that is named, else the compose file's. Raises LabkitError when the named
     one does not answer."""
-    if os.environ.get(BOOTSTRAP) or os.environ.get(CLIENT_CONFIG):
+    if is_named():
         return _external()
     return Connection(COMPOSE, "compose", COMPOSE_CLUSTER_ID) if composed() else None
 

@@ -89,6 +89,16 @@ class Secured:
     def address(self, listener: str, host: str = HOST) -> str:
         return f"{host}:{self.ports[listener]}"
 
+    def allow(self, user: str, *kinds: ResourceType) -> None:
+        """Give a user the rights of docs/own-cluster.md: everything that begins with `labkit.<user>.`, of each kind."""
+        everything = (AclOperation.ALL, AclPermissionType.ALLOW)
+        rights = [
+            AclBinding(kind, f"labkit.{user}.", ResourcePatternType.PREFIXED, f"User:{user}", "*", *everything)
+            for kind in kinds
+        ]
+        for done in admin(self.broker.cluster).create_acls(rights).values():
+            done.result(10)
+
     def set_password(self, user: str, password: str) -> None:
         """Make a user, or change a user's password, for both mechanisms."""
         for mechanism in (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512):  # a user once in a request
@@ -170,6 +180,9 @@ def _settings(port: int, controller: int, ports: dict[str, int], certificates: C
         "listener.name.again.scram-sha-256.connections.max.reauth.ms=3000",
         f"ssl.truststore.location={certificates.pem('ca')}",
         "ssl.truststore.type=PEM",
+        # Who is none of these needs rights.
+        "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        f"super.users=User:ANONYMOUS;User:{USER};User:bob;User:CN=client",
     ]
     for name, (protocol, store) in LISTENERS.items():
         own = f"listener.name.{name.lower()}"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from confluent_kafka.admin import ResourceType
 from consuming import fresh_group, fresh_topic
-from lab_helpers import Order, Shipped, orders, values, wait_ready
+from lab_helpers import Order, Shipped, diagnosed, orders, ships_all, values, wait_ready
 from processes import wait_until
 from secured import PASSWORD, STORE, USER, Secured, secured_broker
 
@@ -239,6 +240,54 @@ def test_a_lab_works_over_tls_with_a_login(through: Connect, secured: Secured, s
     finally:
         lab.close()
     assert not [name for name in lab.cluster.topics() if name.startswith(lab.run.prefix)]
+
+
+THREE = (ResourceType.TOPIC, ResourceType.GROUP, ResourceType.TRANSACTIONAL_ID)
+
+
+def as_user(user: str, secured: Secured, through: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a learner who logs in as this new user."""
+    secured.set_password(user, PASSWORD)
+    monkeypatch.setenv("LABKIT_LEARNER", user)
+    through("LOGIN", LOGIN | {"sasl.username": user})
+
+
+@pytest.mark.long
+def test_a_lab_works_with_three_rights_for_a_prefix(
+    through: Connect, secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/own-cluster.md gives them: topics, groups and transactional ids that begin with `labkit.<learner>.`."""
+    secured.allow("grace", *THREE)
+    as_user("grace", secured, through, monkeypatch)
+    ships_all("prefixed")
+    found = diagnosed(monkeypatch)
+    assert not [one for one in found.values() if one.fix]
+    assert "may not read the brokers' settings" in found["settings"].text
+    assert "under labkit.grace." in found["topics"].text
+
+
+@pytest.mark.long
+def test_rights_of_another_prefix_are_no_rights(
+    through: Connect, secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secured.allow("linus", *THREE)
+    as_user("linus", secured, through, monkeypatch)
+    monkeypatch.setenv("LABKIT_LEARNER", "linu")
+    assert diagnosed(monkeypatch)["topics"].fix.startswith("give this login the three rights")
+    with pytest.raises(LabkitError, match="could not be created"):
+        Lab("foreign")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "check"), [*zip(THREE, ("topics", "groups", "transact."), strict=True)])
+def test_each_right_that_lacks_is_a_finding(
+    kind: ResourceType, check: str, through: Connect, secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = f"without-{kind.name.lower().replace('_', '-')}"[:20]
+    secured.allow(user, *(one for one in THREE if one != kind))
+    as_user(user, secured, through, monkeypatch)
+    finding = diagnosed(monkeypatch)[check]
+    assert f"prefix labkit.{user}. (or set LABKIT_LEARNER" in finding.fix
 
 
 def texts(folder: Path, since: float) -> Iterator[str]:

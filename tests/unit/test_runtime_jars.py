@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rich
 from rich.console import Console
+from typer.testing import CliRunner
 
+from labkit import Lab
+from labkit.cli import doctor
+from labkit.cli.main import app
+from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.runtime.jars import LISTS, Jar, jar_files, read_list
+from labkit.lab.runs import Run
+from labkit.lab.status import lab_table
+from labkit.runtime.jars import LISTS, NOTEBOOKS, Jar, connect_jars, jar_files, read_list, streams_jars
+from labkit.runtime.which_kafka import Connection, connect, private
 
 CONTENT = {f"lib{number}": f"jar {number}".encode() * 1000 for number in range(12)}
 JARS = [Jar("org.example", name, "1.0", "", hashlib.sha256(data).hexdigest()) for name, data in CONTENT.items()]
@@ -94,25 +104,70 @@ def test_a_connection_that_breaks_is_tried_again(tmp_path: Path) -> None:
     assert len(jar_files(tmp_path, JARS, fetch)) == len(JARS)
 
 
-def test_without_a_network(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No network, and an empty cache folder."""
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: refused at once
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LABKIT_STATE", str(tmp_path / "state"))
+    return tmp_path / "cache"
+
+
+def test_without_a_network(offline: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """A lab on the shared Kafka can take another Kafka; one with a Kafka of its own is told no such thing."""
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(LabkitError) as error:
-        jar_files(tmp_path)
-    text = str(error.value)
-    assert "docker compose up -d" in text
-    assert "KAFKA_BOOTSTRAP_SERVERS" in text
-    assert str(tmp_path) in text
+    with pytest.raises(LabkitError) as shared:
+        connect()
+    with pytest.raises(LabkitError) as private:
+        Lab("key-value-store", cluster="private")  # the first cell of notebooks 02, 03 and 05
+    for error in (shared, private):
+        assert "labkit fetch" in str(error.value)
+        assert str(offline) in str(error.value)
+    others = ("docker compose up -d", "KAFKA_BOOTSTRAP_SERVERS")
+    assert [other in str(shared.value) for other in others] == [True, True]
+    assert [other in str(private.value) for other in others] == [False, False]
     assert not [record for record in caplog.records if record.name.startswith(("jgo", "urllib3"))]
     assert "jgo" not in "".join(capfd.readouterr()).lower()
+
+
+def test_what_sections_lack_is_said_by_the_doctor_and_in_the_first_cell(offline: Path) -> None:
+    assert "Kafka Connect is not here yet: needed by notebook 01, 02" in doctor.jars()
+    assert "Apache Kafka is not here yet: needed by notebook 01, 02, 03, 05" in doctor.jars()
+    assert "Kafka Streams is not here yet: needed by notebook 06" in doctor.jars()
+    connection = Connection(Cluster("127.0.0.1:9"), "external", "an-id")
+    run = Run("consume-and-project", "an-id")
+    shown = lab_table("consume-and-project", run, connection, [], "")
+    assert "Apache Kafka, Kafka Connect, Debezium: fetched when needed, or now by <code>labkit fetch</code>" in shown
+    assert "labkit fetch" not in lab_table("start-here", run, connection, [], "")
+    run.forget()
+
+
+def test_the_notebooks_that_need_jars_are_there() -> None:
+    """By the first cell, which names the lab."""
+    for name, (number, lists) in NOTEBOOKS.items():
+        (path,) = (Path(__file__).parents[2] / "notebooks").glob(f"{number}_*.ipynb")
+        text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+        assert f'Lab("{name}"' in text
+        assert ("lab.connect()" in text) == ("Kafka Connect" in lists)
+        assert ('cluster="private"' in text) == ("Apache Kafka" in lists)
+        assert ("StreamsCounter(" in text) == ("Kafka Streams" in lists)
+
+
+@pytest.mark.long
+def test_after_a_fetch_no_network_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
+    done = CliRunner().invoke(app, ["fetch"])
+    assert done.exit_code == 0, done.output
+    request.getfixturevalue("offline")
+    assert doctor.jars() == "all are here"
+    assert CliRunner().invoke(app, ["fetch"]).exit_code == 0
+    with private() as connection:
+        assert connection.cluster.topics() == {}
+    assert connect_jars()
+    assert streams_jars(rocksdb=False)
 
 
 @pytest.mark.parametrize("what", ["Kafka Streams", "Kafka Connect", "Debezium"])

@@ -1,0 +1,13 @@
+"""`labkit fetch`: all jars beforehand, so that no network is needed later."""
+
+from __future__ import annotations
+
+import typer
+
+
+def fetch() -> None:
+    """Fetch all jars that the notebooks need (some 65 MB): from then on they need no network."""
+    from labkit.runtime import jars
+
+    for what in jars.LISTS:
+        typer.echo(f"{what}: {jars.fetch(what)}")
