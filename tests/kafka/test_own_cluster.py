@@ -28,7 +28,7 @@ def test_the_embedded_kafka_as_an_own_cluster(
     assert found["release"].text.startswith("Kafka 4.1 or newer")
     assert "auto.create.topics.enable=false" in found["settings"].text
     assert "group.initial.rebalance.delay.ms=0" in found["settings"].text
-    assert "under labkit.ada.; replication 1, min.insync.replicas 1" in found["topics"].text
+    assert "under labkit.ada-o.; replication 1, min.insync.replicas 1" in found["topics"].text
     assert "__transaction_state has replication 1, min.insync.replicas 1; " in found["transact."].text
     assert not [name for name in (*cluster.topics(), *cluster.groups()) if name.startswith("labkit.ada.")]
 

@@ -68,7 +68,7 @@ def long(*case: str) -> Any:
         long(RETRIES, "skip_fires_twice", "verdict-topics", r": a skip is for one record, once"),
         long(RETRIES, "group_missing", "verdict-topics", r"invalid: announced: .* duplicated [1-9]"),
         long(TRANSACTIONS, "offset_before_transaction", "exactly-once-verdict", r"invalid: Delivery: .* lost [1-9]"),
-        (TRANSACTIONS, "read_uncommitted", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
+        long(TRANSACTIONS, "read_uncommitted", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
         long(TRANSACTIONS, "sent_before_commit", "exactly-once-verdict", r"invalid: Delivery: .* duplicated [1-9]"),
         long(TRANSACTIONS, "acks_one", "acks-verdict", r"invalid: checked out: .* lost [1-9]|'acks=all': \['order-"),
         long(AGGREGATION, "keyless_commands", "count-verdict", r"invalid: store: .* lost [1-9]"),
