@@ -30,7 +30,7 @@ def test_the_embedded_kafka_as_an_own_cluster(
     assert "group.initial.rebalance.delay.ms=0" in found["settings"].text
     assert "under labkit.ada-o.; replication 1, min.insync.replicas 1" in found["topics"].text
     assert "__transaction_state has replication 1, min.insync.replicas 1; " in found["transact."].text
-    assert not [name for name in (*cluster.topics(), *cluster.groups()) if name.startswith("labkit.ada.")]
+    assert not [name for name in (*cluster.topics(), *cluster.groups()) if name.startswith("labkit.ada-o.")]
 
 
 def test_without_an_own_cluster_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
