@@ -115,7 +115,7 @@ class Producer:
             "compression.type": "zstd" if copies else "none",
             "enable.idempotence": idempotent,
             "partitioner": "murmur2_random",  # where Java clients put the same key
-            "linger.ms": 2,
+            "linger.ms": 0 if reports and not copies else 2,  # somebody waits for each record whose report is asked for
             "delivery.report.only.error": not reports,  # a callback for each record costs up to half the speed
             "delivery.timeout.ms": int(timeout * 1000),
             "queue.buffering.max.messages": 1_000_000,
