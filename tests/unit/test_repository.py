@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 TOP = {
     *("notebooks", "labkit", "data", "tests", "docs"),
     *("environment.yml", "docker-compose.yml", "README.md", "pyproject.toml", "requirements.lock", "Makefile"),
-    *("LICENSE", "CONTRIBUTING.md", "conftest.py"),
+    *("LICENSE", "CONTRIBUTING.md", "conftest.py", "bundle"),
     *(".binder", ".devcontainer"),
     *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
 }
