@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_core.utils import ensure_event_loop
 from kernels import ROOT, kernel, pid_of, run
 from processes import processes_of, wait_until
 
@@ -32,7 +34,7 @@ def kafka(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("LABKIT_STATE", str(tmp_path / "kafka"))
     with shared_broker.shared_broker() as lease:
         monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", lease.cluster.bootstrap)
-        monkeypatch.setenv("LABKIT_PACE", "3")  # three at once
+        monkeypatch.setenv("LABKIT_PACE", "2")  # three at once
         yield lease.cluster
         lease.stop()
 
@@ -90,13 +92,17 @@ def test_three_learners_beside_the_trainers_table(kafka: Cluster, tmp_path: Path
             seen.update({(*here, "has pods")} if row.pods else ())
             seen.update({(*here, row.verdict.result)} if row.verdict else ())
 
+    def in_a_thread(work: Callable[[], list[str]]) -> list[str]:
+        with contextlib.closing(ensure_event_loop()):  # the thread's, which its kernels use
+            return work()
+
     learners = {
         "ada": partial(works, "ada", tmp_path),
         "grace": partial(works, "grace", tmp_path),
         "linus": partial(is_killed_and_comes_again, "linus", tmp_path, kafka),
     }
     with ThreadPoolExecutor(len(learners)) as pool:
-        under_way = {name: pool.submit(work) for name, work in learners.items()}
+        under_way = {name: pool.submit(in_a_thread, work) for name, work in learners.items()}
         while wait(under_way.values(), timeout=REFRESH).not_done:
             watch(look(kafka))
     verdicts = {name: one.result() for name, one in under_way.items()}
