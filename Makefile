@@ -13,7 +13,7 @@ PYTEST := .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 TESTS := tests/browser tests/notebooks tests/kafka tests/unit
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=280
 
-.PHONY: help lab test test-long bench soak notebooks lint lock environment clean
+.PHONY: help lab test test-long bench soak notebooks lint lock environment bundle clean
 
 help:
 	@echo 'make lab        open the lab: JupyterLab on notebook 00, with a Kafka behind it'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint       only the checks which take seconds'
 	@echo 'make notebooks  run the notebooks and rewrite the outputs they are committed with; ARGS=00_start_here for one'
 	@echo 'make lock       resolve the dependencies of pyproject.toml anew into requirements.lock'
+	@echo 'make bundle     wheels and jars in the folder bundle, whose install.sh needs no network'
 	@echo 'make clean      remove the environment and caches (never your copies in work/)'
 
 lab: environment
@@ -94,6 +95,19 @@ lock: environment
 		--only-binary :all: \
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o requirements.lock
 
+# For this Python on this system, as wheels are. made-for is written last.
+bundle: environment
+	@set -eu; \
+	rm -rf bundle/made-for bundle/wheels; \
+	cp requirements.lock bundle/; \
+	.venv/bin/python -I -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+		-d bundle/wheels -r requirements.lock; \
+	.venv/bin/python -I -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w bundle/wheels .; \
+	LABKIT_CACHE=bundle .venv/bin/labkit fetch; \
+	.venv/bin/python bundle/made_for.py > bundle/made-for; \
+	echo "Copy the folder bundle ($$(du -sh bundle | cut -f1)). There: sh bundle/install.sh"
+
 clean:
+	rm -rf bundle/jars bundle/made-for bundle/requirements.lock bundle/wheels
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache notebooks/comparison
 	find labkit tests -type d -name __pycache__ -prune -exec rm -rf {} +

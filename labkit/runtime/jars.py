@@ -86,9 +86,12 @@ def connect_jars() -> list[Path]:
     return jar_files() + jar_files(what="Kafka Connect") + jar_files(what="Debezium")
 
 
-def fetch(what: str) -> Path:
-    """Fetch what is missing of a list, so that no network is needed later; returns the folder. Raises JarsMissing."""
-    return jar_files(jars=_of_notebooks(what), what=what)[0].parent
+def fetch(what: str, source: Path | None = None) -> Path:
+    """Fetch what is missing of a list, so that no network is needed later: from the jars of a bundle, if `source` is
+    their folder. Returns the folder. Raises JarsMissing.
+    """
+    copied = None if source is None else _copied(source / LISTS[what].stem)
+    return jar_files(jars=_of_notebooks(what), fetch=copied, what=what)[0].parent
 
 
 def missing(notebook: str = "") -> list[str]:
@@ -183,6 +186,10 @@ def _maven() -> Fetch:
         return Path(component.artifact(classifier=jar.classifier, packaging="jar").resolve())
 
     return fetch
+
+
+def _copied(folder: Path) -> Fetch:
+    return lambda jar, below: Path(shutil.copy(folder / jar.file_name, below))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""labkit from a wheel, in a dev container and on Binder: their steps, as written, in a fresh copy of the repository.
+"""labkit from a wheel, from a bundle, in a dev container and on Binder: their steps, as written, in a fresh copy of the
+repository.
 
-Nothing is downloaded: a new environment finds what is installed in the one that runs the tests.
+Nothing but the bundle's wheels is downloaded: a new environment finds what is installed in the one that runs the tests.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from processes import wait_until
 from running_lab import ask, assert_nothing_is_left, environment, read_address, started
 
 from labkit.cli.lab import FIRST, ROOT
+from labkit.runtime.home import cache_dir
 
 pytestmark = pytest.mark.long
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
@@ -53,8 +55,8 @@ def python(tmp_path: Path) -> Path:
     return path
 
 
-def run(command: list[str | Path], env: dict[str, str], cwd: Path) -> str:
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=280, check=False)
+def run(command: list[str | Path], env: dict[str, str], cwd: Path, timeout: float = 280) -> str:
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -98,6 +100,40 @@ def test_a_wheel_brings_its_notebooks(copy: Path, python: Path, tmp_path: Path) 
     assert refused.returncode == 1
     assert "labkit: this labkit came without its notebooks" in refused.stderr
     assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.timeout(1800)
+def test_a_bundle_needs_no_network(copy: Path, python: Path, tmp_path: Path) -> None:
+    env = environment(tmp_path / "state", PYTHON=str(python))
+    run(["make", "environment"], {**env, **OFFLINE}, copy)
+    ignored = shutil.ignore_patterns("rocksdbjni*")
+    shutil.copytree(
+        cache_dir() / "jars", copy / "bundle" / "jars", ignore=ignored
+    )  # what is there is not fetched again
+    run(["make", "bundle"], env, copy, timeout=1500)
+    bundle = shutil.move(copy / "bundle", tmp_path / "bundle")
+    shutil.rmtree(copy)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    cut_off = {name: value for name, value in env.items() if not name.lower().startswith("pip_")}
+    cut_off |= {**nowhere, "PYTHON": sys.executable, "LABKIT_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    run(["sh", bundle / "install.sh"], cut_off, empty, timeout=600)
+    said = run([empty / ".venv" / "bin" / "labkit", "doctor"], cut_off, empty)
+    assert re.search(r"ok +jars: +all are here", said), said
+    with started([empty / ".venv" / "bin" / "labkit", "lab", "--no-browser"], cut_off, cwd=empty) as lab:
+        said, address = read_address(lab)
+        assert f"Your copies of the notebooks are in {empty / 'work'}" in said
+        assert ask(address, f"lab/tree/{FIRST}") == 200
+    assert_nothing_is_left(tmp_path)
+
+    (bundle / "made-for").write_text("3.9 Linux elsewhere")
+    command = ["sh", bundle / "install.sh"]
+    refused = subprocess.run(command, env=cut_off, cwd=empty, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "are for Python 3.9 Linux elsewhere, and" in refused.stderr
+    assert (empty / ".venv").exists()
 
 
 def test_the_steps_of_the_dev_container(copy: Path, python: Path, tmp_path: Path) -> None:

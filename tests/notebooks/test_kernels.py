@@ -8,19 +8,16 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import psutil
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
+from kernels import ROOT, kernel, pid_of, run
 from nbclient import NotebookClient
 from processes import wait_until
-
-ROOT = Path(__file__).parents[2]
 
 SETUP = """
 import json, os, time, psutil
@@ -53,34 +50,6 @@ print(json.dumps({
     "broker": [status().pid, status().restarts],
 }))
 """
-
-
-@contextlib.contextmanager
-def kernel(state: Path) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(env={**os.environ, "LABKIT_STATE": str(state)}, cwd=str(ROOT / "notebooks"))
-    client = manager.client()
-    client.start_channels()
-    client.wait_for_ready(timeout=180)
-    try:
-        yield manager, client
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-
-
-def run(client: BlockingKernelClient, code: str) -> str:
-    """What a cell prints. Fails with the cell's traceback."""
-    printed: list[str] = []
-
-    def hear(message: dict[str, Any]) -> None:
-        if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
-            printed.append(message["content"]["text"])
-
-    reply = client.execute_interactive(code, timeout=180, output_hook=hear)
-    content = reply["content"]
-    assert content["status"] == "ok", "\n".join(content.get("traceback", []))
-    return "".join(printed)
 
 
 def open_port(bootstrap: str) -> bool:
@@ -120,9 +89,7 @@ def test_kill_9_of_a_kernel_with_a_frozen_pod_leaves_nothing(tmp_path: Path) -> 
         run(client, "shop.pods[0].freeze()")
         facts = json.loads(run(client, FACTS))
         assert open_port(facts["bootstrap"])
-        assert manager.provisioner is not None
-        pid: int = manager.provisioner.process.pid  # type: ignore[attr-defined]
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid_of(manager), signal.SIGKILL)
         wait_until(lambda: all(map(gone, facts["pods"])), 10, "the end of the pods with their kernel")
         wait_until(lambda: not of_this_lab(tmp_path), 60, "the end of all that the kernel started")
         assert not open_port(facts["bootstrap"])

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 TOP = {
     *("notebooks", "labkit", "data", "tests", "docs"),
     *("environment.yml", "docker-compose.yml", "README.md", "pyproject.toml", "requirements.lock", "Makefile"),
-    *("LICENSE", "CONTRIBUTING.md", "conftest.py"),
+    *("LICENSE", "CONTRIBUTING.md", "conftest.py", "bundle"),
     *(".binder", ".devcontainer"),
     *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
 }
@@ -306,3 +306,14 @@ def test_containers_call_commands_that_there_are(dev_container: dict[str, Any]) 
     assert called == ["lab", "up", "down"]
     assert set(called) <= {command.name for command in app.registered_commands}
     assert dev_container["forwardPorts"] == [inspect.signature(lab).parameters["port"].default]
+
+
+def test_the_trainers_page_has_a_sentence_for_every_prediction() -> None:
+    cells = {
+        (book.name[:2], cell["id"])
+        for book in (ROOT / "notebooks").glob("*.ipynb")
+        for cell in json.loads(book.read_text())["cells"]
+        if cell["cell_type"] == "code" and "= predict(" in "".join(cell["source"])
+    }
+    told = re.findall(r"^\| (\d\d) `([\w-]+)` \|", (ROOT / "docs" / "workshop.md").read_text(), re.MULTILINE)
+    assert sorted(told) == sorted(cells)
