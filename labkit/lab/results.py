@@ -16,6 +16,7 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
+from labkit.runtime.which_kafka import outside
 
 WAIT = 1.0  # seconds that a lab which is closed waits for what is not written yet
 LONGEST = 200  # characters of a reason
@@ -44,10 +45,10 @@ def topic_of(cluster: Cluster, learner: str = "") -> Topic[Result]:
 class Results:
     """Writes a lab's results, from a thread of its own: a verdict neither waits nor fails where they cannot be written.
 
-    A private lab has none, as nobody else sees its Kafka: its results are written by the notebook's shared lab.
+    Nobody else sees a private lab's Kafka. `cluster` None: they go to the Kafka that the environment names, if any.
     """
 
-    def __init__(self, cluster: Cluster, run: runs.Run) -> None:
+    def __init__(self, cluster: Cluster | None, run: runs.Run) -> None:
         self._cluster = cluster
         _, self._learner, self._notebook, self._run, _ = run.prefix.split(".")
         self._told: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
@@ -73,9 +74,13 @@ class Results:
             self._thread.join(WAIT)
 
     def _write(self) -> None:
-        topic = topic_of(self._cluster, self._learner)
         while (result := self._told.get()) is not None:
             with suppress(LabkitError):  # it is away, or does not let us: the class misses a line
+                if self._cluster is None and (found := outside()) is not None:
+                    self._cluster = found.cluster
+                if self._cluster is None:
+                    continue
+                topic = topic_of(self._cluster, self._learner)
                 if not self._created:
                     topic.create({"cleanup.policy": "compact"})
                     self._created = True
@@ -85,10 +90,10 @@ class Results:
 _open: list[Results] = []
 
 
-def tell(kind: Kind, result: str, why: str = "", name: str = "", by: Results | None = None) -> None:
-    """Have a result written: by these results, else by those of the notebook's first lab, if one is open."""
-    if (writer := by or next(iter(_open), None)) is not None:
-        writer.tell(kind, result, why, name)
+def tell(kind: Kind, result: str, why: str = "", name: str = "") -> None:
+    """Have a result written as one of the notebook's first lab, if one is open: a second is a part of its story."""
+    if _open:
+        _open[0].tell(kind, result, why, name)
 
 
 def _cell() -> str:

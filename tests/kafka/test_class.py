@@ -202,9 +202,26 @@ def test_a_kafka_that_is_away_harms_no_verdict(learner: str, monkeypatch: pytest
     run.forget()
 
 
-def test_what_a_private_lab_finds_is_told_by_the_shared_one(lab: Lab, cluster: Cluster, learner: str) -> None:
-    results.tell("verdict", "valid", name="far view", by=None)
-    results._open[0].close()
+def test_what_a_private_lab_finds_goes_to_the_kafka_of_the_class(
+    connection: Connection, cluster: Cluster, learner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
+    run = runs.Run("key-value-store", "private", private=True)
+    alone = Results(None, run)
+    results.tell("verdict", "invalid", "lost 3", "second")
+    wait_until(lambda: row_of(cluster, learner), 20, "what it told")
+    alone.close()
+    run.forget()
+    row = row_of(cluster, learner)
+    assert row is not None
+    assert row.verdict is not None
+    assert (row.notebook, row.pods, row.verdict.cell) == ("key-value-store", None, "second")
+
+
+def test_what_a_second_lab_finds_is_told_by_the_notebooks_own(lab: Lab, cluster: Cluster, learner: str) -> None:
+    with Lab("google-dc") as other:
+        assert other.verdict({"a": 1}, {"a": 1}, name="far view").result == "valid"
+        lab._results.close()
     (told,) = values(topic_of(cluster, learner))
     assert (told.notebook, told.run, told.cell) == ("class", lab.run.id, "far view")
 
