@@ -26,13 +26,13 @@ def class_(
     import msgspec
 
     from labkit.kafka.errors import LabkitError
-    from labkit.lab.classroom import HEADS, REFRESH, advice, cells, look
+    from labkit.lab.classroom import HEADS, REFRESH, cells, look
 
     with kafka() as connection:
 
         def shown() -> str:
             rows, now = look(connection.cluster), time.time()
-            return table(HEADS, (cells(row, now) for row in rows), "Nobody is there.") + advice(rows)
+            return table(HEADS, (cells(row, now) for row in rows), "Nobody is there.")
 
         if as_json:
             say_json(msgspec.to_builtins(look(connection.cluster)))

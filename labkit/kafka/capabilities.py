@@ -11,15 +11,9 @@ from contextlib import suppress
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]
 
-from labkit.kafka.cluster import ANSWER, PASSING, Cluster
+from labkit.kafka.cluster import ANSWER, FORBIDDEN, PASSING, Cluster
 from labkit.kafka.errors import LabkitError, TopicMissing
 
-FORBIDDEN = (
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-)
 PATIENCE = 10.0  # seconds for a step of a transaction
 
 # By what one tells a release: the first version of a request that only this one and newer ones know. Newest first.

@@ -68,14 +68,6 @@ class Partition:
 
 
 @dataclass(frozen=True)
-class Member:
-    """Who is in a consumer group: the address that it calls from, and the (topic, partition)s that it has."""
-
-    host: str
-    assigned: frozenset[tuple[str, int]]
-
-
-@dataclass(frozen=True)
 class Cluster:
     """The coordinates of a cluster: plain data, so it can travel to another process.
 
@@ -307,12 +299,15 @@ class Cluster:
         empty = (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)
         return {group.group_id: group.state not in empty for group in listing.valid}
 
-    def members(self, groups: Collection[str]) -> dict[str, list[Member]]:
-        """Who is in each of these consumer groups: nobody, in one that is gone. Raises ClusterUnreachable."""
+    def members(self, groups: Collection[str]) -> dict[str, list[frozenset[tuple[str, int]]]]:
+        """The (topic, partition)s of each member of these groups; no members of one that is gone.
+
+        Raises ClusterUnreachable.
+        """
         if not groups:
             return {}
 
-        def asked(client: AdminClient) -> dict[str, list[Member]]:
+        def asked(client: AdminClient) -> dict[str, list[frozenset[tuple[str, int]]]]:
             found = {}
             for name, answer in client.describe_consumer_groups(list(groups), request_timeout=ANSWER).items():
                 try:
@@ -321,7 +316,7 @@ class Cluster:
                     if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
                         raise
                     there = []
-                found[name] = [Member(one.host.lstrip("/"), _places(one.assignment)) for one in there]
+                found[name] = [_places(one.assignment) for one in there]
             return found
 
         return self.ask(asked)
@@ -415,6 +410,7 @@ PASSING = (
 FORBIDDEN = (
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
 

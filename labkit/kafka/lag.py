@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from confluent_kafka import Consumer as Client
@@ -12,10 +12,8 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from labkit.kafka.clients import forget, kept
 from labkit.kafka.cluster import ANSWER, Cluster
-from labkit.kafka.errors import LabkitError
 
 ASKERS = 64  # groups whose offsets are asked for in turn, each by a client that is kept: more than a lab has
-AT_ONCE = 8  # groups of many whose offsets are asked for at the same time
 _BEGINNING: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 _END: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 _NEWEST: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
@@ -34,38 +32,9 @@ def lag(cluster: Cluster, group: str, topics: Sequence[str]) -> dict[tuple[str, 
     starts = offsets(cluster, behind, _BEGINNING) if behind else {}
     found = dict.fromkeys(partitions, 0)
     for place, start in starts.items():
-        found[place] = _left(committed.get(place), start, ends[place])
+        at = committed.get(place, start)
+        found[place] = max(0, ends[place] - (at if start <= at <= ends[place] else start))
     return found
-
-
-def lags(
-    cluster: Cluster, groups: Mapping[str, Collection[str]], assigned: Mapping[str, Collection[tuple[str, int]]]
-) -> dict[str, int | None]:
-    """Records that each of many groups has still to read, in a few questions: in those of its topics in which it has
-    committed something, and in the partitions that its members are `assigned`. None where Kafka does not say it now.
-
-    Raises ClusterUnreachable.
-    """
-    partitions = _partitions(cluster, {topic for topics in groups.values() for topic in topics})
-    partitions = [*{*partitions, *(place for places in assigned.values() for place in places)}]
-    ends, starts = offsets(cluster, partitions, _END), offsets(cluster, partitions, _BEGINNING)
-
-    def behind(group: str) -> int | None:
-        own = {place for place in partitions if place[0] in groups[group]}.union(assigned.get(group, ()))
-        try:
-            committed = _committed(cluster, group, [*own])
-        except LabkitError:  # its coordinator is moving, or does not answer: the other groups' may
-            return None
-        reads = committed.keys() | assigned.get(group, ())
-        return sum(_left(committed.get(place), starts[place], ends[place]) for place in reads)
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:  # a client for each group, which first has to find the coordinator
-        return dict(zip(groups, pool.map(behind, groups), strict=True))
-
-
-def _left(committed: int | None, start: int, end: int) -> int:
-    """How many records of a partition are left to read."""
-    return max(0, end - (committed if committed is not None and start <= committed <= end else start))
 
 
 def newest_records(cluster: Cluster, topics: Collection[str]) -> dict[str, float]:

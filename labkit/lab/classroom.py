@@ -5,16 +5,17 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
-from labkit.kafka.lag import lags, newest_records
+from labkit.kafka.lag import committed_offsets, lag, newest_records
 from labkit.kafka.reader import read_all
 from labkit.lab import runs
 from labkit.lab.results import Kind, Result
@@ -22,7 +23,6 @@ from labkit.runtime.which_kafka import connect
 
 HEADS = ("learner", "notebook", "since", "last word", "lag", "pods", "last verdict", "exercise")
 REFRESH = 2.0  # seconds between two looks
-_Key: TypeAlias = tuple[str, str, str]  # a run: learner, notebook, run id
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,6 @@ class Row:
     """Members of the run's consumer groups. A pod that consumes in no group, as a service, is none. None: no run."""
     verdict: Result | None = None
     exercise: Result | None = None
-    twice: bool = False
-    """This learner has pods in two runs of a notebook, or on two machines: two people use one name."""
 
 
 def look(cluster: Cluster) -> list[Row]:
@@ -50,40 +48,36 @@ def look(cluster: Cluster) -> list[Row]:
 
     Raises ClusterUnreachable.
     """
-    topics, groups, told = _of_runs(there := cluster.topics()), _of_runs(cluster.groups()), _told(cluster, there)
+    there = cluster.topics()
+    topics, groups, told = runs.by_run(there), runs.by_run(cluster.groups()), _told(cluster, there)
     members = cluster.members([group for names in groups.values() for group in names])
-    assigned = {group: {place for one in found for place in one.assigned} for group, found in members.items()}
-    behind = lags(cluster, {name: topics[run] for run, names in groups.items() for name in names}, assigned)
     sent = newest_records(cluster, [name for names in topics.values() for name in names if _is_word(name)])
     here = topics.keys() | groups.keys()
-    newest = {(learner, notebook): run for learner, notebook, run in sorted(here)}
-    hosts = defaultdict[str, set[str]](set)
+    newest = {prefix.rsplit(".", 2)[0]: prefix for prefix in sorted(here)}
 
-    def row(key: _Key) -> Row:
-        learner, notebook, run = key
+    def row(prefix: str) -> Row:
+        _, learner, notebook, run, _ = prefix.split(".")
         own, since = [one for one in told[learner] if one.run == run], runs.began(run)
-        words = [*(sent[name] for name in topics[key] if name in sent), *(one.time for one in own)]
-        counts = [behind[group] for group in groups[key]]
-        people = [one for group in groups[key] for one in members[group]]
-        hosts[learner].update(one.host for one in people)
+        words = [*(sent[name] for name in topics[prefix] if name in sent), *(one.time for one in own)]
+        counts = [_behind(cluster, group, topics[prefix], members[group]) for group in groups[prefix]]
         return Row(
             learner,
             notebook,
             run,
             since,
             max([*words, since or 0.0]) or None,
-            sum(filter(None, counts)) if key in here and None not in counts else None,
-            len(people) if key in here else None,
+            sum(filter(None, counts)) if prefix in here and None not in counts else None,
+            sum(len(members[group]) for group in groups[prefix]) if prefix in here else None,
             _last(own, "verdict"),
             _last(own, "exercise"),
         )
 
-    absent = told.keys() - {learner for learner, _, _ in here}
+    absent = told.keys() - {prefix.split(".")[1] for prefix in here}
     last = [max(told[learner], key=lambda one: one.time) for learner in absent]
-    rows = [row(key) for key in sorted({*here, *((one.learner, one.notebook, one.run) for one in last)})]
-    rows = [one for one in rows if one.pods or newest.get((one.learner, one.notebook), one.run) == one.run]
-    busy = Counter((one.learner, one.notebook) for one in rows if one.pods)
-    return [replace(one, twice=len(hosts[one.learner]) > 1 or busy[one.learner, one.notebook] > 1) for one in rows]
+    told_of = (f"labkit.{one.learner}.{one.notebook}.{one.run}." for one in last)
+    listed = {*here, *(prefix for prefix in told_of if runs.NAMESPACE.fullmatch(prefix))}  # anybody may write anything
+    rows = {prefix: row(prefix) for prefix in sorted(listed)}
+    return [one for prefix, one in rows.items() if one.pods or newest.get(prefix.rsplit(".", 2)[0], prefix) == prefix]
 
 
 def cells(row: Row, now: float) -> tuple[str, ...]:
@@ -96,16 +90,9 @@ def cells(row: Row, now: float) -> tuple[str, ...]:
     if row.exercise is not None:
         exercise = row.exercise.result
     counts = ("–" if count is None else f"{count:,}" for count in (row.lag, row.pods))
-    learner = f"{row.learner} (twice)" if row.twice else row.learner
-    texts = (learner, row.notebook, since, _age(row.last_word, now), *counts, verdict, exercise)
+    texts = (row.learner, row.notebook, since, _age(row.last_word, now), *counts, verdict, exercise)
     # What a learner's machine has written may hold commands for a terminal.
     return tuple("".join(one if one.isprintable() else " " for one in text) for text in texts)
-
-
-def advice(rows: Iterable[Row]) -> str:
-    """What is to be done about names that two people use. Empty if there are none."""
-    names = sorted({row.learner for row in rows if row.twice})
-    return "".join(f"\n{name}: two work under this name. One of them sets LABKIT_LEARNER to another." for name in names)
 
 
 class ClassTable:
@@ -129,8 +116,7 @@ class ClassTable:
             trouble = f"{error}. This was seen before:"
         now = time.time()
         lines = [_html("th", HEADS), *(_html("td", cells(row, now)) for row in self.rows)]
-        notes = (f"<p>{html.escape(text)}</p>" if text else "" for text in (trouble, advice(self.rows)))
-        self.widget.value = f"<table>{''.join(lines)}</table>".join(notes)
+        self.widget.value = f"<p>{html.escape(trouble)}</p><table>{''.join(lines)}</table>"
 
     def close(self) -> None:
         """Look no more. What was seen last stays."""
@@ -158,14 +144,16 @@ def class_table(cluster: Cluster | None = None, refresh: float = REFRESH) -> Cla
     return ClassTable(connect().cluster if cluster is None else cluster, refresh)
 
 
-def _of_runs(names: Iterable[str]) -> defaultdict[_Key, list[str]]:
-    """Names by the run that they belong to."""
-    found = defaultdict(list)
-    for name in names:
-        if (prefix := runs.prefix_of(name)) is not None:
-            _, learner, notebook, run, _ = prefix.split(".")
-            found[learner, notebook, run].append(name)
-    return found
+def _behind(
+    cluster: Cluster, group: str, topics: Sequence[str], members: Iterable[Iterable[tuple[str, int]]]
+) -> int | None:
+    """Records that a group has to read where it has committed something, or has a member. None where Kafka does not
+    say it now: its coordinator may be moving, and other groups' not."""
+    with suppress(LabkitError):
+        reads = committed_offsets(cluster, group, topics).keys() | {place for one in members for place in one}
+        left = lag(cluster, group, [*{topic for topic, _ in reads}])
+        return sum(left.get(place, 0) for place in reads)
+    return None
 
 
 def _told(cluster: Cluster, topics: Iterable[str]) -> defaultdict[str, list[Result]]:

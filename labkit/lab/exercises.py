@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets
 
 from labkit.kafka.errors import error_text
-from labkit.lab.results import tell_exercise
+from labkit.lab.results import tell
 from labkit.runtime.home import BROUGHT
 
 _OK, _MISSING = "#00835F", "#B84F00"
@@ -115,7 +115,7 @@ def exercise(task: str, check: Callable[..., object] | None = None, **answers: o
 
 
 def _exercise(task: str, result: str, state: str, as_html: str) -> Shown:
-    tell_exercise(result)  # and nothing else: what is wrong may quote the answer
+    tell("exercise", result)  # and nothing else: what is wrong may quote the answer
     ok = result == "done"
     colour = _OK if ok else _MISSING
     return Shown(

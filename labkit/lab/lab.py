@@ -118,7 +118,7 @@ class Lab(Observing, Brokers):
         self._deploying = threading.Lock()
         self._closing = self._closed = False
         self._control = Control(self.run.folder, lambda: self.targets)
-        self._results = Results(self.cluster, self.run, self.connection.origin == "private")
+        self._results = None if self.connection.origin == "private" else Results(self.cluster, self.run)
         _open[self.notebook] = self
 
     # -- making things ---------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ class Lab(Observing, Brokers):
             *(partial(deployment.drain, grace) for deployment in deployments),
             self._sampler.close,
             *(target.close for target in self._targets),
-            self._results.close,
+            *([self._results.close] if self._results else ()),
             partial(self.run.end, self.cluster, wait),
             self.connection.close,
             *(held.close for held in self._ports.values()),

@@ -17,7 +17,7 @@ from labkit.lab.comparison import Way
 from labkit.lab.history import Fault, History
 from labkit.lab.load import Load, identifier
 from labkit.lab.pods.deployment import Deployment
-from labkit.lab.results import Results
+from labkit.lab.results import Results, tell
 from labkit.lab.verdict import evidence
 from labkit.lab.verdict.settling import Settled, Settling
 from labkit.lab.verdict.trace import trace
@@ -39,7 +39,7 @@ class Observing:
     loads: list[Load[Any]]
     _history: History
     _settling: Settling
-    _results: Results
+    _results: Results | None
     _closing: bool
 
     def seconds(self, told: float) -> float:
@@ -144,7 +144,7 @@ class Observing:
             others=others,
             unknown=unknown or poison,
         )
-        self._results.tell("verdict", found.result, found.why, name)
+        tell("verdict", found.result, found.why, name, by=self._results)
         if found.result != "valid":
             for deployment in self.deployments:
                 self.logs(deployment)

@@ -16,7 +16,6 @@ from labkit.kafka.cluster import Cluster
 from labkit.kafka.errors import LabkitError
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
-from labkit.runtime.which_kafka import outside
 
 WAIT = 1.0  # seconds that a lab which is closed waits for what is not written yet
 LONGEST = 200  # characters of a reason
@@ -45,12 +44,11 @@ def topic_of(cluster: Cluster, learner: str = "") -> Topic[Result]:
 class Results:
     """Writes a lab's results, from a thread of its own: a verdict neither waits nor fails where they cannot be written.
 
-    Nobody else sees a private lab's Kafka. Its results go where those of the notebook's shared lab go, if there is one,
-    else to the Kafka that is named in the environment, else nowhere.
+    A private lab has none, as nobody else sees its Kafka: its results are written by the notebook's shared lab.
     """
 
-    def __init__(self, cluster: Cluster, run: runs.Run, private: bool) -> None:
-        self._cluster, self._private = None if private else cluster, private
+    def __init__(self, cluster: Cluster, run: runs.Run) -> None:
+        self._cluster = cluster
         _, self._learner, self._notebook, self._run, _ = run.prefix.split(".")
         self._told: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -59,9 +57,6 @@ class Results:
 
     def tell(self, kind: Kind, result: str, why: str = "", name: str = "") -> None:
         """Have a result written. `name` tells it from others of its cell."""
-        if self._private and (main := _main()) not in (self, None):
-            main.tell(kind, result, why, name)
-            return
         cell = "/".join(filter(None, (_cell(), name)))[:LONGEST] or kind
         why = " ".join(why.split())[:LONGEST]
         self._told.put(Result(self._learner, self._notebook, self._run, cell, kind, result, why, time.time()))
@@ -78,30 +73,22 @@ class Results:
             self._thread.join(WAIT)
 
     def _write(self) -> None:
+        topic = topic_of(self._cluster, self._learner)
         while (result := self._told.get()) is not None:
             with suppress(LabkitError):  # it is away, or does not let us: the class misses a line
-                if self._cluster is None and (found := outside()) is not None:
-                    self._cluster = found.cluster
-                if self._cluster is not None:
-                    topic = topic_of(self._cluster, self._learner)
-                    if not self._created:
-                        topic.create({"cleanup.policy": "compact"})
-                        self._created = True
-                    topic.deliver([(result, f"{result.notebook}/{result.cell}", None)], timeout=10.0)
+                if not self._created:
+                    topic.create({"cleanup.policy": "compact"})
+                    self._created = True
+                topic.deliver([(result, f"{result.notebook}/{result.cell}", None)], timeout=10.0)
 
 
 _open: list[Results] = []
 
 
-def _main() -> Results | None:
-    """That of the notebook's own lab: the one that shares its Kafka, else the first."""
-    return min(_open, key=lambda one: one._private, default=None)
-
-
-def tell_exercise(result: str) -> None:
-    """Have written how an exercise stands, if a lab is open."""
-    if (main := _main()) is not None:
-        main.tell("exercise", result)
+def tell(kind: Kind, result: str, why: str = "", name: str = "", by: Results | None = None) -> None:
+    """Have a result written: by these results, else by those of the notebook's first lab, if one is open."""
+    if (writer := by or next(iter(_open), None)) is not None:
+        writer.tell(kind, result, why, name)
 
 
 def _cell() -> str:

@@ -15,6 +15,7 @@ import shutil
 import time
 import unicodedata
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -118,7 +119,7 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
     """Delete what dead runs left on this cluster; returns their prefixes. Only runs recorded here are touched."""
     dead: dict[Path, _Made] = {}
     with ExitStack() as held:
-        for path, made, lives in _records(held):
+        for path, made, lives in _records(held, fcntl.LOCK_EX):
             if lives:
                 continue
             if made.cluster_id == cluster_id and not made.private:
@@ -205,6 +206,15 @@ def prefix_of(name: str) -> str | None:
     return found and found[0]
 
 
+def by_run(names: Iterable[str]) -> defaultdict[str, list[str]]:
+    """Names of topics or groups by the prefix of their run; those of no run are left out."""
+    found = defaultdict(list)
+    for name in names:
+        if prefix := prefix_of(name):
+            found[prefix].append(name)
+    return found
+
+
 def began(run_id: str) -> float | None:
     """When the run of this id began, in Unix seconds; None if its id does not say it."""
     try:
@@ -229,8 +239,9 @@ def _delete(cluster: Cluster, runs: Iterable[_Made]) -> set[str]:
     return prefixes & {prefix_of(name) for name in cluster.groups()}
 
 
-def _records(held: ExitStack) -> Iterator[tuple[Path, _Made, bool]]:
-    """Every run's record, and whether the run lives. One that does not is locked for us until `held` ends."""
+def _records(held: ExitStack, lock: int = fcntl.LOCK_SH) -> Iterator[tuple[Path, _Made, bool]]:
+    """Every run's record, and whether the run lives. One that does not is locked for us until `held` ends: shared by
+    those who only look, or a run that has ended would live for one of two who look at the same time."""
     for path in _folder().glob("*.json"):
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -238,7 +249,7 @@ def _records(held: ExitStack) -> Iterator[tuple[Path, _Made, bool]]:
             continue  # somebody else has just collected it
         held.callback(os.close, file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, lock | fcntl.LOCK_NB)
             lives = False
         except BlockingIOError:
             lives = True

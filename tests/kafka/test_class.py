@@ -32,7 +32,6 @@ from typer.testing import CliRunner
 from labkit import Lab, class_table, exercise
 from labkit.cli.classroom import CLEAR
 from labkit.cli.main import app
-from labkit.kafka import lag
 from labkit.kafka.cluster import Cluster, admin
 from labkit.kafka.consumer import Consumer
 from labkit.kafka.errors import LabkitError
@@ -196,42 +195,18 @@ def test_a_topic_that_cannot_be_used_harms_no_verdict(lab: Lab, cluster: Cluster
 def test_a_kafka_that_is_away_harms_no_verdict(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "WAIT", 0.1)
     run = runs.Run("class", "gone")
-    away = Results(Cluster("127.0.0.1:1"), run, private=False)
+    away = Results(Cluster("127.0.0.1:1"), run)
     away.tell("verdict", "valid")
     assert exercise("Choose.", delay=1)
     away.close()
     run.forget()
 
 
-def test_what_a_private_lab_finds_goes_to_the_kafka_of_the_class(
-    connection: Connection, cluster: Cluster, learner: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = runs.Run("key-value-store", "private", private=True)
-    alone = Results(Cluster("127.0.0.1:1"), run, private=True)
-    alone.tell("verdict", "valid", name="first")
-    alone.close()  # which waits until it is told, to nobody
-    assert row_of(cluster, learner) is None
-    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
-    alone = Results(Cluster("127.0.0.1:1"), run, private=True)
-    alone.tell("verdict", "invalid", "lost 3", "second")
-    wait_until(lambda: row_of(cluster, learner), 20, "what it told")
-    alone.close()
-    run.forget()
-    row = row_of(cluster, learner)
-    assert row is not None
-    assert row.verdict is not None
-    assert (row.notebook, row.pods, row.verdict.cell) == ("key-value-store", None, "second")
-
-
-def test_a_second_private_lab_tells_by_the_notebooks_own(lab: Lab, cluster: Cluster, learner: str) -> None:
-    run = runs.Run("google-dc", "private", private=True)
-    other = Results(Cluster("127.0.0.1:1"), run, private=True)
-    other.tell("verdict", "valid", name="far view")
-    other.close()
-    lab._results.close()
+def test_what_a_private_lab_finds_is_told_by_the_shared_one(lab: Lab, cluster: Cluster, learner: str) -> None:
+    results.tell("verdict", "valid", name="far view", by=None)
+    results._open[0].close()
     (told,) = values(topic_of(cluster, learner))
     assert (told.notebook, told.run, told.cell) == ("class", lab.run.id, "far view")
-    run.forget()
 
 
 @pytest.mark.long
@@ -275,7 +250,7 @@ def test_a_row_says_since_when_lag_pods_and_the_last_verdict(everybody: Class) -
     with everybody.works("ada") as pod:
         pod.wait_committed({0: 3})
         (row,) = everybody.rows()
-        assert (row.notebook, row.since, row.lag, row.pods, row.twice) == ("start-here", BEGAN, 0, 1, False)
+        assert (row.notebook, row.since, row.lag, row.pods) == ("start-here", BEGAN, 0, 1)
     put(everybody.topic("ada"), 3, 4)
     (row,) = everybody.rows()
     assert (row.lag, row.pods) == (2, 0)
@@ -289,20 +264,16 @@ def test_a_row_says_since_when_lag_pods_and_the_last_verdict(everybody: Class) -
     )
 
 
-def test_two_of_one_name_are_both_shown_and_marked(everybody: Class) -> None:
+def test_two_of_one_name_are_both_shown(everybody: Class) -> None:
     everybody.topic("bob")
     with ExitStack() as stack:
         for run in (RUN, LATER):
             put(everybody.topic("ada", run=run), 1)
             stack.enter_context(everybody.works("ada", run)).wait_committed({0: 1})
         ada, again, bob = everybody.rows()
-        assert [(row.run, row.pods, row.twice) for row in (ada, again)] == [(RUN, 1, True), (LATER, 1, True)]
-        assert not bob.twice
-        said = labkit("class")
-        assert said.count(f"{everybody.learner('ada')} (twice)") == 2
-        assert f"{everybody.learner('ada')}: two work under this name. One of them sets LABKIT_LEARNER" in said
+        assert [(row.run, row.pods) for row in (ada, again, bob)] == [(RUN, 1), (LATER, 1), (RUN, 0)]
     ada, bob = everybody.rows()
-    assert (ada.run, ada.twice) == (LATER, False), "a run without pods stands behind the newer one of its notebook"
+    assert ada.run == LATER, "a run without pods stands behind the newer one of its notebook"
 
 
 def test_a_run_that_is_deleted_meanwhile(everybody: Class, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +301,7 @@ def test_a_run_that_is_deleted_meanwhile(everybody: Class, monkeypatch: pytest.M
     assert [row.learner for row in everybody.rows()] == [bob.learner]
 
 
-@pytest.mark.parametrize("part", ["newest_records", "lags"])
+@pytest.mark.parametrize("part", ["newest_records", "lag"])
 def test_topics_that_go_between_two_questions(part: str, everybody: Class, monkeypatch: pytest.MonkeyPatch) -> None:
     put(everybody.topic("ada"), 1)
     with everybody.works("ada") as pod:
@@ -346,29 +317,19 @@ def test_topics_that_go_between_two_questions(part: str, everybody: Class, monke
     assert (row.lag, row.pods) == (0, 0)
 
 
-def test_thirty_learners_cost_no_more_questions_than_two(everybody: Class, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [0]
-    ask = Cluster.ask
-
-    def counted(self: Cluster, *arguments: Any, **options: Any) -> Any:
-        asked[-1] += self == everybody.cluster
-        return ask(self, *arguments, **options)
-
-    monkeypatch.setattr(Cluster, "ask", counted)
-    monkeypatch.setattr(lag, "_committed", lambda *_: {})  # one for each group, and other tests' come and go
-    for learners in (range(2), range(2, 30)):
-        names = [everybody.name(f"{number:02}", short) for number in learners for short in ("orders", "telemetry")]
-        names += [f"labkit.{everybody.learner(f'{number:02}')}.class" for number in learners]
-        for made in admin(everybody.cluster).create_topics([NewTopic(name, 1) for name in names]).values():
-            made.result(20)
-        wait_until(lambda wanted=names: everybody.cluster.topics().keys() >= {*wanted}, 10, "the topics")  # type: ignore[misc]
-        asked.append(0)
-        assert len(everybody.rows()) == learners.stop
-    assert asked[2] <= asked[1]
+@pytest.mark.long
+def test_thirty_learners(everybody: Class) -> None:
+    names = [everybody.name(f"{number:02}", short) for number in range(30) for short in ("orders", "telemetry")]
+    names += [f"labkit.{everybody.learner(f'{number:02}')}.class" for number in range(30)]
+    for made in admin(everybody.cluster).create_topics([NewTopic(name, 1) for name in names]).values():
+        made.result(20)
+    wait_until(lambda: everybody.cluster.topics().keys() >= {*names}, 10, "the topics")
+    assert len(everybody.rows()) == 30
 
 
 def test_what_is_no_result_is_passed_over(everybody: Class) -> None:
     everybody.tells("ada", verdict("invalid", "\x1b[2Jlost 1"))
+    everybody.tells("eve", verdict("valid", run="no.run"))
     topic = topic_of(everybody.cluster, everybody.learner("ada"))
     Topic(everybody.cluster, topic.name, 1, dict).deliver([({"cell": 7}, "x", None), (None, "y", None)])
     Topic(everybody.cluster, f"labkit.{everybody.learner('bob')}.start-here.999999999999aaaa.orders", 1, int).create()
@@ -436,16 +397,14 @@ def test_the_command_goes_on_at_a_terminal_until_it_is_interrupted(everybody: Cl
 
 
 @pytest.mark.long
-def test_the_table_while_a_learner_is_cut_off_and_while_kafka_is_frozen(
-    cluster: Cluster, learner: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_while_a_learner_is_cut_off_and_while_kafka_is_frozen(learner: str) -> None:
     with Lab("class", cluster="private") as lab:
         there = Class(lab.cluster)
         topic = replace(there.topic("ada"), cluster=lab.proxy.cluster)
         put(there.topic("ada"), 1)
         put(there.topic("bob"), 1)
         run = runs.Run("far", "private")
-        far = Results(lab.proxy.cluster, run, private=False)
+        far = Results(lab.proxy.cluster, run)
         with Member(Consumer(topic, lambda record: None, group=there.name("ada", "shop"))) as pod:
             pod.wait_committed({0: 1})
             lab.proxy.cut()
@@ -469,6 +428,3 @@ def test_the_table_while_a_learner_is_cut_off_and_while_kafka_is_frozen(
         lab.broker.recover()
         shown.look()
         assert "no answer from" not in shown.widget.value
-        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", cluster.bootstrap)
-        assert lab.verdict({"a": 1}, {"a": 1}, name="of a Kafka of its own").result == "valid"
-        wait_until(lambda: row_of(cluster, learner), 20, "what a private lab found")

@@ -25,6 +25,7 @@ from labkit.kafka.errors import NotAllowed
 from labkit.kafka.lag import committed_offsets
 from labkit.kafka.topics import Topic
 from labkit.lab import runs
+from labkit.lab.remains import remains, remove
 
 pytestmark = pytest.mark.usefixtures("connection")
 
@@ -154,6 +155,37 @@ def test_whatever_a_learner_is_called(room: Class, name: str, monkeypatch: pytes
         run._path.unlink()
     assert labkit("--learner", full, "--yes").endswith("Removed 1 topic.\n")
     assert topic.name not in room.cluster.topics()
+
+
+def test_what_came_to_life_after_it_was_looked_at_stays(room: Class) -> None:
+    topic, other = room.topic("bob"), room.topic("eve")
+    group = f"{topic.name.removesuffix('rents')}shop"
+    seen = [one for one in remains(room.cluster) if room.mark in one.learner]
+    assert not [one for one in seen if one.life]
+    put(topic, 1)
+    with Member(Consumer(topic, lambda record: None, group=group)) as member:
+        member.wait_committed({0: 1})
+        left, (why,) = remove(room.cluster, seen)
+        assert left == [topic.name]
+        assert why.endswith("lives again: group shop has members.")
+    assert other.name not in room.left()
+
+
+def test_a_run_that_begins_while_it_looks_lives(room: Class, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[runs.Run] = []
+    ask = Cluster.topics
+
+    def beginning(cluster: Cluster) -> dict[str, int]:
+        if not begun:
+            begun.append(runs.Run("begun", "no-cluster"))
+            Topic(cluster, begun[0].name("orders"), 1, int).create()
+        return ask(cluster)
+
+    monkeypatch.setattr(Cluster, "topics", beginning)
+    (found,) = [one for one in remains(room.cluster) if one.prefix == begun[0].prefix]
+    assert "this machine has it" in found.life
+    begun[0].forget()
+    begun[0]._path.unlink()
 
 
 @pytest.mark.long

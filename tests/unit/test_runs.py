@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+from contextlib import ExitStack
 
 import pytest
 
@@ -39,3 +40,13 @@ def test_a_user_without_a_name_goes_by_their_number(error: Exception, monkeypatc
     run._path.unlink()
     run.forget()
     assert run.prefix.startswith(f"labkit.u{os.getuid()}.names.")
+
+
+def test_a_dead_run_is_dead_for_two_who_look_at_the_same_time() -> None:
+    run = runs.Run("looked-at", "no-cluster")
+    assert run.prefix in dict(runs.living())
+    run.forget()
+    with ExitStack() as held:
+        assert [*runs._records(held)]
+        assert run.prefix not in dict(runs.living())
+    run._path.unlink()
