@@ -119,7 +119,7 @@ def test_a_bundle_needs_no_network(copy: Path, python: Path, tmp_path: Path) -> 
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     cut_off = {name: value for name, value in env.items() if not name.lower().startswith("pip_")}
     cut_off |= {**nowhere, "PYTHON": sys.executable, "LABKIT_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
-    run(["sh", bundle / "install.sh"], cut_off, empty, timeout=600)
+    run(["sh", bundle / "install.sh"], cut_off, empty, timeout=1200)
     said = run([empty / ".venv" / "bin" / "labkit", "doctor"], cut_off, empty)
     assert re.search(r"ok +jars: +all are here", said), said
     with started([empty / ".venv" / "bin" / "labkit", "lab", "--no-browser"], cut_off, cwd=empty) as lab:
