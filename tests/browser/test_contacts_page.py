@@ -297,6 +297,7 @@ def test_a_channel_that_is_unknown_to_the_service_is_replaced(page: Page) -> Non
     shown(page, "Completed, 1 job")
 
 
+@pytest.mark.long
 def test_two_tabs_never_mix(world: World, opened: Callable[..., Page], notifications: None) -> None:
     pages = {name: opened() for name in ("one.csv", "other.csv")}
     world.gate.hold()

@@ -73,6 +73,7 @@ def test_a_shift_at_the_terminal(connection: Connection) -> None:
         assert "blocks again" in labkit("resume", "letting")
 
 
+@pytest.mark.long
 def test_a_review_at_the_terminal(connection: Connection) -> None:
     topic = Topic(connection.cluster, f"{RUN}bills", 1, int)
     topic.create()

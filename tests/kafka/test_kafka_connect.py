@@ -525,6 +525,7 @@ def test_a_capture_of_another_table_takes_the_place_of_one_and_begins_with_its_r
 # -- What is left
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("table")
 def test_a_slot_that_cannot_be_dropped_now_is_told_and_dropped_later(
     lab: Lab, connect: Connect, dsn: str, postgres: Postgres
