@@ -60,8 +60,8 @@ def status(as_json: Json = False) -> None:
         if embedded is not None:
             until = "until `labkit down`" if embedded.pinned else "while somebody uses it"
             typer.echo(
-                f"{facts['users']} users, {embedded.memory_mb} MB, {embedded.restarts} restarts, runs {until}; "
-                f"data and log in {embedded.folder}"
+                f"{users} user{'s' * (users != 1)}, {embedded.memory_mb} MB, {embedded.restarts} restarts, "
+                f"runs {until}; data and log in {embedded.folder}"
             )
     if connection is None:
         raise typer.Exit(1)

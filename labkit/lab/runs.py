@@ -137,7 +137,11 @@ def collect(cluster: Cluster, cluster_id: str) -> list[str]:
 
 
 def _drop(path: Path) -> None:
-    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+    folder = path.with_suffix("")
+    door = folder / "control"
+    if door.is_symlink():  # where its path would have been too long for a socket, `Control` made it a folder of its own
+        shutil.rmtree(door.readlink().parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     path.unlink(missing_ok=True)
 
 

@@ -357,6 +357,17 @@ def test_records_that_are_broken_or_being_made_harm_nobody(
             path.unlink(missing_ok=True)
 
 
+def test_what_a_dead_run_had_elsewhere_goes_too(cluster: Cluster, connection: Connection, tmp_path: Path) -> None:
+    """Where the path of its folder is too long for a socket, the socket has a folder of its own."""
+    run = runs.Run("far-away", connection.cluster_id)
+    elsewhere = tmp_path / "labkit-elsewhere"
+    elsewhere.mkdir()
+    (run.folder / "control").symlink_to(elsewhere / "control")
+    run.forget()  # it was killed
+    assert run.prefix in runs.collect(cluster, connection.cluster_id)
+    assert not elsewhere.exists()
+
+
 def test_a_run_whose_cluster_is_away_is_kept(
     cluster: Cluster, connection: Connection, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
